@@ -1,0 +1,15 @@
+"""A run's description: dataclasses, validation, load and save."""
+
+from jaxgpt.config.errors import BadInput
+from jaxgpt.config.schema import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+)
+
+__all__ = [
+    "BadInput", "Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "SampleConfig",
+]  # fmt: skip

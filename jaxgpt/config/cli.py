@@ -1,0 +1,58 @@
+"""How every command starts and ends: flags in, one line per error, the contract's exit codes."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import flags, logging
+
+from jaxgpt.config.errors import BadInput
+from jaxgpt.config.load import wrong_value
+
+
+def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValues:
+    """Parses `argv` into `values`; prints the help and exits 0 on `--help`.
+
+    Raises:
+      BadInput: for an unknown flag, an ill-typed value or a stray positional argument.
+    """
+    if any(arg in ("-h", "-help", "--help") for arg in argv[1:]):
+        print(f"{doc.strip()}\n\nflags:{values.main_module_help()}{_help(values)}")
+        raise SystemExit(0)
+    try:
+        rest = values(argv)
+    except flags.Error as e:
+        raise BadInput(wrong_value(str(e))) from e
+    if len(rest) > 1:
+        raise BadInput(f"unexpected argument {rest[1]!r}: values are given as --flag=value")
+    return values
+
+
+def _help(values: flags.FlagValues) -> str:
+    lines = []
+    for name in sorted({flag.name for flag in values._flags().values()}):
+        flag = values[name]
+        lines.append(f"\n  --{name}: {flag.help} (default: {flag.default_as_str})")
+    return "".join(lines)
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a command and leaves the process with the contract's exit code."""
+    logging.set_verbosity(logging.ERROR)  # libraries' own chatter; ours goes through `say`
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        code = main(sys.argv) or 0
+    except BadInput as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # `... | head`: the reader has gone, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def say(text: str) -> None:
+    """Prints a line for people: stderr, at once."""
+    print(text, file=sys.stderr, flush=True)

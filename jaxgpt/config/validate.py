@@ -1,0 +1,115 @@
+"""Checks across fields, run before any device is touched or any file read."""
+
+from jaxgpt.config.errors import BadInput
+from jaxgpt.config.schema import Config, fields_of, get_field
+
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "model.remat": ("none", "dots", "full"),
+    "optim.name": ("adamw",),
+    "optim.schedule": ("cosine", "linear", "constant"),
+}
+AT_LEAST = {
+    "num_steps": 1, "batch_size": 1, "grad_accum": 1, "log_every": 1, "keep_checkpoints": 1,
+    "eval_every": 0, "eval_batches": 0, "sample_every": 0, "checkpoint_every": 0,
+    "model.vocab_size": 0, "model.max_seq_len": 1, "model.num_layers": 1, "model.num_heads": 1,
+    "model.embed_dim": 1, "model.mlp_dim": 0, "optim.warmup_steps": 0, "optim.weight_decay": 0,
+    "optim.clip_norm": 0, "optim.z_loss": 0, "optim.final_lr_ratio": 0,
+    "sample.max_new_tokens": 0, "sample.temperature": 0, "sample.top_k": 0, "seed": 0,
+}  # fmt: skip
+OPEN_INTERVALS = {
+    "optim.learning_rate": (0, float("inf")), "optim.eps": (0, 1),
+}  # fmt: skip
+HALF_OPEN = {"model.dropout": (0, 1), "optim.b1": (0, 1), "optim.b2": (0, 1)}
+
+
+def validate(config: Config) -> None:
+    """Raises `BadInput`, naming fields and values, if `config` describes no possible run."""
+    check_types(config)
+    for path, allowed in CHOICES.items():
+        if (value := get_field(config, path)) not in allowed:
+            raise BadInput(f"{path}={value!r} is unknown; choose one of {', '.join(allowed)}")
+    for path, least in AT_LEAST.items():
+        if not (value := get_field(config, path)) >= least:
+            raise BadInput(f"{path}={value} must be at least {least}")
+    for path, (low, high) in OPEN_INTERVALS.items():
+        if not low < (value := get_field(config, path)) < high:
+            raise BadInput(f"{path}={value} must lie between {low} and {high}, both excluded")
+    for path, (low, high) in HALF_OPEN.items():
+        if not low <= (value := get_field(config, path)) < high:
+            raise BadInput(f"{path}={value} must be at least {low} and below {high}")
+    _check_model(config)
+    _check_batch_and_mesh(config)
+    _check_data(config)
+
+
+def check_types(config: Config) -> None:
+    """Raises `BadInput` where a field holds another type than it declares."""
+    for path, kind in fields_of(config).items():
+        value = get_field(config, path)
+        if kind is float and type(value) is int:
+            continue
+        if type(value) is not kind:
+            raise BadInput(
+                f"{path}={value!r} has type {type(value).__name__}, expected {kind.__name__}"
+            )
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.embed_dim % model.num_heads:
+        raise BadInput(
+            f"model.embed_dim={model.embed_dim} is not divisible by"
+            f" model.num_heads={model.num_heads}: heads must have equal width"
+        )
+    if model.dropout > 0 and model.attention == "cudnn":
+        raise BadInput(
+            f"model.dropout={model.dropout} with model.attention='cudnn': only 'xla' attention"
+            " has dropout; set model.attention=auto or model.dropout=0"
+        )
+
+
+def _check_batch_and_mesh(config: Config) -> None:
+    if config.batch_size % config.grad_accum:
+        raise BadInput(
+            f"batch_size={config.batch_size} is not divisible by grad_accum={config.grad_accum}"
+        )
+    mesh = config.mesh
+    sizes = {"mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp, "mesh.tensor": mesh.tensor}
+    for name, size in sizes.items():
+        if size != -1 and size < 1:
+            raise BadInput(f"{name}={size} must be a positive number of devices, or -1 for the rest")
+    if list(sizes.values()).count(-1) > 1:
+        raise BadInput("at most one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
+    check_divisible(config, max(mesh.data, 1), max(mesh.fsdp, 1), max(mesh.tensor, 1))
+
+
+def check_divisible(config: Config, data: int, fsdp: int, tensor: int) -> None:
+    """Raises `BadInput` where a mesh axis does not divide what it splits."""
+    model = config.model
+    microbatch = config.batch_size // config.grad_accum
+    if microbatch % (data * fsdp):
+        raise BadInput(
+            f"batch_size={config.batch_size} / grad_accum={config.grad_accum} = {microbatch}"
+            f" sequences cannot be divided over mesh.data={data} x mesh.fsdp={fsdp} devices;"
+            f" make batch_size a multiple of {config.grad_accum * data * fsdp}"
+        )
+    for name, size, axis, devices in (
+        ("model.num_heads", model.num_heads, "tensor", tensor),
+        ("the feed-forward width", model.hidden_dim, "tensor", tensor),
+        ("model.embed_dim", model.embed_dim, "fsdp", fsdp),
+        ("the padded vocabulary", 128, "tensor", tensor),
+    ):
+        if size % devices:
+            raise BadInput(f"{name} = {size} cannot be divided over mesh.{axis}={devices} devices")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if not data.validation_source and not 0 < data.validation_fraction < 1:
+        raise BadInput(
+            f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1"
+            " (both excluded), or set data.validation_source"
+        )

@@ -1,0 +1,46 @@
+"""The table from logical array axes to mesh axes, and the two reshardings the model needs."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+
+BATCH_AXES = ("data", "fsdp")  # FSDP is data parallelism whose parameters are split too
+
+TABLE = {
+    "batch": BATCH_AXES,
+    "seq": None,
+    "embed": "fsdp",  # of parameters; activations keep theirs whole and name it None
+    "heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Maps logical axis names to a `PartitionSpec`: `rules("batch", "seq", None)`.
+
+    `batch` says whether activations are split over their batch axis: training splits it, while
+    decoding a handful of samples need not have a batch that the mesh divides.
+    """
+
+    split_batch: bool = True
+
+    def __call__(self, *logical: str | None) -> P:
+        table = TABLE if self.split_batch else TABLE | {"batch": None}
+        return P(*(name and table[name] for name in logical))
+
+
+def weight(param: nnx.Param, dtype) -> jax.Array:
+    """Returns a parameter as a matrix product wants it: in the compute dtype, whole over `fsdp`.
+
+    Casting first halves the all-gather's bytes; its transpose is the gradient's reduce-scatter.
+    """
+    value = param[...].astype(dtype)
+    spec = jax.typeof(value).sharding.spec
+    return reshard(value, P(*(None if axis == "fsdp" else axis for axis in spec)))
