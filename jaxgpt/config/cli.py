@@ -45,6 +45,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        code = 130  # 128 + SIGINT: nothing was running that needs saving
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -73,16 +73,23 @@ class GPT(nnx.Module):
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         positions = jax.sharding.reshard(positions, self.rules("batch", "seq"))
-        return self._run(tokens, positions, None, dropout_key)[0]
+        x, _ = self._run(tokens, positions, None, dropout_key)
+        return self._logits(x)
 
     def extend(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: LayerCache
-    ) -> tuple[Float[Array, "B T V"], LayerCache]:
-        """Returns the logits of tokens that stand at `positions` behind a cache, and the new cache.
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache,
+        at: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B V"], LayerCache]:
+        """Returns the logits after token `at[b]` of each row, and the cache grown by the tokens.
 
-        Each row's positions are consecutive, and everything before them is in the cache.
+        The tokens stand at `positions`, consecutive in each row; what is before is in the cache.
         """
-        return self._run(tokens, positions, cache, None)
+        x, cache = self._run(tokens, positions, cache, None)
+        x = jnp.take_along_axis(x, at[:, None, None], axis=1)
+        return self._logits(x)[:, 0], cache
 
     def _run(self, tokens, positions, cache, key):
         layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
@@ -96,8 +103,7 @@ class GPT(nnx.Module):
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
         keys = None if key is None else jax.random.split(layers_key, self.num_layers)
-        x, cache = jax.lax.scan(apply, x, (stacked, cache, keys), unroll=self.unroll)
-        return self._logits(self.final_norm(x)), cache
+        return jax.lax.scan(apply, x, (stacked, cache, keys), unroll=self.unroll)
 
     def _embed(self, tokens, positions) -> Float[Array, "B T D"]:
         spec = self.rules("batch", "seq", None)
@@ -106,6 +112,7 @@ class GPT(nnx.Module):
         return words + places
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        x = self.final_norm(x)
         logits = jnp.einsum(
             "BTD,VD->BTV", x, weight(self.tokens, x.dtype), preferred_element_type=jnp.float32,
             out_sharding=self.rules("batch", "seq", "vocab"),

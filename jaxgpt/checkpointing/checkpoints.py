@@ -1,0 +1,94 @@
+"""Orbax checkpoints of the whole training state under `checkpoints/<step>`."""
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxgpt.config import BadInput
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Saving is asynchronous and atomic; the newest `keep` stay.
+
+    Each holds `state` (any pytree of arrays) and `meta` (a JSON dict: tokens seen, seconds
+    trained, data fingerprint).
+    """
+
+    def __init__(self, workdir, keep: int = 1, read_only: bool = False):
+        self.folder = epath.Path(workdir) / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            create=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=not read_only,
+        )
+        if read_only and not self.folder.exists():
+            raise BadInput(f"{workdir} has no checkpoints; train first")
+        self.manager = ocp.CheckpointManager(epath.Path(self.folder).absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """Returns the newest whole checkpoint's step."""
+        return self.manager.latest_step()
+
+    def pick(self, step: int | None) -> int:
+        """Returns `step`, or the newest where it is None.
+
+        Raises:
+          BadInput: if there is no such checkpoint; the message lists those there are.
+        """
+        steps = sorted(self.manager.all_steps())
+        if not steps:
+            raise BadInput(f"{self.folder} holds no checkpoint; train first")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise BadInput(f"{self.folder} holds no checkpoint {step}, only {steps}")
+        return step
+
+    def save(self, step: int, state, meta: dict) -> None:
+        """Starts saving; blocks only until the arrays are copied off the devices."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        )
+        self.manager.save(step, args=args)
+
+    def restore(self, step: int, abstract_state) -> tuple:
+        """Returns (state, meta), laid out as `abstract_state`'s shardings say.
+
+        `abstract_state` comes from `jax.eval_shape`; the mesh may differ from the one that saved.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(concrete(abstract_state)), meta=ocp.args.JsonRestore()
+        )
+        restored = self.manager.restore(step, args=args)
+        return restored.state, restored.meta
+
+    def restore_params(self, step: int, abstract_params: dict) -> dict:
+        """Returns the parameters alone, without reading the optimizer's state."""
+        item = {"params": concrete(abstract_params)}
+        args = ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            path = epath.Path(self.folder).absolute() / str(step) / "state"
+            return reader.restore(path, args=args)["params"]
+
+    def close(self) -> None:
+        """Waits until the last save is whole."""
+        self.manager.close()
+
+
+def concrete(abstract):
+    """Returns `abstract` with each sharding on the current mesh's devices.
+
+    `eval_shape` gives shardings on an abstract mesh, which name axes but no devices.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def place(leaf):
+        sharding = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, abstract)

@@ -1,0 +1,1 @@
+"""From raw text to an exactly replayable stream of token batches."""

@@ -1,0 +1,58 @@
+"""Opening a workdir to use its model."""
+
+import dataclasses
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config.load import read_config
+from jaxgpt.model import ModelSpec
+from jaxgpt.ops.attention import choose_kernel
+from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A workdir's config, tokenizer and model, and the checkpoint chosen."""
+
+    config: Config
+    tokenizer: Tokenizer
+    spec: ModelSpec
+    mesh: Mesh
+    checkpoints: Checkpoints
+    step: int
+
+    def params(self) -> dict:
+        """Returns the parameters on `mesh`; call under `jax.set_mesh(mesh)`."""
+        abstract = jax.eval_shape(self.spec.init, jax.random.key(0))
+        return self.checkpoints.restore_params(self.step, abstract)
+
+
+def open_trained(workdir: str, step: int | None) -> Trained:
+    """Returns what `workdir` holds at `step` (None: the newest checkpoint).
+
+    The run's own mesh need not fit here: the model is copied to each of this machine's devices,
+    which share the batch.
+
+    Raises:
+      BadInput: if there is no run, no such checkpoint, or no tokenizer.
+    """
+    folder = epath.Path(workdir)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    checkpoints = Checkpoints(folder, read_only=True)
+    step = checkpoints.pick(step)
+    devices = jax.devices()
+    config = dataclasses.replace(
+        config, mesh=MeshConfig(data=-1), grad_accum=1,
+        batch_size=-(-config.batch_size // config.grad_accum // len(devices)) * len(devices),
+    )  # fmt: skip
+    mesh, model = make_mesh(config, devices), config.model
+    attention = choose_kernel(
+        "auto", devices[0].platform, model.dtype, model.head_dim, model.dropout
+    )
+    return Trained(config, tokenizer, ModelSpec(model, attention), mesh, checkpoints, step)

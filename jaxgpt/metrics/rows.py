@@ -1,0 +1,80 @@
+"""`metrics.jsonl`, `samples.jsonl` and TensorBoard: each step once, in order, over any resume."""
+
+import json
+import os
+
+from etils import epath
+from tensorboardX import SummaryWriter
+
+NOT_PLOTTED = {"step", "split", "seconds"}
+
+
+class RowFile:
+    """An append-only JSON-lines file whose rows carry `step`, flushed row by row.
+
+    Opening it after a restore cuts away, atomically, the rows after `last_step` and any half
+    line that a kill left behind.
+    """
+
+    def __init__(self, path, last_step: int):
+        self.path = epath.Path(path)
+        self._cut(last_step)
+        self.file = self.path.open("a")
+
+    def _cut(self, last_step: int) -> None:
+        if not self.path.exists():
+            return
+        text = self.path.read_text()
+        kept = "".join(line for line in text.splitlines(keepends=True) if _keeps(line, last_step))
+        if kept != text:
+            scratch = self.path.parent / f".{self.path.name}.tmp"
+            scratch.write_text(kept)
+            scratch.rename(self.path)
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _keeps(line: str, last_step: int) -> bool:
+    return line.endswith("\n") and json.loads(line)["step"] <= last_step
+
+
+class Reporter:
+    """Writes a run's rows to disk and TensorBoard; on all processes but the first, nothing."""
+
+    def __init__(self, workdir, last_step: int, is_first_process: bool):
+        self.active = is_first_process
+        if not self.active:
+            return
+        workdir = epath.Path(workdir)
+        self.rows = RowFile(workdir / "metrics.jsonl", last_step)
+        self.sampled = RowFile(workdir / "samples.jsonl", last_step)
+        self.board = SummaryWriter(
+            os.fspath(workdir / "tensorboard"), purge_step=last_step + 1, flush_secs=10
+        )
+
+    def metrics(self, row: dict) -> None:
+        """Writes a row of `metrics.jsonl`; numbers also become TensorBoard scalars."""
+        if not self.active:
+            return
+        self.rows.write(row)
+        for name, value in row.items():
+            if name not in NOT_PLOTTED and value is not None:
+                self.board.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    def sample(self, row: dict) -> None:
+        """Writes a row of `samples.jsonl`: step, prompt, text."""
+        if not self.active:
+            return
+        self.sampled.write(row)
+        self.board.add_text("sample", f"```\n{row['prompt']}{row['text']}\n```", row["step"])
+
+    def close(self) -> None:
+        if self.active:
+            self.rows.close()
+            self.sampled.close()
+            self.board.close()

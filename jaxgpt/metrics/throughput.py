@@ -1,0 +1,41 @@
+"""Model FLOPs and how much of the devices' peak they use."""
+
+from jaxgpt.config import ModelConfig
+
+# Dense bf16 FLOP/s of one device by `device_kind`, from the makers' data sheets.
+PEAK_FLOPS = {
+    "TPU v3": 123e12 / 2,  # per core, as JAX counts devices there
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,  # per core, as JAX counts devices there
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def flops_per_token(cfg: ModelConfig) -> int:
+    """Returns model FLOPs per trained token: 6N + 12 L D T (PaLM, arXiv:2204.02311, appendix B).
+
+    N counts the weights that take part in matrix products, the logits' included; the attention
+    term counts the full T x T square, as is the custom. Recomputation does not count.
+    """
+    d, f = cfg.embed_dim, cfg.hidden_dim
+    weights = cfg.num_layers * (4 * d * cfg.num_heads * cfg.head_dim + 2 * d * f)
+    weights += d * cfg.vocab_size
+    attention = 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * cfg.max_seq_len
+    return 6 * weights + attention
+
+
+def mfu(tokens_per_second: float, cfg: ModelConfig, device_kind: str, devices: int) -> float | None:
+    """Returns the used share of the devices' bf16 peak; None where the peak is unknown."""
+    peak = PEAK_FLOPS.get(device_kind)
+    return peak and tokens_per_second * flops_per_token(cfg) / (peak * devices)

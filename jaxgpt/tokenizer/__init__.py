@@ -1,0 +1,6 @@
+"""Text to token ids and back, behind one small protocol."""
+
+from jaxgpt.tokenizer.base import Tokenizer
+from jaxgpt.tokenizer.load import load_tokenizer, make_tokenizer, save_tokenizer
+
+__all__ = ["Tokenizer", "load_tokenizer", "make_tokenizer", "save_tokenizer"]

@@ -1,0 +1,45 @@
+"""The protocol, and the simplest tokenizer there is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers. Ids run from 0 to `vocab_size` - 1."""
+
+    kind: str
+    vocab_size: int
+    end_of_text: int  # the id in front of each document
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of `text`, int32; never `end_of_text`, whatever the text says."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`; `end_of_text` is dropped, broken UTF-8 becomes U+FFFD."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the files that `open` needs."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0..255, and 256 for end-of-text."""
+
+    kind = "byte"
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def save(self, folder: Path) -> None:
+        pass
+
+    @classmethod
+    def open(cls, folder: Path) -> "ByteTokenizer":
+        return cls()

@@ -1,0 +1,77 @@
+"""GPT-2's byte-level BPE, from OpenAI's or Hugging Face's files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxgpt.config import BadInput
+
+END_OF_TEXT = "<|endoftext|>"
+SPELLINGS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+class Gpt2Tokenizer:
+    """Byte-level BPE (Radford et al. 2019, section 2.2). `<|endoftext|>` in a text is plain text."""
+
+    kind = "gpt2"
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], where: str):
+        if END_OF_TEXT not in vocab:
+            raise BadInput(f"the vocabulary in {where} lacks {END_OF_TEXT}")
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise BadInput(f"the vocabulary in {where} does not number its pieces 0, 1, 2, ...")
+        self.vocab, self.merges = vocab, merges
+        self.vocab_size = len(vocab)
+        self.end_of_text = vocab[END_OF_TEXT]
+        try:
+            self.fast = FastTokenizer(models.BPE(vocab=vocab, merges=merges))
+        except Exception as e:  # the library raises bare Exception
+            raise BadInput(f"the merges in {where} do not fit its vocabulary: {e}") from e
+        self.fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.fast.decoder = decoders.ByteLevel()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self.fast.encode(text).ids, np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.fast.decode([int(i) for i in ids if i != self.end_of_text])
+
+    def save(self, folder: Path) -> None:
+        vocab_file, merges_file = SPELLINGS[0]
+        (folder / vocab_file).write_text(json.dumps(self.vocab, ensure_ascii=False), "utf-8")
+        lines = "".join(f"{a} {b}\n" for a, b in self.merges)
+        (folder / merges_file).write_text("#version: 0.2\n" + lines, "utf-8")
+
+    @classmethod
+    def open(cls, folder: Path) -> "Gpt2Tokenizer":
+        """Reads any of the three spellings of GPT-2's vocabulary.
+
+        Raises:
+          BadInput: if the folder has none of them, or they are damaged.
+        """
+        if not folder.is_dir():
+            raise BadInput(f"tokenizer folder {folder} does not exist")
+        try:
+            for vocab_file, merges_file in SPELLINGS:
+                if (folder / vocab_file).is_file() and (folder / merges_file).is_file():
+                    vocab = json.loads((folder / vocab_file).read_text("utf-8"))
+                    return cls(vocab, _read_merges(folder / merges_file), str(folder))
+            if (folder / "tokenizer.json").is_file():
+                model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+                merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+                return cls(model["vocab"], merges, str(folder))
+        except (ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"the GPT-2 vocabulary in {folder} is damaged: {e}") from e
+        raise BadInput(
+            f"{folder} holds no GPT-2 vocabulary: expected vocab.json + merges.txt,"
+            " encoder.json + vocab.bpe, or tokenizer.json"
+        )
+
+
+def _read_merges(file: Path) -> list[tuple[str, str]]:
+    lines = file.read_text("utf-8").split("\n")
+    return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]

@@ -1,0 +1,83 @@
+"""From `data.tokenizer`'s string to a tokenizer, and to and from a folder."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from etils import epath
+
+from jaxgpt.config import BadInput
+from jaxgpt.tokenizer.base import ByteTokenizer, Tokenizer
+from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
+from jaxgpt.tokenizer.sentencepiece import SentencePieceTokenizer
+
+KINDS = {t.kind: t for t in (ByteTokenizer, SentencePieceTokenizer, Gpt2Tokenizer)}
+KIND_FILE = "tokenizer_kind.json"
+HELP = "choose byte, sentencepiece:SIZE, sentencepiece:FILE.model or gpt2:DIR"
+
+
+def trained_size(spec: str) -> int | None:
+    """Returns N where `spec` is `sentencepiece:N`, the one that must be trained; else None."""
+    kind, _, argument = spec.partition(":")
+    return int(argument) if kind == "sentencepiece" and argument.isdigit() else None
+
+
+def check_spec(spec: str) -> None:
+    """Raises `BadInput` for a `data.tokenizer` that names no tokenizer or no file."""
+    if trained_size(spec) is None:
+        make_tokenizer(spec, None, 0)
+    elif trained_size(spec) < 300:
+        raise BadInput(
+            f"data.tokenizer={spec} is too small: 256 pieces are bytes; ask for 300 or more"
+        )
+
+
+def make_tokenizer(
+    spec: str, documents: Callable[[], Iterable[str]] | None, size_in_bytes: int
+) -> Tokenizer:
+    """Returns the tokenizer that `spec` describes, trained on `documents` if it says so.
+
+    Raises:
+      BadInput: if `spec` is unknown, a file is missing or the corpus is too small.
+    """
+    kind, _, argument = spec.partition(":")
+    if spec == "byte":
+        return ByteTokenizer()
+    if size := trained_size(spec):
+        return SentencePieceTokenizer.train(documents(), size_in_bytes, size)
+    if kind == "sentencepiece" and argument:
+        return SentencePieceTokenizer.from_file(Path(argument).expanduser())
+    if kind == "gpt2" and argument:
+        return Gpt2Tokenizer.open(Path(argument).expanduser())
+    raise BadInput(f"data.tokenizer={spec!r} is unknown: {HELP}")
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder) -> None:
+    """Writes `tokenizer` into `folder`; the kind file comes last and makes it whole."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    kind = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    (folder / KIND_FILE).write_text(json.dumps(kind))
+
+
+def load_tokenizer(folder) -> Tokenizer:
+    """Reads what `save_tokenizer` wrote.
+
+    Raises:
+      BadInput: if there is none.
+    """
+    folder = epath.Path(folder)
+    if not (folder / KIND_FILE).exists():
+        raise BadInput(f"{folder} holds no tokenizer")
+    return KINDS[json.loads((folder / KIND_FILE).read_text())["kind"]].open(folder)
+
+
+def fingerprint(tokenizer: Tokenizer, scratch: Path) -> str:
+    """Returns a hash of everything the tokenizer's ids depend on (its saved files)."""
+    save_tokenizer(tokenizer, scratch)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(scratch.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,144 @@
+"""Train a GPT: python -m jaxgpt.train --config=configs/tiny.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+Prepares the data if that is not done yet, trains, evaluates, samples and checkpoints into the
+workdir (default: runs/<config file's name>). Run the same command again to resume.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import jax
+from absl import flags
+from etils import epath
+
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.config import BadInput, Config
+from jaxgpt.config.cli import parse, run, say
+from jaxgpt.config.load import check_resume, config_of, define_config_flag, read_config, to_json
+from jaxgpt.data.prepare import Prepared, prepare
+from jaxgpt.metrics.progress import duration
+from jaxgpt.metrics.rows import Reporter
+from jaxgpt.model.gpt import count_parameters
+from jaxgpt.parallel.mesh import AXES, make_mesh
+from jaxgpt.tokenizer import save_tokenizer
+from jaxgpt.training.loop import Loop
+from jaxgpt.training.setup import Training, make_training, resolve_vocab
+
+
+def main(argv: list[str]) -> int:
+    values = flags.FlagValues()
+    define_config_flag(values, argv)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    config = config_of(parse(values, argv, __doc__))
+    workdir = epath.Path(values.workdir or f"runs/{Path(config_path(argv)).stem}")
+    check_writable(workdir)
+    config, changes = adopt(workdir, config)
+    mesh = make_mesh(config)
+    data = prepare(config.data)
+    config = resolve_vocab(config, data.tokenizer.vocab_size)
+    training = make_training(config, mesh)
+    with jax.set_mesh(mesh):
+        return train(training, data, workdir, changes)
+
+
+def train(training: Training, data: Prepared, workdir: epath.Path, changes: list[str]) -> int:
+    """Trains from the workdir's newest checkpoint, or from nothing; returns the exit code."""
+    config, is_first = training.config, jax.process_index() == 0
+    describe(training, data, workdir)
+    if (workdir / "checkpoints").exists():
+        done = Checkpoints(workdir, read_only=True).latest() or 0
+        if done >= config.num_steps:
+            say(f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
+                " raise --config.num_steps to train on")  # fmt: skip
+            return 0
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    loop = Loop(training, data, checkpoints, None)
+    state, clock = loop.restore_or_init()
+    if is_first:
+        save_tokenizer(data.tokenizer, workdir / "tokenizer")
+        write_config(workdir, config)
+    loop.report = Reporter(workdir, int(state.step), is_first)
+    if state.step:
+        say(f"resume    from checkpoint {int(state.step)}"
+            + (f" with {'; '.join(changes)}" if changes else ""))  # fmt: skip
+    began = time.perf_counter()
+    train_step = training.compile_step()
+    say(f"compile   the train step took {duration(time.perf_counter() - began)}")
+    code = loop(state, clock, train_step)
+    loop.report.close()
+    if code == 0 and is_first:
+        say(f"done      validation loss {loop.last_validation['loss']:.4f} nats/token after"
+            f" {config.num_steps} steps in {duration(clock.now())}; everything is in {workdir}\n"
+            f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='def '\n"
+            f"          python -m jaxgpt.evaluate --workdir={workdir}\n"
+            f"          tensorboard --logdir={workdir}/tensorboard")  # fmt: skip
+    return code
+
+
+def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
+    """Returns the config to run with in `workdir` and what it changes of the run in there.
+
+    Raises:
+      BadInput: if a run is there whose config differs in what may not change.
+    """
+    if not (workdir / "checkpoints").exists() or not (workdir / "config.json").exists():
+        return config, []
+    old = read_config(workdir)
+    config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
+    return config, check_resume(old, config, workdir)
+
+
+def write_config(workdir: epath.Path, config: Config) -> None:
+    """Writes config.json in one piece."""
+    scratch = workdir / ".config.json.tmp"
+    scratch.write_text(to_json(config))
+    scratch.rename(workdir / "config.json")
+
+
+def check_writable(workdir: epath.Path) -> None:
+    """Raises `BadInput` if `workdir` can be neither used nor made; makes nothing yet."""
+    if "://" in os.fspath(workdir):
+        return  # an object store says so itself
+    there = Path(workdir).absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise BadInput(f"workdir {workdir} cannot be made: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"workdir {workdir} cannot be written: no permission in {there}")
+
+
+def config_path(argv: list[str]) -> str:
+    """Returns the last `--config`'s file as given."""
+    found = ""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.lstrip("-").partition("=")
+        if arg.startswith("-") and name == "config":
+            found = value if equals else following
+    return found
+
+
+def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
+    """Says what runs where."""
+    config, devices = training.config, training.mesh.devices
+    model = config.model
+    params = training.abstract_state().params
+    epochs = config.num_steps * config.batch_size * model.max_seq_len / len(data.train.tokens)
+    kind = devices.flat[0].device_kind
+    shape = " x ".join(f"{axis} {training.mesh.shape[axis]}" for axis in AXES)
+    say(
+        f"devices   {devices.size} x {kind}, {jax.process_count()} process(es), mesh {shape},"
+        f" jax {jax.__version__}\n"
+        f"model     {count_parameters(params, model):,} parameters: {model.num_layers} layers,"
+        f" {model.num_heads} heads, width {model.embed_dim}, context {model.max_seq_len};"
+        f" {model.dtype}, attention {training.spec.kernel}, remat {model.remat}\n"
+        f"data      {len(data.train.tokens):,} train and {len(data.validation.tokens):,}"
+        f" validation tokens of {data.tokenizer.vocab_size:,} kinds, from {data.folder}\n"
+        f"plan      {config.num_steps:,} steps of {config.batch_size} x {model.max_seq_len} tokens"
+        f" ({epochs:.2f} epochs) into {workdir}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

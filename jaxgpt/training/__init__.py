@@ -1,0 +1,1 @@
+"""State, loss, step and loop."""

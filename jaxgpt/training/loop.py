@@ -1,0 +1,212 @@
+"""The training loop. At a step's end, in this order: row, validation, sample, checkpoint.
+
+So a checkpoint never precedes its rows, and a resume that cuts the rows behind it leaves each
+step once.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.config import BadInput, SampleConfig
+from jaxgpt.config.cli import say
+from jaxgpt.data.pipeline import Windows, device_batches
+from jaxgpt.data.prepare import Prepared
+from jaxgpt.evaluation.perplexity import Perplexity
+from jaxgpt.inference.decode import generate, make_decode, until
+from jaxgpt.inference.samplers import Sampling
+from jaxgpt.metrics.progress import duration, train_line, validation_line
+from jaxgpt.metrics.rows import Reporter
+from jaxgpt.metrics.throughput import mfu
+from jaxgpt.model import ModelSpec
+from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.training.setup import Training
+from jaxgpt.training.state import TrainState
+from jaxgpt.training.step import make_eval_step
+from jaxgpt.training.stop import StopRequest
+
+
+@dataclasses.dataclass
+class Clock:
+    """Training time and tokens so far, over resumes; saved with each checkpoint."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def now(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
+
+
+class Loop:
+    """One run from its restored (or first) state to `num_steps`."""
+
+    def __init__(self, run: Training, data: Prepared, checkpoints: Checkpoints, report: Reporter):
+        config = run.config
+        self.run, self.config, self.data = run, config, data
+        self.checkpoints, self.report = checkpoints, report
+        self.windows = Windows(
+            data.train.tokens, config.model.max_seq_len, config.batch_size, config.grad_accum,
+            config.seed, config.data.shuffle,
+        )  # fmt: skip
+        self.evaluate = Perplexity(
+            make_eval_step(run.spec), run.batch_sharding, data.validation,
+            config.model.max_seq_len, config.batch_size // config.grad_accum,
+        )  # fmt: skip
+        self.sample = Sampler(run.spec, data.tokenizer, config.sample)
+        self.last_validation: dict | None = None
+
+    def restore_or_init(self) -> tuple[TrainState, Clock]:
+        """Returns the newest checkpoint's state, else a fresh one.
+
+        Raises:
+          BadInput: if the checkpoint was trained on another token stream.
+        """
+        step = self.checkpoints.latest()
+        if step is None:
+            return jax.jit(self.run.init)(), Clock()
+        state, meta = self.checkpoints.restore(step, self.run.abstract_state())
+        if meta["data_fingerprint"] != self.data.fingerprint:
+            raise BadInput(
+                f"the text of data.source={self.config.data.source} or its tokenizer has changed"
+                f" since checkpoint {step}; restore it, or choose another --workdir"
+            )
+        return state, Clock(meta["seconds"], meta["tokens"])
+
+    def __call__(self, state: TrainState, clock: Clock, train_step: Callable) -> int:
+        """Trains to `num_steps` and returns the exit code."""
+        config, start = self.config, int(state.step)
+        batches = device_batches(self.windows, self.run.batch_sharding, start, config.num_steps)
+        speed = _Speed(start)
+        logged = None  # a row waits until the next step is dispatched, so the device never does
+        clock.started = time.perf_counter()
+        with StopRequest() as stop:
+            for step, batch in enumerate(batches, start=start + 1):
+                state, metrics = train_step(state, batch)
+                clock.tokens += batch["targets"].size
+                if logged:
+                    logged = self._log(*logged, clock, speed)
+                last = step == config.num_steps or stop.received
+                if last or step % config.log_every == 0:
+                    logged = (step, clock.tokens, metrics)
+                due = {
+                    name: last or (every and step % every == 0)
+                    for name, every in (
+                        ("eval", config.eval_every), ("sample", config.sample_every),
+                        ("save", config.checkpoint_every),
+                    )
+                }  # fmt: skip
+                if any(due.values()):
+                    logged = logged and self._log(*logged, clock, speed)
+                    if due["eval"] and not stop.received:
+                        self._validate(state, step, clock)
+                    if due["sample"] and not stop.received:
+                        self._sample(state, step)
+                    if due["save"]:
+                        self._save(state, step, clock)
+                    speed.restart(step)
+                if stop.received:
+                    say(f"stopped   by signal {stop.received} after step {step}, which is saved")
+                    break
+        self.checkpoints.close()
+        return stop.exit_code
+
+    def _log(self, step: int, tokens: int, metrics: dict, clock: Clock, speed: "_Speed") -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        step_seconds = speed.seconds_per_step(step)
+        per_step = self.config.batch_size * self.config.model.max_seq_len
+        devices = self.run.mesh.devices
+        row = {
+            "step": step,
+            "split": "train",
+            "loss": values["loss"],
+            "learning_rate": values["learning_rate"],
+            "grad_norm": values["grad_norm"],
+            "tokens": tokens,
+            "tokens_per_second": per_step / step_seconds,
+            "step_seconds": step_seconds,
+            "mfu": mfu(
+                per_step / step_seconds, self.config.model, devices.flat[0].device_kind,
+                devices.size,
+            ),
+            "seconds": clock.now(),
+        }  # fmt: skip
+        self.report.metrics(row)
+        eta = (self.config.num_steps - step) * step_seconds
+        if self.report.active:
+            say(train_line(row, self.config.num_steps, eta))
+
+    def _validate(self, state: TrainState, step: int, clock: Clock) -> None:
+        began = time.perf_counter()
+        found = self.evaluate(state.params, self.config.eval_batches)
+        row = {"step": step, "split": "validation"}
+        row |= {name: found[name] for name in ("loss", "perplexity", "bits_per_byte")}
+        row["seconds"] = clock.now()
+        self.report.metrics(row)
+        self.last_validation = row
+        if self.report.active:
+            line = validation_line(row, self.config.num_steps)
+            say(f"{line} | took {duration(time.perf_counter() - began)}")
+
+    def _sample(self, state: TrainState, step: int) -> None:
+        if text := self.sample(state.params, step):
+            self.report.sample({"step": step, "prompt": self.config.sample.prompt, "text": text})
+            if self.report.active:
+                body = (self.config.sample.prompt + text).strip("\n")
+                say(f"--- sample at step {step} ---\n{body}\n---")
+
+    def _save(self, state: TrainState, step: int, clock: Clock) -> None:
+        meta = {
+            "tokens": clock.tokens,
+            "seconds": clock.now(),
+            "data_fingerprint": self.data.fingerprint,
+        }
+        self.checkpoints.save(step, state, meta)
+
+
+class Sampler:
+    """The sample taken while training; compiled once, seeded by the step."""
+
+    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, cfg: SampleConfig):
+        self.tokenizer, self.max_seq_len = tokenizer, spec.cfg.max_seq_len
+        self.prompt = prompt_tokens(tokenizer, cfg.prompt)
+        self.room = min(cfg.max_new_tokens, self.max_seq_len - len(self.prompt))
+        if self.room < 0:
+            raise BadInput(
+                f"sample.prompt has {len(self.prompt)} tokens, more than"
+                f" model.max_seq_len={self.max_seq_len}"
+            )
+        sampling = Sampling(cfg.temperature, cfg.top_k)
+        self.decode = make_decode(spec, sampling, max(self.room, 1))
+
+    def __call__(self, params: dict, seed: int) -> str:
+        if not self.room:
+            return ""
+        (tokens,) = generate(self.decode, params, [self.prompt], self.max_seq_len, seed)
+        return self.tokenizer.decode(until(tokens, self.tokenizer.end_of_text))
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """Returns the prompt's ids; an empty prompt is an end-of-text, which starts a document."""
+    ids = tokenizer.encode(prompt)
+    return ids if len(ids) else np.array([tokenizer.end_of_text], np.int32)
+
+
+class _Speed:
+    """Seconds per step since the last restart, evaluation and saving apart."""
+
+    def __init__(self, step: int):
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.step, self.since = step, time.perf_counter()
+
+    def seconds_per_step(self, step: int) -> float:
+        now = time.perf_counter()
+        seconds = (now - self.since) / max(step - self.step, 1)
+        self.step, self.since = step, now
+        return seconds

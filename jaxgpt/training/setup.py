@@ -1,0 +1,85 @@
+"""A run's parts, built once from its config: mesh, model, step, state."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from jaxgpt.config import BadInput, Config
+from jaxgpt.model import ModelSpec
+from jaxgpt.ops.attention import choose_kernel
+from jaxgpt.optim.optimizers import make_optimizer
+from jaxgpt.training.state import TrainState, init_state
+from jaxgpt.training.step import make_train_step
+
+
+def resolve_vocab(config: Config, tokenizer_vocab_size: int) -> Config:
+    """Returns `config` with `model.vocab_size` = 0 replaced by the tokenizer's size.
+
+    Raises:
+      BadInput: if the field is set to less than the tokenizer's size.
+    """
+    size = config.model.vocab_size or tokenizer_vocab_size
+    if size < tokenizer_vocab_size:
+        raise BadInput(
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_vocab_size};"
+            " set it to 0 to use the tokenizer's"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
+    """Returns the model of a config (its vocabulary resolved) for the devices of `mesh`.
+
+    Raises:
+      BadInput: if `model.attention` names a kernel that cannot run there.
+    """
+    model = config.model
+    kernel = choose_kernel(
+        model.attention, mesh.devices.flat[0].platform, model.dtype, model.head_dim, model.dropout
+    )
+    return ModelSpec(model, kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the loop, `plan` and `benchmark` share. Its methods need `jax.set_mesh(mesh)`."""
+
+    config: Config
+    mesh: Mesh
+    spec: ModelSpec
+
+    @property
+    def init(self) -> Callable[[], TrainState]:
+        """The function that makes the first state."""
+        optimizer = make_optimizer(self.config.optim, self.config.num_steps)
+        return partial(init_state, self.spec, optimizer, self.config.seed)
+
+    def abstract_state(self) -> TrainState:
+        """Returns the state's shapes, dtypes and shardings."""
+        return jax.eval_shape(self.init)
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """The sharding of a batch's arrays [grad_accum, batch, seq_len]."""
+        return NamedSharding(self.mesh, self.spec.rules(None, "batch", "seq"))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns a batch's shapes, dtypes and shardings."""
+        cfg = self.config
+        shape = (cfg.grad_accum, cfg.batch_size // cfg.grad_accum, cfg.model.max_seq_len)
+        array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+        return {"inputs": array, "targets": array}
+
+    def compile_step(self):
+        """Returns the compiled update `(state, batch) -> (state, metrics)`."""
+        step = make_train_step(self.spec, self.config)
+        return step.lower(self.abstract_state(), self.abstract_batch()).compile()
+
+
+def make_training(config: Config, mesh: Mesh) -> Training:
+    """Returns the parts of a run whose vocabulary is resolved (see `resolve_vocab`)."""
+    return Training(config, mesh, model_spec(config, mesh))

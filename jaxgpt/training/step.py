@@ -1,0 +1,80 @@
+"""The update: loss, gradients over microbatches, optimizer."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxgpt.config import Config
+from jaxgpt.model import ModelSpec
+from jaxgpt.ops.cross_entropy import IGNORE, cross_entropy
+from jaxgpt.optim.optimizers import make_optimizer
+from jaxgpt.optim.schedules import make_schedule
+from jaxgpt.training.state import TrainState
+
+Batch = dict[str, Int[Array, "A B T"]]  # inputs and targets, A microbatches
+
+
+def make_train_step(spec: ModelSpec, config: Config) -> Callable:
+    """Returns the jitted update `(state, batch) -> (state, metrics)`; it donates `state`.
+
+    The gradient is that of the mean over all targets of all microbatches, so that `grad_accum`
+    changes memory and nothing else. Metrics are scalars on the device: `loss` (cross-entropy in
+    nats, without z-loss), `grad_norm` (before clipping), `learning_rate`.
+    """
+    optimizer = make_optimizer(config.optim, config.num_steps)
+    schedule = make_schedule(config.optim, config.num_steps)
+    z_loss, seed = config.optim.z_loss, config.seed
+
+    def objective(params, micro: Batch, num_targets, key):
+        logits = spec.bind(params)(micro["inputs"], dropout_key=key)
+        nats, lse = cross_entropy(logits, micro["targets"])
+        loss = jnp.sum(nats) / num_targets
+        return loss + z_loss * jnp.sum(jnp.square(lse)) / num_targets, loss
+
+    def train_step(state: TrainState, batch: Batch):
+        num_targets = jnp.sum(batch["targets"] != IGNORE).astype(jnp.float32)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)  # for dropout
+
+        def gradient(micro: Batch, index):
+            grad = jax.grad(objective, has_aux=True)
+            return grad(state.params, micro, num_targets, jax.random.fold_in(key, index))
+
+        grads, loss = _sum_over_microbatches(gradient, batch, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step),
+        }
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return jax.jit(train_step, donate_argnames="state")
+
+
+def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):
+    """Returns the summed (gradients, loss); one microbatch needs neither loop nor buffer."""
+    num_micro = batch["inputs"].shape[0]
+    if num_micro == 1:
+        return gradient(jax.tree.map(lambda x: x[0], batch), 0)
+
+    def add(total, numbered):
+        micro, index = numbered
+        return jax.tree.map(jnp.add, total, gradient(micro, index)), None
+
+    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32))
+    return jax.lax.scan(add, zeros, (batch, jnp.arange(num_micro)))[0]
+
+
+def make_eval_step(spec: ModelSpec) -> Callable[[dict, Batch], Float[Array, "B"]]:
+    """Returns the jitted `(params, batch) -> nats summed over each row's targets`."""
+
+    def eval_step(params, batch: Batch):
+        logits = spec.bind(params)(batch["inputs"][0])
+        nats, _ = cross_entropy(logits, batch["targets"][0])
+        return jax.sharding.reshard(jnp.sum(nats, axis=-1), jax.P(None))
+
+    return jax.jit(eval_step)
