@@ -14,7 +14,8 @@ from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.training.state import TrainState
 
-Batch = dict[str, Int[Array, "A B T"]]  # inputs and targets, A microbatches
+Batch = dict[str, Int[Array, "A B T"]]  # inputs and targets of A microbatches
+Micro = dict[str, Int[Array, "B T"]]
 
 
 def make_train_step(spec: ModelSpec, config: Config) -> Callable:
@@ -28,7 +29,7 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
     schedule = make_schedule(config.optim, config.num_steps)
     z_loss, seed = config.optim.z_loss, config.seed
 
-    def objective(params, micro: Batch, num_targets, key):
+    def objective(params, micro: Micro, num_targets, key):
         logits = spec.bind(params)(micro["inputs"], dropout_key=key)
         nats, lse = cross_entropy(logits, micro["targets"])
         loss = jnp.sum(nats) / num_targets
@@ -38,7 +39,7 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
         num_targets = jnp.sum(batch["targets"] != IGNORE).astype(jnp.float32)
         key = jax.random.fold_in(jax.random.key(seed), state.step)  # for dropout
 
-        def gradient(micro: Batch, index):
+        def gradient(micro: Micro, index):
             grad = jax.grad(objective, has_aux=True)
             return grad(state.params, micro, num_targets, jax.random.fold_in(key, index))
 

@@ -1,0 +1,88 @@
+"""Eight virtual CPU devices, checked array shapes, one compilation cache for the whole run."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+CACHE = Path(tempfile.gettempdir()) / f"jaxgpt-tests-{os.getuid()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("jaxgpt", "beartype.beartype")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig  # noqa: E402
+from jaxgpt.config.cli import run  # noqa: E402
+from jaxgpt.parallel.mesh import make_mesh  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+CORPUS = (ROOT / "LICENSE").read_text()  # real English that every checkout has
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's prepared corpora."""
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A folder of four documents of the licence's text."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    quarter = len(CORPUS) // 4
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(CORPUS[i * quarter : (i + 1) * quarter])
+    return folder
+
+
+def tiny_config(shape=(1, 1, 1), **model) -> Config:
+    """A model small enough to compile in a second, odd enough to catch a swapped axis."""
+    fields = dict(vocab_size=203, max_seq_len=24, num_layers=2, num_heads=4, embed_dim=32)
+    return Config(
+        num_steps=10,
+        batch_size=8,
+        model=ModelConfig(**(fields | model)),
+        data=DataConfig(),
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=3),
+        mesh=MeshConfig(*shape),
+    )
+
+
+def mesh_of(config: Config):
+    """The config's mesh over as many of the eight devices as it needs."""
+    size = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    return make_mesh(config, jax.devices()[:size])
+
+
+def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """A host batch of random tokens, [grad_accum, batch, seq_len]."""
+    rng = np.random.default_rng(seed)
+    shape = (
+        config.grad_accum, config.batch_size // config.grad_accum, config.model.max_seq_len + 1,
+    )  # fmt: skip
+    ids = rng.integers(0, config.model.vocab_size, shape).astype(np.int32)
+    return {"inputs": ids[..., :-1], "targets": ids[..., 1:]}
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs a command in this process: `command(main, *args) -> (exit code, stdout, stderr)`."""
+
+    def call(main, *args: str):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run(main)
+        out = capsys.readouterr()
+        return exit_.value.code, out.out, out.err
+
+    return call
