@@ -11,10 +11,9 @@ from absl import flags
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run
-from jaxgpt.inference.decode import check_length, generate, make_decode, until
+from jaxgpt.inference.decode import check_length, generate, make_decode, prompt_tokens, until
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.trained import open_trained
-from jaxgpt.training.loop import prompt_tokens
 
 
 def main(argv: list[str]) -> None:

@@ -22,7 +22,7 @@ from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.tokenizer import save_tokenizer
-from jaxgpt.training.loop import Loop
+from jaxgpt.training.loop import Loop, restore_or_init
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 
 
@@ -52,21 +52,21 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
             say(f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
                 " raise --config.num_steps to train on")  # fmt: skip
             return 0
+    loop = Loop(training, data)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    loop = Loop(training, data, checkpoints, None)
-    state, clock = loop.restore_or_init()
+    state, clock = restore_or_init(training, data, checkpoints)
     if is_first:
         save_tokenizer(data.tokenizer, workdir / "tokenizer")
         write_config(workdir, config)
-    loop.report = Reporter(workdir, int(state.step), is_first)
     if state.step:
         say(f"resume    from checkpoint {int(state.step)}"
             + (f" with {'; '.join(changes)}" if changes else ""))  # fmt: skip
     began = time.perf_counter()
     train_step = training.compile_step()
     say(f"compile   the train step took {duration(time.perf_counter() - began)}")
-    code = loop(state, clock, train_step)
-    loop.report.close()
+    report = Reporter(workdir, int(state.step), is_first)
+    code = loop(state, clock, train_step, checkpoints, report)
+    report.close()
     if code == 0 and is_first:
         say(f"done      validation loss {loop.last_validation['loss']:.4f} nats/token after"
             f" {config.num_steps} steps in {duration(clock.now())}; everything is in {workdir}\n"

@@ -83,12 +83,14 @@ class Checkpoints:
 def concrete(abstract):
     """Returns `abstract` with each sharding on the current mesh's devices.
 
-    `eval_shape` gives shardings on an abstract mesh, which name axes but no devices.
+    `eval_shape` gives shardings on an abstract mesh, which name axes but no devices, and none
+    to a scalar, which lives on every device.
     """
     mesh = jax.sharding.get_mesh()
 
     def place(leaf):
-        sharding = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
+        spec = leaf.sharding.spec if leaf.sharding else jax.P()
+        sharding = jax.sharding.NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, abstract)

@@ -11,6 +11,7 @@ from jaxgpt.config import BadInput
 from jaxgpt.inference.samplers import Sampling, draw
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import empty
+from jaxgpt.tokenizer import Tokenizer
 
 BUCKET = 64  # prompts are padded to a multiple, so that few shapes are compiled
 
@@ -51,6 +52,12 @@ def make_decode(spec: ModelSpec, sampling: Sampling, max_new_tokens: int) -> Cal
         return jnp.concatenate([tokens, last[None]]).T
 
     return jax.jit(decode)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """Returns the prompt's ids; an empty prompt is an end-of-text, which starts a document."""
+    ids = tokenizer.encode(prompt)
+    return ids if len(ids) else np.array([tokenizer.end_of_text], np.int32)
 
 
 def check_length(prompt_length: int, max_new_tokens: int, max_seq_len: int) -> None:

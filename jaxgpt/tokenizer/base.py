@@ -1,12 +1,13 @@
 """The protocol, and the simplest tokenizer there is."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+import os
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What every tokenizer offers. Ids run from 0 to `vocab_size` - 1."""
 
@@ -17,10 +18,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32; never `end_of_text`, whatever the text says."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable) -> str:
         """Returns the text of `ids`; `end_of_text` is dropped, broken UTF-8 becomes U+FFFD."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: os.PathLike) -> None:
         """Writes the files that `open` needs."""
 
 
@@ -34,12 +35,12 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: os.PathLike) -> None:
         pass
 
     @classmethod
-    def open(cls, folder: Path) -> "ByteTokenizer":
+    def open(cls, folder: os.PathLike) -> "ByteTokenizer":
         return cls()

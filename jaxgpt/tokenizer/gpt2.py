@@ -1,8 +1,8 @@
 """GPT-2's byte-level BPE, from OpenAI's or Hugging Face's files."""
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections.abc import Iterable
 
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
@@ -37,17 +37,17 @@ class Gpt2Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.fast.encode(text).ids, np.int32)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable) -> str:
         return self.fast.decode([int(i) for i in ids if i != self.end_of_text])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: os.PathLike) -> None:
         vocab_file, merges_file = SPELLINGS[0]
         (folder / vocab_file).write_text(json.dumps(self.vocab, ensure_ascii=False), "utf-8")
         lines = "".join(f"{a} {b}\n" for a, b in self.merges)
         (folder / merges_file).write_text("#version: 0.2\n" + lines, "utf-8")
 
     @classmethod
-    def open(cls, folder: Path) -> "Gpt2Tokenizer":
+    def open(cls, folder: os.PathLike) -> "Gpt2Tokenizer":
         """Reads any of the three spellings of GPT-2's vocabulary.
 
         Raises:
@@ -72,6 +72,6 @@ class Gpt2Tokenizer:
         )
 
 
-def _read_merges(file: Path) -> list[tuple[str, str]]:
+def _read_merges(file: os.PathLike) -> list[tuple[str, str]]:
     lines = file.read_text("utf-8").split("\n")
     return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def load_tokenizer(folder) -> Tokenizer:
     return KINDS[json.loads((folder / KIND_FILE).read_text())["kind"]].open(folder)
 
 
-def fingerprint(tokenizer: Tokenizer, scratch: Path) -> str:
+def fingerprint(tokenizer: Tokenizer, scratch: os.PathLike) -> str:
     """Returns a hash of everything the tokenizer's ids depend on (its saved files)."""
     save_tokenizer(tokenizer, scratch)
     digest = hashlib.blake2b(digest_size=16)

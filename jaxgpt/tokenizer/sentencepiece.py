@@ -2,8 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import sentencepiece
@@ -36,18 +35,18 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.processor.encode(text), np.int32)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable) -> str:
         return self.processor.decode([int(i) for i in ids if i != self.end_of_text])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: os.PathLike) -> None:
         (folder / MODEL_FILE).write_bytes(self.model)
 
     @classmethod
-    def open(cls, folder: Path) -> "SentencePieceTokenizer":
+    def open(cls, folder: os.PathLike) -> "SentencePieceTokenizer":
         return cls.from_file(folder / MODEL_FILE)
 
     @classmethod
-    def from_file(cls, file: Path) -> "SentencePieceTokenizer":
+    def from_file(cls, file: os.PathLike) -> "SentencePieceTokenizer":
         if not file.is_file():
             raise BadInput(f"SentencePiece model {file} does not exist")
         return cls(file.read_bytes(), str(file))

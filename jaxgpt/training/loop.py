@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput, SampleConfig
@@ -17,7 +16,7 @@ from jaxgpt.config.cli import say
 from jaxgpt.data.pipeline import Windows, device_batches
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.inference.decode import generate, make_decode, until
+from jaxgpt.inference.decode import generate, make_decode, prompt_tokens, until
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
@@ -42,13 +41,36 @@ class Clock:
         return self.seconds + time.perf_counter() - self.started
 
 
-class Loop:
-    """One run from its restored (or first) state to `num_steps`."""
+def restore_or_init(
+    run: Training, data: Prepared, checkpoints: Checkpoints
+) -> tuple[TrainState, Clock]:
+    """Returns the newest checkpoint's state, else a fresh one.
 
-    def __init__(self, run: Training, data: Prepared, checkpoints: Checkpoints, report: Reporter):
+    Raises:
+      BadInput: if the checkpoint was trained on another token stream.
+    """
+    step = checkpoints.latest()
+    if step is None:
+        return jax.jit(run.init)(), Clock()
+    state, meta = checkpoints.restore(step, run.abstract_state())
+    if meta["data_fingerprint"] != data.fingerprint:
+        raise BadInput(
+            f"the text of data.source={run.config.data.source} or its tokenizer has changed"
+            f" since checkpoint {step}; restore it, or choose another --workdir"
+        )
+    return state, Clock(meta["seconds"], meta["tokens"])
+
+
+class Loop:
+    """The part of a run that repeats. Making one checks the data against the config.
+
+    Raises:
+      BadInput: if a split is shorter than a window, or the sample's prompt than the context.
+    """
+
+    def __init__(self, run: Training, data: Prepared):
         config = run.config
         self.run, self.config, self.data = run, config, data
-        self.checkpoints, self.report = checkpoints, report
         self.windows = Windows(
             data.train.tokens, config.model.max_seq_len, config.batch_size, config.grad_accum,
             config.seed, config.data.shuffle,
@@ -60,25 +82,16 @@ class Loop:
         self.sample = Sampler(run.spec, data.tokenizer, config.sample)
         self.last_validation: dict | None = None
 
-    def restore_or_init(self) -> tuple[TrainState, Clock]:
-        """Returns the newest checkpoint's state, else a fresh one.
-
-        Raises:
-          BadInput: if the checkpoint was trained on another token stream.
-        """
-        step = self.checkpoints.latest()
-        if step is None:
-            return jax.jit(self.run.init)(), Clock()
-        state, meta = self.checkpoints.restore(step, self.run.abstract_state())
-        if meta["data_fingerprint"] != self.data.fingerprint:
-            raise BadInput(
-                f"the text of data.source={self.config.data.source} or its tokenizer has changed"
-                f" since checkpoint {step}; restore it, or choose another --workdir"
-            )
-        return state, Clock(meta["seconds"], meta["tokens"])
-
-    def __call__(self, state: TrainState, clock: Clock, train_step: Callable) -> int:
-        """Trains to `num_steps` and returns the exit code."""
+    def __call__(
+        self,
+        state: TrainState,
+        clock: Clock,
+        train_step: Callable,
+        checkpoints: Checkpoints,
+        report: Reporter,
+    ) -> int:
+        """Trains from `state` to `num_steps` and returns the exit code."""
+        self.checkpoints, self.report = checkpoints, report
         config, start = self.config, int(state.step)
         batches = device_batches(self.windows, self.run.batch_sharding, start, config.num_steps)
         speed = _Speed(start)
@@ -112,7 +125,7 @@ class Loop:
                 if stop.received:
                     say(f"stopped   by signal {stop.received} after step {step}, which is saved")
                     break
-        self.checkpoints.close()
+        checkpoints.close()
         return stop.exit_code
 
     def _log(self, step: int, tokens: int, metrics: dict, clock: Clock, speed: "_Speed") -> None:
@@ -188,12 +201,6 @@ class Sampler:
             return ""
         (tokens,) = generate(self.decode, params, [self.prompt], self.max_seq_len, seed)
         return self.tokenizer.decode(until(tokens, self.tokenizer.end_of_text))
-
-
-def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-    """Returns the prompt's ids; an empty prompt is an end-of-text, which starts a document."""
-    ids = tokenizer.encode(prompt)
-    return ids if len(ids) else np.array([tokenizer.end_of_text], np.int32)
 
 
 class _Speed:

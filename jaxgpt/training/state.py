@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 
 from jaxgpt.model import ModelSpec
 
@@ -18,7 +17,7 @@ class TrainState:
 
     params: dict
     opt_state: Any
-    step: Int[Array, ""]
+    step: Any  # int32 scalar; a leaf may also be its shape, its sharding, ...
 
 
 def init_state(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

@@ -1,0 +1,219 @@
+"""The commands as people run them: train, be killed, resume, evaluate, sample."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import evaluate, sample, train
+from jaxgpt.inference.trained import open_trained
+from tests.conftest import ROOT
+
+CONFIG = """
+from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig
+
+def get_config():
+    return Config(
+        num_steps=12, batch_size=16, grad_accum=2, log_every=1, eval_every=6, checkpoint_every=4,
+        keep_checkpoints=2,
+        model=ModelConfig(max_seq_len=32, num_layers=2, num_heads=2, embed_dim=32, dropout=0.1),
+        data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=2),
+        sample=SampleConfig(max_new_tokens=8),
+    )
+"""
+
+
+@pytest.fixture
+def config_file(corpus, tmp_path):
+    file = tmp_path / "run.py"
+    file.write_text(CONFIG.format(corpus=corpus))
+    return file
+
+
+def rows(workdir, split="train") -> list[dict]:
+    found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [row for row in found if row["split"] == split]
+
+
+def losses(workdir) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(workdir)}
+
+
+def start(config_file, workdir, *args) -> subprocess.Popen:
+    """The real command in a process of its own, on one device."""
+    env = os.environ | {"XLA_FLAGS": "", "JAXGPT_CACHE": str(config_file.parent / "cache")}
+    argv = [sys.executable, "-m", "jaxgpt.train", f"--config={config_file}", f"--workdir={workdir}"]
+    return subprocess.Popen(
+        [*argv, *args], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(process, ready, seconds=120):
+    """Waits until `ready()`; fails if the process ends or time runs out first."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_train_evaluate_sample(command, config_file, tmp_path):
+    workdir = tmp_path / "w"
+    argv = (f"--config={config_file}", f"--workdir={workdir}")
+    code, out, err = command(train.main, *argv)
+    assert (code, out) == (0, ""), err
+    for said in ("devices   8 x", "parameters", "validation tokens", "attention xla", "compile",
+                 "tok/s", "eta", "--- sample at step 12 ---", "jaxgpt.sample --workdir"):  # fmt: skip
+        assert said in err
+    assert sorted(p.name for p in workdir.iterdir()) == [
+        "checkpoints", "config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "tokenizer"
+    ]  # fmt: skip
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [8, 12]
+    found = rows(workdir)
+    assert [row["step"] for row in found] == list(range(1, 13))
+    assert list(found[0]) == [
+        "step", "split", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
+        "step_seconds", "mfu", "seconds",
+    ]  # fmt: skip
+    assert [row["tokens"] for row in found] == [16 * 32 * k for k in range(1, 13)]
+    assert found[0]["learning_rate"] == pytest.approx(1.5e-3) and found[0]["mfu"] is None
+    assert found[-1]["loss"] < found[0]["loss"] - 0.5
+    validation = rows(workdir, "validation")
+    assert [row["step"] for row in validation] == [6, 12]
+    assert list(validation[0]) == [
+        "step", "split", "loss", "perplexity", "bits_per_byte", "seconds"
+    ]  # fmt: skip
+
+    code, out, err = command(evaluate.main, f"--workdir={workdir}")
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and list(result) == [
+        "step", "split", "loss", "perplexity", "bits_per_byte", "tokens", "bytes", "seconds"
+    ]  # fmt: skip
+    assert (result["step"], result["split"]) == (12, "validation")
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert result[name] == pytest.approx(validation[-1][name], rel=1e-6)
+    assert result["loss"] == pytest.approx(plain_loss(workdir), rel=1e-6)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    bits = result["loss"] * result["tokens"] / math.log(2) / result["bytes"]
+    assert result["bits_per_byte"] == pytest.approx(bits)
+
+    file = config_file.parent / "corpus" / "3.txt"  # the held-out document, now by name
+    code, out, err = command(evaluate.main, f"--workdir={workdir}", f"--data=text:{file}")
+    again = json.loads(out)
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    assert again["bytes"] == file.stat().st_size == again["tokens"]
+
+    argv = (f"--workdir={workdir}", "--prompt=The ", "--max_new_tokens=10", "--seed=3")
+    code, once, _ = command(sample.main, *argv, "--num_samples=2")
+    assert code == 0 and once == command(sample.main, *argv, "--num_samples=2")[1]
+    first, second = once[:-1].split("\n---\n")
+    assert first.startswith("The ") and first != second
+    assert command(sample.main, *argv)[1] == first + "\n", "neighbours change nothing"
+    greedy = command(sample.main, *argv, "--temperature=0", "--max_new_tokens=5")[1]
+    assert greedy == "The " + plain_greedy(workdir, "The ", 5) + "\n"
+    code, _, err = command(sample.main, f"--workdir={workdir}", f"--prompt={'x' * 33}")
+    assert code == 2 and "more than the model's context of 32" in err
+    code, _, err = command(sample.main, f"--workdir={workdir}", "--prompt=abc")
+    assert code == 2 and "ask for at most 29 new tokens" in err
+
+
+def full_logits(workdir, tokens):
+    """Logits by the whole forward pass, no cache."""
+    trained = open_trained(str(workdir), None)
+    with jax.set_mesh(trained.mesh):
+        spec = trained.spec.for_decoding()
+        return np.asarray(jax.jit(lambda p: spec.bind(p)(jnp.asarray(tokens)))(trained.params()))
+
+
+def plain_loss(workdir) -> float:
+    """The contract's loss, window by window in float64, without our evaluation code."""
+    text = sorted((workdir.parent / "corpus").iterdir())[-1].read_bytes()
+    tokens = [256, *text]
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 32):
+        window = np.array(tokens[start : start + 33])
+        logits = full_logits(workdir, window[None, :-1])[0].astype(np.float64)[:, :257]
+        lse = np.log(np.exp(logits).sum(-1))
+        nats += np.sum(lse - logits[np.arange(len(window) - 1), window[1:]])
+    return nats / (len(tokens) - 1)
+
+
+def plain_greedy(workdir, prompt: str, count: int) -> str:
+    ids = list(prompt.encode())
+    for _ in range(count):
+        ids.append(int(full_logits(workdir, [ids])[0, -1].argmax()))
+    return bytes(i for i in ids[len(prompt) :] if i < 256).decode("utf-8", errors="replace")
+
+
+def test_kill_9_and_resume_bit_for_bit(config_file, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(config_file, whole, "--config.num_steps=40")
+    assert process.wait() == 0, process.communicate()[1]
+    process = start(config_file, killed, "--config.num_steps=40")
+    metrics = killed / "metrics.jsonl"
+    wait_for(process, lambda: metrics.exists() and metrics.read_text().count("\n") >= 11)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(losses(killed)) < 40, "it was killed in the middle"
+    with metrics.open("a") as file:
+        file.write('{"step": 99, "spl')  # the half line of an unlucky kill
+    process = start(config_file, killed, "--config.num_steps=40")
+    _, err = process.communicate()
+    assert process.returncode == 0 and "resume    from checkpoint" in err, err
+    assert losses(killed) == losses(whole)
+    assert [r["step"] for r in rows(killed)] == list(range(1, 41)), "each step once, in order"
+    for split in ("validation", "train"):
+        keep = ("step", "loss")
+        got, want = ([{k: r[k] for k in keep} for r in rows(w, split)] for w in (killed, whole))
+        assert got == want
+    assert [r["tokens"] for r in rows(killed)] == [r["tokens"] for r in rows(whole)]
+    seconds = [r["seconds"] for r in rows(killed)]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(config_file, tmp_path, number):
+    workdir = tmp_path / "w"
+    process = start(config_file, workdir, "--config.num_steps=100000", "--config.eval_every=0",
+                    "--config.checkpoint_every=0")  # fmt: skip
+    metrics = workdir / "metrics.jsonl"
+    wait_for(process, lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err, err
+    last = rows(workdir)[-1]["step"]
+    assert [int(p.name) for p in (workdir / "checkpoints").iterdir()] == [last]
+
+
+def test_resume_rules(command, config_file, tmp_path):
+    workdir = tmp_path / "w"
+    argv = (f"--config={config_file}", f"--workdir={workdir}", "--config.num_steps=4")
+    assert command(train.main, *argv)[0] == 0
+    code, _, err = command(train.main, *argv)
+    assert code == 0 and "has all 4 of num_steps=4 steps" in err
+    for change, named in (
+        ("--config.model.num_layers=3", "model.num_layers: 2 -> 3"),
+        ("--config.data.tokenizer=sentencepiece:400", "data.tokenizer: byte -> sentencepiece:400"),
+        ("--config.optim.b2=0.9", "optim.b2: 0.95 -> 0.9"),
+    ):
+        code, out, err = command(train.main, *argv, change)
+        assert (code, out) == (2, "") and named in err and err.count("\n") == 1
+    code, _, err = command(
+        train.main, *argv, "--config.num_steps=6", "--config.mesh.data=2", "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2", "--config.grad_accum=1", "--config.model.remat=full",
+    )  # fmt: skip
+    assert code == 0 and "num_steps: 4 -> 6" in err, err
+    assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
+    assert json.loads((workdir / "config.json").read_text())["num_steps"] == 6
+    (config_file.parent / "corpus" / "0.txt").write_text("another text " * 500)
+    code, _, err = command(train.main, *argv, "--config.num_steps=8")
+    assert code == 2 and "has changed since checkpoint 6" in err

@@ -1,0 +1,146 @@
+"""Configs: round trip, overrides, and one clear line for whatever is wrong."""
+
+import dataclasses
+
+import pytest
+from absl import flags
+
+from jaxgpt.config import BadInput, Config, MeshConfig, ModelConfig
+from jaxgpt.config.cli import parse
+from jaxgpt.config.load import check_resume, config_of, define_config_flag, from_json, to_json
+from jaxgpt.config.schema import fields_of, get_field, set_field
+from jaxgpt.config.validate import validate
+from jaxgpt.parallel.mesh import mesh_shape
+
+FILE = "from jaxgpt.config import Config\ndef get_config():\n    return Config(batch_size=4)\n"
+
+
+@pytest.fixture
+def parse_args(tmp_path):
+    (tmp_path / "c.py").write_text(FILE)
+
+    def call(*args, config=f"--config={tmp_path / 'c.py'}"):
+        argv = ["train", *([config] if config else []), *args]
+        values = flags.FlagValues()
+        define_config_flag(values, argv)
+        return config_of(parse(values, argv, "doc"))
+
+    return call
+
+
+def changed(value):
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    return value + "x" if isinstance(value, str) else value + 1
+
+
+def test_json_round_trip_of_every_field():
+    config = Config()
+    for path in fields_of(config):
+        set_field(config, path, changed(get_field(config, path)))
+    assert from_json(to_json(config)) == config
+    assert from_json(to_json(config)) != Config()
+
+
+def test_json_with_an_unknown_field_or_wrong_type():
+    with pytest.raises(BadInput, match="unknown field model.nope"):
+        from_json('{"model": {"nope": 1}}')
+    with pytest.raises(BadInput, match="batch_size='8' has type str, expected int"):
+        from_json('{"batch_size": "8"}')
+
+
+def test_overrides(parse_args):
+    config = parse_args(
+        "--config.model.num_layers=7", "--config.optim.learning_rate=1",
+        "--config.data.shuffle=false", "--config.data.source=text:a.txt", "--config.seed", "3",
+    )  # fmt: skip
+    assert config.batch_size == 4, "the file's own value stays"
+    assert (config.model.num_layers, config.optim.learning_rate) == (7, 1.0)
+    assert (config.data.shuffle, config.data.source, config.seed) == (False, "text:a.txt", 3)
+    assert type(config.optim.learning_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("--config.model.num_layer=3", "did you mean --config.model.num_layers"),
+        ("--config.num_layers=3", "did you mean --config.model.num_layers"),
+        ("--config.zzz=3", "unknown config field --config.zzz"),
+        ("--config.batch_size=big", "--config.batch_size=big is not a valid value: expected int"),
+        ("--config.optim.eps=x", "expected float"),
+        ("--config.data.shuffle=perhaps", "expected bool"),
+        ("--confg.seed=1", "Unknown command line flag"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_bad_arguments(parse_args, arg, message):
+    with pytest.raises(BadInput, match=message):
+        parse_args(arg)
+
+
+def test_config_file_errors(parse_args, tmp_path):
+    with pytest.raises(BadInput, match="--config=FILE is required"):
+        parse_args(config=None)
+    with pytest.raises(BadInput, match="nowhere.py does not exist"):
+        parse_args(config="--config=nowhere.py")
+    for text, message in (
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "KeyError"),
+        ("def get_config(): return 1", "must return a jaxgpt.config.Config, not int"),
+        ("def get_config(): raise ValueError('no')", "ValueError: no"),
+    ):
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(BadInput, match=message):
+            parse_args(config=f"--config={tmp_path / 'bad.py'}")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.num_heads", 5, "model.embed_dim=768 is not divisible by model.num_heads=5"),
+        ("batch_size", 0, "batch_size=0 must be at least 1"),
+        ("grad_accum", 3, "batch_size=8 is not divisible by grad_accum=3"),
+        ("mesh.data", 3, "make batch_size a multiple of 3"),
+        ("mesh.data", 0, "mesh.data=0 must be a positive number of devices"),
+        ("mesh.fsdp", -1, "at most one of"),
+        ("mesh.tensor", 5, "model.num_heads = 12 cannot be divided over mesh.tensor=5"),
+        ("model.dtype", "float64", "choose one of float32, bfloat16"),
+        ("model.attention", "flash", "choose one of auto, xla, cudnn"),
+        ("model.dropout", 1.0, "model.dropout=1.0"),
+        ("optim.name", "adam", "choose one of adamw"),
+        ("optim.learning_rate", 0.0, "optim.learning_rate=0.0"),
+        ("optim.learning_rate", float("nan"), "optim.learning_rate=nan"),
+        ("data.validation_fraction", 1.0, "data.validation_fraction=1.0"),
+        ("batch_size", "8", "has type str, expected int"),
+        ("model.num_layers", True, "has type bool, expected int"),
+    ],
+)
+def test_cross_field_checks(path, value, message):
+    config = Config()
+    set_field(config, path, value)
+    with pytest.raises(BadInput, match=message):
+        validate(config)
+
+
+def test_mesh_shape():
+    config = Config(batch_size=16, mesh=MeshConfig(-1, 2, 2))
+    assert mesh_shape(config, 8) == (2, 2, 2)
+    with pytest.raises(BadInput, match="a multiple of 4 devices, but there are 6"):
+        mesh_shape(config, 6)
+    with pytest.raises(BadInput, match="needs 4 devices, but there are 8"):
+        mesh_shape(dataclasses.replace(config, mesh=MeshConfig(1, 2, 2)), 8)
+    with pytest.raises(BadInput, match="model.embed_dim = 36"):
+        small = Config(batch_size=8, mesh=MeshConfig(1, 8, 1), model=ModelConfig(embed_dim=36))
+        mesh_shape(small, 8)
+
+
+def test_resume_rules():
+    old, new = Config(), Config()
+    for path in ("num_steps", "log_every", "mesh.tensor", "grad_accum", "model.remat"):
+        set_field(new, path, changed(get_field(new, path)))
+    assert "num_steps: 1000 -> 1001" in check_resume(old, new, "w")
+    new.model.num_layers = 13
+    new.data.tokenizer = "byte2"
+    with pytest.raises(BadInput, match=r"model.num_layers: 12 -> 13; data.tokenizer: byte"):
+        check_resume(old, new, "w")

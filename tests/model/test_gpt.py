@@ -1,0 +1,181 @@
+"""What must hold of the model itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config.schema import fields_of, get_field, set_field
+from jaxgpt.model import ModelSpec
+from jaxgpt.model.cache import empty
+from jaxgpt.model.gpt import count_parameters
+from jaxgpt.ops.cross_entropy import cross_entropy
+from tests.conftest import mesh_of, random_batch, tiny_config
+
+
+def build(config: Config):
+    spec = ModelSpec(config.model, "xla")
+    return spec, jax.jit(spec.init)(jax.random.key(0))
+
+
+def tokens_of(config: Config) -> jnp.ndarray:
+    return jnp.asarray(random_batch(config)["inputs"][0])
+
+
+def test_gpt2_has_its_published_size():
+    cfg = ModelConfig(vocab_size=50257)
+    with jax.set_mesh(mesh_of(tiny_config())):
+        abstract = jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0))
+    assert abstract["tokens"].shape == (50304, 768)
+    assert count_parameters(abstract, cfg) == 124_439_808
+
+
+def test_initialisation_is_gpt2s():
+    """Matrices N(0, 0.02), the two residual projections smaller by sqrt(2L), the rest 0 and 1."""
+    config = tiny_config(num_layers=8, embed_dim=64, vocab_size=1000, max_seq_len=200)
+    with jax.set_mesh(mesh_of(config)):
+        _, params = build(config)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, values = path[-1].key, np.asarray(leaf)
+        if name.endswith("bias"):
+            assert np.all(values == 0)
+        elif name == "scale":
+            assert np.all(values == 1)
+        else:
+            want = 0.02 / np.sqrt(2 * 8) if name in ("out", "down") else 0.02
+            assert abs(values.std() / want - 1) < 0.03 and abs(values.mean()) < 0.05 * want, path
+    first, second = params["blocks"]["mlp"]["up"][:2]
+    assert not np.allclose(first, second), "each layer has its own draw"
+
+
+def test_causality_by_gradient():
+    """The logits at t depend on embeddings at s exactly where s <= t."""
+    config = tiny_config(max_seq_len=6)
+    with jax.set_mesh(mesh_of(config)):
+        spec, params = build(config)
+        tokens = 10 + jnp.arange(6)[None]  # all different: embedding row 10 + s is position s
+
+        def logits_at(embedding, t):  # ids from 10 on, so that the first three are read as outputs
+            logits = spec.for_decoding().bind(params | {"tokens": embedding})(tokens)[0, t, :3]
+            return jnp.sum(jnp.square(logits))
+
+        grads = [jax.grad(logits_at)(params["tokens"], t)[10:16] for t in range(6)]
+        reached = np.abs(np.array(grads)).sum(-1) > 0
+    np.testing.assert_array_equal(reached, np.tril(np.ones((6, 6), bool)))
+
+
+@pytest.mark.parametrize("variant", [
+    {"scan_layers": False}, {"remat": "dots"}, {"remat": "full"},
+    {"remat": "full", "scan_layers": False},
+])  # fmt: skip
+def test_scan_and_remat_change_neither_checkpoint_nor_numbers(variant):
+    def loss_and_grads(**fields):
+        config = tiny_config(dropout=0.1, **fields)
+        with jax.set_mesh(mesh_of(config)):
+            spec, params = build(config)
+            tokens = tokens_of(config)
+
+            def loss_of(params):
+                logits = spec.bind(params)(tokens, dropout_key=jax.random.key(1))
+                return jnp.mean(cross_entropy(logits, tokens)[0])
+
+            return params, jax.jit(jax.value_and_grad(loss_of))(params)
+
+    params, want = loss_and_grads()
+    other_params, got = loss_and_grads(**variant)
+    jax.tree.map(np.testing.assert_array_equal, params, other_params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), want, got)
+
+
+def test_cached_extension_equals_the_whole():
+    """In pieces of unequal size, with rows at different positions."""
+    config = tiny_config()
+    with jax.set_mesh(mesh_of(config)):
+        spec, params = build(config)
+        spec = spec.for_decoding()
+        tokens = tokens_of(config)[:3]
+        whole = jax.jit(lambda p: spec.bind(p)(tokens))(params)
+
+        @jax.jit
+        def pieces(params):
+            model, cache, found = spec.bind(params), empty(config.model, 3, 24, spec.rules), []
+            positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
+            for start, stop in ((0, 7), (7, 8), (8, 24)):
+                part = slice(start, stop)
+                at = jnp.full(3, stop - start - 1)
+                logits, cache = model.extend(tokens[:, part], positions[:, part], cache, at)
+                found.append(logits)
+            return jnp.stack(found, axis=1)
+
+        np.testing.assert_allclose(pieces(params), whole[:, jnp.array([6, 7, 23])], atol=1e-5)
+
+
+def test_dropout_drops_the_stated_share_and_only_in_training():
+    config = tiny_config(dropout=0.5)
+    with jax.set_mesh(mesh_of(config)):
+        spec, params = build(config)
+        off, _ = build(tiny_config())
+        tokens = tokens_of(config)
+        call = jax.jit(lambda p, key: spec.bind(p)(tokens, dropout_key=key))
+        silent = jax.jit(lambda p: spec.bind(p)(tokens))(params)
+        np.testing.assert_array_equal(silent, jax.jit(lambda p: off.bind(p)(tokens))(params))
+        one, two = call(params, jax.random.key(0)), call(params, jax.random.key(1))
+        assert not np.allclose(one, silent) and not np.allclose(one, two)
+        np.testing.assert_array_equal(one, call(params, jax.random.key(0)))
+
+
+def test_dtypes():
+    """bf16 compute: float32 parameters and logits, close to float32 numbers, not equal to them."""
+    config = tiny_config()
+    low = dataclasses.replace(config.model, dtype="bfloat16")
+    with jax.set_mesh(mesh_of(config)):
+        spec, params = build(config)
+        tokens = tokens_of(config)
+        exact = jax.jit(lambda p: spec.bind(p)(tokens))(params)
+        rough = jax.jit(lambda p: ModelSpec(low, "xla").bind(p)(tokens))(params)
+        text = jax.jit(lambda p: ModelSpec(low, "xla").bind(p)(tokens)).lower(params).as_text()
+    assert exact.dtype == rough.dtype == jnp.float32
+    assert "bf16" in text
+    real = slice(0, config.model.vocab_size)
+    difference = np.abs(np.asarray(exact - rough)[..., real]).max()
+    assert 0 < difference < 0.02
+
+
+CHANGES = {
+    "vocab_size": 300, "max_seq_len": 20, "num_layers": 3, "num_heads": 2, "embed_dim": 64,
+    "mlp_dim": 96, "dropout": 0.1, "dtype": "bfloat16", "param_dtype": "bfloat16",
+    "remat": "full", "scan_layers": False,
+}  # fmt: skip
+
+
+def lowered(config: Config) -> str:
+    from jaxgpt.training.setup import make_training
+    from jaxgpt.training.step import make_train_step
+
+    with jax.set_mesh(mesh := mesh_of(config)):
+        training = make_training(config, mesh)
+        step = make_train_step(training.spec, config)
+        return step.lower(training.abstract_state(), training.abstract_batch()).as_text()
+
+
+def test_no_field_is_read_by_nobody():
+    """Perturbing any model or optimizer field changes the lowered train step."""
+    base = lowered(tiny_config(dropout=0.2))  # without dropout nothing reads the seed
+    for path in fields_of(tiny_config()):
+        config, (room, _, name) = tiny_config(dropout=0.2), path.partition(".")
+        if room == "model" and name != "attention":  # it picks a kernel; see test_kernel_choice
+            set_field(config, path, CHANGES[name])
+        elif room == "optim" and name not in ("name", "schedule"):
+            set_field(config, path, get_field(config, path) / 2 or 1.0)
+            if name == "warmup_steps":
+                config.optim.warmup_steps = 5
+        elif path == "optim.schedule":
+            config.optim.schedule = "linear"
+        elif path not in ("seed", "num_steps", "batch_size", "grad_accum"):
+            continue
+        else:
+            set_field(config, path, 2 * get_field(config, path) or 1)
+        assert lowered(config) != base, f"{path} changes nothing"

@@ -1,0 +1,56 @@
+"""The shape of the repository: imports run one way, files and folders stay small."""
+
+import ast
+import configparser
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "jaxgpt"
+ROOMS = [
+    "config", "metrics", "tokenizer", "parallel", "ops", "model", "data", "optim",
+    "checkpointing", "inference", "evaluation", "training",
+]  # fmt: skip
+
+
+def imported_rooms(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxgpt."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("jaxgpt.")}
+    return names
+
+
+def test_a_room_imports_only_rooms_above_it():
+    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(ROOMS)
+    for number, room in enumerate(ROOMS):
+        for file in (PACKAGE / room).glob("*.py"):
+            below = imported_rooms(file) - set(ROOMS[: number + 1])
+            assert not below, f"{file.relative_to(ROOT)} imports {below} from below"
+
+
+def test_files_and_folders_are_small():
+    for file in PACKAGE.rglob("*.py"):
+        assert len(file.read_text().splitlines()) <= 350, f"{file} is too long"
+    for folder in [PACKAGE, *(PACKAGE / room for room in ROOMS)]:
+        count = len(list(folder.glob("*.py")))
+        assert count <= (20 if folder == PACKAGE else 12), f"{folder} holds {count} files"
+
+
+def test_everything_public_has_a_docstring():
+    for file in PACKAGE.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        assert ast.get_docstring(tree), f"{file} has no docstring"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if node.name != "main":  # the module's docstring is its help
+                    assert ast.get_docstring(node), f"{file}: {node.name} has no docstring"
+
+
+def test_the_base_installation_stays_lean():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    base = setup["options"]["install_requires"].split("\n")[1:]
+    assert len(base) <= 12
+    assert not any(name.startswith(("torch", "tensorflow", "transformers")) for name in base)

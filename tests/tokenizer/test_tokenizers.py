@@ -1,0 +1,129 @@
+"""Every tokenizer gives the text back, and survives being saved."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers, trainers
+
+from jaxgpt.config import BadInput
+from jaxgpt.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
+from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
+from jaxgpt.tokenizer.load import check_spec
+from tests.conftest import CORPUS
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    """A small vocabulary in OpenAI's spelling, made as GPT-2's was."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )  # fmt: skip
+    fast.train_from_iterator([CORPUS], trainer)
+    model = json.loads(fast.to_str())["model"]
+    vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
+    merges = [tuple(m) for m in model["merges"]]
+    (folder / "encoder.json").write_text(json.dumps(vocab))
+    lines = "\n".join(" ".join(m) for m in merges)
+    (folder / "vocab.bpe").write_text(f"#version: 0.2\n{lines}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(gpt2_folder):
+    return {
+        "byte": make_tokenizer("byte", None, 0),
+        "sentencepiece": make_tokenizer("sentencepiece:400", lambda: iter([CORPUS]), len(CORPUS)),
+        "gpt2": make_tokenizer(f"gpt2:{gpt2_folder}", None, 0),
+    }
+
+
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "gpt2"])
+@settings(max_examples=200, deadline=None)
+@given(text=TEXT)
+def test_any_text_round_trips(made, kind, text):
+    if kind == "sentencepiece":
+        text = text.replace("\u2581", "")  # its own mark for a space: the documented exception
+    tokenizer = made[kind]
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end_of_text not in ids
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "gpt2"])
+def test_special_text_is_plain_text_and_end_of_text_is_dropped(made, kind):
+    tokenizer = made[kind]
+    text = "a<|endoftext|>b <s> </s> <unk> <0x0A>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.end_of_text not in ids and tokenizer.decode(ids) == text
+    marked = [tokenizer.end_of_text, *ids, tokenizer.end_of_text]
+    assert tokenizer.decode(marked) == text
+
+
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "gpt2"])
+def test_save_and_load(made, kind, tmp_path):
+    save_tokenizer(made[kind], tmp_path / "t")
+    again = load_tokenizer(tmp_path / "t")
+    assert (again.vocab_size, again.end_of_text) == (made[kind].vocab_size, made[kind].end_of_text)
+    np.testing.assert_array_equal(again.encode(CORPUS), made[kind].encode(CORPUS))
+
+
+def test_trained_size_is_exact_and_compresses(made):
+    assert made["sentencepiece"].vocab_size == 400
+    assert len(made["sentencepiece"].encode(CORPUS)) < 0.6 * len(CORPUS)
+
+
+def test_sentencepiece_from_a_file(made, tmp_path):
+    save_tokenizer(made["sentencepiece"], tmp_path)
+    again = make_tokenizer(f"sentencepiece:{tmp_path / 'sentencepiece.model'}", None, 0)
+    np.testing.assert_array_equal(again.encode(CORPUS), made["sentencepiece"].encode(CORPUS))
+
+
+def test_gpt2_spellings_agree(gpt2_folder, tmp_path):
+    first = Gpt2Tokenizer.open(gpt2_folder)
+    hugging, single = tmp_path / "h", tmp_path / "s"
+    hugging.mkdir(), single.mkdir()
+    first.save(hugging)
+    assert (hugging / "vocab.json").exists()
+    model = {"vocab": first.vocab, "merges": [list(m) for m in first.merges]}
+    (single / "tokenizer.json").write_text(json.dumps({"model": model}))
+    for folder in (hugging, single):
+        np.testing.assert_array_equal(
+            Gpt2Tokenizer.open(folder).encode(CORPUS), first.encode(CORPUS)
+        )
+
+
+def test_bad_tokenizers(tmp_path):
+    (tmp_path / "junk.model").write_bytes(b"junk")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "encoder.json").write_text("{")
+    (broken / "vocab.bpe").write_text("a b\n")
+    for spec, message in (
+        ("bite", "data.tokenizer='bite' is unknown"),
+        ("sentencepiece:", "is unknown"),
+        ("sentencepiece:20", "too small"),
+        ("sentencepiece:no.model", "no.model does not exist"),
+        (f"sentencepiece:{tmp_path / 'junk.model'}", "is not a SentencePiece model"),
+        ("gpt2:nowhere", "nowhere does not exist"),
+        (f"gpt2:{tmp_path}", "holds no GPT-2 vocabulary"),
+        (f"gpt2:{broken}", "is damaged"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            check_spec(spec)
+
+
+def test_vocabulary_larger_than_the_corpus_allows():
+    with pytest.raises(BadInput, match="too high"):
+        make_tokenizer("sentencepiece:5000", lambda: iter(["a few words"]), 11)

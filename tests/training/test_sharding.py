@@ -1,0 +1,126 @@
+"""Sharded equals unsharded; microbatches equal the batch; a golden curve."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt.config import Config, MeshConfig
+from jaxgpt.data.pipeline import Windows, device_batches
+from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.training.setup import make_training
+from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "curve.json"
+
+
+def ten_steps(config: Config):
+    """(losses and gradient norms of ten steps, final parameters)."""
+    with jax.set_mesh(mesh := mesh_of(config)):
+        training = make_training(config, mesh)
+        state, step, found = jax.jit(training.init)(), training.compile_step(), []
+        for k in range(10):
+            host = random_batch(config, seed=k)
+            batch = {n: jax.device_put(a, training.batch_sharding) for n, a in host.items()}
+            state, metrics = step(state, batch)
+            found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        assert int(state.step) == 10
+        return np.array(found), jax.device_get(state.params)
+
+
+def assert_same(a, b):
+    np.testing.assert_allclose(a[0], b[0], atol=1e-4, rtol=1e-4)
+    # Adam divides by the gradient's size, so rounding noise in a gradient near 0 reaches
+    # the parameters at the scale of the learning rate (1e-2) times its share of the steps
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), a[1], b[1])
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return ten_steps(tiny_config(dropout=0.1))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)])
+def test_ten_steps_on_a_mesh_equal_one_device(one_device, shape):
+    assert_same(ten_steps(tiny_config(shape, dropout=0.1)), one_device)
+
+
+def test_parameters_and_optimizer_state_are_split():
+    config = tiny_config((1, 4, 2))
+    with jax.set_mesh(mesh := mesh_of(config)):
+        state = jax.jit(make_training(config, mesh).init)()
+    adam = state.opt_state[1]
+    for tree in (state.params, adam.mu, adam.nu):
+        query = tree["blocks"]["attention"]["query"]
+        assert query.addressable_shards[0].data.shape == (2, 32 // 4, 4 // 2, 8)
+        assert tree["tokens"].addressable_shards[0].data.shape == (256 // 2, 32 // 4)
+
+
+def test_grad_accum_changes_memory_and_nothing_else():
+    plain = tiny_config()
+    assert_same(ten_steps(dataclasses.replace(plain, grad_accum=4)), regroup(plain))
+
+
+def regroup(config: Config):
+    """Ten steps on the batches that `random_batch` makes for grad_accum=4, in one microbatch."""
+    four = dataclasses.replace(config, grad_accum=4)
+    with jax.set_mesh(mesh := mesh_of(config)):
+        training = make_training(config, mesh)
+        state, step, found = jax.jit(training.init)(), training.compile_step(), []
+        for k in range(10):
+            host = random_batch(four, seed=k)
+            host = {n: a.reshape(1, config.batch_size, -1) for n, a in host.items()}
+            batch = {n: jax.device_put(a, training.batch_sharding) for n, a in host.items()}
+            state, metrics = step(state, batch)
+            found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        return np.array(found), jax.device_get(state.params)
+
+
+def curve() -> list[float]:
+    """Twenty steps on the licence's bytes: data order, init, dropout, schedule and update."""
+    config = tiny_config(vocab_size=257, dropout=0.1)
+    config = dataclasses.replace(config, num_steps=20, seed=7, grad_accum=2)
+    config.optim.learning_rate = 3e-3
+    tokens = np.frombuffer(CORPUS.encode(), np.uint8)
+    windows = Windows(tokens, config.model.max_seq_len, config.batch_size, 2, 7, True)
+    losses = []
+    with jax.set_mesh(mesh := mesh_of(config)):
+        training = make_training(config, mesh)
+        state, step = jax.jit(training.init)(), training.compile_step()
+        for batch in device_batches(windows, training.batch_sharding, 0, 20):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+    return losses
+
+
+def test_golden_curve():
+    """To accept an intended change: python -m tests.training.test_sharding"""
+    np.testing.assert_allclose(
+        curve(), json.loads(GOLDEN.read_text()), atol=2e-4, rtol=0,
+        err_msg="if intended: JAX_PLATFORMS=cpu python -m tests.training.test_sharding",
+    )  # fmt: skip
+
+
+@pytest.mark.tpu_compile
+def test_the_train_step_compiles_for_a_tpu_slice(monkeypatch):
+    """The very step, for eight v5e chips, sharded every way at once."""
+    from jax.experimental import topologies
+
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, {"TPU_SKIP_MDS_QUERY": "1"}.get(name, ""))
+    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    config = tiny_config((2, 2, 2), dtype="bfloat16", remat="dots", max_seq_len=128, embed_dim=256)
+    config = dataclasses.replace(config, grad_accum=2, mesh=MeshConfig(2, 2, 2))
+    with jax.set_mesh(mesh := make_mesh(config, list(devices))):
+        compiled = make_training(config, mesh).compile_step()
+    memory = compiled.memory_analysis()
+    assert 0 < memory.argument_size_in_bytes < 16e9
+    text = compiled.as_text()
+    assert "all-reduce" in text or "reduce-scatter" in text
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(curve(), indent=1) + "\n")
