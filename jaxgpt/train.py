@@ -15,6 +15,7 @@ from etils import epath
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput, Config
 from jaxgpt.config.cli import parse, run, say
+from jaxgpt.config.files import write_whole
 from jaxgpt.config.load import check_resume, config_of, define_config_flag, read_config, to_json
 from jaxgpt.data.prepare import Prepared, prepare
 from jaxgpt.metrics.progress import duration
@@ -57,7 +58,7 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
     state, clock = restore_or_init(training, data, checkpoints)
     if is_first:
         save_tokenizer(data.tokenizer, workdir / "tokenizer")
-        write_config(workdir, config)
+        write_whole(workdir / "config.json", to_json(config))
     if state.step:
         say(f"resume    from checkpoint {int(state.step)}"
             + (f" with {'; '.join(changes)}" if changes else ""))  # fmt: skip
@@ -87,13 +88,6 @@ def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
     old = read_config(workdir)
     config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
     return config, check_resume(old, config, workdir)
-
-
-def write_config(workdir: epath.Path, config: Config) -> None:
-    """Writes config.json in one piece."""
-    scratch = workdir / ".config.json.tmp"
-    scratch.write_text(to_json(config))
-    scratch.rename(workdir / "config.json")
 
 
 def check_writable(workdir: epath.Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, Key
 
 from jaxgpt.config import BadInput
 from jaxgpt.inference.samplers import Sampling, draw
@@ -26,7 +26,7 @@ def make_decode(spec: ModelSpec, sampling: Sampling, max_new_tokens: int) -> Cal
     spec = spec.for_decoding()
 
     def decode(
-        params: dict, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], keys: PRNGKeyArray
+        params: dict, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], keys: Key[Array, "B"]
     ) -> Int[Array, "B new"]:
         model = spec.bind(params)
         batch, width = prompts.shape

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Sampling:
 
 
 def draw(
-    logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling
+    logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling
 ) -> Int[Array, "B"]:
     """Returns one token per row, each row with its own key; ids of logit -inf are never drawn."""
     if sampling.temperature == 0:

@@ -6,6 +6,8 @@ import os
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from jaxgpt.config.files import write_whole
+
 NOT_PLOTTED = {"step", "split", "seconds"}
 
 
@@ -27,9 +29,7 @@ class RowFile:
         text = self.path.read_text()
         kept = "".join(line for line in text.splitlines(keepends=True) if _keeps(line, last_step))
         if kept != text:
-            scratch = self.path.parent / f".{self.path.name}.tmp"
-            scratch.write_text(kept)
-            scratch.rename(self.path)
+            write_whole(self.path, kept)
 
     def write(self, row: dict) -> None:
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
