@@ -57,7 +57,7 @@ def open_split(trained: Trained, source: str, split: str):
     if source:
         return prepare_whole(source, data.field, trained.tokenizer, cache_folder(data))
     prepared = prepare(data)
-    if prepared.tokenizer.vocab_size != trained.tokenizer.vocab_size:
+    if prepared.fingerprint != trained.checkpoints.meta(trained.step)["data_fingerprint"]:
         raise BadInput(
             f"the text or tokenizer of data.source={data.source} has changed since training;"
             " name what to evaluate on with --data=SOURCE"

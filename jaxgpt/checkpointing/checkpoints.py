@@ -63,6 +63,12 @@ class Checkpoints:
         restored = self.manager.restore(step, args=args)
         return restored.state, restored.meta
 
+    def meta(self, step: int) -> dict:
+        """Returns what was saved beside the state."""
+        return self.manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
+
     def restore_params(self, step: int, abstract_params: dict) -> dict:
         """Returns the parameters alone, without reading the optimizer's state."""
         item = {"params": concrete(abstract_params)}

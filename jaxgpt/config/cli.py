@@ -1,6 +1,7 @@
 """How every command starts and ends: flags in, one line per error, the contract's exit codes."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -40,13 +41,14 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command and leaves the process with the contract's exit code."""
     logging.set_verbosity(logging.ERROR)  # libraries' own chatter; ours goes through `say`
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = main(sys.argv) or 0
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        code = 130  # 128 + SIGINT: nothing was running that needs saving
+        code = 128 + signal.SIGINT  # outside the training loop there is nothing to save
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
