@@ -1,18 +1,22 @@
-"""The laptop quickstart."""
+"""The laptop quickstart: a 1.3M-parameter GPT learns Python from the standard library."""
 
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig
 
 
 def get_config() -> Config:
     return Config(
-        num_steps=1000,
-        batch_size=16,
-        log_every=20,
-        eval_every=250,
-        sample_every=250,
-        checkpoint_every=250,
-        model=ModelConfig(max_seq_len=256, num_layers=4, num_heads=4, embed_dim=128),
-        data=DataConfig(source="builtin", tokenizer="sentencepiece:4096"),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50),
-        sample=SampleConfig(max_new_tokens=150),
-    )
+        num_steps=1100,
+        batch_size=8,
+        log_every=50,
+        eval_every=275,
+        eval_batches=8,
+        sample_every=275,
+        checkpoint_every=275,
+        model=ModelConfig(
+            max_seq_len=256, num_layers=4, num_heads=4, embed_dim=128,
+            scan_layers=False,  # measured on two CPU cores: 15% faster than the scan
+        ),
+        data=DataConfig(tokenizer="sentencepiece:4096", validation_fraction=0.02),
+        optim=OptimConfig(learning_rate=5e-3, warmup_steps=50),
+        sample=SampleConfig(prompt="class ", max_new_tokens=150),
+    )  # fmt: skip

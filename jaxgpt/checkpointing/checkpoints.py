@@ -69,9 +69,9 @@ class Checkpoints:
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
 
-    def restore_params(self, step: int, abstract_params: dict) -> dict:
-        """Returns the parameters alone, without reading the optimizer's state."""
-        item = {"params": concrete(abstract_params)}
+    def restore_params(self, step: int, abstract_params: dict, name: str = "params") -> dict:
+        """Returns the state's `params` or `ema` alone, without reading the rest."""
+        item = {name: concrete(abstract_params)}
         args = ocp.args.PyTreeRestore(
             item=item,
             restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -79,7 +79,7 @@ class Checkpoints:
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             path = epath.Path(self.folder).absolute() / str(step) / "state"
-            return reader.restore(path, args=args)["params"]
+            return reader.restore(path, args=args)[name]
 
     def close(self) -> None:
         """Waits until the last save is whole."""

@@ -53,6 +53,7 @@ def config_of(values: flags.FlagValues) -> Config:
         if kind is float and type(value := get_field(config, path)) is int:
             set_field(config, path, float(value))
     validate(config)
+    config.model = config.model.with_sizes()
     return config
 
 

@@ -13,8 +13,28 @@ class ModelConfig:
     max_seq_len: int = 1024
     num_layers: int = 12
     num_heads: int = 12
+    num_kv_heads: int = 0  # 0 = num_heads; fewer: grouped-query attention
+    head_dim: int = 0  # 0 = embed_dim / num_heads
     embed_dim: int = 768
     mlp_dim: int = 0  # 0 = 4 * embed_dim
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    norm_position: str = "pre"
+    position: str = "learned"
+    rope_theta: float = 10_000.0
+    rope_scaling: str = "none"  # for contexts beyond rope_original_len
+    rope_factor: float = 1.0
+    rope_original_len: int = 8192
+    activation: str = "gelu_tanh"
+    bias: bool = True  # of every projection and layer norm
+    qkv_bias: bool = False  # of query, key and value, also without `bias`
+    tie_embeddings: bool = True
+    scale_embeddings: bool = False  # multiply token embeddings by sqrt(embed_dim)
+    qk_norm: bool = False  # normalise queries and keys per head
+    window: int = 0  # attend to the last so many tokens; 0 = all
+    full_attention_every: int = 0  # with a window: every so many-th layer attends to all; 0 = none
+    logit_softcap: float = 0.0  # c * tanh(logits / c); 0 = off
+    mup_base_width: int = 0  # muP: the embed_dim at which the learning rate was tuned; 0 = off
     dropout: float = 0.0
     dtype: str = "float32"  # of activations and matrix products
     param_dtype: str = "float32"  # of parameters and optimizer state
@@ -22,14 +42,19 @@ class ModelConfig:
     remat: str = "none"
     scan_layers: bool = True
 
-    @property
-    def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
+    def with_sizes(self) -> "ModelConfig":
+        """Returns a copy in which no derived size is 0 any more (but for the vocabulary)."""
+        return dataclasses.replace(
+            self,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim or self.embed_dim // self.num_heads,
+            mlp_dim=self.mlp_dim or 4 * self.embed_dim,
+        )
 
     @property
-    def hidden_dim(self) -> int:
-        """Width of the feed-forward layer."""
-        return self.mlp_dim or 4 * self.embed_dim
+    def width_ratio(self) -> float:
+        """muP's width multiplier: embed_dim over the base width, 1 without muP."""
+        return self.embed_dim / self.mup_base_width if self.mup_base_width else 1.0
 
     @property
     def padded_vocab_size(self) -> int:
@@ -52,19 +77,22 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-    """AdamW and its schedule. The defaults follow GPT-3 (arXiv:2005.14165, appendix B)."""
+    """The update and its schedule. The defaults follow GPT-3 (arXiv:2005.14165, appendix B)."""
 
     name: str = "adamw"
     learning_rate: float = 6e-4
     schedule: str = "cosine"
     warmup_steps: int = 100
     final_lr_ratio: float = 0.1
+    decay_fraction: float = 0.2  # of wsd: the share of the steps in its final descent
     weight_decay: float = 0.1
-    b1: float = 0.9
+    b1: float = 0.9  # also sgd's momentum and muon's
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0  # 0 = no clipping
     z_loss: float = 0.0  # weight of logsumexp(logits)**2 (PaLM, arXiv:2204.02311, section 5)
+    ema_decay: float = 0.0  # evaluate and sample an exponential average of the weights; 0 = off
+    lr_multipliers: str = ""  # by path, first match: "tokens=0.1,blocks/.*norm=2"
 
 
 @dataclasses.dataclass

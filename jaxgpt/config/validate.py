@@ -4,25 +4,37 @@ from jaxgpt.config.errors import BadInput
 from jaxgpt.config.schema import Config, fields_of, get_field
 
 CHOICES = {
-    "model.dtype": ("float32", "bfloat16"),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.norm_position": ("pre", "post"),
+    "model.position": ("learned", "sinusoidal", "rope", "none"),
+    "model.rope_scaling": ("none", "linear", "llama3"),
+    "model.activation": (
+        "gelu", "gelu_tanh", "relu", "leaky_relu", "relu2", "silu", "swiglu", "geglu",
+    ),
+    "model.dtype": ("float32", "bfloat16", "float16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn"),
     "model.remat": ("none", "dots", "full"),
-    "optim.name": ("adamw",),
-    "optim.schedule": ("cosine", "linear", "constant"),
-}
+    "optim.name": ("adamw", "muon", "lion", "adafactor", "sgd"),
+    "optim.schedule": ("cosine", "wsd", "linear", "constant", "rsqrt"),
+}  # fmt: skip
 AT_LEAST = {
     "num_steps": 1, "batch_size": 1, "grad_accum": 1, "log_every": 1, "keep_checkpoints": 1,
     "eval_every": 0, "eval_batches": 0, "sample_every": 0, "checkpoint_every": 0,
     "model.vocab_size": 0, "model.max_seq_len": 1, "model.num_layers": 1, "model.num_heads": 1,
-    "model.embed_dim": 1, "model.mlp_dim": 0, "optim.warmup_steps": 0, "optim.weight_decay": 0,
+    "model.embed_dim": 1, "model.mlp_dim": 0, "model.num_kv_heads": 0, "model.head_dim": 0,
+    "model.window": 0, "model.full_attention_every": 0, "model.logit_softcap": 0,
+    "model.mup_base_width": 0, "model.rope_factor": 1, "model.rope_original_len": 1, "optim.warmup_steps": 0, "optim.weight_decay": 0,
     "optim.clip_norm": 0, "optim.z_loss": 0, "optim.final_lr_ratio": 0,
     "sample.max_new_tokens": 0, "sample.temperature": 0, "sample.top_k": 0, "seed": 0,
 }  # fmt: skip
 OPEN_INTERVALS = {
-    "optim.learning_rate": (0, float("inf")), "optim.eps": (0, 1),
+    "optim.learning_rate": (0, float("inf")), "optim.eps": (0, 1), "model.norm_eps": (0, 1),
+    "model.rope_theta": (1, float("inf")),
 }  # fmt: skip
-HALF_OPEN = {"model.dropout": (0, 1), "optim.b1": (0, 1), "optim.b2": (0, 1)}
+HALF_OPEN = {
+    "model.dropout": (0, 1), "optim.b1": (0, 1), "optim.b2": (0, 1), "optim.ema_decay": (0, 1),
+}  # fmt: skip
 
 
 def validate(config: Config) -> None:
@@ -58,11 +70,33 @@ def check_types(config: Config) -> None:
 
 
 def _check_model(config: Config) -> None:
-    model = config.model
-    if model.embed_dim % model.num_heads:
+    model, sizes = config.model, config.model.with_sizes()
+    if not model.head_dim and model.embed_dim % model.num_heads:
         raise BadInput(
             f"model.embed_dim={model.embed_dim} is not divisible by"
-            f" model.num_heads={model.num_heads}: heads must have equal width"
+            f" model.num_heads={model.num_heads}: heads must have equal width (or set head_dim)"
+        )
+    if model.num_heads % sizes.num_kv_heads:
+        raise BadInput(
+            f"model.num_heads={model.num_heads} is not divisible by"
+            f" model.num_kv_heads={model.num_kv_heads}: each key head serves as many query heads"
+        )
+    if model.position == "rope" and sizes.head_dim % 2:
+        raise BadInput(f"model.position='rope' needs an even head width, not {sizes.head_dim}")
+    if model.position == "sinusoidal" and model.embed_dim % 2:
+        raise BadInput(f"model.position='sinusoidal' needs an even embed_dim, not {model.embed_dim}")
+    if model.rope_scaling != "none" and model.position != "rope":
+        raise BadInput(f"model.rope_scaling={model.rope_scaling!r} needs model.position='rope'")
+    every = model.full_attention_every
+    if every and (not model.window or model.num_layers % every):
+        raise BadInput(
+            f"model.full_attention_every={every} needs a model.window and must divide"
+            f" model.num_layers={model.num_layers}"
+        )
+    if model.mup_base_width and config.optim.name not in ("adamw", "lion"):
+        raise BadInput(
+            f"model.mup_base_width with optim.name={config.optim.name!r}: its learning-rate rule"
+            " is known for adamw and lion only"
         )
     if model.dropout > 0 and model.attention == "cudnn":
         raise BadInput(
@@ -88,7 +122,7 @@ def _check_batch_and_mesh(config: Config) -> None:
 
 def check_divisible(config: Config, data: int, fsdp: int, tensor: int) -> None:
     """Raises `BadInput` where a mesh axis does not divide what it splits."""
-    model = config.model
+    model = config.model.with_sizes()
     microbatch = config.batch_size // config.grad_accum
     if microbatch % (data * fsdp):
         raise BadInput(
@@ -98,7 +132,8 @@ def check_divisible(config: Config, data: int, fsdp: int, tensor: int) -> None:
         )
     for name, size, axis, devices in (
         ("model.num_heads", model.num_heads, "tensor", tensor),
-        ("the feed-forward width", model.hidden_dim, "tensor", tensor),
+        ("model.num_kv_heads", model.num_kv_heads, "tensor", tensor),
+        ("model.mlp_dim", model.mlp_dim, "tensor", tensor),
         ("model.embed_dim", model.embed_dim, "fsdp", fsdp),
         ("the padded vocabulary", 128, "tensor", tensor),
     ):

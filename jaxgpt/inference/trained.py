@@ -29,7 +29,8 @@ class Trained:
     def params(self) -> dict:
         """Returns the parameters on `mesh`; call under `jax.set_mesh(mesh)`."""
         abstract = jax.eval_shape(self.spec.init, jax.random.key(0))
-        return self.checkpoints.restore_params(self.step, abstract)
+        name = "ema" if self.config.optim.ema_decay else "params"
+        return self.checkpoints.restore_params(self.step, abstract, name)
 
 
 def open_trained(workdir: str, step: int | None) -> Trained:
@@ -53,6 +54,6 @@ def open_trained(workdir: str, step: int | None) -> Trained:
     )  # fmt: skip
     mesh, model = make_mesh(config, devices), config.model
     attention = choose_kernel(
-        "auto", devices[0].platform, model.dtype, model.head_dim, model.dropout
+        "auto", devices[0].platform, model.dtype, model.with_sizes().head_dim, model.dropout
     )
     return Trained(config, tokenizer, ModelSpec(model, attention), mesh, checkpoints, step)

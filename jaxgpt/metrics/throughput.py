@@ -2,6 +2,8 @@
 
 from jaxgpt.config import ModelConfig
 
+GATED = ("swiglu", "geglu")  # feed-forward layers of three matrices
+
 # Dense bf16 FLOP/s of one device by `device_kind`, from the makers' data sheets.
 PEAK_FLOPS = {
     "TPU v3": 123e12 / 2,  # per core, as JAX counts devices there
@@ -28,8 +30,10 @@ def flops_per_token(cfg: ModelConfig) -> int:
     N counts the weights that take part in matrix products, the logits' included; the attention
     term counts the full T x T square, as is the custom. Recomputation does not count.
     """
-    d, f = cfg.embed_dim, cfg.hidden_dim
-    weights = cfg.num_layers * (4 * d * cfg.num_heads * cfg.head_dim + 2 * d * f)
+    cfg = cfg.with_sizes()
+    d, matrices = cfg.embed_dim, 3 if cfg.activation in GATED else 2
+    heads = 2 * cfg.num_heads + 2 * cfg.num_kv_heads
+    weights = cfg.num_layers * d * (heads * cfg.head_dim + matrices * cfg.mlp_dim)
     weights += d * cfg.vocab_size
     attention = 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * cfg.max_seq_len
     return 6 * weights + attention

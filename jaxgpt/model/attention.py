@@ -1,74 +1,85 @@
-"""Multi-head causal self-attention with an optional KV cache."""
+"""Multi-head and grouped-query causal self-attention with an optional KV cache."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.cache import LayerCache, write
-from jaxgpt.model.layers import constant, normal, residual_std
-from jaxgpt.ops.attention import KERNELS, sharded
-from jaxgpt.parallel.rules import AxisRules, weight
+from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
+from jaxgpt.ops.attention import KERNELS, Places, default_scale, sharded
+from jaxgpt.ops.rope import rope_frequencies, rotate
+from jaxgpt.parallel.rules import AxisRules
 
 
 class Attention(nnx.Module):
     """Causal self-attention (arXiv:1706.03762, section 3.2), heads split over `tensor`.
 
-    `kernel` names the implementation for whole sequences; a cache is always read by the XLA one,
-    whose queries are too few for a flash kernel to pay.
+    Key heads may be fewer than query heads (arXiv:2305.13245). `kernel` names the
+    implementation for whole sequences; a cache is always read by the XLA one, whose queries are
+    too few for a flash kernel to pay.
     """
 
-    def __init__(self, cfg: ModelConfig, rules: AxisRules, kernel: str, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(cfg.param_dtype)
-        d, n, h = cfg.embed_dim, cfg.num_heads, cfg.head_dim
-        self.rules, self.dropout = rules, cfg.dropout
-        self.attend = sharded(KERNELS[kernel], rules, dropout=cfg.dropout)
-        self.attend_cached = sharded(KERNELS["xla"], rules)
-        into, bias = rules("embed", "heads", "head_dim"), rules("heads", "head_dim")
-        self.query = normal(rngs, (d, n, h), into, dtype)
-        self.query_bias = constant(0.0, (n, h), bias, dtype)
-        self.key = normal(rngs, (d, n, h), into, dtype)
-        self.key_bias = constant(0.0, (n, h), bias, dtype)
-        self.value = normal(rngs, (d, n, h), into, dtype)
-        self.value_bias = constant(0.0, (n, h), bias, dtype)
-        out = rules("heads", "head_dim", "embed")
-        self.out = normal(rngs, (n, h, d), out, dtype, residual_std(cfg))
-        self.out_bias = constant(0.0, (d,), P(None), dtype)
+    def __init__(
+        self, cfg: ModelConfig, rules: AxisRules, kernel: str, window: int, *, rngs: nnx.Rngs
+    ):
+        self.rules, self.dropout, self.num_heads = rules, cfg.dropout, cfg.num_heads
+        fixed = dict(scale=default_scale(cfg.head_dim, cfg.mup_base_width > 0), window=window)
+        self.attend = sharded(KERNELS[kernel], rules, **fixed)
+        self.attend_cached = sharded(KERNELS["xla"], rules, **fixed)
+        self.attend_dropping = sharded(KERNELS["xla"], rules, dropout=cfg.dropout, **fixed)
+        shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
+        self.query = Linear("BTD,DNH->BTNH", cfg, rules, **shared)
+        self.key = Linear("BTD,DKH->BTKH", cfg, rules, **shared)
+        self.value = Linear("BTD,DKH->BTKH", cfg, rules, **shared)
+        self.out = Linear(
+            "BTNH,NHD->BTD", cfg, rules, bias=cfg.bias, std=residual_std(cfg), rngs=rngs
+        )
+        norm = NORMS[cfg.norm]
+        self.query_norm = norm(cfg, cfg.head_dim) if cfg.qk_norm else _as_it_is
+        self.key_norm = norm(cfg, cfg.head_dim) if cfg.qk_norm else _as_it_is
+        self.place = _rotation(cfg) if cfg.position == "rope" else _as_it_is
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
         cache: LayerCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the attended x and the cache with x's keys and values written into it."""
-        q = self._project(x, self.query, self.query_bias)
-        k = self._project(x, self.key, self.key_bias)
-        v = self._project(x, self.value, self.value_bias)
-        if cache is None:
-            attended = self.attend(q, k, v, positions, self._kept(x, key))
-        else:
+        q = self.place(self.query_norm(self.query(x)), positions)
+        k = self.place(self.key_norm(self.key(x)), positions)
+        v = self.value(x)
+        if cache is not None:
             cache = write(cache, k, v, positions, self.rules)
-            attended = self.attend_cached(q, cache.k, cache.v, positions)
-        out = jnp.einsum(
-            "BTNH,NHD->BTD", attended, weight(self.out, x.dtype),
-            out_sharding=self.rules("batch", "seq", None),
-        )  # fmt: skip
-        return out + weight(self.out_bias, x.dtype), cache
-
-    def _project(self, x, kernel: nnx.Param, bias: nnx.Param) -> Float[Array, "B T N H"]:
-        heads = self.rules("batch", "seq", "heads", "head_dim")
-        y = jnp.einsum("BTD,DNH->BTNH", x, weight(kernel, x.dtype), out_sharding=heads)
-        return y + weight(bias, x.dtype)
+            slots = jnp.broadcast_to(jnp.arange(cache.k.shape[1]), cache.k.shape[:2])
+            slots = jax.sharding.reshard(slots, self.rules("batch", None))
+            attended = self.attend_cached(q, cache.k, cache.v, Places(positions, slots))
+            return self.out(attended), cache
+        places = Places(positions, positions, segments, segments)
+        if key is None or self.dropout == 0:
+            return self.out(self.attend(q, k, v, places)), None
+        return self.out(self.attend_dropping(q, k, v, places, self._kept(x, key))), None
 
     def _kept(self, x, key):
         """Which attention weights dropout keeps, drawn here so that no mesh can change them."""
-        if key is None or self.dropout == 0:
-            return None
-        (batch, length, _), heads = x.shape, self.query.shape[-2]
+        batch, length, _ = x.shape
         spec = self.rules("batch", "heads", None, None)
-        shape = (batch, heads, length, length)
+        shape = (batch, self.num_heads, length, length)
         return jax.random.bernoulli(key, 1 - self.dropout, shape, out_sharding=spec)
+
+
+def _as_it_is(x, *_):
+    return x
+
+
+def _rotation(cfg: ModelConfig):
+    frequencies = rope_frequencies(
+        cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor, cfg.rope_original_len
+    )
+    return functools.partial(rotate, frequencies=tuple(frequencies))

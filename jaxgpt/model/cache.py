@@ -17,27 +17,27 @@ class LayerCache(NamedTuple):
     future.
     """
 
-    k: Float[Array, "*L B S N H"]
-    v: Float[Array, "*L B S N H"]
+    k: Float[Array, "*L B S K H"]
+    v: Float[Array, "*L B S K H"]
 
 
 def empty(cfg: ModelConfig, batch: int, length: int, rules: AxisRules) -> LayerCache:
     """Returns a cache of zeros for `batch` sequences of up to `length` tokens, over all layers."""
-    shape = (cfg.num_layers, batch, length, cfg.num_heads, cfg.head_dim)
-    spec = rules("layers", "batch", "seq", "heads", "head_dim")
+    shape = (cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim)
+    spec = rules("layers", "batch", "seq", "kv_heads", "head_dim")
     zeros = jnp.zeros(shape, jnp.dtype(cfg.dtype), out_sharding=spec)
     return LayerCache(zeros, zeros)
 
 
 def write(
     cache: LayerCache,
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     positions: Int[Array, "B T"],
     rules: AxisRules,
 ) -> LayerCache:
     """Returns the cache with row b's T consecutive entries written from slot positions[b, 0]."""
-    heads, rows = rules("batch", None, "heads", None), rules("batch", None)
+    heads, rows = rules("batch", None, "kv_heads", None), rules("batch", None)
 
     def put(old, new, positions):
         def row(old, new, start):
@@ -46,7 +46,8 @@ def write(
         return jax.vmap(row)(old, new, positions[:, 0])
 
     put = jax.shard_map(put, in_specs=(heads, heads, rows), out_specs=heads)
-    return LayerCache(
-        put(cache.k, k.astype(cache.k.dtype), positions),
-        put(cache.v, v.astype(cache.v.dtype), positions),
-    )
+
+    def grow(old, new):  # indexing a stack forgets the axis of a lone key head: name it again
+        return put(jax.sharding.reshard(old, heads), new.astype(old.dtype), positions)
+
+    return LayerCache(grow(cache.k, k), grow(cache.v, v))

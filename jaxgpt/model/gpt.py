@@ -1,6 +1,7 @@
-"""GPT-2 as a stack of identical blocks (Radford et al. 2019; Vaswani et al. 2017)."""
+"""A decoder as a stack of like blocks: GPT-2, Llama, the 2017 Transformer's, by its config."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.attention import Attention
 from jaxgpt.model.cache import LayerCache
-from jaxgpt.model.layers import LayerNorm, Mlp, dropout, normal
+from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
+from jaxgpt.model.positions import POSITIONS
 from jaxgpt.parallel.rules import AxisRules, weight
 
 REMAT = {
@@ -20,60 +22,96 @@ REMAT = {
 }
 
 
-class Block(nnx.Module):
-    """Pre-norm block: attention, then feed-forward, each added to the residual stream."""
+def pre_norm(x, norm, layer):
+    """Returns x + layer(norm(x)) (GPT-2, section 2.3) and what else the layer returned."""
+    added, rest = layer(norm(x))
+    return x + added, rest
 
-    def __init__(self, cfg: ModelConfig, rules: AxisRules, kernel: str, *, rngs: nnx.Rngs):
-        self.dropout = cfg.dropout
-        self.attention_norm = LayerNorm(cfg)
-        self.attention = Attention(cfg, rules, kernel, rngs=rngs)
-        self.mlp_norm = LayerNorm(cfg)
-        self.mlp = Mlp(cfg, rules, rngs=rngs)
+
+def post_norm(x, norm, layer):
+    """Returns norm(x + layer(x)) (arXiv:1706.03762, section 3.1) and what else came."""
+    added, rest = layer(x)
+    return norm(x + added), rest
+
+
+RESIDUALS = {"pre": pre_norm, "post": post_norm}
+
+
+class Block(nnx.Module):
+    """Attention, then feed-forward, each normalised and added to the residual stream."""
+
+    def __init__(
+        self, cfg: ModelConfig, rules: AxisRules, kernel: str, window: int, *, rngs: nnx.Rngs
+    ):
+        self.dropout, self.residual = cfg.dropout, RESIDUALS[cfg.norm_position]
+        self.attention_norm = NORMS[cfg.norm](cfg, cfg.embed_dim)
+        self.attention = Attention(cfg, rules, kernel, window, rngs=rngs)
+        self.mlp_norm = NORMS[cfg.norm](cfg, cfg.embed_dim)
+        self.mlp = make_mlp(cfg, rules, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
         cache: LayerCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        attended, cache = self.attention(self.attention_norm(x), positions, cache, keys[0])
-        x = x + dropout(attended, self.dropout, keys[1])
-        x = x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, keys[2])
-        return x, cache
+
+        def attend(x):
+            attended, grown = self.attention(x, positions, segments, cache, keys[0])
+            return dropout(attended, self.dropout, keys[1]), grown
+
+        def feed_forward(x):
+            return dropout(self.mlp(x), self.dropout, keys[2]), None
+
+        x, cache = self.residual(x, self.attention_norm, attend)
+        return self.residual(x, self.mlp_norm, feed_forward)[0], cache
 
 
 class GPT(nnx.Module):
     """Decoder-only transformer. `blocks` is one Block whose parameters have a leading axis L.
 
     Parameters stay stacked whether the blocks run in a scan or unrolled, so that a checkpoint
-    fits either.
+    fits either. Layers differ at most in their window, by a pattern that repeats.
     """
 
     def __init__(self, cfg: ModelConfig, rules: AxisRules, kernel: str, *, rngs: nnx.Rngs):
-        param_dtype = jnp.dtype(cfg.param_dtype)
+        dtype = jnp.dtype(cfg.param_dtype)
         self.rules, self.dtype = rules, jnp.dtype(cfg.dtype)
         self.vocab_size, self.num_layers = cfg.vocab_size, cfg.num_layers
         self.dropout, self.remat = cfg.dropout, cfg.remat
-        self.unroll = 1 if cfg.scan_layers else cfg.num_layers
-        vocab = rules("vocab", "embed")
-        self.tokens = normal(rngs, (cfg.padded_vocab_size, cfg.embed_dim), vocab, param_dtype)
-        seq = rules("seq", "embed")
-        self.positions = normal(rngs, (cfg.max_seq_len, cfg.embed_dim), seq, param_dtype)
-        self.blocks = _stack(cfg, rules, kernel, rngs.params())
-        self.final_norm = LayerNorm(cfg)
+        self.softcap, self.logit_scale = cfg.logit_softcap, 1 / cfg.width_ratio
+        self.embed_scale = math.sqrt(cfg.embed_dim) if cfg.scale_embeddings else 1.0
+        vocab = rules("vocab", "embed"), dtype
+        table = (cfg.padded_vocab_size, cfg.embed_dim)
+        self.tokens = normal(rngs, table, *vocab)
+        self.head = None if cfg.tie_embeddings else normal(rngs, table, *vocab)
+        self.positions = POSITIONS[cfg.position](cfg, rules, rngs=rngs)
+        self.windows = windows(cfg)
+        self.unroll = 1 if cfg.scan_layers else cfg.num_layers // len(self.windows)
+        self.blocks, self.graphdefs = _stack(cfg, rules, kernel, self.windows, rngs.params())
+        pre = cfg.norm_position == "pre"
+        self.final_norm = NORMS[cfg.norm](cfg, cfg.embed_dim) if pre else lambda x: x
 
     def __call__(
-        self, tokens: Int[Array, "B T"], *, dropout_key: PRNGKeyArray | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits; ids from `vocab_size` on are padding and get -inf.
 
-        Without a `dropout_key` nothing is dropped.
+        `positions` default to 0..T-1. Tokens see those of their own segment only: number packed
+        documents, or give padding a number of its own. Without a `dropout_key` nothing drops.
         """
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        positions = jax.sharding.reshard(positions, self.rules("batch", "seq"))
-        x, _ = self._run(tokens, positions, None, dropout_key)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = jax.sharding.reshard(positions, self.rules("batch", "seq"))
+        x, _ = self._run(tokens, positions, segments, None, dropout_key)
         return self._logits(x)
 
     def extend(
@@ -87,49 +125,72 @@ class GPT(nnx.Module):
 
         The tokens stand at `positions`, consecutive in each row; what is before is in the cache.
         """
-        x, cache = self._run(tokens, positions, cache, None)
+        x, cache = self._run(tokens, positions, None, cache, None)
         x = jnp.take_along_axis(x, at[:, None, None], axis=1)
         return self._logits(x)[:, 0], cache
 
-    def _run(self, tokens, positions, cache, key):
+    def _run(self, tokens, positions, segments, cache, key):
         layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self._embed(tokens, positions), self.dropout, embed_key)
-        graphdef, stacked = nnx.split(self.blocks)
+        period = len(self.windows)
 
-        def apply(x, layer):
-            params, layer_cache, layer_key = layer
-            return nnx.merge(graphdef, params)(x, positions, layer_cache, layer_key)
+        def apply(x, group):
+            """One turn of the pattern: `period` layers, each with its own window."""
+            grown = []
+            for i, graphdef in enumerate(self.graphdefs):
+                params, layer_cache, layer_key = jax.tree.map(lambda a, i=i: a[i], group)
+                block = nnx.merge(graphdef, params)
+                x, layer_cache = block(x, positions, segments, layer_cache, layer_key)
+                grown.append(layer_cache)
+            return x, jax.tree.map(lambda *layers: jnp.stack(layers), *grown)
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
         keys = None if key is None else jax.random.split(layers_key, self.num_layers)
-        return jax.lax.scan(apply, x, (stacked, cache, keys), unroll=self.unroll)
+        layers = (nnx.state(self.blocks), cache, keys)
+        groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), layers)
+        x, cache = jax.lax.scan(apply, x, groups, unroll=self.unroll)
+        return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), cache)
 
     def _embed(self, tokens, positions) -> Float[Array, "B T D"]:
         spec = self.rules("batch", "seq", None)
-        words = weight(self.tokens, self.dtype).at[tokens].get(out_sharding=spec)
-        places = weight(self.positions, self.dtype).at[positions].get(out_sharding=spec)
-        return words + places
+        x = weight(self.tokens, self.dtype).at[tokens].get(out_sharding=spec)
+        return self.positions(x * self.embed_scale, positions)
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         x = self.final_norm(x)
-        logits = jnp.einsum(
-            "BTD,VD->BTV", x, weight(self.tokens, x.dtype), preferred_element_type=jnp.float32,
+        table = weight(self.tokens if self.head is None else self.head, x.dtype)
+        logits = self.logit_scale * jnp.einsum(
+            "BTD,VD->BTV", x, table, preferred_element_type=jnp.float32,
             out_sharding=self.rules("batch", "seq", "vocab"),
         )  # fmt: skip
+        if self.softcap:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
         ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
         return jnp.where(ids < self.vocab_size, logits, -jnp.inf)
 
 
-def _stack(cfg: ModelConfig, rules: AxisRules, kernel: str, key: PRNGKeyArray) -> Block:
-    """Returns one Block with every parameter stacked over layers, each layer from its own key."""
+def windows(cfg: ModelConfig) -> tuple[int, ...]:
+    """Returns the windows of the repeating pattern of layers: (4, 4, 0) = two local, one full."""
+    if not cfg.window or not cfg.full_attention_every:
+        return (cfg.window,)
+    return (cfg.window,) * (cfg.full_attention_every - 1) + (0,)
 
-    def make(key) -> Block:
-        return Block(cfg, rules, kernel, rngs=nnx.Rngs(params=key))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
-    stacked = jax.vmap(lambda key: nnx.state(make(key)))(jax.random.split(key, cfg.num_layers))
-    return nnx.merge(graphdef, stacked)
+def _stack(cfg: ModelConfig, rules: AxisRules, kernel: str, windows: tuple, key: PRNGKeyArray):
+    """Returns a Block with every parameter stacked over layers, each layer from its own key, and
+    the graph of a block for each window of the pattern."""
+
+    def make(key, window: int) -> Block:
+        return Block(cfg, rules, kernel, window, rngs=nnx.Rngs(params=key))
+
+    def graph(window: int):
+        return nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0), window)))
+
+    keys = jax.random.split(key, cfg.num_layers)
+    stacked = jax.vmap(lambda key: nnx.state(make(key, windows[0])))(keys)
+    graphs = tuple(map(graph, windows))
+    return nnx.merge(graphs[0], stacked), graphs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +203,9 @@ class ModelSpec:
     cfg: ModelConfig
     kernel: str
     rules: AxisRules = AxisRules()
+
+    def __post_init__(self):
+        object.__setattr__(self, "cfg", self.cfg.with_sizes())
 
     def init(self, key: PRNGKeyArray) -> dict:
         """Returns fresh parameters; under `jax.eval_shape`, their shapes and shardings."""
@@ -164,5 +228,6 @@ class ModelSpec:
 
 def count_parameters(params: dict, cfg: ModelConfig) -> int:
     """Returns the number of parameters without the vocabulary's padding rows."""
-    padding = cfg.padded_vocab_size - cfg.vocab_size
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding * cfg.embed_dim
+    padding = (cfg.padded_vocab_size - cfg.vocab_size) * cfg.embed_dim
+    tables = 1 if cfg.tie_embeddings else 2
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) - tables * padding

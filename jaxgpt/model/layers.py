@@ -1,4 +1,6 @@
-"""The small parts of a block: parameters, layer norm, dropout, feed-forward."""
+"""The small parts of a block: projections, norms, dropout, feed-forward."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -7,25 +9,30 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.ops.norm import layer_norm
+from jaxgpt.ops.activations import ACTIVATIONS, GATED
+from jaxgpt.ops.norm import layer_norm, rms_norm
 from jaxgpt.parallel.rules import AxisRules, weight
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings
-NORM_EPS = 1e-5
 
 
-def normal(rngs: nnx.Rngs, shape: tuple, spec: P, dtype, std: float = INIT_STD) -> nnx.Param:
+def normal(rngs: nnx.Rngs, shape: Sequence, spec: P, dtype, std: float = INIT_STD) -> nnx.Param:
     """Returns a parameter drawn from N(0, std^2), sharded by `spec` from birth.
 
     The values depend on the key alone, not on the mesh.
     """
     init = jax.nn.initializers.normal(std)
-    return nnx.Param(init(rngs.params(), shape, dtype, out_sharding=spec))
+    return nnx.Param(init(rngs.params(), tuple(shape), dtype, out_sharding=spec))
 
 
-def constant(value: float, shape: tuple, spec: P, dtype) -> nnx.Param:
+def constant(value: float, shape: Sequence, spec: P, dtype) -> nnx.Param:
     """Returns a parameter filled with `value`, sharded by `spec` from birth."""
-    return nnx.Param(jnp.full(shape, value, dtype, out_sharding=spec))
+    return nnx.Param(jnp.full(tuple(shape), value, dtype, out_sharding=spec))
+
+
+def hidden_std(cfg: ModelConfig) -> float:
+    """Std of a hidden matrix: GPT-2's; under muP it falls with sqrt(width) (arXiv:2203.03466)."""
+    return INIT_STD / cfg.width_ratio**0.5
 
 
 def residual_std(cfg: ModelConfig) -> float:
@@ -33,7 +40,7 @@ def residual_std(cfg: ModelConfig) -> float:
 
     GPT-2 scales them by 1/sqrt(N) with N = 2 * num_layers residual additions (section 2.3).
     """
-    return INIT_STD / (2 * cfg.num_layers) ** 0.5
+    return hidden_std(cfg) / (2 * cfg.num_layers) ** 0.5
 
 
 def dropout(x: Float[Array, "*S"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*S"]:
@@ -45,35 +52,94 @@ def dropout(x: Float[Array, "*S"], rate: float, key: PRNGKeyArray | None) -> Flo
     return jnp.where(kept, x / (1 - rate), 0)
 
 
-class LayerNorm(nnx.Module):
-    """Layer normalisation with learned scale and bias, in float32."""
+class Linear(nnx.Module):
+    """`einsum(equation, x, kernel) + bias`, with every axis named.
 
-    def __init__(self, cfg: ModelConfig):
+    `sizes` maps the equation's letters to lengths and `axes` to logical axes, for the kernel's
+    letters; activations keep embed (D) whole.
+    """
+
+    SIZES = {
+        "D": "embed_dim", "N": "num_heads", "K": "num_kv_heads", "H": "head_dim", "F": "mlp_dim",
+    }  # fmt: skip
+    AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "mlp"}
+
+    def __init__(
+        self, equation: str, cfg: ModelConfig, rules: AxisRules, *, bias: bool, std: float,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        inputs, out = equation.split("->")
+        letters = inputs.split(",")[1]
         dtype = jnp.dtype(cfg.param_dtype)
-        self.scale = constant(1.0, (cfg.embed_dim,), P(None), dtype)
-        self.bias = constant(0.0, (cfg.embed_dim,), P(None), dtype)
+        size = {letter: getattr(cfg, name) for letter, name in self.SIZES.items()}
+        shape, spec = [size[c] for c in letters], rules(*(self.AXES[c] for c in letters))
+        self.equation = equation
+        self.out = rules("batch", "seq", *(None if c == "D" else self.AXES[c] for c in out[2:]))
+        self.kernel = normal(rngs, shape, spec, dtype, std)
+        bias_shape = [size[c] for c in out[2:]]
+        self.bias = constant(0.0, bias_shape, P(*self.out[2:]), dtype) if bias else None
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return layer_norm(x, self.scale[...], self.bias[...], NORM_EPS)
+    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        kernel = weight(self.kernel, x.dtype)
+        y = jnp.einsum(self.equation, x, kernel, out_sharding=self.out)
+        return y if self.bias is None else y + weight(self.bias, x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with a learned scale and, where the model has biases, a bias."""
+
+    def __init__(self, cfg: ModelConfig, dim: int):
+        dtype, self.eps = jnp.dtype(cfg.param_dtype), cfg.norm_eps
+        self.scale = constant(1.0, (dim,), P(None), dtype)
+        self.bias = constant(0.0, (dim,), P(None), dtype) if cfg.bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        bias = 0.0 if self.bias is None else self.bias[...]
+        return layer_norm(x, self.scale[...], bias, self.eps)
+
+
+class RmsNorm(nnx.Module):
+    """Root-mean-square normalisation with a learned scale."""
+
+    def __init__(self, cfg: ModelConfig, dim: int):
+        self.eps = cfg.norm_eps
+        self.scale = constant(1.0, (dim,), P(None), jnp.dtype(cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RmsNorm}
 
 
 class Mlp(nnx.Module):
-    """Feed-forward: `down(gelu(up(x)))`, gelu in its tanh form as GPT-2 has it."""
+    """Feed-forward: `down(act(up(x)))`."""
 
     def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
-        dtype, d, f = jnp.dtype(cfg.param_dtype), cfg.embed_dim, cfg.hidden_dim
-        self.rules = rules
-        self.up = normal(rngs, (d, f), rules("embed", "mlp"), dtype)
-        self.up_bias = constant(0.0, (f,), rules("mlp"), dtype)
-        self.down = normal(rngs, (f, d), rules("mlp", "embed"), dtype, residual_std(cfg))
-        self.down_bias = constant(0.0, (d,), P(None), dtype)
+        self.act = ACTIVATIONS[cfg.activation]
+        shared = dict(bias=cfg.bias, rngs=rngs)
+        self.up = Linear("BTD,DF->BTF", cfg, rules, std=hidden_std(cfg), **shared)
+        self.down = Linear("BTF,FD->BTD", cfg, rules, std=residual_std(cfg), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = self.rules("batch", "seq", "mlp")
-        up = jnp.einsum("BTD,DF->BTF", x, weight(self.up, x.dtype), out_sharding=hidden)
-        act = jax.nn.gelu(up + weight(self.up_bias, x.dtype), approximate=True)
-        down = jnp.einsum(
-            "BTF,FD->BTD", act, weight(self.down, x.dtype),
-            out_sharding=self.rules("batch", "seq", None),
-        )  # fmt: skip
-        return down + weight(self.down_bias, x.dtype)
+        return self.down(self.act(self.up(x)))
+
+
+class GatedMlp(nnx.Module):
+    """Gated feed-forward: `down(act(gate(x)) * up(x))` (arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
+        self.act = ACTIVATIONS[GATED[cfg.activation]]
+        shared = dict(bias=cfg.bias, rngs=rngs)
+        self.gate = Linear("BTD,DF->BTF", cfg, rules, std=hidden_std(cfg), **shared)
+        self.up = Linear("BTD,DF->BTF", cfg, rules, std=hidden_std(cfg), **shared)
+        self.down = Linear("BTF,FD->BTD", cfg, rules, std=residual_std(cfg), **shared)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def make_mlp(cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs) -> Mlp | GatedMlp:
+    """Returns the feed-forward layer that `model.activation` names."""
+    kind = GatedMlp if cfg.activation in GATED else Mlp
+    return kind(cfg, rules, rngs=rngs)

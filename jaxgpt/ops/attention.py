@@ -3,10 +3,10 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt.config import BadInput
@@ -15,38 +15,76 @@ from jaxgpt.parallel.rules import AxisRules
 Kernel = Callable[..., Float[Array, "B T N H"]]
 
 
+class Places(NamedTuple):
+    """Where queries and keys stand. A query sees keys of its segment up to its own position.
+
+    Segments number the documents packed into a row, or set padding apart; None: all are one. A
+    cache's unwritten slot has a position beyond every query's, and is masked by that.
+    """
+
+    q: Int[Array, "B T"]
+    kv: Int[Array, "B S"]
+    q_segments: Int[Array, "B T"] | None = None
+    kv_segments: Int[Array, "B S"] | None = None
+
+
+def visible(places: Places, window: int) -> Bool[Array, "B T S"]:
+    """Returns which keys each query sees; `window` > 0 keeps the last so many, itself included.
+
+    With window 2: position 5 sees 4 and 5.
+    """
+    q, kv = places.q[:, :, None], places.kv[:, None, :]
+    seen = kv <= q
+    if window:
+        seen &= kv > q - window
+    if places.q_segments is not None:
+        seen &= places.q_segments[:, :, None] == places.kv_segments[:, None, :]
+    return seen
+
+
 def xla_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S N H"],
-    v: Float[Array, "B S N H"],
-    q_positions: Int[Array, "B T"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    places: Places,
     kept: Bool[Array, "B N T S"] | None = None,
+    *,
+    scale: float,
+    window: int = 0,
     dropout: float = 0.0,
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(q k^T / sqrt(H)) v over keys at positions up to the query's.
+    """Returns softmax(scale * q k^T) v over the visible keys: the reference.
 
-    The reference: scores and softmax in float32. Key s stands at position s, so an unwritten
-    slot of a cache lies in the future of every query and is masked like it. `kept` marks the
+    Scores and softmax in float32. Query head n reads key head n // (N/K). `kept` marks the
     attention weights that dropout keeps.
     """
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
-    visible = jnp.arange(k.shape[1]) <= q_positions[:, None, :, None]
-    scores = jnp.where(visible, scores / math.sqrt(q.shape[-1]), jnp.finfo(jnp.float32).min)
+    (b, t, n, h), (s, groups) = q.shape, k.shape[1:3]
+    grouped = q.reshape(b, t, groups, n // groups, h)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    seen = visible(places, window)[:, None, None]
+    scores = jnp.where(seen, scores * scale, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if kept is not None:
-        weights = jnp.where(kept, weights / (1 - dropout), 0)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(v.dtype), v)
+        weights = jnp.where(kept.reshape(b, groups, n // groups, t, s), weights / (1 - dropout), 0)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(q.shape)
 
 
 def cudnn_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    q_positions: Int[Array, "B T"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    places: Places,
+    *,
+    scale: float,
+    window: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """Causal flash attention by cuDNN; bf16 or f16 only, positions must be 0..T-1 in order."""
-    del q_positions  # causal from 0: the kernel's own mask
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    """Causal flash attention by cuDNN: 16-bit floats, positions 0..T-1 in order, one segment."""
+    if places.q_segments is not None:
+        raise ValueError("cudnn attention has no segments; use model.attention=xla")
+    local = (window - 1, 0) if window else None
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
 
 
 KERNELS: dict[str, Kernel] = {"xla": xla_attention, "cudnn": cudnn_attention}
@@ -60,7 +98,7 @@ def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: 
     """
     why_not = (
         f"the devices are {platform}, not gpu" if platform != "gpu"
-        else f"model.dtype={dtype} is not bfloat16" if dtype != "bfloat16"
+        else f"model.dtype={dtype} is not a 16-bit float" if dtype == "float32"
         else f"heads of width {head_dim} are not a multiple of 8 up to 128"
         if head_dim % 8 or head_dim > 128
         else "only 'xla' attention has dropout" if dropout
@@ -73,19 +111,24 @@ def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: 
     return name
 
 
-def sharded(kernel: Kernel, rules: AxisRules, *, dropout: float = 0.0) -> Kernel:
-    """Returns `kernel` run on each device's own sequences and heads; attention never mixes them."""
-    heads = rules("batch", None, "heads", None)
-    kept = rules("batch", "heads", None, None)
+def sharded(kernel: Kernel, rules: AxisRules, **fixed) -> Kernel:
+    """Returns `kernel` run on each device's own sequences and heads; attention never mixes them.
 
-    def attend(q, k, v, q_positions, kept_weights=None):
-        if kept_weights is None:
-            specs = (heads, heads, heads, P(heads[0], None))
-            return jax.shard_map(kernel, in_specs=specs, out_specs=heads)(q, k, v, q_positions)
-        dropping = functools.partial(kernel, dropout=dropout)
-        specs = (heads, heads, heads, P(heads[0], None), kept)
-        return jax.shard_map(dropping, in_specs=specs, out_specs=heads)(
-            q, k, v, q_positions, kept_weights
-        )
+    `fixed` are the kernel's keyword arguments (scale, window, dropout).
+    """
+    kernel = functools.partial(kernel, **fixed)
+    queries, keys = rules("batch", None, "heads", None), rules("batch", None, "kv_heads", None)
+    rows, kept = rules("batch", None), rules("batch", "heads", None, None)
+
+    def attend(q, k, v, places: Places, *kept_weights):
+        specs = (queries, keys, keys, jax.tree.map(lambda _: rows, places))
+        specs += (kept,) * len(kept_weights)
+        run = jax.shard_map(kernel, in_specs=specs, out_specs=queries)
+        return run(q, k, v, places, *kept_weights)
 
     return attend
+
+
+def default_scale(head_dim: int, mup: bool) -> float:
+    """Returns 1/sqrt(H); under muP 1/H (arXiv:2203.03466, definition 4.1), equal at H = 64."""
+    return 8.0 / head_dim if mup else 1 / math.sqrt(head_dim)

@@ -1,4 +1,4 @@
-"""Normalisation."""
+"""Normalisation over the last axis: computed in float32, returned in the input's dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,20 @@ from jaxtyping import Array, Float
 
 
 def layer_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | float, eps: float
 ) -> Float[Array, "*B D"]:
     """Returns (x - mean) / sqrt(var + eps) * scale + bias (arXiv:1607.06450, eq. 4).
 
-    Computed in float32, returned in x's dtype; the variance is the biased one.
+    The variance is the biased one.
     """
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """Returns x / sqrt(mean(x**2) + eps) * scale (arXiv:1910.07467, eq. 4)."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)

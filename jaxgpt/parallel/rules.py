@@ -14,6 +14,7 @@ TABLE = {
     "seq": None,
     "embed": "fsdp",  # of parameters; activations keep theirs whole and name it None
     "heads": "tensor",
+    "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",

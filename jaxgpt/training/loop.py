@@ -155,7 +155,7 @@ class Loop:
 
     def _validate(self, state: TrainState, step: int, clock: Clock) -> None:
         began = time.perf_counter()
-        found = self.evaluate(state.params, self.config.eval_batches)
+        found = self.evaluate(state.best_params, self.config.eval_batches)
         row = {"step": step, "split": "validation"}
         row |= {name: found[name] for name in ("loss", "perplexity", "bits_per_byte")}
         row["seconds"] = clock.now()
@@ -166,7 +166,7 @@ class Loop:
             say(f"{line} | took {duration(time.perf_counter() - began)}")
 
     def _sample(self, state: TrainState, step: int) -> None:
-        if text := self.sample(state.params, step):
+        if text := self.sample(state.best_params, step):
             self.report.sample({"step": step, "prompt": self.config.sample.prompt, "text": text})
             if self.report.active:
                 body = (self.config.sample.prompt + text).strip("\n")

@@ -37,7 +37,7 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
     Raises:
       BadInput: if `model.attention` names a kernel that cannot run there.
     """
-    model = config.model
+    model = config.model.with_sizes()
     kernel = choose_kernel(
         model.attention, mesh.devices.flat[0].platform, model.dtype, model.head_dim, model.dropout
     )
@@ -55,8 +55,9 @@ class Training:
     @property
     def init(self) -> Callable[[], TrainState]:
         """The function that makes the first state."""
-        optimizer = make_optimizer(self.config.optim, self.config.num_steps)
-        return partial(init_state, self.spec, optimizer, self.config.seed)
+        cfg = self.config
+        optimizer = make_optimizer(cfg.optim, cfg.num_steps, self.spec.cfg)
+        return partial(init_state, self.spec, optimizer, cfg)
 
     def abstract_state(self) -> TrainState:
         """Returns the state's shapes, dtypes and shardings."""

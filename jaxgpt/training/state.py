@@ -7,20 +7,41 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgpt.config import Config
 from jaxgpt.model import ModelSpec
+from jaxgpt.training import loss_scale
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Parameters, optimizer state and the number of updates made."""
+    """Parameters, optimizer state, the number of updates made, and what some recipes add.
 
-    params: dict
+    `ema` is the running average of the parameters, {} where `optim.ema_decay` is 0;
+    `loss_scale` is {} but for float16.
+    """
+
+    params: Any  # these are Any because a leaf may also be its shape, its sharding, ...
     opt_state: Any
-    step: Any  # int32 scalar; a leaf may also be its shape, its sharding, ...
+    step: Any  # int32 scalar
+    ema: Any = dataclasses.field(default_factory=dict)
+    loss_scale: Any = dataclasses.field(default_factory=dict)
+
+    @property
+    def best_params(self) -> dict:
+        """The parameters to evaluate and sample with: the average, where there is one."""
+        return self.ema or self.params
 
 
-def init_state(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, config: Config
+) -> TrainState:
     """Returns the state before the first step; under `jax.eval_shape`, its shapes and shardings."""
-    params = spec.init(jax.random.key(seed))
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    params = spec.init(jax.random.key(config.seed))
+    return TrainState(
+        params,
+        optimizer.init(params),
+        jnp.zeros((), jnp.int32),
+        ema=params if config.optim.ema_decay else {},
+        loss_scale=loss_scale.initial(config.model.dtype),
+    )

@@ -12,6 +12,7 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.ops.cross_entropy import IGNORE, cross_entropy
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.optim.schedules import make_schedule
+from jaxgpt.training import loss_scale
 from jaxgpt.training.state import TrainState
 
 Batch = dict[str, Int[Array, "A B T"]]  # inputs and targets of A microbatches
@@ -25,33 +26,40 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
     changes memory and nothing else. Metrics are scalars on the device: `loss` (cross-entropy in
     nats, without z-loss), `grad_norm` (before clipping), `learning_rate`.
     """
-    optimizer = make_optimizer(config.optim, config.num_steps)
+    optimizer = make_optimizer(config.optim, config.num_steps, spec.cfg)
     schedule = make_schedule(config.optim, config.num_steps)
-    z_loss, seed = config.optim.z_loss, config.seed
+    z_loss, seed, ema_decay = config.optim.z_loss, config.seed, config.optim.ema_decay
 
-    def objective(params, micro: Micro, num_targets, key):
+    def objective(params, micro: Micro, num_targets, key, scale):
         logits = spec.bind(params)(micro["inputs"], dropout_key=key)
         nats, lse = cross_entropy(logits, micro["targets"])
         loss = jnp.sum(nats) / num_targets
-        return loss + z_loss * jnp.sum(jnp.square(lse)) / num_targets, loss
+        return scale * (loss + z_loss * jnp.sum(jnp.square(lse)) / num_targets), loss
 
     def train_step(state: TrainState, batch: Batch):
         num_targets = jnp.sum(batch["targets"] != IGNORE).astype(jnp.float32)
         key = jax.random.fold_in(jax.random.key(seed), state.step)  # for dropout
+        scale = loss_scale.factor(state.loss_scale)
 
         def gradient(micro: Micro, index):
             grad = jax.grad(objective, has_aux=True)
-            return grad(state.params, micro, num_targets, jax.random.fold_in(key, index))
+            return grad(state.params, micro, num_targets, jax.random.fold_in(key, index), scale)
 
         grads, loss = _sum_over_microbatches(gradient, batch, state.params)
+        if state.loss_scale:
+            grads = jax.tree.map(lambda g: g / scale, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        new = TrainState(
+            params, opt_state, state.step + 1, _average(state.ema, params, ema_decay),
+            state.loss_scale,
+        )  # fmt: skip
         metrics = {
             "loss": loss,
             "grad_norm": optax.global_norm(grads),
             "learning_rate": schedule(state.step),
         }
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return (_skip_if_overflown(state, new, grads) if state.loss_scale else new), metrics
 
     return jax.jit(train_step, donate_argnames="state")
 
@@ -68,6 +76,19 @@ def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):
 
     zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32))
     return jax.lax.scan(add, zeros, (batch, jnp.arange(num_micro)))[0]
+
+
+def _average(ema: dict, params: dict, decay: float) -> dict:
+    """Returns the exponential moving average one step on; {} stays {}."""
+    return ema and jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+
+
+def _skip_if_overflown(old: TrainState, new: TrainState, grads: dict) -> TrainState:
+    """Returns `new` where the gradients are finite, else `old` a step on; adjusts the scale."""
+    good = loss_scale.finite(grads)
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    scale = loss_scale.adjust(old.loss_scale, good)
+    return TrainState(kept.params, kept.opt_state, new.step, kept.ema, scale)
 
 
 def make_eval_step(spec: ModelSpec) -> Callable[[dict, Batch], Float[Array, "B"]]:

@@ -92,25 +92,23 @@ def our_layout(named: dict[str, np.ndarray], shape: dict, padded_vocab: int) -> 
 
     qkv = stacked("attn.c_attn.weight", dim, 3, heads, -1)
     qkv_bias = stacked("attn.c_attn.bias", 3, heads, -1)
-    attention = {
-        "out": stacked("attn.c_proj.weight", heads, -1, dim),
-        "out_bias": stacked("attn.c_proj.bias"),
-    }
+    out = stacked("attn.c_proj.weight", heads, -1, dim)
+    attention = {"out": {"kernel": out, "bias": stacked("attn.c_proj.bias")}}
     for i, name in enumerate(("query", "key", "value")):
-        attention[name], attention[f"{name}_bias"] = qkv[:, :, i], qkv_bias[:, i]
+        attention[name] = {"kernel": qkv[:, :, i], "bias": qkv_bias[:, i]}
     tokens = named["transformer.wte.weight"]
     return {
         "tokens": np.pad(tokens, ((0, padded_vocab - len(tokens)), (0, 0))),
-        "positions": named["transformer.wpe.weight"],
+        "positions": {"kernel": named["transformer.wpe.weight"]},
         "blocks": {
             "attention_norm": {"scale": stacked("ln_1.weight"), "bias": stacked("ln_1.bias")},
             "attention": attention,
             "mlp_norm": {"scale": stacked("ln_2.weight"), "bias": stacked("ln_2.bias")},
             "mlp": {
-                "up": stacked("mlp.c_fc.weight"),
-                "up_bias": stacked("mlp.c_fc.bias"),
-                "down": stacked("mlp.c_proj.weight"),
-                "down_bias": stacked("mlp.c_proj.bias"),
+                "up": {"kernel": stacked("mlp.c_fc.weight"), "bias": stacked("mlp.c_fc.bias")},
+                "down": {
+                    "kernel": stacked("mlp.c_proj.weight"), "bias": stacked("mlp.c_proj.bias"),
+                },
             },
         },
         "final_norm": {

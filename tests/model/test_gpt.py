@@ -13,6 +13,8 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import empty
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.ops.cross_entropy import cross_entropy
+from jaxgpt.training.setup import make_training
+from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of, random_batch, tiny_config
 
 
@@ -40,14 +42,15 @@ def test_initialisation_is_gpt2s():
         _, params = build(config)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, values = path[-1].key, np.asarray(leaf)
-        if name.endswith("bias"):
+        if name == "bias":
             assert np.all(values == 0)
         elif name == "scale":
             assert np.all(values == 1)
         else:
-            want = 0.02 / np.sqrt(2 * 8) if name in ("out", "down") else 0.02
+            residual = len(path) > 2 and path[-2].key in ("out", "down")
+            want = 0.02 / np.sqrt(2 * 8) if residual else 0.02
             assert abs(values.std() / want - 1) < 0.03 and abs(values.mean()) < 0.05 * want, path
-    first, second = params["blocks"]["mlp"]["up"][:2]
+    first, second = params["blocks"]["mlp"]["up"]["kernel"][:2]
     assert not np.allclose(first, second), "each layer has its own draw"
 
 
@@ -90,9 +93,24 @@ def test_scan_and_remat_change_neither_checkpoint_nor_numbers(variant):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), want, got)
 
 
-def test_cached_extension_equals_the_whole():
-    """In pieces of unequal size, with rows at different positions."""
-    config = tiny_config()
+VARIANTS = {
+    "gpt2": {},
+    "modern": dict(
+        position="rope", norm="rmsnorm", activation="swiglu", bias=False, num_kv_heads=2,
+        qk_norm=True, tie_embeddings=False, head_dim=16,
+    ),
+    "windows": dict(position="rope", window=5, full_attention_every=2, num_kv_heads=1),
+    "vaswani": dict(
+        position="sinusoidal", norm_position="post", activation="relu", scale_embeddings=True
+    ),
+    "bare": dict(position="none", activation="geglu", logit_softcap=5.0, mup_base_width=16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_extension_equals_the_whole(variant):
+    """In pieces of unequal size."""
+    config = tiny_config(**VARIANTS[variant])
     with jax.set_mesh(mesh_of(config)):
         spec, params = build(config)
         spec = spec.for_decoding()
@@ -101,7 +119,7 @@ def test_cached_extension_equals_the_whole():
 
         @jax.jit
         def pieces(params):
-            model, cache, found = spec.bind(params), empty(config.model, 3, 24, spec.rules), []
+            model, cache, found = spec.bind(params), empty(spec.cfg, 3, 24, spec.rules), []
             positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
             for start, stop in ((0, 7), (7, 8), (8, 24)):
                 part = slice(start, stop)
@@ -144,38 +162,70 @@ def test_dtypes():
     assert 0 < difference < 0.02
 
 
-CHANGES = {
-    "vocab_size": 300, "max_seq_len": 20, "num_layers": 3, "num_heads": 2, "embed_dim": 64,
-    "mlp_dim": 96, "dropout": 0.1, "dtype": "bfloat16", "param_dtype": "bfloat16",
-    "remat": "full", "scan_layers": False,
+GPT2_CHANGES = {
+    "vocab_size": 300, "max_seq_len": 20, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2,
+    "head_dim": 16, "embed_dim": 64, "mlp_dim": 96, "norm": "rmsnorm", "norm_eps": 1e-3,
+    "norm_position": "post", "position": "rope", "activation": "relu", "bias": False,
+    "tie_embeddings": False, "scale_embeddings": True, "qk_norm": True, "window": 4,
+    "logit_softcap": 30.0, "mup_base_width": 16, "dropout": 0.1, "dtype": "bfloat16",
+    "param_dtype": "bfloat16", "remat": "full", "scan_layers": False,
+}  # fmt: skip
+MODERN_CHANGES = {
+    "qkv_bias": True, "rope_theta": 500.0, "rope_factor": 4.0, "rope_original_len": 99,
+    "rope_scaling": "linear", "full_attention_every": 1,
 }  # fmt: skip
 
 
-def lowered(config: Config) -> str:
-    from jaxgpt.training.setup import make_training
-    from jaxgpt.training.step import make_train_step
+def gpt2() -> Config:
+    return tiny_config(dropout=0.2)  # without dropout nothing reads the seed
 
+
+def modern() -> Config:
+    """What GPT-2's shape leaves without effect has one here."""
+    config = tiny_config(bias=False, position="rope", rope_scaling="llama3", rope_factor=2.0,
+                         rope_theta=1000.0, rope_original_len=16, window=4)  # fmt: skip
+    config.optim.schedule, config.optim.lr_multipliers = "wsd", "tokens=0.5"
+    return config
+
+
+def lowered(config: Config) -> str:
     with jax.set_mesh(mesh := mesh_of(config)):
         training = make_training(config, mesh)
         step = make_train_step(training.spec, config)
         return step.lower(training.abstract_state(), training.abstract_batch()).as_text()
 
 
-def test_no_field_is_read_by_nobody():
+OPTIM_CHANGES = {
+    "name": "lion", "schedule": "linear", "warmup_steps": 5, "lr_multipliers": "tokens=0.1",
+    "z_loss": 1e-4, "ema_decay": 0.9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", [gpt2, modern])
+def test_no_field_is_read_by_nobody(base):
     """Perturbing any model or optimizer field changes the lowered train step."""
-    base = lowered(tiny_config(dropout=0.2))  # without dropout nothing reads the seed
-    for path in fields_of(tiny_config()):
-        config, (room, _, name) = tiny_config(dropout=0.2), path.partition(".")
-        if room == "model" and name != "attention":  # it picks a kernel; see test_kernel_choice
-            set_field(config, path, CHANGES[name])
-        elif room == "optim" and name not in ("name", "schedule"):
-            set_field(config, path, get_field(config, path) / 2 or 1.0)
-            if name == "warmup_steps":
-                config.optim.warmup_steps = 5
-        elif path == "optim.schedule":
-            config.optim.schedule = "linear"
-        elif path not in ("seed", "num_steps", "batch_size", "grad_accum"):
-            continue
+    before, untouched = lowered(base()), {"model.attention"}  # it picks a kernel: test_kernel_choice
+    for path in fields_of(base()):
+        room, _, name = path.rpartition(".")
+        config = base()
+        value = get_field(config, path)
+        if room == "model":
+            changes = MODERN_CHANGES if base is modern else GPT2_CHANGES
+            if name not in changes:
+                untouched.add(path)
+                continue
+            value = changes[name]
+        elif room == "optim":
+            if base is gpt2 and name == "decay_fraction":
+                untouched.add(path)
+                continue
+            value = OPTIM_CHANGES[name] if name in OPTIM_CHANGES else value / 2
+        elif path in ("seed", "num_steps", "batch_size", "grad_accum") and base is gpt2:
+            value = 2 * value or 1
         else:
-            set_field(config, path, 2 * get_field(config, path) or 1)
-        assert lowered(config) != base, f"{path} changes nothing"
+            continue
+        set_field(config, path, value)
+        assert lowered(config) != before, f"{path} changes nothing"
+    other = GPT2_CHANGES if base is modern else MODERN_CHANGES
+    named = {f"model.{n}" for n in other} | {"model.attention", "optim.decay_fraction"}
+    assert untouched <= named, f"no test perturbs {untouched - named}"

@@ -74,8 +74,13 @@ def test_logits_loss_and_gradients(case):
     np.testing.assert_allclose(logits[..., :vocab], found["logits"], atol=1e-4, rtol=0)
     assert np.all(np.isneginf(logits[..., vocab:])), "padded ids must have logit -inf"
     assert abs(float(loss) - found["loss"]) < 1e-5
-    expected, treedef = jax.tree_util.tree_flatten_with_path(ours(case, "grad/"))
-    for (path, want), got in zip(expected, treedef.flatten_up_to(grads), strict=True):
+    assert_gradients_agree(grads, ours(case, "grad/"))
+
+
+def assert_gradients_agree(grads: dict, expected: dict):
+    """Within 1e-4 relative for each parameter."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(expected)
+    for (path, want), got in zip(flat, treedef.flatten_up_to(grads), strict=True):
         error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
         # the key bias's true gradient is 0 (softmax ignores it): both hold rounding noise
         small = np.abs(got - want).max() < 1e-7
@@ -85,7 +90,7 @@ def test_logits_loss_and_gradients(case):
 def test_optimizer_trajectory(case):
     config, _, found = case
     spec = ModelSpec(config.model, "xla")
-    optimizer = make_optimizer(config.optim, config.num_steps)
+    optimizer = make_optimizer(config.optim, config.num_steps, config.model)
     with jax.set_mesh(mesh_of(config)):
         params = jax.tree.map(jnp.asarray, ours(case, "weight/"))
         state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))

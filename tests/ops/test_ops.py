@@ -1,14 +1,17 @@
 """Pure functions against float64 NumPy, value and gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt.config import BadInput
-from jaxgpt.ops.attention import choose_kernel, xla_attention
+from jaxgpt.ops.attention import Places, choose_kernel, xla_attention
 from jaxgpt.ops.cross_entropy import IGNORE, cross_entropy
-from jaxgpt.ops.norm import layer_norm
+from jaxgpt.ops.norm import layer_norm, rms_norm
+from jaxgpt.ops.rope import rope_frequencies, rotate, sinusoids
 
 
 def normal(*shape, seed=0):
@@ -21,50 +24,66 @@ def numeric_gradient(f, x, along):
     return (f(x + h * along) - f(x - h * along)) / (2 * h)
 
 
-def attention64(q, k, v, positions):
+def attention64(q, k, v, places, scale, window):
     out = np.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
     for b, t, n in np.ndindex(q.shape[:3]):
-        seen = positions[b, t] + 1
-        scores = k[b, :seen, n] @ q[b, t, n] / np.sqrt(q.shape[-1])
+        here, keys = places.q[b, t], places.kv[b]
+        seen = keys <= here
+        if window:
+            seen &= keys > here - window
+        if places.q_segments is not None:
+            seen &= places.kv_segments[b] == places.q_segments[b, t]
+        scores = scale * k[b, seen, n // group] @ q[b, t, n]
         weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights / weights.sum() @ v[b, :seen, n]
+        out[b, t, n] = weights / weights.sum() @ v[b, seen, n // group]
     return out
 
 
-@pytest.mark.parametrize("length", [7, 3])
-def test_attention_against_float64(length):
-    """Also with fewer queries than keys, as a cache has it, at other positions in each row."""
-    q, k, v = (normal(2, n, 3, 5, seed=s) for s, n in enumerate((length, 7, 7)))
-    positions = np.array([[0], [7 - length]]) + np.arange(length)
+PLAIN = Places(np.tile(np.arange(7), (2, 1)), np.tile(np.arange(7), (2, 1)))
+PACKED = np.array([[0, 0, 0, 1, 1, 1, 1], [5, 6, 6, 6, 6, 6, 0]])
+RESTART = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 0]])
+CASES = {
+    "causal": (PLAIN, 3, 0),
+    "grouped-query": (PLAIN, 1, 0),
+    "window": (PLAIN, 3, 2),
+    "packed": (Places(RESTART, RESTART, PACKED, PACKED), 3, 0),
+    "packed window": (Places(RESTART, RESTART, PACKED, PACKED), 1, 3),
+    "cached": (Places(np.array([[0, 1, 2], [4, 5, 6]]), PLAIN.kv), 3, 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_against_float64(name):
+    places, kv_heads, window = CASES[name]
+    q = normal(2, places.q.shape[1], 3, 5)
+    k, v = (normal(2, 7, kv_heads, 5, seed=s) for s in (1, 2))
     target = normal(*q.shape, seed=9)
-
-    def value(q, k, v):
-        return np.sum(attention64(q, k, v, positions) * target)
-
-    def ours(q, k, v):
-        return jnp.sum(xla_attention(q, k, v, jnp.asarray(positions)) * target)
-
+    ours = functools.partial(
+        xla_attention, places=jax.tree.map(jnp.asarray, places), scale=0.3, window=window
+    )
     args = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
-    got = xla_attention(*args, jnp.asarray(positions))
-    np.testing.assert_allclose(got, attention64(q, k, v, positions), atol=1e-6)
-    for i, grad in enumerate(jax.grad(ours, argnums=(0, 1, 2))(*args)):
+    np.testing.assert_allclose(ours(*args), attention64(q, k, v, places, 0.3, window), atol=1e-6)
+    grads = jax.grad(lambda *a: jnp.sum(ours(*a) * target), argnums=(0, 1, 2))(*args)
+    for i, grad in enumerate(grads):
         along = normal(*args[i].shape, seed=20 + i)
 
-        def moved(x, i=i):
-            return value(*[x if j == i else a for j, a in enumerate((q, k, v))])
+        def value(x, i=i):
+            moved = [x if j == i else a for j, a in enumerate((q, k, v))]
+            return np.sum(attention64(*moved, places, 0.3, window) * target)
 
-        want = numeric_gradient(moved, (q, k, v)[i], along)
+        want = numeric_gradient(value, (q, k, v)[i], along)
         np.testing.assert_allclose(np.sum(np.asarray(grad) * along), want, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_dropout_keeps_what_it_is_told():
-    q, k, v = (jnp.asarray(normal(1, 4, 1, 8, seed=s), jnp.float32) for s in range(3))
-    positions = jnp.arange(4)[None]
-    everything = jnp.ones((1, 1, 4, 4), bool)
-    whole = xla_attention(q, k, v, positions)
-    np.testing.assert_allclose(xla_attention(q, k, v, positions, everything, 0.5), 2 * whole, 1e-6)
-    nothing = xla_attention(q, k, v, positions, ~everything, 0.5)
-    assert np.all(np.asarray(nothing) == 0)
+    q, k, v = (jnp.asarray(normal(1, 4, 2, 8, seed=s), jnp.float32) for s in range(3))
+    places = Places(jnp.arange(4)[None], jnp.arange(4)[None])
+    kept = jnp.ones((1, 2, 4, 4), bool).at[:, 1].set(False)
+    whole = xla_attention(q, k, v, places, scale=1.0)
+    half = xla_attention(q, k, v, places, kept, scale=1.0, dropout=0.5)
+    np.testing.assert_allclose(half[:, :, 0], 2 * whole[:, :, 0], 1e-6)
+    assert np.all(np.asarray(half[:, :, 1]) == 0), "head 1 keeps nothing"
 
 
 def test_cross_entropy_against_float64():
@@ -83,6 +102,47 @@ def test_cross_entropy_against_float64():
     gradient = np.where(counted[..., None], softmax - (np.arange(11) == targets[..., None]), 0)
     got = jax.grad(lambda x: jnp.sum(cross_entropy(x, args[1])[0]))(args[0])
     np.testing.assert_allclose(got, gradient, atol=1e-6)
+
+
+def test_rms_norm_against_float64():
+    x, scale = 3 + 5 * normal(4, 16), normal(16, seed=1)
+    want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+    args = [jnp.asarray(a, jnp.float32) for a in (x, scale)]
+    np.testing.assert_allclose(rms_norm(*args, 1e-6), want, atol=2e-6)
+
+
+def test_rotation_against_complex_numbers():
+    """Pair (x[i], x[i + H/2]) is a complex number, turned by exp(1j * position * frequency)."""
+    x, positions = normal(2, 3, 1, 8), np.array([[0, 1, 5], [7, 8, 4000]])
+    frequencies = rope_frequencies(8, 10_000.0, "none", 1.0, 8192)
+    np.testing.assert_allclose(frequencies, [1, 0.1, 0.01, 0.001])
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(
+        1j * positions[:, :, None, None] * frequencies
+    )
+    want = np.concatenate([turned.real, turned.imag], -1)
+    got = rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions), tuple(frequencies))
+    np.testing.assert_allclose(got, want, atol=1e-3, err_msg="float32 angles up to 4000 radians")
+    np.testing.assert_allclose(got[0], want[0], atol=1e-6)
+
+
+def test_rope_scaling():
+    plain = rope_frequencies(8, 500_000.0, "none", 8.0, 8192)
+    np.testing.assert_allclose(rope_frequencies(8, 500_000.0, "linear", 8.0, 8192), plain / 8)
+    scaled = rope_frequencies(8, 500_000.0, "llama3", 8.0, 8192)
+    turns = 8192 * plain / (2 * np.pi)
+    np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4])
+    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8)
+    assert np.any(turns > 4) and np.any(turns < 1)
+
+
+def test_sinusoids_against_the_formula():
+    positions = np.array([[0, 1, 9]])
+    table = np.asarray(sinusoids(jnp.asarray(positions), 6))
+    for t, i in np.ndindex(3, 3):
+        angle = positions[0, t] / 10_000 ** (2 * i / 6)
+        np.testing.assert_allclose(
+            table[0, t, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-6
+        )
 
 
 def test_layer_norm_against_float64():
@@ -104,7 +164,7 @@ def test_kernel_choice():
     assert choose_kernel("xla", "gpu", "bfloat16", 64, 0.0) == "xla"
     for args, message in (
         (("cpu", "bfloat16", 64, 0.0), "devices are cpu"),
-        (("gpu", "float32", 64, 0.0), "float32 is not bfloat16"),
+        (("gpu", "float32", 64, 0.0), "float32 is not a 16-bit float"),
         (("gpu", "bfloat16", 12, 0.0), "width 12"),
         (("gpu", "bfloat16", 64, 0.1), "dropout"),
     ):

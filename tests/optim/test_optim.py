@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt.config import OptimConfig
+from jaxgpt.config import ModelConfig, OptimConfig
 from jaxgpt.model import ModelSpec
-from jaxgpt.optim.optimizers import decay_mask, make_optimizer
+from jaxgpt.optim.groups import decay_mask
+from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from tests.conftest import mesh_of, tiny_config
 
@@ -21,12 +22,12 @@ def test_ten_steps_equal_optax_adamw(clip_norm):
         learning_rate=0.1, warmup_steps=3, weight_decay=0.3, b1=0.8, b2=0.9, clip_norm=clip_norm
     )
     rng = np.random.default_rng(0)
-    params = {"up": jnp.asarray(rng.normal(size=(3, 4))), "up_bias": jnp.asarray(rng.normal(size=4))}
+    params = {"up": {"kernel": jnp.asarray(rng.normal(size=(3, 4))), "bias": jnp.asarray(rng.normal(size=4))}}
     reference = optax.adamw(
         make_schedule(cfg, 10), b1=0.8, b2=0.9, eps=cfg.eps, weight_decay=0.3,
-        mask={"up": True, "up_bias": False},
+        mask={"up": {"kernel": True, "bias": False}},
     )  # fmt: skip
-    ours = make_optimizer(cfg, 10)
+    ours = make_optimizer(cfg, 10, ModelConfig())
     state, want_state, want = ours.init(params), reference.init(params), params
     for _ in range(10):
         grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
@@ -62,9 +63,12 @@ def test_schedules():
 def test_every_parameter_is_covered_by_the_decay_mask():
     with jax.set_mesh(mesh_of(tiny_config())):
         abstract = jax.eval_shape(ModelSpec(tiny_config().model, "xla").init, jax.random.key(0))
+    with pytest.raises(ValueError, match="no rule says whether parameter blocks/gain decays"):
+        decay_mask({"blocks": {"gain": 1.0}})
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(abstract))
     decayed = {jax.tree_util.keystr(path, simple=True, separator="/") for path, d in mask if d}
     matrices = {"attention/query", "attention/key", "attention/value", "attention/out"}
     matrices |= {"mlp/up", "mlp/down"}
-    assert decayed == {"tokens", "positions"} | {f"blocks/{name}" for name in matrices}
+    kernels = {f"blocks/{name}/kernel" for name in matrices}
+    assert decayed == {"tokens", "positions/kernel"} | kernels
     assert len(mask) == len(jax.tree.leaves(abstract))

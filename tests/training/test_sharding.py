@@ -54,7 +54,7 @@ def test_parameters_and_optimizer_state_are_split():
         state = jax.jit(make_training(config, mesh).init)()
     adam = state.opt_state[1]
     for tree in (state.params, adam.mu, adam.nu):
-        query = tree["blocks"]["attention"]["query"]
+        query = tree["blocks"]["attention"]["query"]["kernel"]
         assert query.addressable_shards[0].data.shape == (2, 32 // 4, 4 // 2, 8)
         assert tree["tokens"].addressable_shards[0].data.shape == (256 // 2, 32 // 4)
 

@@ -1,0 +1,48 @@
+"""What is added to the token embeddings to say where they stand."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.model.layers import normal
+from jaxgpt.ops.rope import sinusoids
+from jaxgpt.parallel.rules import AxisRules, weight
+
+
+class LearnedPositions(nnx.Module):
+    """A learned vector per position, as GPT-2 has it."""
+
+    def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
+        self.out = rules("batch", "seq", None)
+        shape, spec = (cfg.max_seq_len, cfg.embed_dim), rules("seq", "embed")
+        self.kernel = normal(rngs, shape, spec, jnp.dtype(cfg.param_dtype))
+
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
+        return x + weight(self.kernel, x.dtype).at[positions].get(out_sharding=self.out)
+
+
+class SinusoidalPositions(nnx.Module):
+    """Fixed sines and cosines (arXiv:1706.03762, section 3.5)."""
+
+    def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
+        pass
+
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
+        return x + sinusoids(positions, x.shape[-1]).astype(x.dtype)
+
+
+class NothingAdded(nnx.Module):
+    """For `none`, and for `rope`, which turns queries and keys instead."""
+
+    def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
+        pass
+
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
+        return x
+
+
+POSITIONS = {
+    "learned": LearnedPositions, "sinusoidal": SinusoidalPositions, "rope": NothingAdded,
+    "none": NothingAdded,
+}  # fmt: skip

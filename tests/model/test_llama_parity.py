@@ -1,0 +1,57 @@
+"""The modern decoder is transformers' Llama, and with qk-norm its Qwen3.
+
+Against committed golden files everywhere; live against torch with `-m parity`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.model import ModelSpec
+from jaxgpt.ops.cross_entropy import cross_entropy
+from tests.conftest import mesh_of, tiny_config
+from tests.golden import llama_torch as torch_side
+from tests.model.test_gpt2_parity import assert_gradients_agree, named
+
+
+def model_config(name: str) -> ModelConfig:
+    shape = torch_side.SHAPE
+    scaled = dict(rope_scaling="llama3", rope_factor=8.0, rope_original_len=16)
+    return ModelConfig(
+        vocab_size=shape["vocab_size"], max_seq_len=shape["max_position_embeddings"],
+        num_layers=shape["num_hidden_layers"], num_heads=shape["num_attention_heads"],
+        num_kv_heads=shape["num_key_value_heads"], head_dim=shape["head_dim"],
+        embed_dim=shape["hidden_size"], mlp_dim=shape["intermediate_size"], norm="rmsnorm",
+        norm_eps=shape["rms_norm_eps"], position="rope", rope_theta=torch_side.THETA,
+        activation="swiglu", bias=False, tie_embeddings=False, qk_norm=name == "qwen3",
+        **(scaled if name == "llama" else {}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("source", ["golden", pytest.param("live", marks=pytest.mark.parity)])
+def test_logits_loss_and_gradients(name, source):
+    if source == "golden":
+        found = dict(np.load(torch_side.FOLDER / f"{name}.npz"))
+    else:
+        found = torch_side.reference(name, 1)
+    cfg, tokens = model_config(name), jnp.asarray(found["tokens"])
+    spec = ModelSpec(cfg, "xla")
+
+    def loss_of(params):
+        logits = spec.bind(params)(tokens[:, :-1])
+        return jnp.mean(cross_entropy(logits, tokens[:, 1:])[0]), logits
+
+    def ours(prefix: str) -> dict:
+        return torch_side.our_layout(named(found, prefix), cfg.padded_vocab_size)
+
+    with jax.set_mesh(mesh_of(tiny_config())):
+        fresh = jax.eval_shape(spec.init, jax.random.key(0))
+        params = jax.tree.map(jnp.asarray, ours("weight/"))
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
+        (loss, logits), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    np.testing.assert_allclose(logits[..., : cfg.vocab_size], found["logits"], atol=1e-4, rtol=0)
+    assert abs(float(loss) - found["loss"]) < 1e-5
+    assert_gradients_agree(grads, ours("grad/"))
