@@ -16,7 +16,14 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput, Config
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.files import write_whole
-from jaxgpt.config.load import check_resume, config_of, define_config_flag, read_config, to_json
+from jaxgpt.config.load import (
+    check_resume,
+    config_of,
+    config_path,
+    define_config_flag,
+    read_config,
+    to_json,
+)
 from jaxgpt.data.prepare import Prepared, prepare
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
@@ -101,16 +108,6 @@ def check_writable(workdir: epath.Path) -> None:
         raise BadInput(f"workdir {workdir} cannot be made: {there} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise BadInput(f"workdir {workdir} cannot be written: no permission in {there}")
-
-
-def config_path(argv: list[str]) -> str:
-    """Returns the last `--config`'s file as given."""
-    found = ""
-    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = arg.lstrip("-").partition("=")
-        if arg.startswith("-") and name == "config":
-            found = value if equals else following
-    return found
 
 
 def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:

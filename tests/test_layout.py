@@ -9,6 +9,7 @@ PACKAGE = ROOT / "jaxgpt"
 ROOMS = [
     "config", "metrics", "tokenizer", "parallel", "ops", "model", "data", "optim",
     "checkpointing", "inference", "evaluation", "training",
+    "sweeps",
 ]  # fmt: skip
 
 
@@ -17,6 +18,8 @@ def imported_rooms(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxgpt."):
             names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "jaxgpt":
+            names |= {a.name for a in node.names}
         elif isinstance(node, ast.Import):
             names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("jaxgpt.")}
     return names

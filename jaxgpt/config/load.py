@@ -33,7 +33,7 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
     known = fields_of(Config())
     for arg in argv[1:]:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
-            _check_known(match[1], known, "--config.")
+            check_known(match[1], known, "--config.")
     config_flags.DEFINE_config_dataclass(
         "config", Config(), "config file, for example configs/tiny.py; any field can be set with"
         " --config.FIELD=VALUE", flag_values=values, sys_argv=argv, parse_fn=load_file,
@@ -57,6 +57,16 @@ def config_of(values: flags.FlagValues) -> Config:
     return config
 
 
+def config_path(argv: list[str]) -> str:
+    """Returns the last `--config`'s file as given."""
+    found = ""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.lstrip("-").partition("=")
+        if arg.startswith("-") and name == "config":
+            found = value if equals else following
+    return found
+
+
 def load_file(path: str) -> Config:
     """Returns `get_config()` of a Python file.
 
@@ -77,7 +87,8 @@ def load_file(path: str) -> Config:
     return config
 
 
-def _check_known(path: str, known: dict, prefix: str = "") -> None:
+def check_known(path: str, known: dict, prefix: str = "") -> None:
+    """Raises `BadInput`, suggesting the nearest, if `path` is not in `known`."""
     if path in known:
         return
     inside = [name for name in known if name.startswith(path + ".")]

@@ -22,7 +22,7 @@ from jaxgpt.data.shards import (
 from jaxgpt.data.sources import open_source
 from jaxgpt.data.split import hold_out, scan
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
-from jaxgpt.tokenizer.load import check_spec, fingerprint, trained_size
+from jaxgpt.tokenizer.load import check_spec, fingerprint, is_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     total = sum(found.sizes)
     say(f"data      preparing {cfg.source}: {len(found.sizes):,} documents, {total / 1e6:,.1f} MB")
     with whole_or_nothing(folder) as scratch:
-        if trained_size(cfg.tokenizer):
+        if is_trained(cfg.tokenizer):
             say(f"data      training {cfg.tokenizer} on the training part")
         tokenizer = make_tokenizer(cfg.tokenizer, train, total)
         save_tokenizer(tokenizer, scratch / "tokenizer")
@@ -121,8 +121,8 @@ def prepare_whole(source: str, field: str, tokenizer: Tokenizer, cache: Path) ->
 
 
 def _tokenizer_identity(spec: str) -> str:
-    if trained_size(spec):
-        return f"{spec} bpe {version('sentencepiece')}"
+    if is_trained(spec):
+        return f"{spec} sentencepiece {version('sentencepiece')}"
     with tempfile.TemporaryDirectory() as scratch:
         return fingerprint(make_tokenizer(spec, None, 0), Path(scratch))
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,25 +11,36 @@ from etils import epath
 
 from jaxgpt.config import BadInput
 from jaxgpt.tokenizer.base import ByteTokenizer, Tokenizer
+from jaxgpt.tokenizer.char import CharTokenizer
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.tokenizer.sentencepiece import SentencePieceTokenizer
 
-KINDS = {t.kind: t for t in (ByteTokenizer, SentencePieceTokenizer, Gpt2Tokenizer)}
+KINDS = {
+    t.kind: t for t in (ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Gpt2Tokenizer)
+}
 KIND_FILE = "tokenizer_kind.json"
-HELP = "choose byte, sentencepiece:SIZE, sentencepiece:FILE.model or gpt2:DIR"
+HELP = (
+    "choose byte, char, sentencepiece:SIZE, sentencepiece:unigram:SIZE,"
+    " sentencepiece:FILE.model or gpt2:DIR"
+)
 
 
-def trained_size(spec: str) -> int | None:
-    """Returns N where `spec` is `sentencepiece:N`, the one that must be trained; else None."""
-    kind, _, argument = spec.partition(":")
-    return int(argument) if kind == "sentencepiece" and argument.isdigit() else None
+def is_trained(spec: str) -> bool:
+    """Says whether `spec` names a tokenizer that is made from the corpus."""
+    return spec == "char" or _pieces(spec) is not None
+
+
+def _pieces(spec: str) -> tuple[str, int] | None:
+    """Returns (model type, size) of `sentencepiece:[bpe:|unigram:]N`, else None."""
+    match = re.fullmatch(r"sentencepiece:(?:(bpe|unigram):)?(\d+)", spec)
+    return match and (match[1] or "bpe", int(match[2]))
 
 
 def check_spec(spec: str) -> None:
     """Raises `BadInput` for a `data.tokenizer` that names no tokenizer or no file."""
-    if trained_size(spec) is None:
+    if not is_trained(spec):
         make_tokenizer(spec, None, 0)
-    elif trained_size(spec) < 300:
+    elif spec != "char" and _pieces(spec)[1] < 300:
         raise BadInput(
             f"data.tokenizer={spec} is too small: 256 pieces are bytes; ask for 300 or more"
         )
@@ -45,8 +57,10 @@ def make_tokenizer(
     kind, _, argument = spec.partition(":")
     if spec == "byte":
         return ByteTokenizer()
-    if size := trained_size(spec):
-        return SentencePieceTokenizer.train(documents(), size_in_bytes, size)
+    if spec == "char":
+        return CharTokenizer.train(documents())
+    if pieces := _pieces(spec):
+        return SentencePieceTokenizer.train(documents(), size_in_bytes, *pieces)
     if kind == "sentencepiece" and argument:
         return SentencePieceTokenizer.from_file(Path(argument).expanduser())
     if kind == "gpt2" and argument:

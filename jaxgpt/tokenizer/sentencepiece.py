@@ -52,11 +52,14 @@ class SentencePieceTokenizer:
         return cls(file.read_bytes(), str(file))
 
     @classmethod
-    def train(cls, documents: Iterable[str], size_in_bytes: int, vocab_size: int):
-        """Returns a BPE model of exactly `vocab_size` pieces, trained on a sample of the lines.
+    def train(
+        cls, documents: Iterable[str], size_in_bytes: int, model_type: str, vocab_size: int
+    ) -> "SentencePieceTokenizer":
+        """Returns a `bpe` or `unigram` model of exactly `vocab_size` pieces, trained on a sample.
 
         No normalisation, no dummy prefix, every space kept, bytes as a fallback: text
-        round-trips. The sample is every n-th line, so that it fits SAMPLE_BYTES.
+        round-trips. The sample is every n-th line, so that it fits SAMPLE_BYTES. `unigram` is
+        arXiv:1804.10959.
 
         Raises:
           BadInput: if the text is too small for so many pieces.
@@ -68,7 +71,7 @@ class SentencePieceTokenizer:
                 sentence_iterator=_sample_lines(documents, every),
                 model_writer=model,
                 vocab_size=vocab_size,
-                model_type="bpe",
+                model_type=model_type,
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
@@ -84,7 +87,7 @@ class SentencePieceTokenizer:
             )  # fmt: skip
         except RuntimeError as e:
             raise BadInput(
-                f"data.tokenizer=sentencepiece:{vocab_size} does not fit this corpus"
+                f"data.tokenizer=sentencepiece:{model_type}:{vocab_size} does not fit this corpus"
                 f" ({size_in_bytes:,} bytes): {_reason(str(e))}"
             ) from e
         return cls(model.getvalue())

@@ -26,7 +26,7 @@ def get_config():
         keep_checkpoints=2,
         model=ModelConfig(max_seq_len=32, num_layers=2, num_heads=2, embed_dim=32, dropout=0.1),
         data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=2),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=2, ema_decay=0.5),
         sample=SampleConfig(max_new_tokens=8),
     )
 """
@@ -126,31 +126,37 @@ def test_train_evaluate_sample(command, config_file, tmp_path):
     assert code == 2 and "ask for at most 29 new tokens" in err
 
 
-def full_logits(workdir, tokens):
-    """Logits by the whole forward pass, no cache."""
+def plain_model(workdir):
+    """Logits by the whole forward pass: no cache, no evaluation code."""
     trained = open_trained(str(workdir), None)
     with jax.set_mesh(trained.mesh):
-        spec = trained.spec.for_decoding()
-        return np.asarray(jax.jit(lambda p: spec.bind(p)(jnp.asarray(tokens)))(trained.params()))
+        spec, params = trained.spec.for_decoding(), trained.params()
+
+    def logits(tokens):
+        with jax.set_mesh(trained.mesh):
+            return np.asarray(forward(params, jnp.asarray(tokens)))
+
+    forward = jax.jit(lambda params, tokens: spec.bind(params)(tokens))
+    return logits
 
 
 def plain_loss(workdir) -> float:
     """The contract's loss, window by window in float64, without our evaluation code."""
     text = sorted((workdir.parent / "corpus").iterdir())[-1].read_bytes()
     tokens = [256, *text]
-    nats = 0.0
+    nats, model = 0.0, plain_model(workdir)
     for start in range(0, len(tokens) - 1, 32):
         window = np.array(tokens[start : start + 33])
-        logits = full_logits(workdir, window[None, :-1])[0].astype(np.float64)[:, :257]
+        logits = model(window[None, :-1])[0].astype(np.float64)[:, :257]
         lse = np.log(np.exp(logits).sum(-1))
         nats += np.sum(lse - logits[np.arange(len(window) - 1), window[1:]])
     return nats / (len(tokens) - 1)
 
 
 def plain_greedy(workdir, prompt: str, count: int) -> str:
-    ids = list(prompt.encode())
+    ids, model = list(prompt.encode()), plain_model(workdir)
     for _ in range(count):
-        ids.append(int(full_logits(workdir, [ids])[0, -1].argmax()))
+        ids.append(int(model([ids])[0, -1].argmax()))
     return bytes(i for i in ids[len(prompt) :] if i < 256).decode("utf-8", errors="replace")
 
 

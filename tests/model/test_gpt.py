@@ -70,6 +70,23 @@ def test_causality_by_gradient():
     np.testing.assert_array_equal(reached, np.tril(np.ones((6, 6), bool)))
 
 
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_packed_documents_do_not_see_one_another(position):
+    """A row of two documents and padding gives each the logits that it has alone."""
+    config = tiny_config(position=position, window=6)
+    with jax.set_mesh(mesh_of(config)):
+        spec, params = build(config)
+        spec = spec.for_decoding()
+        first, second = tokens_of(config)[:1, :9], tokens_of(config)[1:2, :12]
+        packed = jnp.concatenate([first, second, jnp.zeros((1, 3), jnp.int32)], axis=1)
+        segments = jnp.array([[1] * 9 + [2] * 12 + [0] * 3])
+        positions = jnp.array([[*range(9), *range(12), *range(3)]])
+        model = spec.bind(params)
+        together = model(packed, positions=positions, segments=segments)
+        np.testing.assert_allclose(together[:, :9], model(first), atol=1e-5)
+        np.testing.assert_allclose(together[:, 9:21], model(second), atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", [
     {"scan_layers": False}, {"remat": "dots"}, {"remat": "full"},
     {"remat": "full", "scan_layers": False},

@@ -1,6 +1,7 @@
 """The update against optax's own AdamW, the schedule by hand, and what decays."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt.config import ModelConfig, OptimConfig
+from jaxgpt.config import BadInput, ModelConfig, OptimConfig
 from jaxgpt.model import ModelSpec
 from jaxgpt.optim.groups import decay_mask
 from jaxgpt.optim.optimizers import make_optimizer
@@ -72,3 +73,172 @@ def test_every_parameter_is_covered_by_the_decay_mask():
     kernels = {f"blocks/{name}/kernel" for name in matrices}
     assert decayed == {"tokens", "positions/kernel"} | kernels
     assert len(mask) == len(jax.tree.leaves(abstract))
+
+
+NAMES = {"blocks": {"attention": {"query": {"kernel": (2, 6, 3, 2)}, "out": {"kernel": (2, 3, 2, 6)}},
+                    "mlp": {"up": {"kernel": (2, 6, 8), "bias": (2, 8)}}}, "tokens": (9, 6)}  # fmt: skip
+
+
+def tree(rng):
+    """Random arrays of the shapes that a model with two layers has."""
+    shapes = jax.tree.map(lambda s: s, NAMES, is_leaf=lambda s: isinstance(s, tuple))
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )  # fmt: skip
+
+
+def run_ten(name: str, **fields):
+    """Ten steps of ours; the gradients, for a reference to follow; the first parameters."""
+    cfg = OptimConfig(name=name, learning_rate=0.05, warmup_steps=0, schedule="constant",
+                      weight_decay=0.2, clip_norm=0.0, **fields)  # fmt: skip
+    rng = np.random.default_rng(3)
+    with jax.set_mesh(mesh_of(tiny_config())):
+        first = params = tree(rng)
+        optimizer = make_optimizer(cfg, 10, ModelConfig())
+        state, grads = optimizer.init(params), []
+        update = jax.jit(optimizer.update)
+        for _ in range(10):
+            grads.append(tree(rng))
+            updates, state = update(grads[-1], state, params)
+            params = optax.apply_updates(params, updates)
+    return cfg, first, grads, params
+
+
+def follow(first, grads, got, make_leaf_update):
+    """Checks `got` against a NumPy rule applied leaf by leaf in float64."""
+    paths = jax.tree_util.tree_leaves_with_path(first)
+    for i, (path, leaf) in enumerate(paths):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        p, direction = np.asarray(leaf, np.float64), make_leaf_update(name)
+        decay = 0.0 if name.endswith("bias") else 0.2
+        for step in range(10):
+            g = np.asarray(jax.tree.leaves(grads[step])[i], np.float64)
+            p = p - 0.05 * (direction(g, step + 1) + decay * p)
+        ours = np.asarray(jax.tree.leaves(got)[i])
+        np.testing.assert_allclose(ours, p, atol=2e-4, err_msg=name)
+
+
+def numpy_adam(b1, b2, eps):
+    m = v = 0.0
+
+    def direction(g, step):
+        nonlocal m, v
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        return m / (1 - b1**step) / (np.sqrt(v / (1 - b2**step)) + eps)
+
+    return direction
+
+
+def test_lion_against_numpy():
+    cfg, first, grads, got = run_ten("lion", b1=0.9, b2=0.8)
+
+    def rule(name):
+        m = 0.0
+
+        def direction(g, step):
+            nonlocal m
+            d, m = np.sign(0.9 * m + 0.1 * g), 0.8 * m + 0.2 * g
+            return d
+
+        return direction
+
+    follow(first, grads, got, rule)
+
+
+def test_sgd_against_numpy():
+    cfg, first, grads, got = run_ten("sgd", b1=0.7)
+
+    def rule(name):
+        m = 0.0
+
+        def direction(g, step):
+            nonlocal m
+            m = g + 0.7 * m
+            return m
+
+        return direction
+
+    follow(first, grads, got, rule)
+
+
+def test_adafactor_against_optax():
+    cfg, first, grads, got = run_ten("adafactor")
+    reference = optax.adafactor(
+        learning_rate=0.05, multiply_by_parameter_scale=False, weight_decay_rate=None,
+        clipping_threshold=1.0, momentum=None,
+    )  # fmt: skip
+    params, state = first, reference.init(first)
+    for g in grads:
+        updates, state = reference.update(g, state, params)
+        decay = jax.tree_util.tree_map_with_path(
+            lambda path, p: 0.0 * p if path[-1].key == "bias" else 0.2 * 0.05 * p, params
+        )
+        params = jax.tree.map(lambda p, u, d: p + u - d, params, updates, decay)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, params)
+
+
+def newton_schulz(x):
+    """Muon's quintic iteration (Jordan et al. 2024) on one matrix, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    turned = x.shape[0] > x.shape[1]
+    x = x.T if turned else x
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if turned else x
+
+
+def test_muon_against_numpy():
+    cfg, first, grads, got = run_ten("muon", b1=0.9, b2=0.95)
+    flat = {"query": (6, 6), "out": (6, 6), "up": (6, 8)}  # inputs x outputs, of each layer
+
+    def rule(name):
+        if not name.startswith("blocks") or name.endswith("bias"):
+            return numpy_adam(0.9, 0.95, cfg.eps)
+        shape, m = flat[name.split("/")[-2]], 0.0
+
+        def direction(g, step):
+            nonlocal m
+            m = 0.9 * m + 0.1 * g
+            nesterov = 0.9 * m / (1 - 0.9 ** (step + 1)) + 0.1 * g / (1 - 0.9**step)
+            layers = [newton_schulz(layer.reshape(shape)) for layer in nesterov]
+            return 0.2 * np.sqrt(max(shape)) * np.stack(layers).reshape(g.shape)
+
+        return direction
+
+    follow(first, grads, got, rule)
+
+
+def test_wsd_and_rsqrt():
+    def rates(**fields):
+        cfg = OptimConfig(learning_rate=2.0, warmup_steps=4, final_lr_ratio=0.1, **fields)
+        return [float(make_schedule(cfg, 24)(count)) for count in range(24)]
+
+    wsd = rates(schedule="wsd", decay_fraction=0.5)  # steps 5..24; the last ten descend
+    np.testing.assert_allclose(wsd[4:14], [2.0] * 10, rtol=1e-6)
+    np.testing.assert_allclose(wsd[18], 2.0 * (0.1 + 0.9 * 0.5), rtol=1e-6)
+    np.testing.assert_allclose(wsd[23], 0.2, rtol=1e-6)
+    rsqrt = rates(schedule="rsqrt")
+    np.testing.assert_allclose(rsqrt[3:], 2.0 * np.sqrt(4 / np.arange(4, 25)), rtol=1e-6)
+
+
+def test_learning_rate_multipliers():
+    _, first, grads, got = run_ten("sgd", lr_multipliers="tokens=0,query=2,blocks=0.5")
+    _, _, _, plain = run_ten("sgd")
+    np.testing.assert_array_equal(got["tokens"], first["tokens"])
+    one = run_ten("sgd", lr_multipliers="up/bias=0.5")[3]["blocks"]["mlp"]["up"]["bias"]
+    bias = first["blocks"]["mlp"]["up"]["bias"]
+    np.testing.assert_allclose(
+        one - bias, 0.5 * (plain["blocks"]["mlp"]["up"]["bias"] - bias), rtol=1e-4, atol=1e-6
+    )
+    assert not np.allclose(got["blocks"]["attention"]["query"]["kernel"],
+                           plain["blocks"]["attention"]["query"]["kernel"])  # fmt: skip
+    for text, message in (
+        ("nothing=2", "'nothing' matches no parameter"), ("tokens", "is not PATTERN=FACTOR"),
+        ("tokens=x", "is not PATTERN=FACTOR"), ("(=1", "is not PATTERN=FACTOR"),
+        ("tokens=-1", "a factor >= 0"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=re.escape(message)):
+            run_ten("sgd", lr_multipliers=text)

@@ -15,6 +15,7 @@ from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.tokenizer.load import check_spec
 from tests.conftest import CORPUS
 
+KINDS = ["byte", "char", "sentencepiece", "unigram", "gpt2"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 
 
@@ -42,36 +43,48 @@ def gpt2_folder(tmp_path_factory):
 def made(gpt2_folder):
     return {
         "byte": make_tokenizer("byte", None, 0),
+        "char": make_tokenizer("char", lambda: iter([CORPUS]), len(CORPUS)),
+        "unigram": make_tokenizer(
+            "sentencepiece:unigram:400", lambda: iter([CORPUS]), len(CORPUS)
+        ),
         "sentencepiece": make_tokenizer("sentencepiece:400", lambda: iter([CORPUS]), len(CORPUS)),
         "gpt2": make_tokenizer(f"gpt2:{gpt2_folder}", None, 0),
     }
 
 
-@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "gpt2"])
+def as_decoded(kind: str, text: str) -> str:
+    """The text itself, but for the two documented exceptions."""
+    if kind in ("sentencepiece", "unigram"):
+        return text.replace("\u2581", " ")  # SentencePiece's own mark for a space
+    if kind == "char":
+        return "".join(c if c in CORPUS else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=200, deadline=None)
 @given(text=TEXT)
 def test_any_text_round_trips(made, kind, text):
-    if kind == "sentencepiece":
-        text = text.replace("\u2581", "")  # its own mark for a space: the documented exception
     tokenizer = made[kind]
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == as_decoded(kind, text)
     assert tokenizer.end_of_text not in ids
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_special_text_is_plain_text_and_end_of_text_is_dropped(made, kind):
     tokenizer = made[kind]
     text = "a<|endoftext|>b <s> </s> <unk> <0x0A>"
     ids = tokenizer.encode(text)
+    text = as_decoded(kind, text)
     assert tokenizer.end_of_text not in ids and tokenizer.decode(ids) == text
     marked = [tokenizer.end_of_text, *ids, tokenizer.end_of_text]
     assert tokenizer.decode(marked) == text
 
 
-@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load(made, kind, tmp_path):
     save_tokenizer(made[kind], tmp_path / "t")
     again = load_tokenizer(tmp_path / "t")
@@ -80,8 +93,10 @@ def test_save_and_load(made, kind, tmp_path):
 
 
 def test_trained_size_is_exact_and_compresses(made):
-    assert made["sentencepiece"].vocab_size == 400
-    assert len(made["sentencepiece"].encode(CORPUS)) < 0.6 * len(CORPUS)
+    for kind in ("sentencepiece", "unigram"):
+        assert made[kind].vocab_size == 400
+        assert len(made[kind].encode(CORPUS)) < 0.6 * len(CORPUS)
+    assert made["char"].vocab_size == len(set(CORPUS)) + 2
 
 
 def test_sentencepiece_from_a_file(made, tmp_path):

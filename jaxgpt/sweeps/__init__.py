@@ -1,0 +1,1 @@
+"""Many runs of one config: which, how, and what came of them."""

@@ -1,0 +1,96 @@
+"""From `--grid`'s text to the runs of a sweep."""
+
+import copy
+import itertools
+import random
+import re
+
+from jaxgpt.config import BadInput, Config
+from jaxgpt.config.load import check_known
+from jaxgpt.config.schema import fields_of, set_field
+from jaxgpt.config.validate import validate
+
+Choice = dict[str, object]  # field path -> value
+
+
+def parse_grid(text: str) -> dict[str, list]:
+    """Returns field path -> values of `optim.learning_rate=1e-4,3e-4;batch_size=16,32`.
+
+    Raises:
+      BadInput: for an unknown field, a value of the wrong type, or no grid at all.
+    """
+    grid, known = {}, fields_of(Config())
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        path, equals, values = part.partition("=")
+        if not equals or not values:
+            raise BadInput(f"--grid: {part!r} is not FIELD=VALUE,VALUE,...")
+        check_known(path, known)
+        if path in grid:
+            raise BadInput(f"--grid names {path} twice")
+        grid[path] = [_value(path, known[path], value.strip()) for value in values.split(",")]
+        if len(set(grid[path])) < len(grid[path]):
+            raise BadInput(f"--grid: {path} has a value twice")
+    if not grid:
+        raise BadInput("--grid=FIELD=VALUE,VALUE;FIELD=... is required")
+    return grid
+
+
+def _value(path: str, kind: type, text: str):
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise BadInput(f"--grid: {path}={text} is not true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError as e:
+        raise BadInput(f"--grid: {path}={text} is not a valid value: expected {kind.__name__}") from e
+
+
+def choices(grid: dict[str, list], how_many: int, seed: int) -> list[Choice]:
+    """Returns every combination in order, or `how_many` > 0 of them drawn without repetition."""
+    every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if 0 < how_many < len(every):
+        drawn = sorted(random.Random(seed).sample(range(len(every)), how_many))
+        return [every[i] for i in drawn]
+    return every
+
+
+def applied(config: Config, choice: Choice) -> Config:
+    """Returns `config` with the choice's values set, checked.
+
+    Raises:
+      BadInput: naming the combination, if it describes no possible run.
+    """
+    config = copy.deepcopy(config)
+    for path, value in choice.items():
+        set_field(config, path, value)
+    try:
+        validate(config)
+    except BadInput as e:
+        raise BadInput(f"--grid: {name_of(choice)} is no possible run: {e}") from e
+    return config
+
+
+def name_of(choice: Choice) -> str:
+    """Returns a folder name that tells the choice: `learning_rate=0.001,batch_size=16`."""
+    parts = (f"{path.split('.')[-1]}={value}" for path, value in choice.items())
+    return re.sub(r"[^\w=.,+-]", "_", ",".join(parts))
+
+
+def rungs(num_steps: int, count: int, eta: int) -> list[tuple[int, int]]:
+    """Returns (steps, runs) of each rung of successive halving (arXiv:1502.07943, algorithm 1).
+
+    `eta` = 3 keeps the best third of the runs and gives them three times the steps, until one
+    rung has the whole `num_steps`; 0 trains all of them in full. Nine runs of 900 steps:
+    9 x 100, 3 x 300, 1 x 900.
+    """
+    if eta < 2:
+        return [(num_steps, count)]
+    found = []
+    while True:
+        found.append(count)
+        if count == 1:
+            break
+        count = -(-count // eta)
+    last = len(found) - 1
+    return [(max(num_steps // eta ** (last - i), 1), runs) for i, runs in enumerate(found)]

@@ -1,0 +1,60 @@
+"""One token per character of the training text."""
+
+import json
+import os
+from collections.abc import Iterable
+
+import numpy as np
+
+from jaxgpt.config import BadInput
+
+VOCAB_FILE = "characters.json"
+MOST = 65_000  # beyond, it is no longer a vocabulary of characters
+
+
+class CharTokenizer:
+    """Characters by code point, then one id for any other character, then end-of-text.
+
+    The exception to the round trip: a character that the training text lacks comes back as
+    U+FFFD.
+    """
+
+    kind = "char"
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self.points = np.array([ord(c) for c in characters], np.int32)
+        self.unknown = len(characters)
+        self.end_of_text = len(characters) + 1
+        self.vocab_size = len(characters) + 2
+
+    def encode(self, text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le"), np.int32)
+        ids = np.searchsorted(self.points, points)
+        known = self.points[np.minimum(ids, self.unknown - 1)] == points
+        return np.where(known, ids, self.unknown).astype(np.int32)
+
+    def decode(self, ids: Iterable) -> str:
+        table = self.characters + "\N{REPLACEMENT CHARACTER}"
+        return "".join(table[i] for i in ids if i < len(table))
+
+    def save(self, folder: os.PathLike) -> None:
+        (folder / VOCAB_FILE).write_text(json.dumps(self.characters))
+
+    @classmethod
+    def open(cls, folder: os.PathLike) -> "CharTokenizer":
+        return cls(json.loads((folder / VOCAB_FILE).read_text()))
+
+    @classmethod
+    def train(cls, documents: Iterable[str]) -> "CharTokenizer":
+        """Returns the tokenizer of every character in `documents`.
+
+        Raises:
+          BadInput: if they are so many that this is not what the user wants.
+        """
+        found: set[str] = set()
+        for text in documents:
+            found.update(text)
+        if len(found) > MOST:
+            raise BadInput(f"data.tokenizer=char found {len(found):,} characters; use sentencepiece:N")
+        return cls("".join(sorted(found)))

@@ -1,0 +1,60 @@
+"""Every file in configs/ describes a run that can be: sizes, checks, and the lowered train step."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config.load import load_file
+from jaxgpt.config.validate import validate
+from jaxgpt.model.gpt import count_parameters
+from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.training.setup import make_training, resolve_vocab
+from jaxgpt.training.step import make_train_step
+from tests.conftest import ROOT
+
+FILES = sorted((ROOT / "configs").glob("*.py"))
+# Published counts; where a config leaves the vocabulary to its tokenizer, at the size given.
+PUBLISHED = {
+    "small": (50257, 124_439_808),
+    "medium": (50257, 354_823_168),
+    "large": (50257, 774_030_080),
+    "xl": (50257, 1_557_611_200),
+    "modern": (32000, 315_936_768),
+    "modern_1b": (128256, 1_235_814_400),
+    "modern_8b": (128256, 8_030_261_248),
+}
+
+
+def load(file: Path) -> Config:
+    config = load_file(str(file))
+    config = resolve_vocab(config, 257)
+    return config
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_it_validates_and_its_train_step_lowers(file):
+    config = load(file)
+    validate(config)
+    config = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1))
+    with jax.set_mesh(mesh := make_mesh(config, jax.devices()[:4])):
+        training = make_training(config, mesh)
+        step = make_train_step(training.spec, config)
+        text = step.lower(training.abstract_state(), training.abstract_batch()).as_text()
+    assert "sdy.mesh" in text
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_it_has_the_published_number_of_parameters(name):
+    vocab, published = PUBLISHED[name]
+    config = resolve_vocab(load_file(str(ROOT / "configs" / f"{name}.py")), vocab)
+    with jax.set_mesh(mesh := make_mesh(Config(), jax.devices()[:1])):
+        spec = make_training(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1)), mesh).spec
+        assert count_parameters(jax.eval_shape(spec.init, jax.random.key(0)), spec.cfg) == published
+
+
+def test_each_docstring_says_what_it_is():
+    for file in FILES:
+        assert file.read_text().startswith('"""'), file
