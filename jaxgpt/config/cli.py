@@ -18,7 +18,7 @@ def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValu
       BadInput: for an unknown flag, an ill-typed value or a stray positional argument.
     """
     if any(arg in ("-h", "-help", "--help") for arg in argv[1:]):
-        print(f"{doc.strip()}\n\nflags:{values.main_module_help()}{_help(values)}")
+        print(f"{doc.strip()}\n\nflags:\n{_help(values)}")
         raise SystemExit(0)
     try:
         rest = values(argv)
@@ -31,10 +31,12 @@ def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValu
 
 def _help(values: flags.FlagValues) -> str:
     lines = []
-    for name in sorted({flag.name for flag in values._flags().values()}):
+    for name in sorted(values):
         flag = values[name]
-        lines.append(f"\n  --{name}: {flag.help} (default: {flag.default_as_str})")
-    return "".join(lines)
+        plain = flag.default in (None, "") or name == "config"
+        default = "" if plain else f" (default: {flag.default})"
+        lines.append(f"  --{name}: {flag.help}{default}")
+    return "\n".join(lines)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
