@@ -42,6 +42,10 @@ def main(argv: list[str]) -> int:
     workdir = epath.Path(values.workdir or f"runs/{Path(config_path(argv)).stem}")
     check_writable(workdir)
     config, changes = adopt(workdir, config)
+    if (done := steps_done(workdir)) >= config.num_steps:
+        say(f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
+            " raise --config.num_steps to train on")  # fmt: skip
+        return 0
     mesh = make_mesh(config)
     data = prepare(config.data)
     config = resolve_vocab(config, data.tokenizer.vocab_size)
@@ -54,12 +58,6 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
     """Trains from the workdir's newest checkpoint, or from nothing; returns the exit code."""
     config, is_first = training.config, jax.process_index() == 0
     describe(training, data, workdir)
-    if (workdir / "checkpoints").exists():
-        done = Checkpoints(workdir, read_only=True).latest() or 0
-        if done >= config.num_steps:
-            say(f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
-                " raise --config.num_steps to train on")  # fmt: skip
-            return 0
     loop = Loop(training, data)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     state, clock = restore_or_init(training, data, checkpoints)
@@ -95,6 +93,13 @@ def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
     old = read_config(workdir)
     config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
     return config, check_resume(old, config, workdir)
+
+
+def steps_done(workdir: epath.Path) -> int:
+    """Returns the newest checkpoint's step, 0 where there is none."""
+    if not (workdir / "checkpoints").exists():
+        return 0
+    return Checkpoints(workdir, read_only=True).latest() or 0
 
 
 def check_writable(workdir: epath.Path) -> None:

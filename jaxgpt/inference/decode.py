@@ -31,24 +31,29 @@ def make_decode(spec: ModelSpec, sampling: Sampling, max_new_tokens: int) -> Cal
         model = spec.bind(params)
         batch, width = prompts.shape
 
-        def pick(logits, positions):
+        def pick(logits, positions, seen):
             logits = jax.sharding.reshard(logits, jax.P(None, None))
-            return draw(logits, jax.vmap(jax.random.fold_in)(keys, positions), sampling)
+            step_keys = jax.vmap(jax.random.fold_in)(keys, positions)
+            token = draw(logits, step_keys, sampling, seen)
+            return token, seen.at[jnp.arange(batch), token].set(True)
 
         cache = empty(spec.cfg, batch, width + max_new_tokens, spec.rules)
         positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
         logits, cache = model.extend(prompts, positions, cache, lengths - 1)
-        first = pick(logits, lengths)
+        real = positions < lengths[:, None]
+        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], prompts].max(real)
+        first, seen = pick(logits, lengths, seen)
 
         def next_token(carry, _):
-            token, position, cache = carry
+            token, position, cache, seen = carry
             logits, cache = model.extend(
                 token[:, None], position[:, None], cache, jnp.zeros_like(position)
             )
-            return (pick(logits, position + 1), position + 1, cache), token
+            following, seen = pick(logits, position + 1, seen)
+            return (following, position + 1, cache, seen), token
 
-        carry = (first, lengths, cache)
-        (last, _, _), tokens = jax.lax.scan(next_token, carry, length=max_new_tokens - 1)
+        carry = (first, lengths, cache, seen)
+        (last, *_), tokens = jax.lax.scan(next_token, carry, length=max_new_tokens - 1)
         return jnp.concatenate([tokens, last[None]]).T
 
     return jax.jit(decode)

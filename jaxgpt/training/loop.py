@@ -1,7 +1,8 @@
 """The training loop. At a step's end, in this order: row, validation, sample, checkpoint.
 
 So a checkpoint never precedes its rows, and a resume that cuts the rows behind it leaves each
-step once.
+step once. A stop signal saves at the end of its step, without validation or sample: whoever sent
+it may not wait.
 """
 
 import dataclasses
@@ -103,27 +104,23 @@ class Loop:
                 clock.tokens += batch["targets"].size
                 if logged:
                     logged = self._log(*logged, clock, speed)
-                last = step == config.num_steps or stop.received
-                if last or step % config.log_every == 0:
+                end, stopping = step == config.num_steps, stop.received
+                if end or _due(step, config.log_every):
                     logged = (step, clock.tokens, metrics)
-                due = {
-                    name: last or (every and step % every == 0)
-                    for name, every in (
-                        ("eval", config.eval_every), ("sample", config.sample_every),
-                        ("save", config.checkpoint_every),
-                    )
-                }  # fmt: skip
-                if any(due.values()):
+                validates = (end or _due(step, config.eval_every)) and not stopping
+                samples = (end or _due(step, config.sample_every)) and not stopping
+                saves = end or _due(step, config.checkpoint_every) or stopping
+                if validates or samples or saves:
                     logged = logged and self._log(*logged, clock, speed)
-                    if due["eval"] and not stop.received:
+                    if validates:
                         self._validate(state, step, clock)
-                    if due["sample"] and not stop.received:
+                    if samples:
                         self._sample(state, step)
-                    if due["save"]:
+                    if saves:
                         self._save(state, step, clock)
                     speed.restart(step)
-                if stop.received:
-                    say(f"stopped   by signal {stop.received} after step {step}, which is saved")
+                if stopping:
+                    say(f"stopped   by signal {stopping} after step {step}, which is saved")
                     break
         checkpoints.close()
         return stop.exit_code
@@ -179,6 +176,10 @@ class Loop:
             "data_fingerprint": self.data.fingerprint,
         }
         self.checkpoints.save(step, state, meta)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 class Sampler:

@@ -1,0 +1,96 @@
+"""Each sampler against the distribution it should draw from, and against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.config import BadInput
+from jaxgpt.inference.samplers import Sampling, draw, keep_min_p, keep_top_k, keep_top_p
+
+DRAWS = 20_000
+LOGITS = np.log([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+NOTHING_SEEN = np.zeros(6, bool)
+
+
+def softmax(x):
+    e = np.exp(x - x[np.isfinite(x)].max())
+    return e / e.sum()
+
+
+def expected(sampling: Sampling, seen) -> np.ndarray:
+    """The distribution, written out one token at a time."""
+    logits = LOGITS.copy()
+    for i in np.flatnonzero(seen):
+        r = sampling.repetition_penalty
+        logits[i] = logits[i] / r if logits[i] > 0 else logits[i] * r
+    logits = logits / sampling.temperature
+    order = list(np.argsort(-logits))
+    kept = order[: sampling.top_k] if sampling.top_k else order
+    p = softmax(np.where(np.isin(np.arange(6), kept), logits, -np.inf))
+    mass, nucleus = 0.0, []
+    for i in kept:
+        if mass < sampling.top_p:
+            nucleus.append(i)
+        mass += p[i]
+    p = np.where(np.isin(np.arange(6), nucleus), p, 0)
+    p = np.where(p >= sampling.min_p * p.max(), p, 0)
+    return p / p.sum()
+
+
+CASES = {
+    "plain": (Sampling(1.0, 0), []),
+    "temperature": (Sampling(2.0, 0), []),
+    "top-k": (Sampling(1.0, 3), []),
+    "top-p": (Sampling(1.0, 0, top_p=0.7), []),
+    "min-p": (Sampling(1.0, 0, min_p=0.3), []),
+    "repetition": (Sampling(1.0, 0, repetition_penalty=1.5), [0, 2]),
+    "all together": (Sampling(1.3, 5, 0.9, 0.1, 1.2), [1]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_draws_follow_the_distribution(name):
+    """Chi-squared over many draws: below the 99.99% quantile for 5 degrees of freedom, 25.7."""
+    sampling, ids = CASES[name]
+    seen = NOTHING_SEEN.copy()
+    seen[ids] = True
+    want = expected(sampling, seen)
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (DRAWS, 1))
+    tokens = jax.jit(draw, static_argnums=2)(logits, keys, sampling, jnp.tile(seen, (DRAWS, 1)))
+    counts = np.bincount(np.asarray(tokens), minlength=6)
+    assert np.all(counts[want == 0] == 0), "what is ruled out is never drawn"
+    real = want > 0
+    chi2 = np.sum((counts[real] - DRAWS * want[real]) ** 2 / (DRAWS * want[real]))
+    assert chi2 < 25.7
+    if name != "plain":
+        plain = softmax(LOGITS)
+        assert np.abs(want - plain).max() > 0.02, "the case must differ from plain sampling"
+
+
+def test_greedy_takes_the_best_and_padding_is_never_drawn():
+    logits = jnp.asarray([[1.0, 3.0, 2.0, -jnp.inf]] * 500)
+    keys = jax.random.split(jax.random.key(1), 500)
+    seen = jnp.zeros(logits.shape, bool)
+    assert np.all(np.asarray(draw(logits, keys, Sampling(0.0), seen)) == 1)
+    hot = np.asarray(draw(logits, keys, Sampling(100.0, 0), seen))
+    assert set(hot) == {0, 1, 2}
+
+
+def test_every_filter_leaves_the_likeliest():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 9)), jnp.float32)
+    best = np.argmax(logits, -1)
+    for kept in (keep_top_k(logits, 1), keep_top_p(logits, 1e-6), keep_min_p(logits, 1.0)):
+        np.testing.assert_array_equal(np.isfinite(kept).sum(-1), 1)
+        np.testing.assert_array_equal(np.argmax(kept, -1), best)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -1.0),
+     ("repetition_penalty", 0.0), ("temperature", float("nan"))],
+)  # fmt: skip
+def test_values_out_of_range(field, value):
+    with pytest.raises(BadInput, match=f"--{field}="):
+        Sampling(**{field: value}).check()
