@@ -13,7 +13,7 @@ from jaxgpt.model.attention import Attention
 from jaxgpt.model.cache import LayerCache
 from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
 from jaxgpt.model.positions import POSITIONS
-from jaxgpt.parallel.rules import AxisRules, weight
+from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
 REMAT = {
     "none": None,
@@ -105,6 +105,21 @@ class GPT(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits; ids from `vocab_size` on are padding and get -inf.
 
+        See `hidden` for the arguments.
+        """
+        x = self.hidden(tokens, positions=positions, segments=segments, dropout_key=dropout_key)
+        return self.logits(x, self.table())
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the last layer's normalised output, which `logits` reads.
+
         `positions` default to 0..T-1. Tokens see those of their own segment only: number packed
         documents, or give padding a number of its own. Without a `dropout_key` nothing drops.
         """
@@ -112,7 +127,26 @@ class GPT(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             positions = jax.sharding.reshard(positions, self.rules("batch", "seq"))
         x, _ = self._run(tokens, positions, segments, None, dropout_key)
-        return self._logits(x)
+        return self.final_norm(x)
+
+    def table(self) -> Float[Array, "V D"]:
+        """Returns the output embedding, whole over `fsdp`: gathered once, however often it is read.
+
+        In float32 holding compute-dtype values, so that gradients of several readings add up in
+        float32.
+        """
+        table = self.tokens if self.head is None else self.head
+        return weight(table, self.dtype).astype(jnp.float32)
+
+    def logits(self, x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+        """Returns the float32 logits of hidden states; -inf for the padding of the vocabulary."""
+        logits = self.logit_scale * rowwise(
+            "MD,VD->MV", x, table.astype(x.dtype), self.rules("batch", "seq", "vocab"), jnp.float32
+        )
+        if self.softcap:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
+        return jnp.where(ids < self.vocab_size, logits, -jnp.inf)
 
     def extend(
         self,
@@ -126,8 +160,8 @@ class GPT(nnx.Module):
         The tokens stand at `positions`, consecutive in each row; what is before is in the cache.
         """
         x, cache = self._run(tokens, positions, None, cache, None)
-        x = jnp.take_along_axis(x, at[:, None, None], axis=1)
-        return self._logits(x)[:, 0], cache
+        x = self.final_norm(jnp.take_along_axis(x, at[:, None, None], axis=1))
+        return self.logits(x, self.table())[:, 0], cache
 
     def _run(self, tokens, positions, segments, cache, key):
         layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
@@ -156,18 +190,6 @@ class GPT(nnx.Module):
         spec = self.rules("batch", "seq", None)
         x = weight(self.tokens, self.dtype).at[tokens].get(out_sharding=spec)
         return self.positions(x * self.embed_scale, positions)
-
-    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        x = self.final_norm(x)
-        table = weight(self.tokens if self.head is None else self.head, x.dtype)
-        logits = self.logit_scale * jnp.einsum(
-            "BTD,VD->BTV", x, table, preferred_element_type=jnp.float32,
-            out_sharding=self.rules("batch", "seq", "vocab"),
-        )  # fmt: skip
-        if self.softcap:
-            logits = self.softcap * jnp.tanh(logits / self.softcap)
-        ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
-        return jnp.where(ids < self.vocab_size, logits, -jnp.inf)
 
 
 def windows(cfg: ModelConfig) -> tuple[int, ...]:

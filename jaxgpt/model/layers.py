@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops.activations import ACTIVATIONS, GATED
 from jaxgpt.ops.norm import layer_norm, rms_norm
-from jaxgpt.parallel.rules import AxisRules, weight
+from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings
 
@@ -53,10 +53,10 @@ def dropout(x: Float[Array, "*S"], rate: float, key: PRNGKeyArray | None) -> Flo
 
 
 class Linear(nnx.Module):
-    """`einsum(equation, x, kernel) + bias`, with every axis named.
+    """`einsum(equation, x, kernel) + bias` over rows M = B * T, with every axis named.
 
-    `sizes` maps the equation's letters to lengths and `axes` to logical axes, for the kernel's
-    letters; activations keep embed (D) whole.
+    SIZES maps the kernel's letters to the config's lengths and AXES to logical axes;
+    activations keep embed (D) whole.
     """
 
     SIZES = {
@@ -74,14 +74,14 @@ class Linear(nnx.Module):
         size = {letter: getattr(cfg, name) for letter, name in self.SIZES.items()}
         shape, spec = [size[c] for c in letters], rules(*(self.AXES[c] for c in letters))
         self.equation = equation
-        self.out = rules("batch", "seq", *(None if c == "D" else self.AXES[c] for c in out[2:]))
+        self.out = rules("batch", "seq", *(None if c == "D" else self.AXES[c] for c in out[1:]))
         self.kernel = normal(rngs, shape, spec, dtype, std)
-        bias_shape = [size[c] for c in out[2:]]
+        bias_shape = [size[c] for c in out[1:]]
         self.bias = constant(0.0, bias_shape, P(*self.out[2:]), dtype) if bias else None
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         kernel = weight(self.kernel, x.dtype)
-        y = jnp.einsum(self.equation, x, kernel, out_sharding=self.out)
+        y = rowwise(self.equation, x, kernel, self.out)
         return y if self.bias is None else y + weight(self.bias, x.dtype)
 
 
@@ -118,8 +118,8 @@ class Mlp(nnx.Module):
     def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
         self.act = ACTIVATIONS[cfg.activation]
         shared = dict(bias=cfg.bias, rngs=rngs)
-        self.up = Linear("BTD,DF->BTF", cfg, rules, std=hidden_std(cfg), **shared)
-        self.down = Linear("BTF,FD->BTD", cfg, rules, std=residual_std(cfg), **shared)
+        self.up = Linear("MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
+        self.down = Linear("MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(self.act(self.up(x)))
@@ -131,9 +131,9 @@ class GatedMlp(nnx.Module):
     def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
         self.act = ACTIVATIONS[GATED[cfg.activation]]
         shared = dict(bias=cfg.bias, rngs=rngs)
-        self.gate = Linear("BTD,DF->BTF", cfg, rules, std=hidden_std(cfg), **shared)
-        self.up = Linear("BTD,DF->BTF", cfg, rules, std=hidden_std(cfg), **shared)
-        self.down = Linear("BTF,FD->BTD", cfg, rules, std=residual_std(cfg), **shared)
+        self.gate = Linear("MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
+        self.up = Linear("MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
+        self.down = Linear("MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(self.act(self.gate(x)) * self.up(x))

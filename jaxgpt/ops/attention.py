@@ -56,17 +56,22 @@ def xla_attention(
     """Returns softmax(scale * q k^T) v over the visible keys: the reference.
 
     Scores and softmax in float32. Query head n reads key head n // (N/K). `kept` marks the
-    attention weights that dropout keeps.
+    attention weights that dropout keeps. Heads are brought in front of positions first: XLA's
+    CPU backend multiplies them twice as fast that way, and elsewhere it makes no difference.
     """
-    (b, t, n, h), (s, groups) = q.shape, k.shape[1:3]
-    grouped = q.reshape(b, t, groups, n // groups, h)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    (b, t, n, h), (s, heads) = q.shape, k.shape[1:3]
+    groups = n // heads
+    q = q.reshape(b, t, heads, groups, h).transpose(0, 2, 3, 1, 4).reshape(b, heads, groups * t, h)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKMH,BKSH->BKMS", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, heads, groups, t, s) * scale
     seen = visible(places, window)[:, None, None]
-    scores = jnp.where(seen, scores * scale, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
     if kept is not None:
-        weights = jnp.where(kept.reshape(b, groups, n // groups, t, s), weights / (1 - dropout), 0)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(q.shape)
+        weights = jnp.where(kept.reshape(weights.shape), weights / (1 - dropout), 0)
+    weights = weights.astype(v.dtype).reshape(b, heads, groups * t, s)
+    out = jnp.einsum("BKMS,BKSH->BKMH", weights, v).reshape(b, heads, groups, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
 def cudnn_attention(

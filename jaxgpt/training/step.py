@@ -1,5 +1,6 @@
 """The update: loss, gradients over microbatches, optimizer."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,10 +9,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config
-from jaxgpt.model import ModelSpec
-from jaxgpt.ops.cross_entropy import IGNORE, cross_entropy
+from jaxgpt.model import GPT, ModelSpec
+from jaxgpt.ops.cross_entropy import IGNORE, chunked_cross_entropy, chunks_for
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.optim.schedules import make_schedule
+from jaxgpt.parallel.rules import BATCH_AXES
 from jaxgpt.training import loss_scale
 from jaxgpt.training.state import TrainState
 
@@ -31,8 +33,7 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
     z_loss, seed, ema_decay = config.optim.z_loss, config.seed, config.optim.ema_decay
 
     def objective(params, micro: Micro, num_targets, key, scale):
-        logits = spec.bind(params)(micro["inputs"], dropout_key=key)
-        nats, lse = cross_entropy(logits, micro["targets"])
+        nats, lse = token_losses(spec.bind(params), micro, key)
         loss = jnp.sum(nats) / num_targets
         return scale * (loss + z_loss * jnp.sum(jnp.square(lse)) / num_targets), loss
 
@@ -62,6 +63,16 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
         return (_skip_if_overflown(state, new, grads) if state.loss_scale else new), metrics
 
     return jax.jit(train_step, donate_argnames="state")
+
+
+def token_losses(model: GPT, micro: Micro, dropout_key):
+    """Returns (nats, logsumexp) of each target, [B, T], without making all logits at once."""
+    mesh, (batch, length) = jax.sharding.get_abstract_mesh(), micro["inputs"].shape
+    rows = batch // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    columns = model.tokens.shape[0] // mesh.shape["tensor"]
+    chunks = chunks_for(rows, length, columns, mesh.abstract_device.platform)
+    x, table = model.hidden(micro["inputs"], dropout_key=dropout_key), model.table()
+    return chunked_cross_entropy(lambda x: model.logits(x, table), x, micro["targets"], chunks)
 
 
 def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):
@@ -95,8 +106,8 @@ def make_eval_step(spec: ModelSpec) -> Callable[[dict, Batch], Float[Array, "B"]
     """Returns the jitted `(params, batch) -> nats summed over each row's targets`."""
 
     def eval_step(params, batch: Batch):
-        logits = spec.bind(params)(batch["inputs"][0])
-        nats, _ = cross_entropy(logits, batch["targets"][0])
+        micro = jax.tree.map(lambda a: a[0], batch)
+        nats, _ = token_losses(spec.bind(params), micro, None)
         return jax.sharding.reshard(jnp.sum(nats, axis=-1), jax.P(None))
 
     return jax.jit(eval_step)
