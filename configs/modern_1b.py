@@ -5,28 +5,16 @@ llama3 RoPE scaling is for its 128k context and left out at 4096); the recipe is
 `--config.model.vocab_size=128256` gives exactly that size.
 """
 
-from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
+from jaxgpt.config import Config, OptimConfig, presets
 
 
 def get_config() -> Config:
-    return Config(
-        num_steps=100_000,
+    return presets.long_run(
+        presets.llama(
+            num_layers=16, num_heads=32, num_kv_heads=8, embed_dim=2048, mlp_dim=8192,
+            max_seq_len=4096, tie_embeddings=True, remat="full",
+        ),
+        OptimConfig(learning_rate=3e-4, schedule="wsd", warmup_steps=2000, z_loss=1e-4),
         batch_size=256,
         grad_accum=16,
-        log_every=10,
-        eval_every=1000,
-        eval_batches=100,
-        sample_every=1000,
-        checkpoint_every=1000,
-        model=ModelConfig(
-            max_seq_len=4096, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64,
-            embed_dim=2048, mlp_dim=8192, norm="rmsnorm", norm_eps=1e-5, position="rope",
-            rope_theta=500_000.0, activation="swiglu", bias=False, tie_embeddings=True,
-            qk_norm=False, dtype="bfloat16", remat="full",
-        ),
-        data=DataConfig(source="builtin", tokenizer="sentencepiece:32000"),
-        optim=OptimConfig(
-            learning_rate=3e-4, schedule="wsd", warmup_steps=2000, z_loss=1e-4,
-        ),
-        mesh=MeshConfig(data=1, fsdp=-1),
     )  # fmt: skip

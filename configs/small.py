@@ -9,20 +9,13 @@ Recipe: nanoGPT's, which follows GPT-3's (arXiv:2005.14165, table 2.1). 32 seque
 microbatch suit eight 16 GB TPU chips or one 80 GB GPU; change grad_accum for more or less.
 """
 
-from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig
+from jaxgpt.config import Config, MeshConfig, OptimConfig, presets
 
 
 def get_config() -> Config:
-    return Config(
-        num_steps=100_000,
-        batch_size=512,
+    return presets.long_run(
+        presets.gpt2(num_layers=12, num_heads=12, embed_dim=768),
+        OptimConfig(learning_rate=6e-4, warmup_steps=2000),
         grad_accum=16,
-        log_every=10,
-        eval_every=1000,
-        eval_batches=100,
-        sample_every=1000,
-        checkpoint_every=1000,
-        model=ModelConfig(dtype="bfloat16"),
-        data=DataConfig(source="builtin", tokenizer="sentencepiece:32000"),
-        optim=OptimConfig(learning_rate=6e-4, warmup_steps=2000),
+        mesh=MeshConfig(data=-1),
     )

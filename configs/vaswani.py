@@ -6,26 +6,19 @@ eps = 1e-9 and the inverse-square-root schedule with 4000 warm-up steps, whose p
 512**-0.5 * 4000**-0.5 is the learning rate here. There is no encoder to attend to.
 """
 
-from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig
+from jaxgpt.config import Config, MeshConfig, OptimConfig, presets
 
 
 def get_config() -> Config:
-    return Config(
-        num_steps=100_000,
-        batch_size=64,
-        log_every=10,
-        eval_every=1000,
-        eval_batches=100,
-        sample_every=1000,
-        checkpoint_every=1000,
-        model=ModelConfig(
-            max_seq_len=512, num_layers=6, num_heads=8, embed_dim=512, mlp_dim=2048,
-            norm_position="post", position="sinusoidal", activation="relu",
-            scale_embeddings=True, dropout=0.1, dtype="bfloat16",
+    return presets.long_run(
+        presets.gpt2(
+            num_layers=6, num_heads=8, embed_dim=512, max_seq_len=512, norm_position="post",
+            position="sinusoidal", activation="relu", scale_embeddings=True, dropout=0.1,
         ),
-        data=DataConfig(source="builtin", tokenizer="sentencepiece:32000"),
-        optim=OptimConfig(
+        OptimConfig(
             learning_rate=512**-0.5 * 4000**-0.5, schedule="rsqrt", warmup_steps=4000, b2=0.98,
             eps=1e-9, weight_decay=0.0, clip_norm=0.0,
         ),
+        batch_size=64,
+        mesh=MeshConfig(data=-1),
     )  # fmt: skip

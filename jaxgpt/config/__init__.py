@@ -1,5 +1,6 @@
 """A run's description: dataclasses, validation, load and save."""
 
+from jaxgpt.config import presets
 from jaxgpt.config.errors import BadInput
 from jaxgpt.config.schema import (
     Config,
@@ -12,4 +13,5 @@ from jaxgpt.config.schema import (
 
 __all__ = [
     "BadInput", "Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "SampleConfig",
+    "presets",
 ]  # fmt: skip

@@ -1,0 +1,38 @@
+"""What several configs share: architectures by family, and the habits of a long run."""
+
+from jaxgpt.config.schema import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
+
+
+def gpt2(num_layers: int, num_heads: int, embed_dim: int, **fields) -> ModelConfig:
+    """Returns GPT-2's architecture (OpenAI 2019, section 2.3) in bfloat16."""
+    sizes = dict(num_layers=num_layers, num_heads=num_heads, embed_dim=embed_dim)
+    return ModelConfig(**sizes, **{"dtype": "bfloat16"} | fields)
+
+
+def llama(
+    num_layers: int, num_heads: int, num_kv_heads: int, embed_dim: int, mlp_dim: int, **fields
+) -> ModelConfig:
+    """Returns Llama 3's architecture (arXiv:2407.21783, section 3.2) in bfloat16: RoPE, RMSNorm,
+    SwiGLU, grouped-query attention, no biases, separate output embedding."""
+    sizes = dict(
+        num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        embed_dim=embed_dim, mlp_dim=mlp_dim,
+    )  # fmt: skip
+    family = dict(
+        norm="rmsnorm", position="rope", rope_theta=500_000.0, activation="swiglu", bias=False,
+        tie_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    return ModelConfig(**sizes, **family | fields)
+
+
+def long_run(model: ModelConfig, optim: OptimConfig, **fields) -> Config:
+    """Returns a pre-training run of days: rare validation, on the corpus that is everywhere.
+
+    Parameters and optimizer state are split over all devices (`mesh.fsdp`).
+    """
+    habits = dict(
+        num_steps=100_000, batch_size=512, log_every=10, eval_every=1000, eval_batches=100,
+        sample_every=1000, checkpoint_every=1000, mesh=MeshConfig(data=1, fsdp=-1),
+        data=DataConfig(source="builtin", tokenizer="sentencepiece:32000"),
+    )  # fmt: skip
+    return Config(model=model, optim=optim, **habits | fields)
