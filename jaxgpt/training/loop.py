@@ -151,6 +151,7 @@ class Loop:
             say(train_line(row, self.config.num_steps, eta))
 
     def _validate(self, state: TrainState, step: int, clock: Clock) -> None:
+        jax.block_until_ready(state.step)  # steps still under way are not the evaluation's time
         began = time.perf_counter()
         found = self.evaluate(state.best_params, self.config.eval_batches)
         row = {"step": step, "split": "validation"}
