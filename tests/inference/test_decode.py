@@ -45,6 +45,22 @@ def test_a_sample_depends_on_its_prompt_seed_and_number_only():
         assert np.all(beside < config.model.vocab_size)
 
 
+def test_a_prompts_padding_counts_as_nothing_said():
+    """Prompts are padded with id 0: a repetition penalty must not hold that against id 0."""
+    config, prompt = tiny_config(), [np.array([5, 6, 7], np.int32)]
+    with jax.set_mesh(mesh_of(config)):
+        spec = ModelSpec(config.model, "xla")
+        params = jax.jit(spec.init)(jax.random.key(3))
+        logits = jax.jit(lambda p, t: spec.for_decoding().bind(p)(t))(params, prompt[0][None])
+        best = int(jnp.argmax(logits[0, -1]))
+        assert logits[0, -1, best] > 0 and best != 0
+        table = params["tokens"].at[0].set(3 * params["tokens"][best])  # id 0 is now three times it
+        decode = make_decode(spec, Sampling(0.0, repetition_penalty=4.0), 2)
+        tokens = generate(decode, params | {"tokens": table}, prompt, 24, seed=0)[0]
+    assert tokens[0] == 0, "not said before: no penalty"
+    assert tokens[1] != 0, "said now"
+
+
 def test_lengths_and_ends():
     check_length(20, 4, 24)
     with pytest.raises(BadInput, match="ask for at most 4 new tokens"):
