@@ -30,7 +30,7 @@ AT_LEAST = {
 }  # fmt: skip
 OPEN_INTERVALS = {
     "optim.learning_rate": (0, float("inf")), "optim.eps": (0, 1), "model.norm_eps": (0, 1),
-    "model.rope_theta": (1, float("inf")),
+    "model.rope_theta": (1, float("inf")), "optim.decay_fraction": (0, 1),
 }  # fmt: skip
 HALF_OPEN = {
     "model.dropout": (0, 1), "optim.b1": (0, 1), "optim.b2": (0, 1), "optim.ema_decay": (0, 1),

@@ -110,6 +110,7 @@ def test_config_file_errors(parse_args, tmp_path):
         ("model.dropout", 1.0, "model.dropout=1.0"),
         ("optim.name", "adam", "choose one of adamw"),
         ("optim.learning_rate", 0.0, "optim.learning_rate=0.0"),
+        ("optim.decay_fraction", 0.0, "optim.decay_fraction=0.0 must lie between 0 and 1"),
         ("optim.learning_rate", float("nan"), "optim.learning_rate=nan"),
         ("data.validation_fraction", 1.0, "data.validation_fraction=1.0"),
         ("batch_size", "8", "has type str, expected int"),
