@@ -55,7 +55,8 @@ def open_split(trained: Trained, source: str, split: str):
     """
     data = trained.config.data
     if source:
-        return prepare_whole(source, data.field, trained.tokenizer, cache_folder(data))
+        cache = cache_folder(data)
+        return prepare_whole(source, data.field, trained.tokenizer, cache, data.data_dir)
     prepared = prepare(data)
     if prepared.fingerprint != trained.checkpoints.meta(trained.step)["data_fingerprint"]:
         raise BadInput(

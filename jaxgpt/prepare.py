@@ -1,34 +1,90 @@
 """Prepare a corpus: python -m jaxgpt.prepare --config=FILE [--out=DIR] [--config.FIELD=VALUE ...]
 
-Tokenizes the config's data source and writes token shards, into the cache or into --out, from
-where `--config.data.source=shards:DIR` reads them. The last line on stdout is JSON.
+Cleans and tokenizes the config's data source and writes token shards, into the cache or into
+--out, from where `--config.data.source=shards:DIR` reads them. The last line on stdout is JSON.
+
+--explain shows examples of what each cleaning rule dropped; --show=K prints batch K (which trains
+step K + 1) as text; --against=SOURCE looks for an evaluation set's n-grams in the training part.
 """
 
 import json
+from collections.abc import Iterator
 
+import numpy as np
 from absl import flags
 
-from jaxgpt.config.cli import parse, run
+from jaxgpt.config import Config
+from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.load import config_of, define_config_flag
-from jaxgpt.data.prepare import prepare
+from jaxgpt.data.pipeline import training_stream
+from jaxgpt.data.prepare import Prepared, cache_folder, prepare
+from jaxgpt.data.show import show_batch
+from jaxgpt.text.contamination import contamination
+from jaxgpt.text.pieces import whole
+from jaxgpt.text.sources import open_sources
 
 
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     define_config_flag(values, argv)
     flags.DEFINE_string("out", "", "folder to write to; default: the cache", flag_values=values)
+    flags.DEFINE_bool("explain", False, "show examples of what was dropped", flag_values=values)
+    flags.DEFINE_integer("show", None, "print this batch as text", flag_values=values)
+    flags.DEFINE_string("against", "", "an evaluation set to look for", flag_values=values)
     config = config_of(parse(values, argv, __doc__))
     data = prepare(config.data, values.out)
+    if values.explain:
+        explain(data)
+    if config.data.pack or values.show is not None:
+        stream = training_stream(data.train, config)  # writes the plan of packing
+    if values.show is not None:
+        for line in show_batch(stream, data, values.show):
+            print(line)
     splits = (data.train, data.validation)
     counts = {
         "documents": sum(split.documents for split in splits),
         "tokens": sum(len(split.tokens) for split in splits),
         "bytes": sum(split.bytes for split in splits),
-        "dropped": {},
+        "dropped": {rule: entry["documents"] for rule, entry in data.dropped.items()},
         "vocab_size": data.tokenizer.vocab_size,
         "cache": str(data.folder),
     }
+    if values.against:
+        counts["against"] = compare(config, data, values.against)
     print(json.dumps(counts))
+
+
+def explain(data: Prepared) -> None:
+    """Says how many documents each rule dropped, with the first few."""
+    if not data.dropped:
+        say("explain   nothing was dropped")
+    for rule, entry in data.dropped.items():
+        say(f"explain   {rule} dropped {entry['documents']:,} documents, for example")
+        for example in entry["examples"]:
+            say(f"          {example['where']}: {' '.join(example['text'].split())}")
+
+
+def compare(config: Config, data: Prepared, source: str) -> dict:
+    """Returns how much of `source` stands in the training part (see `contamination`)."""
+    cfg = config.data
+    sources = open_sources(source, cfg.field, cache_folder(cfg), cfg.data_dir)
+    pieces = (piece for one in sources for piece in whole(one.documents()))
+    found = contamination(((p.where, p.text) for p in pieces), training_documents(data))
+    say(
+        f"against   {found['overlapping']:,} of {found['compared']:,} documents of {source} share"
+        f" an n-gram with the training part; {found['found']:,} of {found['ngrams']:,} n-grams"
+    )
+    for worst in found["worst"]:
+        say(f"          {worst['share']:.1%} of the {worst['ngram']}-grams of {worst['where']}")
+    return found
+
+
+def training_documents(data: Prepared) -> Iterator[str]:
+    """Yields the training part's documents, decoded."""
+    tokens = data.train.tokens
+    ends = np.append(data.train.starts[1:], len(tokens))
+    for start, end in zip(data.train.starts, ends, strict=True):
+        yield data.tokenizer.decode(tokens[int(start) + 1 : int(end)])
 
 
 if __name__ == "__main__":

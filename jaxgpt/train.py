@@ -28,8 +28,10 @@ from jaxgpt.data.prepare import Prepared, prepare
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.gpt import count_parameters
+from jaxgpt.parallel.hosts import check_same
 from jaxgpt.parallel.mesh import AXES, make_mesh
-from jaxgpt.tokenizer import save_tokenizer
+from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
+from jaxgpt.tokenizer.load import fingerprint
 from jaxgpt.training.loop import Loop, restore_or_init
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 
@@ -58,11 +60,16 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
     """Trains from the workdir's newest checkpoint, or from nothing; returns the exit code."""
     config, is_first = training.config, jax.process_index() == 0
     describe(training, data, workdir)
+    check_same(data.fingerprint, "the prepared text or tokenizer")
+    check_same(to_json(config), "the config")
     loop = Loop(training, data)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     state, clock = restore_or_init(training, data, checkpoints)
-    if is_first:
+    if state.step:
+        check_tokenizer(workdir, data)
+    elif is_first:
         save_tokenizer(data.tokenizer, workdir / "tokenizer")
+    if is_first:
         write_whole(workdir / "config.json", to_json(config))
     if state.step:
         say(f"resume    from checkpoint {int(state.step)}"
@@ -113,6 +120,15 @@ def check_writable(workdir: epath.Path) -> None:
         raise BadInput(f"workdir {workdir} cannot be made: {there} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise BadInput(f"workdir {workdir} cannot be written: no permission in {there}")
+
+
+def check_tokenizer(workdir: epath.Path, data: Prepared) -> None:
+    """Raises `BadInput` if the tokenizer in a resumed workdir is no longer the data's."""
+    if fingerprint(load_tokenizer(workdir / "tokenizer")) != fingerprint(data.tokenizer):
+        raise BadInput(
+            f"{workdir}/tokenizer is not the tokenizer that data.source was prepared with; restore"
+            " it, or choose another --workdir"
+        )
 
 
 def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:

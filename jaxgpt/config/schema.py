@@ -70,7 +70,11 @@ class DataConfig:
     tokenizer: str = "byte"
     validation_source: str = ""
     validation_fraction: float = 0.05
-    field: str = "text"  # of a jsonl line
+    field: str = "text"  # of a jsonl line, a parquet table, a TFDS example
+    data_dir: str = ""  # of TFDS; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    clean: str = ""  # steps in this order: html,unicode,quality,exact_dedup,near_dedup,pii
+    pack: bool = False  # whole documents in each window, instead of windows of one stream
+    special_tokens: str = ""  # names of further ids, comma-separated
     shuffle: bool = True
     cache_dir: str = ""  # "" = $JAXGPT_CACHE, else ~/.cache/jaxgpt
 

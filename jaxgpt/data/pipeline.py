@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, step), read ahead by Grain."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import grain
@@ -8,67 +9,117 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxgpt.config import BadInput
+from jaxgpt.config import BadInput, Config
+from jaxgpt.data.mixture import Turns
+from jaxgpt.data.packing import plan_for
+from jaxgpt.data.prepare import cache_folder
+from jaxgpt.data.shards import Split
+from jaxgpt.data.windows import Contiguous, Packed
 from jaxgpt.ops.cross_entropy import IGNORE
 
 SHUFFLE_ROUNDS = 4  # of grain's block cipher over indices
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
+class Stream:
     """The training stream: batch k (from 0) holds windows k*B .. k*B + B-1 of an endless sequence.
 
-    The sequence runs through all windows of `seq_len` + 1 tokens once an epoch, in an order
-    that a seeded permutation of (seed, epoch) gives; nothing but k is needed to find a batch.
+    The sources take turns; each runs through all its windows once an epoch, in an order that a
+    seeded permutation of (seed, epoch) gives without ever making it; nothing but k is needed to
+    find a batch.
     """
 
-    tokens: np.ndarray
-    seq_len: int
+    sources: tuple[Contiguous | Packed, ...]
+    turns: Turns
     batch_size: int
     grad_accum: int
     seed: int
     shuffle: bool
 
-    def __post_init__(self):
-        if self.num_windows < 1:
-            raise BadInput(
-                f"the training split has {len(self.tokens):,} tokens, shorter than one window of"
-                f" model.max_seq_len={self.seq_len} + 1; give more text or a smaller max_seq_len"
-            )
+    def windows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (source, window) at each place of the endless sequence."""
+        source, turn = self.turns.at(places)
+        pairs = zip(source.tolist(), turn.tolist(), strict=True)
+        return source, np.array([self._window(i, t) for i, t in pairs], np.int64)
 
-    @property
-    def num_windows(self) -> int:
-        return (len(self.tokens) - 1) // self.seq_len
-
-    def window_of(self, place: int) -> int:
-        """Returns which window stands at `place` of the endless sequence."""
-        epoch, within = divmod(place, self.num_windows)
+    def _window(self, source: int, turn: int) -> int:
+        count = len(self.sources[source])
+        epoch, within = divmod(turn, count)
         if not self.shuffle:
             return within
-        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
         return grain.experimental.index_shuffle(
-            within, max_index=self.num_windows - 1, seed=seed, rounds=SHUFFLE_ROUNDS
-        )
+            within, max_index=count - 1, seed=_epoch_seed(self.seed, epoch, source),
+            rounds=SHUFFLE_ROUNDS,
+        )  # fmt: skip
+
+    def places(self, k: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Returns the places of batch k's rows, [grad_accum, rows]; see `batch`."""
+        micro = self.batch_size // self.grad_accum
+        rows = np.arange(micro) if rows is None else rows
+        return k * self.batch_size + np.arange(self.grad_accum)[:, None] * micro + rows
 
     def batch(self, k: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Returns batch k's `inputs` and `targets`, int32 [grad_accum, rows, seq_len].
+        """Returns batch k's `inputs` and `targets` (packed: `segments` and `positions` too),
+        int32 [grad_accum, rows, seq_len].
 
         `rows` picks rows of each microbatch (a host's own); default all.
         """
-        micro = self.batch_size // self.grad_accum
-        rows = np.arange(micro) if rows is None else rows
-        places = (k * self.batch_size + np.arange(self.grad_accum)[:, None] * micro + rows).ravel()
-        starts = np.array([self.window_of(int(p)) for p in places]) * self.seq_len
-        ids = self.tokens[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int32)
-        ids = ids.reshape(self.grad_accum, len(rows), self.seq_len + 1)
-        return {"inputs": ids[..., :-1], "targets": ids[..., 1:]}
+        places = self.places(k, rows)
+        source, window = self.windows(places.ravel())
+        found: dict[str, np.ndarray] = {}
+        for i, reader in enumerate(self.sources):
+            if not (mine := source == i).any():
+                continue
+            for name, values in reader.read(window[mine]).items():
+                found.setdefault(name, np.empty((places.size, values.shape[1]), np.int32))
+                found[name][mine] = values
+        return {name: a.reshape(*places.shape, -1) for name, a in found.items()}
+
+    def num_targets(self, k: int) -> int:
+        """Returns how many targets batch k has, over all hosts."""
+        source, window = self.windows(self.places(k).ravel())
+        return sum(r.num_targets(window[source == i]) for i, r in enumerate(self.sources))
+
+
+@functools.lru_cache(maxsize=1024)
+def _epoch_seed(seed: int, epoch: int, source: int) -> int:
+    entropy = [seed, epoch, source] if source else [seed, epoch]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def training_stream(split: Split, config: Config) -> Stream:
+    """Returns the batches of a run.
+
+    Raises:
+      BadInput: if a source is shorter than one window.
+    """
+    seq_len, sources = config.model.max_seq_len, []
+    locks = cache_folder(config.data) / "locks"
+    for number, part in enumerate(split.parts):
+        if config.data.pack:
+            plan = plan_for(split, number, seq_len, locks)
+            sources.append(Packed(split.tokens, seq_len, plan, split.end_of_text))
+            continue
+        source = Contiguous(split.tokens[part.first : part.end], seq_len)
+        if len(source) < 1:
+            raise BadInput(
+                f"the training part of {part.source} has {len(source.tokens):,} tokens, shorter"
+                f" than one window of model.max_seq_len={seq_len} + 1; give more text or a smaller"
+                " max_seq_len, or set data.pack=true"
+            )
+        sources.append(source)
+    turns = Turns(tuple(part.weight for part in split.parts))
+    return Stream(
+        tuple(sources), turns, config.batch_size, config.grad_accum, config.seed,
+        config.data.shuffle,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class _HostBatches:
     """What Grain reads from: this host's part of every batch up to `num_batches`."""
 
-    windows: Windows
+    stream: Stream
     rows: np.ndarray
     num_batches: int
 
@@ -76,19 +127,19 @@ class _HostBatches:
         return self.num_batches
 
     def __getitem__(self, k) -> dict[str, np.ndarray]:
-        return self.windows.batch(int(k), self.rows)
+        return self.stream.batch(int(k), self.rows)
 
 
 def device_batches(
-    windows: Windows, sharding: NamedSharding, start: int, stop: int
+    stream: Stream, sharding: NamedSharding, start: int, stop: int
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields batches `start` .. `stop` - 1 on the devices; each host reads its own rows only.
 
     `sharding` is that of an array [grad_accum, batch, seq_len].
     """
-    shape = (windows.grad_accum, windows.batch_size // windows.grad_accum, windows.seq_len)
+    shape = (stream.grad_accum, stream.batch_size // stream.grad_accum, stream.sources[0].seq_len)
     rows = _local_rows(sharding, shape)
-    source = grain.MapDataset.source(_HostBatches(windows, rows, stop))
+    source = grain.MapDataset.source(_HostBatches(stream, rows, stop))
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     for batch in source.slice(slice(start, stop)).to_iter_dataset(ahead):
         yield {name: put(array, rows, sharding, shape) for name, array in batch.items()}

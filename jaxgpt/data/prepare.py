@@ -4,24 +4,22 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from jaxgpt.config import BadInput, DataConfig
 from jaxgpt.config.cli import say
-from jaxgpt.data.shards import (
-    META,
-    Split,
-    read_meta,
-    read_split,
-    whole_or_nothing,
-    write_meta,
-    write_split,
-)
-from jaxgpt.data.sources import open_source
-from jaxgpt.data.split import hold_out, scan
+from jaxgpt.data.shards import FORMAT, META, Split, read_meta, read_split, token_dtype, write_once
+from jaxgpt.data.split import Part, hold_out, scan
+from jaxgpt.data.tokenize import write_split
+from jaxgpt.metrics.progress import Bar
+from jaxgpt.text.cleaning import Report, clean, identity, make_steps
+from jaxgpt.text.pieces import Documents, Piece, num_bytes
+from jaxgpt.text.sources import Source, open_sources
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
+from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.load import check_spec, fingerprint, is_trained
 
 
@@ -37,9 +35,15 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """A hash of both token streams: equal fingerprints, equal batches."""
-        return hashlib.blake2b(
-            f"{self.train.blake2b} {self.validation.blake2b}".encode(), digest_size=16
-        ).hexdigest()
+        text = f"{self.train.digest} {self.validation.digest}"
+        weights = [str(part.weight) for part in self.train.parts]
+        text += f" {weights}" if len(weights) > 1 else ""
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def dropped(self) -> dict[str, dict]:
+        """What cleaning left out: `{rule: {"documents", "examples"}}`."""
+        return read_meta(self.folder)["dropped"]
 
 
 def cache_folder(cfg: DataConfig) -> Path:
@@ -51,44 +55,39 @@ def cache_folder(cfg: DataConfig) -> Path:
 def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     """Returns the corpus of `cfg` as token shards, written now if the cache has none.
 
-    Everything is in the key that decides: the text, the split rule and the tokenizer. `out`
-    names a folder to write to instead of the cache.
+    Everything is in the key that decides: the text, the split rule, the cleaning and the
+    tokenizer. `out` names a folder to write to instead of the cache.
 
     Raises:
-      BadInput: for a source, file, line or tokenizer that cannot be used.
+      BadInput: for a source, file, line, step or tokenizer that cannot be used.
     """
     if cfg.source.startswith("shards:"):
         return open_prepared(Path(cfg.source.removeprefix("shards:")).expanduser())
     check_spec(cfg.tokenizer)
-    documents = open_source(cfg.source, cfg.field)
-    held_out = cfg.validation_source and open_source(cfg.validation_source, cfg.field)
-    found = scan(documents, cfg.source)
-    if held_out:
-        train, validation = documents, held_out
-        rule = scan(held_out, cfg.validation_source).digest
-    else:
-        if sum(found.sizes) < 2:
-            raise BadInput(f"data source {cfg.source} is too short to hold out a validation part")
-        train, validation = hold_out(documents, found.sizes, cfg.validation_fraction)
-        rule = str(cfg.validation_fraction)
-    key = _hash(found.digest, rule, _tokenizer_identity(cfg.tokenizer))
-    folder = Path(out) if out else cache_folder(cfg) / key
-    if (folder / META).exists():
-        if read_meta(folder)["key"] != key:
-            raise BadInput(f"{folder} already holds another prepared corpus; choose another --out")
-        return open_prepared(folder)
-    total = sum(found.sizes)
-    say(f"data      preparing {cfg.source}: {len(found.sizes):,} documents, {total / 1e6:,.1f} MB")
-    with whole_or_nothing(folder) as scratch:
-        if is_trained(cfg.tokenizer):
-            say(f"data      training {cfg.tokenizer} on the training part")
-        tokenizer = make_tokenizer(cfg.tokenizer, train, total)
-        save_tokenizer(tokenizer, scratch / "tokenizer")
-        splits = {
-            name: write_split(scratch, name, part, tokenizer)
-            for name, part in (("train", train), ("validation", validation))
-        }
-        write_meta(scratch, tokenizer.vocab_size, key, splits)
+    make_steps(cfg.clean)  # for its errors
+    cache, given = cache_folder(cfg), None
+    if not is_trained(cfg.tokenizer):
+        given = make_tokenizer(cfg.tokenizer, special_tokens=cfg.special_tokens)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"data.cache_dir {cache} cannot be made: {e}") from e
+    sources = open_sources(cfg.source, cfg.field, cache, cfg.data_dir, given)
+    held_out = ()
+    if cfg.validation_source:
+        held_out = open_sources(cfg.validation_source, cfg.field, cache, cfg.data_dir, given)
+    key = _hash(
+        str(FORMAT), *[f"{s.weight} {_identity(s)}" for s in sources],
+        *[f"validation {s.identity()}" for s in held_out],
+        "" if held_out else str(cfg.validation_fraction),
+        identity(cfg.clean) if cfg.clean else "",
+        f"{cfg.tokenizer} sentencepiece {version('sentencepiece')} {cfg.special_tokens}"
+        if given is None else fingerprint(given),
+    )  # fmt: skip
+    folder = Path(out) if out else cache / key
+    if (folder / META).exists() and read_meta(folder)["key"] != key:
+        raise BadInput(f"{folder} already holds another prepared corpus; choose another --out")
+    write_once(folder, cache / "locks", partial(_write, cfg, sources, held_out, given, key))
     return open_prepared(folder)
 
 
@@ -102,29 +101,149 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, train, validation, load_tokenizer(folder / "tokenizer"))
 
 
-def prepare_whole(source: str, field: str, tokenizer: Tokenizer, cache: Path) -> Split:
+def prepare_whole(
+    source: str, field: str, tokenizer: Tokenizer, cache: Path, data_dir: str = ""
+) -> Split:
     """Returns the whole of `source` as one split, for evaluation with a trained tokenizer.
 
     Raises:
-      BadInput: see `open_source`.
+      BadInput: see `open_sources`.
     """
-    documents = open_source(source, field)
-    with tempfile.TemporaryDirectory() as scratch:
-        identity = fingerprint(tokenizer, Path(scratch))
-    key = _hash(scan(documents, source).digest, "whole", identity)
-    folder = cache / key
-    if not (folder / META).exists():
-        with whole_or_nothing(folder) as scratch:
-            splits = {"whole": write_split(scratch, "whole", documents, tokenizer)}
-            write_meta(scratch, tokenizer.vocab_size, key, splits)
-    return read_split(folder, "whole")
+    if source.startswith("shards:"):
+        raise BadInput("--data=shards:DIR holds splits already; name the text instead")
+    cache.mkdir(parents=True, exist_ok=True)
+    sources = open_sources(source, field, cache, data_dir, tokenizer)
+    key = _hash(str(FORMAT), *[s.identity() for s in sources], "whole", fingerprint(tokenizer))
+
+    def write(scratch: Path) -> None:
+        sizes = [sum(scan(s.documents, s.spec).sizes) for s in sources]
+        files, bar = {}, Bar("data      tokenizing", sum(sizes))
+        parts = [(s.spec, s.weight, s.documents) for s in sources]
+        entry, checksums = write_split(scratch, "whole", parts, tokenizer, files, bar)
+        bar.close()
+        _write_meta(scratch, tokenizer, key, files, {}, {"whole": entry}, checksums)
+
+    write_once(cache / key, cache / "locks", write)
+    return read_split(cache / key, "whole")
 
 
-def _tokenizer_identity(spec: str) -> str:
-    if is_trained(spec):
-        return f"{spec} sentencepiece {version('sentencepiece')}"
-    with tempfile.TemporaryDirectory() as scratch:
-        return fingerprint(make_tokenizer(spec, None, 0), Path(scratch))
+def _write(
+    cfg: DataConfig,
+    sources: tuple[Source, ...],
+    held_out: tuple[Source, ...],
+    given: Tokenizer | None,
+    key: str,
+    scratch: Path,
+) -> None:
+    report, steps = Report(), make_steps(cfg.clean)
+    sources = [_cleaned(s, steps, report, scratch) for s in sources]
+    own = [_cleaned(s.validation, steps, report, scratch) for s in sources if s.validation]
+    held_out = [_cleaned(s, steps, report, scratch) for s in held_out]
+    train, validation = _parts(sources, own, held_out, cfg.validation_fraction)
+    total = sum(part.size for _, part in (*train, *validation))
+    documents = f"{cfg.source}: {total / 1e6:,.1f} MB"
+    say(f"data      preparing {documents}")
+    if given is None:
+        say(f"data      training {cfg.tokenizer} on the training part")
+    tokenizer = given or make_tokenizer(
+        cfg.tokenizer,
+        [TrainingText(_texts(part.documents), part.size, float(s.weight)) for s, part in train],
+        cfg.special_tokens,
+    )
+    save_tokenizer(tokenizer, scratch / "tokenizer")
+    files, splits, checksums = {}, {}, {}
+    bar = Bar("data      tokenizing", total)
+    for name, parts in (("train", train), ("validation", validation)):
+        listed = [(s.spec, s.weight, part.documents) for s, part in parts]
+        splits[name], sums = write_split(scratch, name, listed, tokenizer, files, bar)
+        checksums |= sums
+    bar.close()
+    for spool in scratch.glob("*.spool"):
+        spool.unlink()
+    _write_meta(scratch, tokenizer, key, files, report.rules, splits, checksums)
+
+
+def _parts(sources, own, held_out, fraction: float):
+    """Returns the (source, Part) pairs of the training and of the validation split."""
+    own = iter(own)
+    train, validation = [], []
+    for source in sources:
+        found = scan(source.documents, source.spec)
+        everything = Part(source.documents, sum(found.sizes))
+        if held_out or source.validation:
+            train.append((source, everything))
+            if not held_out:
+                alone = next(own)
+                size = sum(scan(alone.documents, alone.spec).sizes)
+                validation.append((alone, Part(alone.documents, size)))
+            continue
+        if sum(found.sizes) < 2:
+            raise BadInput(f"data source {source.spec} is too short to hold out a validation part")
+        parts = hold_out(source.documents, found, fraction)
+        train.append((source, parts[0]))
+        validation.append((source, parts[1]))
+    for source in held_out:
+        size = sum(scan(source.documents, source.spec).sizes)
+        validation.append((source, Part(source.documents, size)))
+    return train, validation
+
+
+def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Source:
+    """Returns the source with its documents cleaned, written to disk in between.
+
+    The steps remember what came before, so duplicates are found across sources and splits.
+    """
+    if not steps:
+        return source
+    spool = scratch / f"{len(list(scratch.glob('*.spool')))}.spool"
+    bar = Bar(f"data      cleaning {source.spec}:", source.num_bytes)
+    with open(spool, "w") as file:
+        for piece in clean(_counted(source.documents, bar), steps, report):
+            file.write(json.dumps([piece.text, piece.file, piece.row]) + "\n")
+    bar.close()
+    if not spool.stat().st_size:
+        counts = ", ".join(f"{rule} {e['documents']}" for rule, e in report.rules.items())
+        raise BadInput(f"data.clean drops every document of {source.spec} ({counts or 'it has none'})")
+    return dataclasses.replace(source, documents=partial(_read_spool, spool))
+
+
+def _counted(documents: Documents, bar: Bar) -> Iterator[Piece]:
+    for piece in documents():
+        if piece.tokens is not None:
+            raise BadInput("data.clean cleans text; bin: holds tokens: set data.clean to nothing")
+        bar.advance(num_bytes(piece.text))
+        yield piece
+
+
+def _read_spool(spool: Path) -> Iterator[Piece]:
+    with open(spool) as file:
+        for line in file:
+            yield Piece(*json.loads(line))
+
+
+def _texts(documents: Documents):
+    return lambda: (piece.text for piece in documents())
+
+
+def _write_meta(folder, tokenizer, key, files, dropped, splits, checksums) -> None:
+    """Writes meta.json, which declares the folder whole."""
+    meta = {
+        "format": FORMAT,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "key": key,
+        "files": list(files),
+        "dropped": dropped,
+        "splits": splits,
+        "checksums": checksums,
+    }
+    (folder / META).write_text(json.dumps(meta, indent=1))
+
+
+def _identity(source: Source) -> str:
+    own = f" {source.validation.identity()}" if source.validation else ""
+    return source.identity() + own
 
 
 def _hash(*parts: str) -> str:

@@ -1,42 +1,82 @@
 """Tokens on disk: one folder per prepared corpus.
 
-    meta.json         written last: {"format": 1, "dtype": "uint16", "vocab_size", "key",
-                      "splits": {"train": {"tokens", "documents", "bytes", "blake2b"}, ...}}
-    train.bin         token ids, little-endian, one end-of-text id in front of each document
-    validation.bin
-    tokenizer/        see `jaxgpt.tokenizer.save_tokenizer`
+    meta.json             written last; see below
+    train.bin             token ids, little-endian, one end-of-text id in front of each document
+    train.documents       uint64 little-endian: the place in train.bin where each document starts
+    train.origins         uint32 little-endian pairs: each document's file (an index into
+                          meta.json's "files") and its line or record there (0: the whole file)
+    validation.*          the same
+    tokenizer/            see `jaxgpt.tokenizer.save_tokenizer`
+    pack-1024/            plans of packing, made when first asked for; see `jaxgpt.data.packing`
 
-The folder is written under another name and renamed when whole, so it is there or it is not.
+    meta.json: {"format": 2, "dtype": "uint16", "vocab_size", "end_of_text", "key", "files",
+      "dropped": {rule: {"documents", "examples"}},
+      "splits": {"train": {"tokens", "documents", "bytes", "sha256",
+                           "parts": [{"source", "weight", "tokens", "documents", "bytes"}]}},
+      "checksums": {"train.bin": {"bytes", "crc32": [one per 64 MiB]}}}
+
+A mixture's sources are the parts of a split, one behind the other. The folder is written under
+another name and renamed when whole, so it is there or it is not. Checksums are compared when a
+folder is opened, and again only after one of its files' size or time stamp changes.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from jaxgpt.config import BadInput
-from jaxgpt.data.sources import Documents
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.config.cli import say
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
+VERIFIED = ".verified.json"
+CRC_BLOCK = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One source's share of a split: tokens `first` .. `end` - 1."""
+
+    source: str
+    weight: Fraction
+    first: int
+    end: int
+    documents: int
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """One token stream and what evaluation must know of its text."""
 
+    folder: Path
+    name: str
     tokens: np.ndarray  # memory-mapped
+    starts: np.ndarray  # where each document's end-of-text stands
+    origins: np.ndarray  # [documents, 2]: file and row
+    files: list[str]
     documents: int
     bytes: int  # UTF-8, without the end-of-text marks
-    blake2b: str
+    end_of_text: int
+    digest: str
+    parts: tuple[Part, ...]
+
+    def origin(self, token: int) -> tuple[int, str]:
+        """Returns (number, name) of the document that holds `token`."""
+        number = int(np.searchsorted(self.starts, token, side="right")) - 1
+        file, row = map(int, self.origins[number])
+        return number, self.files[file] + (f":{row}" if row else "")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -44,25 +84,72 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def write_split(folder: Path, name: str, documents: Documents, tokenizer: Tokenizer) -> dict:
-    """Writes `name`.bin into `folder` and returns its entry in meta.json."""
-    dtype, digest = token_dtype(tokenizer.vocab_size), hashlib.blake2b(digest_size=16)
-    tokens = count = size = 0
-    with open(folder / f"{name}.bin", "wb") as file:
-        for text in documents():
-            ids = np.concatenate([[tokenizer.end_of_text], tokenizer.encode(text)]).astype(dtype)
-            file.write(raw := ids.tobytes())
-            digest.update(raw)
-            tokens, count, size = tokens + len(ids), count + 1, size + len(text.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
-    return {"tokens": tokens, "documents": count, "bytes": size, "blake2b": digest.hexdigest()}
+class ChecksummedFile:
+    """A file being written, its checksums kept along the way."""
+
+    def __init__(self, path: Path):
+        self.file, self.sha, self.size = open(path, "wb"), hashlib.sha256(), 0
+        self.crcs: list[int] = []
+
+    def write(self, raw: bytes) -> None:
+        """Appends bytes."""
+        self.file.write(raw)
+        self.sha.update(raw)
+        view = memoryview(raw)
+        while view:
+            room = CRC_BLOCK - self.size % CRC_BLOCK
+            if room == CRC_BLOCK:
+                self.crcs.append(0)
+            self.crcs[-1] = zlib.crc32(view[:room], self.crcs[-1])
+            self.size, view = self.size + len(view[:room]), view[room:]
+
+    def close(self) -> dict:
+        """Returns the checksums, the bytes being on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {"bytes": self.size, "crc32": self.crcs}
 
 
-def write_meta(folder: Path, vocab_size: int, key: str, splits: dict) -> None:
-    """Writes meta.json, which declares the folder whole."""
-    meta = {"format": FORMAT, "dtype": token_dtype(vocab_size).name, "vocab_size": vocab_size}
-    (folder / META).write_text(json.dumps(meta | {"key": key, "splits": splits}, indent=2))
+class SplitWriter:
+    """Writes one split's three files, a document's tokens after the other."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, files: dict[str, int]):
+        self.folder, self.name, self.dtype, self.files = folder, name, dtype, files
+        self.out = ChecksummedFile(folder / f"{name}.bin")
+        self.starts, self.origins = array("Q"), array("I")
+        self.parts: list[dict] = []
+
+    def begin_part(self, source: str, weight: Fraction) -> None:
+        """Starts the share of another source."""
+        empty = {"tokens": 0, "documents": 0, "bytes": 0}
+        self.parts.append({"source": source, "weight": str(weight)} | empty)
+
+    def begin_document(self, file: str, row: int, end_of_text: int) -> None:
+        """Writes the end-of-text token in front of a document."""
+        self.starts.append(self.out.size // self.dtype.itemsize)
+        self.origins.extend((self.files.setdefault(file, len(self.files)), row))
+        self.parts[-1]["documents"] += 1
+        self.extend(np.array([end_of_text]), 0)
+
+    def extend(self, ids: np.ndarray, num_bytes: int) -> None:
+        """Writes tokens of the current document and counts its text's bytes."""
+        self.out.write(ids.astype(self.dtype).tobytes())
+        self.parts[-1]["tokens"] += len(ids)
+        self.parts[-1]["bytes"] += num_bytes
+
+    def close(self) -> tuple[dict, dict]:
+        """Returns the split's entry in meta.json and its files' checksums."""
+        checksums = {f"{self.name}.bin": self.out.close()}
+        for kind, values in (
+            ("documents", np.frombuffer(self.starts, np.uint64).astype("<u8")),
+            ("origins", np.frombuffer(self.origins, np.uint32).astype("<u4")),
+        ):
+            file = ChecksummedFile(self.folder / f"{self.name}.{kind}")
+            file.write(values.tobytes())
+            checksums[f"{self.name}.{kind}"] = file.close()
+        sums = {k: sum(part[k] for part in self.parts) for k in ("tokens", "documents", "bytes")}
+        return sums | {"sha256": self.out.sha.hexdigest(), "parts": self.parts}, checksums
 
 
 def read_meta(folder: Path) -> dict:
@@ -86,38 +173,102 @@ def read_split(folder: Path, name: str) -> Split:
     """Returns a split, its tokens memory-mapped.
 
     Raises:
-      BadInput: if the file is missing or not of the length that meta.json states.
+      BadInput: if a file is missing or its bytes are not those that were written.
     """
     meta = read_meta(folder)
     if name not in meta["splits"]:
         raise BadInput(f"{folder} has no split {name!r}, only {', '.join(meta['splits'])}")
-    entry, file = meta["splits"][name], folder / f"{name}.bin"
+    verify(folder, {k: v for k, v in meta["checksums"].items() if k.startswith(f"{name}.")})
+    entry = meta["splits"][name]
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    if not file.is_file() or file.stat().st_size != entry["tokens"] * dtype.itemsize:
-        raise BadInput(f"{file} is damaged: not {entry['tokens']} tokens; delete {folder}")
-    tokens = np.memmap(file, dtype, mode="r")
-    return Split(tokens, entry["documents"], entry["bytes"], entry["blake2b"])
+    parts, first = [], 0
+    for part in entry["parts"]:
+        end = first + part["tokens"]
+        parts.append(Part(part["source"], Fraction(part["weight"]), first, end,
+                          part["documents"], part["bytes"]))  # fmt: skip
+        first = end
+    return Split(
+        folder, name,
+        np.memmap(folder / f"{name}.bin", dtype, "r"),
+        np.memmap(folder / f"{name}.documents", "<u8", "r"),
+        np.memmap(folder / f"{name}.origins", "<u4", "r").reshape(-1, 2),
+        meta["files"], entry["documents"], entry["bytes"], meta["end_of_text"],
+        entry["sha256"], tuple(parts),
+    )  # fmt: skip
 
 
-@contextmanager
-def whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """Yields an empty sibling of `folder` that takes its name if the body succeeds.
+def verify(folder: Path, checksums: dict) -> None:
+    """Compares files with their checksums, those that have changed since the last time.
 
-    If another process got there first its folder stays and ours goes: both hold the same.
+    Raises:
+      BadInput: naming the file that is missing, cut short or altered.
+    """
+    try:
+        known = json.loads((folder / VERIFIED).read_text())
+    except (OSError, ValueError):
+        known = {}
+    fresh = dict(known)
+    for name, expected in checksums.items():
+        file = folder / name
+        remedy = f"delete {folder} and prepare again"
+        if not file.is_file() or file.stat().st_size != expected["bytes"]:
+            raise BadInput(f"{file} is damaged: not {expected['bytes']} bytes long; {remedy}")
+        stamp = [file.stat().st_size, file.stat().st_mtime_ns]
+        if known.get(name) != stamp:
+            with open(file, "rb") as stream:
+                for number, crc in enumerate(expected["crc32"]):
+                    if zlib.crc32(stream.read(CRC_BLOCK)) != crc:
+                        place = f"between bytes {number * CRC_BLOCK:,} and {(number + 1) * CRC_BLOCK:,}"
+                        raise BadInput(f"{file} is damaged {place}: its checksum differs; {remedy}")
+            fresh[name] = stamp
+    if fresh != known and os.access(folder, os.W_OK):
+        scratch = folder / f"{VERIFIED}.{os.getpid()}"
+        scratch.write_text(json.dumps(fresh))
+        scratch.replace(folder / VERIFIED)
+
+
+def write_once(folder: Path, locks: Path, write: Callable[[Path], None]) -> None:
+    """Makes `folder` by `write(scratch)`, unless it is there; scratch takes its name when whole.
+
+    Processes that want the same folder wait for one another; what a killed one left is removed.
 
     Raises:
       BadInput: if nothing can be written there (no permission, disk full, a path below a file).
     """
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / META).exists():
-                raise
+        with _locked(locks / f"{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]}",
+                     folder) as exclusive:  # fmt: skip
+            if (folder / META).exists():
+                return
+            if exclusive:
+                for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
+                    shutil.rmtree(stale, ignore_errors=True)
+            scratch = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+            try:
+                scratch.mkdir(parents=True)
+                write(scratch)
+                try:
+                    scratch.rename(folder)
+                except OSError:  # on a file system without locks another host may have been first
+                    if not (folder / META).exists():
+                        raise
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     except OSError as e:
         raise BadInput(f"cannot write {folder}: {e}") from e
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _locked(file: Path, folder: Path) -> Iterator[bool]:
+    """Holds a lock on `file`; yields False where the file system has none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"data      waiting for another process that is writing {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True

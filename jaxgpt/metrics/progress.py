@@ -1,5 +1,8 @@
 """Lines for people."""
 
+import sys
+import time
+
 
 def duration(seconds: float) -> str:
     """Returns `4.2s`, `3m05s` or `2h07m`."""
@@ -31,3 +34,31 @@ def validation_line(row: dict, num_steps: int) -> str:
         f" {row['loss']:.4f} | perplexity {row['perplexity']:.2f}"
         f" | {row['bits_per_byte']:.4f} bits/byte | {duration(row['seconds'])}"
     )
+
+
+class Bar:
+    """Progress through `total` bytes: one line redrawn on a terminal, else a line now and then."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.done = label, total, 0
+        self.began = self.shown = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def advance(self, amount: int) -> None:
+        """Counts `amount` bytes more."""
+        self.done += amount
+        now = time.monotonic()
+        if now - self.shown > (0.2 if self.terminal else 10):
+            self.shown = now
+            rate = self.done / (now - self.began)
+            line = f"{self.label} {self.done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s"
+            if self.total:
+                share = min(self.done / self.total, 1.0)
+                line += f", {share:.0%} | eta {duration(max(self.total - self.done, 0) / rate)}"
+            end = "" if self.terminal else "\n"
+            print(f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal's line clean."""
+        if self.terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

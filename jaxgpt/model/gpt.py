@@ -125,7 +125,9 @@ class GPT(nnx.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            positions = jax.sharding.reshard(positions, self.rules("batch", "seq"))
+        positions, segments = jax.sharding.reshard(
+            (positions, segments), self.rules("batch", "seq")
+        )
         x, _ = self._run(tokens, positions, segments, None, dropout_key)
         return self.final_norm(x)
 

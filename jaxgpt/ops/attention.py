@@ -83,9 +83,15 @@ def cudnn_attention(
     scale: float,
     window: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """Causal flash attention by cuDNN: 16-bit floats, positions 0..T-1 in order, one segment."""
+    """Causal flash attention by cuDNN: 16-bit floats; without segments, positions 0..T-1 in order.
+
+    Segments go in as a mask [B, 1, T, T], one bit a pair, which cuDNN reads as a bias.
+    """
     if places.q_segments is not None:
-        raise ValueError("cudnn attention has no segments; use model.attention=xla")
+        mask = visible(places, window)[:, None]
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, implementation="cudnn"
+        )
     local = (window - 1, 0) if window else None
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"

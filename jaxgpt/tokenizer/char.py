@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from jaxgpt.config import BadInput
+from jaxgpt.tokenizer.base import TrainingText
 
 VOCAB_FILE = "characters.json"
 MOST = 65_000  # beyond, it is no longer a vocabulary of characters
@@ -20,6 +21,7 @@ class CharTokenizer:
     """
 
     kind = "char"
+    cuttable = True
 
     def __init__(self, characters: str):
         self.characters = characters
@@ -34,6 +36,9 @@ class CharTokenizer:
         known = self.points[np.minimum(ids, self.unknown - 1)] == points
         return np.where(known, ids, self.unknown).astype(np.int32)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Iterable) -> str:
         table = self.characters + "\N{REPLACEMENT CHARACTER}"
         return "".join(table[i] for i in ids if i < len(table))
@@ -46,15 +51,16 @@ class CharTokenizer:
         return cls(json.loads((folder / VOCAB_FILE).read_text()))
 
     @classmethod
-    def train(cls, documents: Iterable[str]) -> "CharTokenizer":
-        """Returns the tokenizer of every character in `documents`.
+    def train(cls, texts: Sequence[TrainingText]) -> "CharTokenizer":
+        """Returns the tokenizer of every character in `texts`.
 
         Raises:
           BadInput: if they are so many that this is not what the user wants.
         """
         found: set[str] = set()
-        for text in documents:
-            found.update(text)
+        for text in texts:
+            for document in text.documents():
+                found.update(document)
         if len(found) > MOST:
             raise BadInput(f"data.tokenizer=char found {len(found):,} characters; use sentencepiece:N")
         return cls("".join(sorted(found)))

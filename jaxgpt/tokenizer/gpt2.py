@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
@@ -18,6 +18,7 @@ class Gpt2Tokenizer:
     """Byte-level BPE (Radford et al. 2019, section 2.2). `<|endoftext|>` in a text is plain text."""
 
     kind = "gpt2"
+    cuttable = True  # its pattern never joins a line break or a single space to what is before
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], where: str):
         if END_OF_TEXT not in vocab:
@@ -36,6 +37,10 @@ class Gpt2Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.fast.encode(text).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        found = self.fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(one.ids, np.int32) for one in found]
 
     def decode(self, ids: Iterable) -> str:
         return self.fast.decode([int(i) for i in ids if i != self.end_of_text])

@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
 
 from jaxgpt.config import BadInput
-from jaxgpt.tokenizer.base import ByteTokenizer, Tokenizer
+from jaxgpt.tokenizer.base import ByteTokenizer, Tokenizer, TrainingText
 from jaxgpt.tokenizer.char import CharTokenizer
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.tokenizer.sentencepiece import SentencePieceTokenizer
+from jaxgpt.tokenizer.special import SpecialTokens, open_special
 
 KINDS = {
     t.kind: t for t in (ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Gpt2Tokenizer)
@@ -39,7 +40,7 @@ def _pieces(spec: str) -> tuple[str, int] | None:
 def check_spec(spec: str) -> None:
     """Raises `BadInput` for a `data.tokenizer` that names no tokenizer or no file."""
     if not is_trained(spec):
-        make_tokenizer(spec, None, 0)
+        make_tokenizer(spec)
     elif spec != "char" and _pieces(spec)[1] < 300:
         raise BadInput(
             f"data.tokenizer={spec} is too small: 256 pieces are bytes; ask for 300 or more"
@@ -47,20 +48,24 @@ def check_spec(spec: str) -> None:
 
 
 def make_tokenizer(
-    spec: str, documents: Callable[[], Iterable[str]] | None, size_in_bytes: int
+    spec: str, texts: Sequence[TrainingText] = (), special_tokens: str = ""
 ) -> Tokenizer:
-    """Returns the tokenizer that `spec` describes, trained on `documents` if it says so.
+    """Returns the tokenizer that `spec` describes, trained on `texts` if it says so.
+
+    `special_tokens`, comma-separated, get ids of their own behind the others.
 
     Raises:
       BadInput: if `spec` is unknown, a file is missing or the corpus is too small.
     """
+    if special_tokens:
+        return SpecialTokens(make_tokenizer(spec, texts), special_tokens.split(","))
     kind, _, argument = spec.partition(":")
     if spec == "byte":
         return ByteTokenizer()
     if spec == "char":
-        return CharTokenizer.train(documents())
+        return CharTokenizer.train(texts)
     if pieces := _pieces(spec):
-        return SentencePieceTokenizer.train(documents(), size_in_bytes, *pieces)
+        return SentencePieceTokenizer.train(texts, *pieces)
     if kind == "sentencepiece" and argument:
         return SentencePieceTokenizer.from_file(Path(argument).expanduser())
     if kind == "gpt2" and argument:
@@ -86,13 +91,15 @@ def load_tokenizer(folder) -> Tokenizer:
     folder = epath.Path(folder)
     if not (folder / KIND_FILE).exists():
         raise BadInput(f"{folder} holds no tokenizer")
-    return KINDS[json.loads((folder / KIND_FILE).read_text())["kind"]].open(folder)
+    base = KINDS[json.loads((folder / KIND_FILE).read_text())["kind"]].open(folder)
+    return open_special(base, folder)
 
 
-def fingerprint(tokenizer: Tokenizer, scratch: os.PathLike) -> str:
+def fingerprint(tokenizer: Tokenizer) -> str:
     """Returns a hash of everything the tokenizer's ids depend on (its saved files)."""
-    save_tokenizer(tokenizer, scratch)
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(scratch.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    with tempfile.TemporaryDirectory() as scratch:
+        save_tokenizer(tokenizer, scratch)
+        for file in sorted(Path(scratch).iterdir()):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

@@ -2,16 +2,20 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import sentencepiece
 
 from jaxgpt.config import BadInput
+from jaxgpt.tokenizer.base import TrainingText
 
 MODEL_FILE = "sentencepiece.model"
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES = 16_000_000  # of text to train on: beyond, pieces hardly change but time does
+CUTS = (("one line\n", "and another"), ("two", " words"), ("x = 1\n", "def f(x):\n  return"))
 MAX_LINE_BYTES = 4192  # SentencePiece skips longer ones
 
 
@@ -29,11 +33,18 @@ class SentencePieceTokenizer:
         self.vocab_size = self.processor.vocab_size()
         special = (self.processor.bos_id(), self.processor.eos_id())
         self.end_of_text = next((i for i in special if i >= 0), -1)
+        self.cuttable = all(
+            [*self.encode(a), *self.encode(b)] == [*self.encode(a + b)] for a, b in CUTS
+        )
         if self.end_of_text < 0:
             raise BadInput(f"{where} has neither a bos nor an eos piece to serve as end-of-text")
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.processor.encode(text), np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # SentencePiece lets go of Python's lock
+            return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Iterable) -> str:
         return self.processor.decode([int(i) for i in ids if i != self.end_of_text])
@@ -53,22 +64,21 @@ class SentencePieceTokenizer:
 
     @classmethod
     def train(
-        cls, documents: Iterable[str], size_in_bytes: int, model_type: str, vocab_size: int
+        cls, texts: Sequence[TrainingText], model_type: str, vocab_size: int
     ) -> "SentencePieceTokenizer":
         """Returns a `bpe` or `unigram` model of exactly `vocab_size` pieces, trained on a sample.
 
         No normalisation, no dummy prefix, every space kept, bytes as a fallback: text
-        round-trips. The sample is every n-th line, so that it fits SAMPLE_BYTES. `unigram` is
-        arXiv:1804.10959.
+        round-trips. The sample takes each line of a text with the same chance (always the same
+        lines), so that it comes to SAMPLE_BYTES, by the texts' weights. `unigram` is arXiv:1804.10959.
 
         Raises:
           BadInput: if the text is too small for so many pieces.
         """
-        every = -(-size_in_bytes // SAMPLE_BYTES)
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_sample_lines(documents, every),
+                sentence_iterator=_sample_lines(texts),
                 model_writer=model,
                 vocab_size=vocab_size,
                 model_type=model_type,
@@ -88,22 +98,24 @@ class SentencePieceTokenizer:
         except RuntimeError as e:
             raise BadInput(
                 f"data.tokenizer=sentencepiece:{model_type}:{vocab_size} does not fit this corpus"
-                f" ({size_in_bytes:,} bytes): {_reason(str(e))}"
+                f" ({sum(text.num_bytes for text in texts):,} bytes): {_reason(str(e))}"
             ) from e
         return cls(model.getvalue())
 
 
-def _sample_lines(documents: Iterable[str], every: int) -> Iterator[str]:
-    """Yields every n-th line without its newline (a piece of its own) and cut to a usable length.
+def _sample_lines(texts: Sequence[TrainingText]) -> Iterator[str]:
+    """Yields a seeded sample of the lines, without newlines (a piece of its own), none too long.
 
     SentencePiece hands NUL a meaning of its own, so it is left to the byte fallback.
     """
-    lines = (line for text in documents for line in text.split("\n"))
-    for number, line in enumerate(lines):
-        if number % every == 0 and line:
-            line = line.replace("\0", "")
-            for start in range(0, len(line), MAX_LINE_BYTES // 4):  # 4 bytes a character at most
-                yield line[start : start + MAX_LINE_BYTES // 4]
+    chance = random.Random(0)
+    for text in texts:
+        share = SAMPLE_BYTES * text.weight / max(text.num_bytes, 1)
+        for line in (line for document in text.documents() for line in document.split("\n")):
+            if line and (share >= 1 or chance.random() < share):
+                line = line.replace("\0", "")
+                for start in range(0, len(line), MAX_LINE_BYTES // 4):  # 4 bytes a character
+                    yield line[start : start + MAX_LINE_BYTES // 4]
 
 
 def _reason(message: str) -> str:

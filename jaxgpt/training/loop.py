@@ -14,7 +14,7 @@ import jax
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput, SampleConfig
 from jaxgpt.config.cli import say
-from jaxgpt.data.pipeline import Windows, device_batches
+from jaxgpt.data.pipeline import device_batches, training_stream
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.decode import generate, make_decode, prompt_tokens, until
@@ -72,10 +72,7 @@ class Loop:
     def __init__(self, run: Training, data: Prepared):
         config = run.config
         self.run, self.config, self.data = run, config, data
-        self.windows = Windows(
-            data.train.tokens, config.model.max_seq_len, config.batch_size, config.grad_accum,
-            config.seed, config.data.shuffle,
-        )  # fmt: skip
+        self.stream = training_stream(data.train, config)
         self.evaluate = Perplexity(
             make_eval_step(run.spec), run.batch_sharding, data.validation,
             config.model.max_seq_len, config.batch_size // config.grad_accum,
@@ -94,14 +91,14 @@ class Loop:
         """Trains from `state` to `num_steps` and returns the exit code."""
         self.checkpoints, self.report = checkpoints, report
         config, start = self.config, int(state.step)
-        batches = device_batches(self.windows, self.run.batch_sharding, start, config.num_steps)
+        batches = device_batches(self.stream, self.run.batch_sharding, start, config.num_steps)
         speed = _Speed(start)
         logged = None  # a row waits until the next step is dispatched, so the device never does
         clock.started = time.perf_counter()
         with StopRequest() as stop:
             for step, batch in enumerate(batches, start=start + 1):
                 state, metrics = train_step(state, batch)
-                clock.tokens += batch["targets"].size
+                clock.tokens += self.stream.num_targets(step - 1)
                 if logged:
                     logged = self._log(*logged, clock, speed)
                 end, stopping = step == config.num_steps, stop.received

@@ -73,7 +73,8 @@ class Training:
         cfg = self.config
         shape = (cfg.grad_accum, cfg.batch_size // cfg.grad_accum, cfg.model.max_seq_len)
         array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
-        return {"inputs": array, "targets": array}
+        packed = ("segments", "positions") if cfg.data.pack else ()
+        return dict.fromkeys(("inputs", "targets", *packed), array)
 
     def compile_step(self):
         """Returns the compiled update `(state, batch) -> (state, metrics)`."""

@@ -17,7 +17,7 @@ from jaxgpt.parallel.rules import BATCH_AXES
 from jaxgpt.training import loss_scale
 from jaxgpt.training.state import TrainState
 
-Batch = dict[str, Int[Array, "A B T"]]  # inputs and targets of A microbatches
+Batch = dict[str, Int[Array, "A B T"]]  # inputs, targets (packed: segments, positions too)
 Micro = dict[str, Int[Array, "B T"]]
 
 
@@ -71,7 +71,11 @@ def token_losses(model: GPT, micro: Micro, dropout_key):
     rows = batch // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     columns = model.tokens.shape[0] // mesh.shape["tensor"]
     chunks = chunks_for(rows, length, columns, mesh.abstract_device.platform)
-    x, table = model.hidden(micro["inputs"], dropout_key=dropout_key), model.table()
+    x = model.hidden(
+        micro["inputs"], positions=micro.get("positions"), segments=micro.get("segments"),
+        dropout_key=dropout_key,
+    )  # fmt: skip
+    table = model.table()
     return chunked_cross_entropy(lambda x: model.logits(x, table), x, micro["targets"], chunks)
 
 

@@ -1,5 +1,7 @@
 """Batch k is a pure function of (seed, k), on any number of hosts."""
 
+from fractions import Fraction
+
 import jax
 import numpy as np
 import pytest
@@ -7,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from jaxgpt.config import BadInput
+from jaxgpt.data.mixture import Turns
 from jaxgpt.data.pipeline import (
-    Windows,
+    Stream,
     _local_rows,
     device_batches,
     evaluation_batch,
     evaluation_windows,
 )
+from jaxgpt.data.windows import Contiguous
 from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.parallel.rules import AxisRules
 from tests.conftest import mesh_of, tiny_config
@@ -23,7 +26,8 @@ TOKENS = np.arange(1000, dtype=np.uint16)
 
 
 def windows(tokens=TOKENS, seq_len=10, batch=8, accum=1, seed=0, shuffle=True):
-    return Windows(tokens, seq_len, batch, accum, seed, shuffle)
+    sources = (Contiguous(tokens, seq_len),)
+    return Stream(sources, Turns((Fraction(1),)), batch, accum, seed, shuffle)
 
 
 def test_a_window_holds_consecutive_tokens_and_targets_are_next():
@@ -38,12 +42,12 @@ def test_a_window_holds_consecutive_tokens_and_targets_are_next():
 def test_each_epoch_is_a_permutation(count, seed, epoch):
     w = windows(tokens=np.zeros(count * 10 + 1, np.uint16), seed=seed)
     places = range(epoch * count, (epoch + 1) * count)
-    assert sorted(w.window_of(p) for p in places) == list(range(count))
+    assert sorted(w.windows(np.array(places))[1]) == list(range(count))
 
 
 def test_order_depends_on_seed_and_epoch_and_can_be_switched_off():
     def order(epoch=0, **kw):
-        return [windows(**kw).window_of(99 * epoch + i) for i in range(99)]
+        return windows(**kw).windows(99 * epoch + np.arange(99))[1].tolist()
 
     orders = [order(), order(seed=1), order(epoch=1), order(shuffle=False)]
     assert len(set(map(tuple, orders))) == 4
@@ -52,7 +56,7 @@ def test_order_depends_on_seed_and_epoch_and_can_be_switched_off():
 
 def test_the_order_is_pinned():
     """A library update that changes the order would break every resume: notice it here."""
-    assert [windows().window_of(i) for i in range(8)] == [87, 61, 50, 7, 70, 72, 24, 52]
+    assert windows().windows(np.arange(8))[1].tolist() == [87, 61, 50, 7, 70, 72, 24, 52]
 
 
 def test_grad_accum_splits_the_same_batch():
@@ -86,12 +90,6 @@ def test_hosts_rows_make_up_the_global_batch():
     whole = windows(accum=2).batch(4)["inputs"]
     parts = [windows(accum=2).batch(4, np.arange(h * 2, h * 2 + 2))["inputs"] for h in range(2)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
-
-
-def test_corpus_shorter_than_a_window():
-    windows(tokens=TOKENS[:11])
-    with pytest.raises(BadInput, match="10 tokens, shorter than one window"):
-        windows(tokens=TOKENS[:10])
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,13 @@
 """Token shards: what is in them, that they are cached, whole, and told apart."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +15,9 @@ import pytest
 from jaxgpt import prepare as prepare_command
 from jaxgpt.config import BadInput, DataConfig
 from jaxgpt.data import prepare as module
+from jaxgpt.data import shards
 from jaxgpt.data.prepare import prepare, prepare_whole
-from jaxgpt.data.shards import whole_or_nothing
+from jaxgpt.data.shards import write_once
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import CORPUS
 
@@ -65,10 +73,14 @@ def test_a_failure_leaves_nothing_behind(corpus, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(BadInput, match="3.txt is not UTF-8"):
         prepare(config(corpus), str(out))
-    with pytest.raises(RuntimeError), whole_or_nothing(out) as scratch:
+
+    def fail(scratch):
         (scratch / "half").touch()
         raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
+
+    with pytest.raises(RuntimeError):
+        write_once(out, tmp_path / "cache/locks", fail)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "corpus"]
 
 
 def test_truncated_shard_is_noticed(corpus):
@@ -79,8 +91,148 @@ def test_truncated_shard_is_noticed(corpus):
         prepare(config(corpus))
 
 
+def test_a_flipped_byte_is_noticed(corpus):
+    data = prepare(config(corpus))
+    for name in ("train.bin", "validation.documents"):
+        file = data.folder / name
+        raw = bytearray(file.read_bytes())
+        raw[5] ^= 1
+        file.write_bytes(raw)
+        with pytest.raises(BadInput, match=f"{name} is damaged between .* its checksum differs"):
+            prepare(config(corpus))
+        raw[5] ^= 1
+        file.write_bytes(raw)
+    prepare(config(corpus))
+
+
+def test_checksums_of_many_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "CRC_BLOCK", 10)
+    file = shards.ChecksummedFile(tmp_path / "f")
+    for size in (3, 7, 0, 25, 1):
+        file.write(bytes(size * [size]))
+    sums = {"f": file.close()}
+    assert sums["f"]["bytes"] == 36 and len(sums["f"]["crc32"]) == 4
+    shards.verify(tmp_path, sums)
+    sums["f"]["crc32"][2] += 1
+    (tmp_path / shards.VERIFIED).unlink()
+    with pytest.raises(BadInput, match="between bytes 20 and 30"):
+        shards.verify(tmp_path, sums)
+
+
+def test_what_a_killed_prepare_left_is_replaced(corpus, tmp_path):
+    """SIGKILL while it writes; the next one starts clean and leaves only whole corpora."""
+    big = tmp_path / "big.txt"
+    big.write_text(CORPUS * 200)
+    code = (
+        "from jaxgpt.config import DataConfig; from jaxgpt.data.prepare import prepare;"
+        f"prepare(DataConfig(source='text:{big}', tokenizer='sentencepiece:400'))"
+    )
+    cache = Path(os.environ["JAXGPT_CACHE"])
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(cache.glob(".*.tmp/train.bin")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert list(cache.glob(".*.tmp")), "killed in the middle of it"
+    data = prepare(DataConfig(source=f"text:{big}", tokenizer="sentencepiece:400"))
+    assert not list(cache.glob(".*.tmp"))
+    whole = prepare(DataConfig(source=f"text:{big}", tokenizer="sentencepiece:400",
+                               cache_dir=str(tmp_path / "other")))  # fmt: skip
+    assert whole.fingerprint == data.fingerprint
+
+
+def test_two_at_once_do_not_clash(corpus):
+    code = (
+        "from jaxgpt.config import DataConfig; from jaxgpt.data.prepare import prepare;"
+        f"print(prepare(DataConfig(source='text:{corpus}/*.txt', validation_fraction=0.25,"
+        " tokenizer='sentencepiece:400')).folder)"
+    )
+    run = [sys.executable, "-c", code]
+    children = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outs = {child.communicate()[0] for child in children}
+    assert [child.returncode for child in children] == [0, 0, 0] and len(outs) == 1
+
+
+def test_a_full_disk_leaves_nothing(corpus, tmp_path):
+    """A limit on the size of a file stands for a full disk: the same error, without root."""
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "from jaxgpt.config.cli import run; from jaxgpt.config import DataConfig;"
+        "from jaxgpt.data.prepare import prepare;"
+        f"run(lambda argv: prepare(DataConfig(source='text:{corpus}/*.txt'), '{tmp_path}/out'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"(data .*\n)*error: cannot write .*/out: .*too large.*\n", done.stderr)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "corpus"]
+
+
+def test_a_full_tmpfs_leaves_nothing(corpus, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk])
+    if mounted.returncode:
+        pytest.skip("only root may mount; the test above covers the rest")
+    try:
+        with pytest.raises(BadInput, match="cannot write .*No space left"):
+            prepare(config(corpus), str(disk / "out"))
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_cleaning_is_counted_explained_and_in_the_key(command, corpus, tmp_path):
+    (corpus / "4.txt").write_text((corpus / "0.txt").read_text())
+    (corpus / "5.txt").write_text("\x00\x01")
+    plain = prepare(config(corpus))
+    data = prepare(config(corpus, clean="unicode,exact_dedup"))
+    assert data.folder != plain.folder and data.train.documents + data.validation.documents == 4
+    assert {rule: entry["documents"] for rule, entry in data.dropped.items()} == {
+        "unicode": 1, "exact_dedup": 1,
+    }  # fmt: skip
+    assert [e["where"] for e in data.dropped["exact_dedup"]["examples"]] == [str(corpus / "4.txt")]
+    assert not list(data.folder.glob("*.spool"))
+    (tmp_path / "c.py").write_text(
+        "from jaxgpt.config import *\ndef get_config():\n    return Config()\n"
+    )
+    code, stdout, stderr = command(
+        prepare_command.main, f"--config={tmp_path}/c.py", "--explain",
+        f"--config.data.source=text:{corpus}/*.txt", "--config.data.clean=unicode,exact_dedup",
+        f"--against=text:{corpus}/0.txt",
+    )  # fmt: skip
+    found = json.loads(stdout.splitlines()[-1])
+    assert code == 0 and found["dropped"] == {"unicode": 1, "exact_dedup": 1}
+    assert "exact_dedup dropped 1 documents" in stderr and f"{corpus}/4.txt: " in stderr
+    assert found["against"]["worst"][0]["share"] == 1.0
+    with pytest.raises(BadInput, match="drops every document of text"):
+        prepare(DataConfig(source=f"text:{corpus}/5.txt", clean="unicode"))
+
+
+def test_a_mixture_keeps_its_sources_apart(corpus, tmp_path):
+    source = f"3*text:{corpus}/0.txt,1*text:{corpus}/[123].txt"
+    data = prepare(DataConfig(source=source, validation_fraction=0.3))
+    one, two = data.train.parts
+    assert (one.weight, two.weight) == (Fraction(3, 4), Fraction(1, 4))
+    assert (one.first, one.end, two.end) == (0, two.first, len(data.train.tokens))
+    assert (one.documents, two.documents) == (1, 2)
+    assert bytes(data.train.tokens[1 : one.end].astype(np.uint8)).decode() in CORPUS
+    other = prepare(DataConfig(source=source.replace("3*", "2*"), validation_fraction=0.3))
+    assert other.fingerprint != data.fingerprint, "weights change the batches"
+
+
+def test_tokens_are_taken_as_they_are(tmp_path):
+    np.tile(np.array([256, 65, 66, 67], "<u2"), 50).tofile(tmp_path / "a.bin")
+    data = prepare(DataConfig(source=f"bin:{tmp_path}/a.bin", validation_fraction=0.1))
+    assert data.train.tokens[:5].tolist() == [256, 65, 66, 67, 256]
+    assert (data.train.documents, data.train.bytes) == (45, 135)
+    with pytest.raises(BadInput, match="data.clean cleans text"):
+        prepare(DataConfig(source=f"bin:{tmp_path}/a.bin", clean="unicode"))
+
+
 def test_whole_source_for_evaluation(corpus, tmp_path):
-    split = prepare_whole(f"text:{corpus}/*.txt", "text", make_tokenizer("byte", None, 0), tmp_path)
+    split = prepare_whole(f"text:{corpus}/*.txt", "text", make_tokenizer("byte"), tmp_path)
     assert (split.documents, len(split.tokens)) == (4, split.bytes + 4)
 
 

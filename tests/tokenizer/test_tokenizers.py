@@ -14,6 +14,14 @@ from jaxgpt.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.tokenizer.load import check_spec
 from tests.conftest import CORPUS
+from jaxgpt.text.pieces import cut_at
+from jaxgpt.tokenizer.base import TrainingText
+
+
+
+def text_of(text: str) -> TrainingText:
+    return TrainingText(lambda: iter([text]), len(text))
+
 
 KINDS = ["byte", "char", "sentencepiece", "unigram", "gpt2"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -42,13 +50,11 @@ def gpt2_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(gpt2_folder):
     return {
-        "byte": make_tokenizer("byte", None, 0),
-        "char": make_tokenizer("char", lambda: iter([CORPUS]), len(CORPUS)),
-        "unigram": make_tokenizer(
-            "sentencepiece:unigram:400", lambda: iter([CORPUS]), len(CORPUS)
-        ),
-        "sentencepiece": make_tokenizer("sentencepiece:400", lambda: iter([CORPUS]), len(CORPUS)),
-        "gpt2": make_tokenizer(f"gpt2:{gpt2_folder}", None, 0),
+        "byte": make_tokenizer("byte"),
+        "char": make_tokenizer("char", [text_of(CORPUS)]),
+        "unigram": make_tokenizer("sentencepiece:unigram:400", [text_of(CORPUS)]),
+        "sentencepiece": make_tokenizer("sentencepiece:400", [text_of(CORPUS)]),
+        "gpt2": make_tokenizer(f"gpt2:{gpt2_folder}"),
     }
 
 
@@ -101,7 +107,7 @@ def test_trained_size_is_exact_and_compresses(made):
 
 def test_sentencepiece_from_a_file(made, tmp_path):
     save_tokenizer(made["sentencepiece"], tmp_path)
-    again = make_tokenizer(f"sentencepiece:{tmp_path / 'sentencepiece.model'}", None, 0)
+    again = make_tokenizer(f"sentencepiece:{tmp_path / 'sentencepiece.model'}")
     np.testing.assert_array_equal(again.encode(CORPUS), made["sentencepiece"].encode(CORPUS))
 
 
@@ -141,4 +147,60 @@ def test_bad_tokenizers(tmp_path):
 
 def test_vocabulary_larger_than_the_corpus_allows():
     with pytest.raises(BadInput, match="too high"):
-        make_tokenizer("sentencepiece:5000", lambda: iter(["a few words"]), 11)
+        make_tokenizer("sentencepiece:5000", [text_of("a few words")])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(words=st.lists(st.sampled_from(["a", "bc", " ", "  ", "\n", "\n\n", "'s", "1", "é", "\t"])))
+def test_a_cut_changes_no_token(made, kind, words):
+    text, tokenizer = "".join(words), made[kind]
+    assert tokenizer.cuttable
+    if cut := cut_at(text):
+        parts = tokenizer.encode_batch([text[:cut], text[cut:]])
+        np.testing.assert_array_equal(np.concatenate(parts), tokenizer.encode(text))
+
+
+def test_a_foreign_model_that_adds_a_space_is_not_cut(tmp_path):
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.split("\n")), model_writer=model, vocab_size=400,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "m.model").write_bytes(model.getvalue())
+    assert not make_tokenizer(f"sentencepiece:{tmp_path}/m.model").cuttable
+
+
+def test_special_tokens_have_ids_of_their_own(made, tmp_path):
+    plain = made["sentencepiece"]
+    path = tmp_path / "m.model"
+    path.write_bytes(plain.model)
+    tokenizer = make_tokenizer(f"sentencepiece:{path}", special_tokens="<|user|>,<|end|>")
+    assert tokenizer.vocab_size == plain.vocab_size + 2
+    assert max(tokenizer.encode("<|user|> says <|end|>")) < plain.vocab_size
+    marked = tokenizer.encode_marked("<|user|>hello<|end|>").tolist()
+    assert marked == [plain.vocab_size, *plain.encode("hello"), plain.vocab_size + 1]
+    assert tokenizer.decode(marked) == "<|user|>hello<|end|>"
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.encode_marked("x<|end|>").tolist() == tokenizer.encode_marked("x<|end|>").tolist()
+    with pytest.raises(BadInput, match="give different names"):
+        make_tokenizer("byte", special_tokens="<a>,<a>")
+
+
+def test_the_sample_to_train_on_is_bounded_and_fair(monkeypatch):
+    from jaxgpt.tokenizer import sentencepiece as module
+
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 10_000)
+
+    def corpus(letter):
+        return TrainingText(lambda: (f"{letter * 50}\n" * 100 for _ in range(100)), 510_000, 0.5)
+
+    lines = list(module._sample_lines([corpus("a"), corpus("b")]))
+    assert lines == list(module._sample_lines([corpus("a"), corpus("b")])), "the same each time"
+    of_a = sum(line[0] == "a" for line in lines)
+    assert 60 < of_a < 140 and 60 < len(lines) - of_a < 140, "about 98 lines of 51 bytes each"

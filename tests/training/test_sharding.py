@@ -3,13 +3,16 @@
 import dataclasses
 import json
 from pathlib import Path
+from fractions import Fraction
 
 import jax
 import numpy as np
 import pytest
 
 from jaxgpt.config import Config, MeshConfig
-from jaxgpt.data.pipeline import Windows, device_batches
+from jaxgpt.data.mixture import Turns
+from jaxgpt.data.pipeline import Stream, device_batches
+from jaxgpt.data.windows import Contiguous
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training.setup import make_training
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
@@ -85,12 +88,13 @@ def curve() -> list[float]:
     config = dataclasses.replace(config, num_steps=20, seed=7, grad_accum=2)
     config.optim.learning_rate = 3e-3
     tokens = np.frombuffer(CORPUS.encode(), np.uint8)
-    windows = Windows(tokens, config.model.max_seq_len, config.batch_size, 2, 7, True)
+    source = Contiguous(tokens, config.model.max_seq_len)
+    stream = Stream((source,), Turns((Fraction(1),)), config.batch_size, 2, 7, True)
     losses = []
     with jax.set_mesh(mesh := mesh_of(config)):
         training = make_training(config, mesh)
         state, step = jax.jit(training.init)(), training.compile_step()
-        for batch in device_batches(windows, training.batch_sharding, 0, 20):
+        for batch in device_batches(stream, training.batch_sharding, 0, 20):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
     return losses

@@ -1,0 +1,20 @@
+"""Libraries that only some commands need, by the extra that installs them."""
+
+import importlib
+from types import ModuleType
+
+from jaxgpt.config.errors import BadInput
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Returns the imported `module`.
+
+    Raises:
+      BadInput: if it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise BadInput(
+            f"{purpose} needs {module.partition('.')[0]} ({e}): pip install -e '.[{extra}]'"
+        ) from e

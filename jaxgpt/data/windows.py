@@ -1,0 +1,91 @@
+"""The windows of one source: what stands in each, and how many targets it has."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxgpt.data.packing import Plan, count_up
+from jaxgpt.ops.cross_entropy import IGNORE
+
+
+@dataclasses.dataclass(frozen=True)
+class Contiguous:
+    """Window w holds tokens w*T .. (w+1)*T of one stream: the last of them is a target only."""
+
+    tokens: np.ndarray
+    seq_len: int
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.seq_len
+
+    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns `inputs` and `targets` of the windows, int32 [n, T]."""
+        ids = self.tokens[windows[:, None] * self.seq_len + np.arange(self.seq_len + 1)]
+        ids = ids.astype(np.int32)
+        return {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+
+    def num_targets(self, windows: np.ndarray) -> int:
+        """Returns how many targets the windows have together."""
+        return len(windows) * self.seq_len
+
+    def spans(self, window: int) -> list[tuple[int, int]]:
+        """Returns the (start, length) in the stream of what the window's inputs are."""
+        return [(window * self.seq_len, self.seq_len)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Windows of whole documents by a plan, none of which sees another.
+
+    `segments` number a window's documents from 1, 0 is padding; `positions` start at 0 in each;
+    padding has no targets.
+    """
+
+    tokens: np.ndarray
+    seq_len: int
+    plan: Plan
+    end_of_text: int
+
+    def __len__(self) -> int:
+        return len(self.plan.first) - 1
+
+    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns `inputs`, `targets`, `segments`, `positions` of the windows, int32 [n, T]."""
+        rows, length = len(windows), self.seq_len
+        first = self.plan.first[windows]
+        counts = self.plan.first[windows + 1] - first
+        pieces = np.repeat(first, counts) + (number := count_up(counts))
+        starts, lengths = self.plan.starts[pieces], self.plan.lengths[pieces].astype(np.int64)
+        position = count_up(lengths)
+        row_of_piece = np.repeat(np.arange(rows), counts)
+        filled = np.bincount(row_of_piece, lengths, minlength=rows).astype(np.int64)
+        place = np.repeat(np.arange(rows) * length, filled) + count_up(filled)
+        source = np.repeat(starts, lengths) + position
+        ends = len(self.tokens)  # behind the last document stands an end-of-text in thought
+        following = self.tokens[np.minimum(source + 1, ends - 1)].astype(np.int32)
+        found = {
+            "inputs": (self.tokens[source], 0),
+            "targets": (np.where(source + 1 < ends, following, self.end_of_text), IGNORE),
+            "segments": (np.repeat(number + 1, lengths), 0),
+            "positions": (position, 0),
+        }
+        batch = {}
+        for name, (values, padding) in found.items():
+            flat = np.full(rows * length, padding, np.int32)
+            flat[place] = values
+            batch[name] = flat.reshape(rows, length)
+        return batch
+
+    def num_targets(self, windows: np.ndarray) -> int:
+        """Returns how many targets the windows have together."""
+        first = self.plan.first
+        return int(
+            sum(self.plan.lengths[first[w] : first[w + 1]].sum(dtype=np.int64) for w in windows)
+        )
+
+    def spans(self, window: int) -> list[tuple[int, int]]:
+        """Returns the (start, length) in the stream of each document in the window."""
+        pieces = slice(self.plan.first[window], self.plan.first[window + 1])
+        return list(
+            zip(self.plan.starts[pieces].tolist(), self.plan.lengths[pieces].tolist(), strict=True)
+        )

@@ -1,0 +1,190 @@
+"""`data.clean`: a list of steps, each of which changes a document or drops it.
+
+    html         HTML to the text of its main content (resiliparse); other text stays as it is
+    unicode      NFC; no control characters, no byte-order marks; \\r\\n becomes \\n
+    quality      see `jaxgpt.text.quality`
+    exact_dedup  drops a document equal to an earlier one
+    near_dedup   drops one whose word 5-grams are like an earlier one's: MinHash LSH, Jaccard
+                 similarity of 0.7 or more (arXiv:2107.06499 uses 0.8); near_dedup:0.8 sets it
+    pii          e-mail and public IP addresses become email@example.com, 192.0.2.1, 2001:db8::1
+"""
+
+import dataclasses
+import hashlib
+import ipaddress
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+
+from jaxgpt.config import BadInput
+from jaxgpt.config.extras import require
+from jaxgpt.text.ngrams import ngram_hashes
+from jaxgpt.text.pieces import Piece, whole
+from jaxgpt.text.quality import quality_fault
+
+EXAMPLES = 3  # kept of each rule's drops
+EXAMPLE_CHARS = 300
+SHINGLE_WORDS = 5
+PERMUTATIONS = 128
+
+HTML_TAG = re.compile(r"<(!doctype html|html|head|body|div|p|br|table|span|article)\b", re.I)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}\b")
+IP = re.compile(
+    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:]|\.\d)"
+)
+
+
+class Dropped(str):
+    """What a step returns instead of text: the name of the rule that drops the document."""
+
+
+Step = Callable[[str], str]
+
+
+def html_to_text(text: str) -> str:
+    """Returns the main content of a page as text, blocks apart, tags gone."""
+    if not HTML_TAG.search(text[:10_000]):
+        return text
+    extract = require("resiliparse.extract.html2text", "data", "data.clean=html").extract_plain_text
+    return extract(text, main_content=True, preserve_formatting=True)
+
+
+def clean_unicode(text: str) -> str:
+    """Returns `text` in NFC, line ends as \\n, without control characters but tab and newline."""
+    return CONTROL.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n")))
+
+
+def drop_low_quality(text: str) -> str:
+    """Returns `text`, or `quality.<rule>` if it breaks one."""
+    fault = quality_fault(text)
+    return Dropped(f"quality.{fault}") if fault else text
+
+
+def mask_addresses(text: str) -> str:
+    """Returns `text` with addresses replaced by ones that are reserved for documentation."""
+    return IP.sub(_mask_ip, EMAIL.sub("email@example.com", text))
+
+
+def _mask_ip(match: re.Match) -> str:
+    try:
+        found = ipaddress.ip_address(match[0])
+    except ValueError:  # 1.2.3.999, 12:30:45
+        return match[0]
+    if not found.is_global:  # 127.0.0.1, ::1, 192.168.0.1 lead to nobody
+        return match[0]
+    return "192.0.2.1" if found.version == 4 else "2001:db8::1"
+
+
+class ExactDedup:
+    """Drops a document that came before, byte for byte. Keeps 16 bytes a document."""
+
+    def __init__(self):
+        self.seen: set[bytes] = set()
+
+    def __call__(self, text: str) -> str:
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if digest in self.seen:
+            return Dropped("exact_dedup")
+        self.seen.add(digest)
+        return text
+
+
+class NearDedup:
+    """Drops a document whose set of word 5-grams has Jaccard similarity >= `threshold` with an
+    earlier one's, by MinHash with banding (datasketch); a candidate's estimate must reach it too.
+
+    Documents of fewer than five words are left to `exact_dedup`. Keeps about 2 KB a document.
+    """
+
+    def __init__(self, threshold: float = 0.7):
+        self.library = require("datasketch", "data", "data.clean=near_dedup")
+        self.threshold, self.signatures = threshold, []
+        # bands that rather find too much: the estimate below has the last word
+        self.index = self.library.MinHashLSH(threshold, PERMUTATIONS, weights=(0.1, 0.9))
+
+    def __call__(self, text: str) -> str:
+        shingles = ngram_hashes(text, SHINGLE_WORDS)
+        if not len(shingles):
+            return text
+        signature = self.library.MinHash(PERMUTATIONS, seed=1, hashfunc=int, scheme="affine64")
+        for start in range(0, len(shingles), 1 << 14):  # of 128 x 8 bytes each
+            signature.update_batch(shingles[start : start + (1 << 14)].tolist())
+        for key in self.index.query(signature):
+            if self.signatures[key].jaccard(signature) >= self.threshold:
+                return Dropped("near_dedup")
+        self.index.insert(len(self.signatures), signature)
+        self.signatures.append(signature)
+        return text
+
+
+STEPS: dict[str, Callable[..., Step]] = {
+    "html": lambda: html_to_text,
+    "unicode": lambda: clean_unicode,
+    "quality": lambda: drop_low_quality,
+    "exact_dedup": ExactDedup,
+    "near_dedup": NearDedup,
+    "pii": lambda: mask_addresses,
+}
+LIBRARIES = {"html": "resiliparse", "near_dedup": "datasketch"}
+
+
+def make_steps(spec: str) -> list[tuple[str, Step]]:
+    """Returns the named steps of `data.clean`, fresh ones.
+
+    Raises:
+      BadInput: for an unknown step or threshold, or a library that is not installed.
+    """
+    steps = []
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        name, _, argument = part.partition(":")
+        if name not in STEPS or argument and name != "near_dedup":
+            raise BadInput(f"data.clean step {part!r} is unknown; choose from {', '.join(STEPS)}")
+        try:
+            threshold = float(argument or 0.7)
+        except ValueError:
+            threshold = 0.0
+        if not 0 < threshold <= 1:
+            raise BadInput(f"data.clean={part}: the similarity must lie above 0 and up to 1")
+        if name in LIBRARIES:
+            require(LIBRARIES[name], "data", f"data.clean={name}")
+        steps.append((name, STEPS[name](threshold) if argument else STEPS[name]()))
+    return steps
+
+
+def identity(spec: str) -> str:
+    """Returns what decides on the outcome of cleaning besides the text: steps and libraries."""
+    names = [part.strip().partition(":")[0] for part in spec.split(",")]
+    used = [f"{LIBRARIES[n]} {version(LIBRARIES[n])}" for n in names if n in LIBRARIES]
+    return f"{spec} {unicodedata.unidata_version if 'unicode' in names else ''} {used}"
+
+
+@dataclasses.dataclass
+class Report:
+    """What cleaning dropped: `{rule: {"documents": 3, "examples": [{"where", "text"}, ...]}}`."""
+
+    rules: dict[str, dict] = dataclasses.field(default_factory=dict)
+
+    def add(self, rule: str, piece: Piece) -> None:
+        """Counts a dropped document and keeps the first few."""
+        entry = self.rules.setdefault(rule, {"documents": 0, "examples": []})
+        entry["documents"] += 1
+        if len(entry["examples"]) < EXAMPLES:
+            text = piece.text[:EXAMPLE_CHARS]
+            entry["examples"].append({"where": piece.where, "text": text})
+
+
+def clean(
+    pieces: Iterable[Piece], steps: list[tuple[str, Step]], report: Report
+) -> Iterator[Piece]:
+    """Yields what the steps leave of the documents; a document that ends up empty is dropped."""
+    for piece in whole(pieces):
+        text = piece.text
+        for name, step in steps:
+            text = step(text)
+            if isinstance(text, Dropped) or not text.strip():
+                report.add(text if isinstance(text, Dropped) else name, piece)
+                break
+        else:
+            yield piece._replace(text=text)

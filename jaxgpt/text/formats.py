@@ -1,0 +1,204 @@
+"""Files to documents: plain text, jsonl, parquet, web archives."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxgpt.config import BadInput
+from jaxgpt.config.extras import require
+from jaxgpt.text.files import blocks, opened
+from jaxgpt.text.pieces import Piece, in_pieces
+
+LLMC_HEADERS = {20240520: "<u2", 20240801: "<u4"}  # llm.c's magic numbers and their token types
+LLMC_HEADER_BYTES = 1024
+TOKENS_AT_ONCE = 1 << 20
+
+
+def read_text(files: list[str]) -> Iterator[Piece]:
+    """Yields a document per UTF-8 file; empty ones are passed over."""
+    for file in files:
+        yield from in_pieces(_decoded(file), file)
+
+
+def _decoded(file: str) -> Iterator[str]:
+    decoder, consumed = codecs.getincrementaldecoder("utf-8")(), 0
+    block = b""
+    try:
+        for block in blocks(file):
+            pending = len(decoder.getstate()[0])
+            yield decoder.decode(block)
+            consumed += len(block)
+        pending, block = len(decoder.getstate()[0]), b""
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as e:
+        raise _not_utf8(file, e, consumed - pending) from e
+
+
+def _not_utf8(where: str, e: UnicodeDecodeError, offset: int = 0) -> BadInput:
+    return BadInput(
+        f"{where} is not UTF-8 (byte {offset + e.start}: 0x{e.object[e.start]:02x}); convert it"
+        " first, for example with iconv -f latin1 -t utf-8"
+    )
+
+
+def read_jsonl(files: list[str], field: str) -> Iterator[Piece]:
+    """Yields the text `field` of each line of JSON; blank lines and empty texts are passed over."""
+    for file in files:
+        with opened(file) as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip() and (text := _field(line, field, f"{file}, line {number}")):
+                    yield Piece(text, file, number)
+
+
+def _field(line: bytes, field: str, where: str) -> str:
+    row = parse_json(line, where)
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "not an object"
+        raise BadInput(f"{where} has no text field {field!r} ({has}); set data.field")
+    return _encodable(text, where)
+
+
+def parse_json(line: bytes, where: str):
+    """Returns what a line of JSON holds.
+
+    Raises:
+      BadInput: naming `where`, if it is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise _not_utf8(where, e) from e
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise BadInput(f"{where} is not valid JSON: {e}") from e
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON may spell half a surrogate pair, which no UTF-8 text can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise BadInput(f"{where} holds an unpaired surrogate \\u{ord(text[e.start]):04x}") from e
+    return text
+
+
+def read_parquet(files: list[str], column: str) -> Iterator[Piece]:
+    """Yields the text `column` of each row; nulls and empty texts are passed over."""
+    parquet = require("pyarrow.parquet", "data", "reading parquet")
+    arrow = require("pyarrow", "data", "reading parquet")
+    for file in files:
+        with opened(file, decompress=False) as stream:
+            row = 0
+            try:
+                table = parquet.ParquetFile(stream)
+                if column not in table.schema_arrow.names:
+                    raise BadInput(
+                        f"{file} has no column {column!r}, only"
+                        f" {', '.join(table.schema_arrow.names)}; set data.field"
+                    )
+                kind = table.schema_arrow.field(column).type
+                if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+                    raise BadInput(f"column {column!r} of {file} holds {kind}, not text")
+                for batch in table.iter_batches(columns=[column], batch_size=1024):
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        if text:
+                            yield Piece(text, file, row)
+            except (arrow.ArrowException, UnicodeDecodeError) as e:
+                raise BadInput(f"{file} cannot be read as parquet: {e}") from e
+
+
+def read_warc(files: list[str]) -> Iterator[Piece]:
+    """Yields the text of each page of WARC and WET archives: HTML and plain text answers, and
+    WET's conversions. HTML stays HTML; `data.clean=html` turns it to text."""
+    archive = require("warcio.archiveiterator", "data", "reading web archives")
+    errors = require("warcio.exceptions", "data", "reading web archives")
+    for file in files:
+        with opened(file, decompress=False) as stream:
+            number = 0
+            try:
+                for number, record in enumerate(archive.ArchiveIterator(stream), start=1):
+                    if (kind := _page_type(record)) and (
+                        text := _web_text(record.content_stream().read(), kind)
+                    ).strip():
+                        yield Piece(text, file, number)
+            except (errors.ArchiveLoadFailed, ValueError) as e:
+                raise BadInput(f"{file} is damaged after record {number}: {e}") from e
+            if not number:
+                raise BadInput(f"{file} is not a web archive: it holds no record")
+
+
+def _page_type(record) -> str:
+    """Returns the content type of a record that is a page, else ''."""
+    if record.rec_type == "conversion":
+        return "text/plain; charset=utf-8"
+    if record.rec_type == "response" and record.http_headers:
+        if record.http_headers.get_statuscode() == "200":
+            kind = record.http_headers.get_header("Content-Type") or "text/html"
+            if re.match(r"\s*(text/(html|plain)|application/xhtml)", kind, re.I):
+                return kind
+    return ""
+
+
+def _web_text(raw: bytes, content_type: str) -> str:
+    """Decodes a page by its header's charset, else its own <meta>, else as UTF-8."""
+    declared = re.search(r"charset=[\"']?([\w-]+)", content_type, re.I)
+    declared = declared[1] if declared else ""
+    if not declared and (meta := re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", raw[:2048], re.I)):
+        declared = meta[1].decode("ascii")
+    try:
+        return raw.decode(declared or "utf-8", errors="replace")
+    except LookupError:  # a charset nobody knows
+        return raw.decode("utf-8", errors="replace")
+
+
+def read_tokens(files: list[str], end_of_text: int, vocab_size: int) -> Iterator[Piece]:
+    """Yields the documents of token files: raw uint16 as nanoGPT writes, or with llm.c's header.
+
+    Documents are what lies between end-of-text tokens, whether these stand in front (llm.c) or
+    behind (nanoGPT).
+
+    Raises:
+      BadInput: if a file is cut short or holds an id that the vocabulary lacks.
+    """
+    for file in files:
+        tokens, row, continues = open_tokens(file), 0, False
+        for start in range(0, len(tokens), TOKENS_AT_ONCE):
+            ids = np.asarray(tokens[start : start + TOKENS_AT_ONCE])
+            if ids.max() >= vocab_size:
+                raise BadInput(
+                    f"{file} holds token {ids.max()}, beyond the tokenizer's {vocab_size}; set"
+                    " data.tokenizer to the one that made it"
+                )
+            borders = np.flatnonzero(ids == end_of_text)
+            for begin, end in zip([0, *borders + 1], [*borders, len(ids)], strict=True):
+                if end > begin:
+                    row += not continues
+                    yield Piece("", file, row, continues, ids[begin:end].astype(np.int32))
+                    continues = True
+                if end < len(ids):  # an end-of-text stands here
+                    continues = False
+
+
+def open_tokens(file: str) -> np.ndarray:
+    """Returns a `.bin` file's tokens, memory-mapped.
+
+    Raises:
+      BadInput: if its length does not fit its header, or it is empty.
+    """
+    try:
+        header = np.fromfile(file, "<i4", 3)
+        size = np.memmap(file, np.uint8, "r").size
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{file} cannot be read: {e}") from e
+    if len(header) == 3 and int(header[0]) in LLMC_HEADERS:
+        dtype, count = np.dtype(LLMC_HEADERS[int(header[0])]), int(header[2])
+        if size != LLMC_HEADER_BYTES + count * dtype.itemsize:
+            raise BadInput(f"{file} is damaged: its header says {count} tokens, its length does not")
+        return np.memmap(file, dtype, "r", LLMC_HEADER_BYTES)
+    if size % 2:
+        raise BadInput(f"{file} is not a file of uint16 tokens: it has {size} bytes")
+    return np.memmap(file, "<u2", "r")

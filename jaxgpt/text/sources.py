@@ -1,0 +1,118 @@
+"""`data.source` strings to documents."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import BadInput
+from jaxgpt.text.builtin import read_builtin
+from jaxgpt.text.files import digest, expand
+from jaxgpt.text.formats import read_jsonl, read_parquet, read_text, read_tokens, read_warc
+from jaxgpt.text.pieces import Documents, num_bytes
+from jaxgpt.text.tfds import open_tfds
+
+KINDS = (
+    "builtin, text:GLOB, jsonl:GLOB, parquet:GLOB, warc:GLOB, tfds:NAME[/CONFIG], bin:GLOB,"
+    " shards:DIR or a mixture like 0.7*text:GLOB,0.3*jsonl:GLOB"
+)
+DIGESTS = "digests.json"
+MIXED = r"\s*\d*\.?\d+\*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One place that documents come from.
+
+    `identity()` is a hash of all that the documents depend on. `validation` holds the documents
+    that the source itself sets apart, where it does.
+    """
+
+    spec: str
+    documents: Documents
+    identity: Callable[[], str]
+    weight: Fraction = Fraction(1)
+    validation: "Source | None" = None
+    num_bytes: int = 0  # of the files, for the progress bar; 0 = unknown
+
+
+def open_sources(
+    source: str, field: str, cache: Path, data_dir: str = "", tokenizer: Any = None
+) -> tuple[Source, ...]:
+    """Returns the sources of a mixture, else the one source; weights add up to 1.
+
+    `tokenizer` is what `bin:` needs: its tokens are taken as they are.
+
+    Raises:
+      BadInput: now, if a source is unknown, no file matches or a library is missing; while
+        reading, if a file is damaged or lacks the field (file and line are named).
+    """
+    if not re.match(MIXED, source):
+        return (_open(source, field, cache, data_dir, tokenizer),)
+    parts = [part.strip() for part in re.split(rf",(?={MIXED})", source)]
+    weighted = [part.partition("*")[::2] for part in parts]
+    weights = [Fraction(weight) for weight, _ in weighted]
+    if min(weights) <= 0:
+        raise BadInput(f"data source {source}: weights must be above 0")
+    opened = [_open(spec, field, cache, data_dir, tokenizer) for _, spec in weighted]
+    return tuple(
+        dataclasses.replace(one, weight=weight / sum(weights))
+        for one, weight in zip(opened, weights, strict=True)
+    )
+
+
+def _open(source: str, field: str, cache: Path, data_dir: str, tokenizer) -> Source:
+    kind, _, argument = source.partition(":")
+    if source == "builtin":
+        return Source(source, read_builtin, _hash_of_builtin)
+    if kind == "tfds" and argument:
+        return _open_tfds(source, argument, field, cache, data_dir)
+    if kind == "bin" and argument and tokenizer is None:
+        raise BadInput(
+            f"data source {source} holds tokens: set data.tokenizer to the one that made them"
+            " (gpt2:DIR, sentencepiece:FILE.model or byte)"
+        )
+    readers = {
+        "text": read_text,
+        "jsonl": partial(read_jsonl, field=field),
+        "parquet": partial(read_parquet, column=field),
+        "warc": read_warc,
+    }
+    if tokenizer is not None:
+        readers["bin"] = partial(
+            read_tokens, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size
+        )
+    if kind not in readers or not argument:
+        raise BadInput(f"data source {source!r} is unknown: choose {KINDS}")
+    return _from_files(source, kind, field, expand(source, argument), readers[kind], cache)
+
+
+def _from_files(source, kind, field, files, read, cache: Path, extra: str = "") -> Source:
+    def identity() -> str:
+        return f"{kind} {field} {extra} {digest(files, cache / DIGESTS)}"
+
+    sizes = (Path(file).stat().st_size for file in files if "://" not in file)
+    return Source(source, partial(read, files), identity, num_bytes=sum(sizes))
+
+
+def _open_tfds(source: str, name: str, field: str, cache: Path, data_dir: str) -> Source:
+    train, held_out = open_tfds(name, field, data_dir)
+
+    def of(split) -> Source:
+        def identity() -> str:
+            return f"tfds {field} {digest(split.files(), cache / DIGESTS)}"
+
+        return Source(source, split, identity)
+
+    return dataclasses.replace(of(train), validation=held_out and of(held_out))
+
+
+def _hash_of_builtin() -> str:
+    found = hashlib.sha256()
+    for piece in read_builtin():
+        found.update(num_bytes(piece.text).to_bytes(8, "little") + piece.text.encode())
+    return found.hexdigest()

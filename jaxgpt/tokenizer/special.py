@@ -1,0 +1,67 @@
+"""Special tokens: single ids with a name, which plain text never turns into."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jaxgpt.config import BadInput
+from jaxgpt.tokenizer.base import Tokenizer
+
+FILE = "special_tokens.json"
+
+
+class SpecialTokens:
+    """A tokenizer with more ids behind its own: `names[i]` is `base.vocab_size + i`.
+
+    `encode` never gives one of them, whatever the text says; `encode_marked` reads their names in
+    a text that we wrote ourselves (a chat template). `decode` spells them out.
+    """
+
+    def __init__(self, base: Tokenizer, names: Sequence[str]):
+        names = [name.strip() for name in names]
+        if not all(names) or len(set(names)) < len(names):
+            raise BadInput(f"data.special_tokens={','.join(names)}: give different names, none empty")
+        self.base, self.names, self.kind = base, names, base.kind
+        self.special = {name: base.vocab_size + i for i, name in enumerate(names)}
+        self.vocab_size = base.vocab_size + len(names)
+        self.end_of_text, self.cuttable = base.end_of_text, base.cuttable
+        by_length = sorted(names, key=len, reverse=True)
+        self.pattern = re.compile(f"({'|'.join(map(re.escape, by_length))})")
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.base.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.base.encode_batch(texts)
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        """Returns the ids of `text`, in which the special tokens' names stand for them."""
+        parts = [
+            np.array([self.special[part]], np.int32) if part in self.special else self.encode(part)
+            for part in self.pattern.split(text)
+            if part
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
+
+    def decode(self, ids: Iterable) -> str:
+        text, plain = [], []
+        for i in map(int, ids):
+            if i < self.base.vocab_size:
+                plain.append(i)
+            elif i < self.vocab_size:
+                text += [self.base.decode(plain), self.names[i - self.base.vocab_size]]
+                plain = []
+        return "".join([*text, self.base.decode(plain)])
+
+    def save(self, folder: os.PathLike) -> None:
+        self.base.save(folder)
+        (folder / FILE).write_text(json.dumps(self.names))
+
+
+def open_special(base: Tokenizer, folder: os.PathLike) -> Tokenizer:
+    """Returns `base` with the special tokens saved in `folder`; `base` itself if there are none."""
+    file = folder / FILE
+    return SpecialTokens(base, json.loads(file.read_text())) if file.exists() else base
