@@ -14,18 +14,21 @@ from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of, tiny_config
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-def test_the_train_step_lowers_for_cuda(shape, monkeypatch):
+def test_the_train_step_lowers_for_cuda(shape, pack, monkeypatch):
     # the three questions JAX asks the driver that is not there
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(fused, "check_compute_capability", lambda *a, **k: True)
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda *a, **k: False)
     config = tiny_config(shape, dtype="bfloat16", num_kv_heads=2, embed_dim=256, max_seq_len=128,
                          window=32, position="rope")  # fmt: skip
+    config.data.pack = pack
     with jax.set_mesh(mesh := mesh_of(config)):
         training = Training(config, mesh, ModelSpec(config.model, "cudnn"))
         step = make_train_step(training.spec, config)
         traced = step.trace(training.abstract_state(), training.abstract_batch())
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@__cudnn$fmhaSoftmax(") == 1, "one forward kernel, in the scan over layers"
-    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+    kernel = "ScaleBiasSoftmax" if pack else "Softmax"  # packed documents come as a bias
+    assert text.count(f"@__cudnn$fmha{kernel}(") == 1, "one forward kernel, in the scan over layers"
+    assert text.count(f"@__cudnn$fmha{kernel}Backward(") == 1
