@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 
 from jaxgpt import evaluate, sample, train
+from jaxgpt.config.load import read_config
+from jaxgpt.data.pipeline import training_stream
+from jaxgpt.data.prepare import prepare
 from jaxgpt.inference.trained import open_trained
+from jaxgpt.ops.cross_entropy import IGNORE
 from tests.conftest import ROOT
 
 CONFIG = """
@@ -223,3 +227,24 @@ def test_resume_rules(command, config_file, tmp_path):
     (config_file.parent / "corpus" / "0.txt").write_text("another text " * 500)
     code, _, err = command(train.main, *argv, "--config.num_steps=8")
     assert code == 2 and "has changed since checkpoint 6" in err
+
+
+def test_packed_training_counts_real_targets_and_minds_its_tokenizer(
+    command, config_file, corpus, tmp_path
+):
+    workdir = tmp_path / "w"
+    for i in range(8):  # documents that leave padding
+        (corpus / f"a{i}.txt").write_text("word " * (4 + i % 3))
+    argv = (f"--config={config_file}", f"--workdir={workdir}", "--config.data.pack=true",
+            "--config.num_steps=4", "--config.optim.ema_decay=0")  # fmt: skip
+    code, _, err = command(train.main, *argv)
+    assert code == 0, err
+    config = read_config(workdir)
+    stream = training_stream(prepare(config.data).train, config)
+    counts = [int((stream.batch(k)["targets"] != IGNORE).sum()) for k in range(4)]
+    assert [row["tokens"] for row in rows(workdir)] == np.cumsum(counts).tolist()
+    assert min(counts) < 16 * 32
+    kind = workdir / "tokenizer/tokenizer_kind.json"
+    kind.write_text(kind.read_text().replace("257", "258"))
+    code, _, err = command(train.main, *argv[:3], "--config.num_steps=6", argv[-1])
+    assert code == 2 and "tokenizer is not the tokenizer that" in err
