@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from jaxgpt import evaluate, sample, train
 from jaxgpt.config.load import read_config
@@ -239,7 +240,7 @@ def test_packed_training_counts_real_targets_and_minds_its_tokenizer(
             "--config.num_steps=4", "--config.optim.ema_decay=0")  # fmt: skip
     code, _, err = command(train.main, *argv)
     assert code == 0, err
-    config = read_config(workdir)
+    config = read_config(epath.Path(workdir))
     stream = training_stream(prepare(config.data).train, config)
     counts = [int((stream.batch(k)["targets"] != IGNORE).sum()) for k in range(4)]
     assert [row["tokens"] for row in rows(workdir)] == np.cumsum(counts).tolist()

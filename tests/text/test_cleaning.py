@@ -105,8 +105,13 @@ def test_steps_run_in_order_and_only_those_named():
 def test_near_duplicates_are_found_and_nothing_else():
     """Planted copies with 1% of the words changed, in documents of 200 words and more."""
     chance = random.Random(0)
-    originals = [piece.text for piece in read_builtin() if len(piece.text.split()) >= 200][:200]
-    kept, alone = cleaned(originals, "near_dedup")
+    texts = [piece.text for piece in read_builtin() if len(piece.text.split()) >= 200]
+    originals, _ = cleaned(texts, "near_dedup")
+    grams = [set(ngram_hashes(text, 5).tolist()) for text in originals]
+    for text in set(texts) - set(originals):  # what the library itself holds twice
+        own = set(ngram_hashes(text, 5).tolist())
+        assert max(len(own & other) / len(own | other) for other in grams) > 0.6
+    originals = originals[:200]
     copies = []
     for text in originals:
         words = re.split(r"(\s+)", text)
@@ -115,7 +120,6 @@ def test_near_duplicates_are_found_and_nothing_else():
             words[i] = f"changed{chance.randrange(10**6)}"
         copies.append("".join(words))
     both, dropped = cleaned(originals + copies, "near_dedup")
-    assert alone == {}, "no distinct document is dropped"
     assert dropped["near_dedup"] >= 0.95 * len(copies)
     assert both[: len(originals)] == originals
     assert cleaned(originals + copies, "near_dedup")[0] == both, "the same each time"
