@@ -234,8 +234,8 @@ def test_packed_training_counts_real_targets_and_minds_its_tokenizer(
     command, config_file, corpus, tmp_path
 ):
     workdir = tmp_path / "w"
-    for i in range(8):  # documents that leave padding
-        (corpus / f"a{i}.txt").write_text("word " * (4 + i % 3))
+    for i in range(40):  # documents that leave padding
+        (corpus / f"{i}.txt").write_text(f"number {i:03} of forty")
     argv = (f"--config={config_file}", f"--workdir={workdir}", "--config.data.pack=true",
             "--config.num_steps=4", "--config.optim.ema_decay=0")  # fmt: skip
     code, _, err = command(train.main, *argv)
