@@ -56,9 +56,12 @@ def open_split(trained: Trained, source: str, split: str):
     data = trained.config.data
     if source:
         cache = cache_folder(data)
-        return prepare_whole(source, data.field, trained.tokenizer, cache, data.data_dir)
+        return prepare_whole(source, data, trained.tokenizer, cache)
+    meta = trained.checkpoints.meta(trained.step)
+    if "imported" in meta:
+        raise BadInput("imported weights have no text of their own; name some with --data=SOURCE")
     prepared = prepare(data)
-    if prepared.fingerprint != trained.checkpoints.meta(trained.step)["data_fingerprint"]:
+    if prepared.fingerprint != meta["data_fingerprint"]:
         raise BadInput(
             f"the text or tokenizer of data.source={data.source} has changed since training;"
             " name what to evaluate on with --data=SOURCE"

@@ -67,7 +67,7 @@ def explain(data: Prepared) -> None:
 def compare(config: Config, data: Prepared, source: str) -> dict:
     """Returns how much of `source` stands in the training part (see `contamination`)."""
     cfg = config.data
-    sources = open_sources(source, cfg.field, cache_folder(cfg), cfg.data_dir)
+    sources = open_sources(source, cfg, cache_folder(cfg))
     pieces = (piece for one in sources for piece in whole(one.documents()))
     found = contamination(((p.where, p.text) for p in pieces), training_documents(data))
     say(

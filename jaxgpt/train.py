@@ -34,6 +34,7 @@ from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.load import fingerprint
 from jaxgpt.training.loop import Loop, restore_or_init
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
+from jaxgpt.training.warm_start import check_source
 
 
 def main(argv: list[str]) -> int:
@@ -96,7 +97,14 @@ def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
       BadInput: if a run is there whose config differs in what may not change.
     """
     if not (workdir / "checkpoints").exists() or not (workdir / "config.json").exists():
+        if config.init_from:
+            check_source(config.init_from)
         return config, []
+    if (workdir / "checkpoints" / "0").exists():
+        raise BadInput(
+            f"{workdir} holds imported weights: start from them in another --workdir, with"
+            f" --config.init_from={workdir}"
+        )
     old = read_config(workdir)
     config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
     return config, check_resume(old, config, workdir)

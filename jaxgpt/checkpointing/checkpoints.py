@@ -86,6 +86,31 @@ class Checkpoints:
         self.manager.close()
 
 
+def save_weights(workdir, params: dict, meta: dict) -> None:
+    """Writes parameters alone as checkpoint 0, from host arrays, in little more memory than theirs.
+
+    Small chunks and a file each: the format that keeps all checkpoints in few files gathers them
+    in memory first (measured on 124M: 77 MB beside the arrays against 440). JAX's CPU arrays may
+    share the memory of arrays that are aligned to 64 bytes.
+    """
+    cpu = jax.local_devices(backend="cpu")[0]
+    state = {"params": jax.tree.map(lambda a: jax.device_put(a, cpu, may_alias=True), params)}
+    manager = ocp.CheckpointManager(
+        epath.Path(workdir).absolute() / "checkpoints",
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False),
+    )
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2 << 20), state)
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state, save_args=chunks), meta=ocp.args.JsonSave(meta)
+    )
+    manager.save(0, args=args)
+    manager.close()
+
+
 def concrete(abstract):
     """Returns `abstract` with each sharding on the current mesh's devices.
 

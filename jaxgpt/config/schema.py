@@ -36,6 +36,10 @@ class ModelConfig:
     logit_softcap: float = 0.0  # c * tanh(logits / c); 0 = off
     mup_base_width: int = 0  # muP: the embed_dim at which the learning rate was tuned; 0 = off
     dropout: float = 0.0
+    lora_rank: int = 0  # train low-rank additions to `lora_targets` instead of the weights; 0 = off
+    lora_alpha: float = 16.0  # the additions are scaled by lora_alpha / lora_rank
+    lora_targets: str = "query,value"  # of query, key, value, out, up, gate, down
+    lora_dora: bool = False  # learn each output's magnitude apart (DoRA)
     dtype: str = "float32"  # of activations and matrix products
     param_dtype: str = "float32"  # of parameters and optimizer state
     attention: str = "auto"
@@ -74,6 +78,7 @@ class DataConfig:
     data_dir: str = ""  # of TFDS; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     clean: str = ""  # steps in this order: html,unicode,quality,exact_dedup,near_dedup,pii
     pack: bool = False  # whole documents in each window, instead of windows of one stream
+    chat_template: str = "plain"  # of sft: rows with messages; chatml needs its special tokens
     special_tokens: str = ""  # names of further ids, comma-separated
     shuffle: bool = True
     cache_dir: str = ""  # "" = $JAXGPT_CACHE, else ~/.cache/jaxgpt
@@ -96,6 +101,7 @@ class OptimConfig:
     clip_norm: float = 1.0  # 0 = no clipping
     z_loss: float = 0.0  # weight of logsumexp(logits)**2 (PaLM, arXiv:2204.02311, section 5)
     ema_decay: float = 0.0  # evaluate and sample an exponential average of the weights; 0 = off
+    freeze: str = ""  # patterns of paths that stay as they are: "tokens,blocks/mlp"
     lr_multipliers: str = ""  # by path, first match: "tokens=0.1,blocks/.*norm=2"
 
 
@@ -124,6 +130,10 @@ class Config:
 
     seed: int = 0
     num_steps: int = 1000
+    num_epochs: float = 0.0  # passes over the training part; > 0 sets num_steps
+    init_from: str = ""  # a workdir or a Hugging Face folder to start from
+    init_fresh: str = ""  # patterns of paths that are not taken from there: "head"
+    early_stop: int = 0  # end after so many validations without a better loss; 0 = never
     batch_size: int = 8
     grad_accum: int = 1
     log_every: int = 10

@@ -15,22 +15,26 @@ CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn"),
     "model.remat": ("none", "dots", "full"),
+    "data.chat_template": ("plain", "chatml"),
     "optim.name": ("adamw", "muon", "lion", "adafactor", "sgd"),
     "optim.schedule": ("cosine", "wsd", "linear", "constant", "rsqrt"),
 }  # fmt: skip
+CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 AT_LEAST = {
     "num_steps": 1, "batch_size": 1, "grad_accum": 1, "log_every": 1, "keep_checkpoints": 1,
     "eval_every": 0, "eval_batches": 0, "sample_every": 0, "checkpoint_every": 0,
-    "model.vocab_size": 0, "model.max_seq_len": 1, "model.num_layers": 1, "model.num_heads": 1,
+    "num_epochs": 0, "early_stop": 0, "model.lora_rank": 0, "model.vocab_size": 0, "model.max_seq_len": 1, "model.num_layers": 1, "model.num_heads": 1,
     "model.embed_dim": 1, "model.mlp_dim": 0, "model.num_kv_heads": 0, "model.head_dim": 0,
     "model.window": 0, "model.full_attention_every": 0, "model.logit_softcap": 0,
     "model.mup_base_width": 0, "model.rope_factor": 1, "model.rope_original_len": 1, "optim.warmup_steps": 0, "optim.weight_decay": 0,
     "optim.clip_norm": 0, "optim.z_loss": 0, "optim.final_lr_ratio": 0,
     "sample.max_new_tokens": 0, "sample.temperature": 0, "sample.top_k": 0, "seed": 0,
 }  # fmt: skip
+LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 OPEN_INTERVALS = {
     "optim.learning_rate": (0, float("inf")), "optim.eps": (0, 1), "model.norm_eps": (0, 1),
-    "model.rope_theta": (1, float("inf")), "optim.decay_fraction": (0, 1),
+    "model.rope_theta": (1, float("inf")), "model.lora_alpha": (0, float("inf")),
+    "optim.decay_fraction": (0, 1),
 }  # fmt: skip
 HALF_OPEN = {
     "model.dropout": (0, 1), "optim.b1": (0, 1), "optim.b2": (0, 1), "optim.ema_decay": (0, 1),
@@ -98,6 +102,11 @@ def _check_model(config: Config) -> None:
             f"model.mup_base_width with optim.name={config.optim.name!r}: its learning-rate rule"
             " is known for adamw and lion only"
         )
+    unknown = set(model.lora_targets.split(",")) - set(LORA_TARGETS)
+    if model.lora_rank and unknown:
+        raise BadInput(
+            f"model.lora_targets={model.lora_targets!r}: choose from {', '.join(LORA_TARGETS)}"
+        )
     if model.dropout > 0 and model.attention == "cudnn":
         raise BadInput(
             f"model.dropout={model.dropout} with model.attention='cudnn': only 'xla' attention"
@@ -143,6 +152,12 @@ def check_divisible(config: Config, data: int, fsdp: int, tensor: int) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
+    names = {name.strip() for name in data.special_tokens.split(",")}
+    if data.chat_template == "chatml" and not CHATML_TOKENS <= names:
+        raise BadInput(
+            "data.chat_template=chatml needs"
+            f" data.special_tokens='{','.join(sorted(CHATML_TOKENS, reverse=True))}'"
+        )
     if not data.validation_source and not 0 < data.validation_fraction < 1:
         raise BadInput(
             f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1"

@@ -98,9 +98,11 @@ def training_stream(split: Split, config: Config) -> Stream:
     for number, part in enumerate(split.parts):
         if config.data.pack:
             plan = plan_for(split, number, seq_len, locks)
-            sources.append(Packed(split.tokens, seq_len, plan, split.end_of_text))
+            sources.append(Packed(split.tokens, seq_len, plan, split.end_of_text, split.mask))
             continue
-        source = Contiguous(split.tokens[part.first : part.end], seq_len)
+        span = slice(part.first, part.end)
+        mask = None if split.mask is None else split.mask[span]
+        source = Contiguous(split.tokens[span], seq_len, mask)
         if len(source) < 1:
             raise BadInput(
                 f"the training part of {part.source} has {len(source.tokens):,} tokens, shorter"
@@ -167,11 +169,11 @@ def evaluation_windows(tokens: np.ndarray, seq_len: int) -> int:
 
 
 def evaluation_batch(
-    tokens: np.ndarray, seq_len: int, batch_size: int, k: int
+    tokens: np.ndarray, seq_len: int, batch_size: int, k: int, mask: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
     """Returns windows k*batch_size .. of a split, in order, int32 [1, batch_size, seq_len].
 
-    What lies past the end has input 0 and target IGNORE.
+    What lies past the end has input 0 and target IGNORE, as has what `mask` leaves out.
     """
     first = k * batch_size * seq_len
     flat = np.asarray(tokens[first : first + batch_size * seq_len + 1]).astype(np.int32)
@@ -179,5 +181,8 @@ def evaluation_batch(
     targets = np.full(batch_size * seq_len, IGNORE, np.int32)
     count = max(len(flat) - 1, 0)
     inputs[:count], targets[:count] = flat[:-1], flat[1:]
+    if mask is not None:
+        counted = np.asarray(mask[first + 1 : first + 1 + count])
+        targets[:count] = np.where(counted, targets[:count], IGNORE)
     shape = (1, batch_size, seq_len)
     return {"inputs": inputs.reshape(shape), "targets": targets.reshape(shape)}

@@ -72,10 +72,10 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"data.cache_dir {cache} cannot be made: {e}") from e
-    sources = open_sources(cfg.source, cfg.field, cache, cfg.data_dir, given)
+    sources = open_sources(cfg.source, cfg, cache, given)
     held_out = ()
     if cfg.validation_source:
-        held_out = open_sources(cfg.validation_source, cfg.field, cache, cfg.data_dir, given)
+        held_out = open_sources(cfg.validation_source, cfg, cache, given)
     key = _hash(
         str(FORMAT), *[f"{s.weight} {_identity(s)}" for s in sources],
         *[f"validation {s.identity()}" for s in held_out],
@@ -102,7 +102,7 @@ def open_prepared(folder: Path) -> Prepared:
 
 
 def prepare_whole(
-    source: str, field: str, tokenizer: Tokenizer, cache: Path, data_dir: str = ""
+    source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Path
 ) -> Split:
     """Returns the whole of `source` as one split, for evaluation with a trained tokenizer.
 
@@ -112,14 +112,15 @@ def prepare_whole(
     if source.startswith("shards:"):
         raise BadInput("--data=shards:DIR holds splits already; name the text instead")
     cache.mkdir(parents=True, exist_ok=True)
-    sources = open_sources(source, field, cache, data_dir, tokenizer)
+    sources = open_sources(source, cfg, cache, tokenizer)
     key = _hash(str(FORMAT), *[s.identity() for s in sources], "whole", fingerprint(tokenizer))
 
     def write(scratch: Path) -> None:
         sizes = [sum(scan(s.documents, s.spec).sizes) for s in sources]
         files, bar = {}, Bar("data      tokenizing", sum(sizes))
         parts = [(s.spec, s.weight, s.documents) for s in sources]
-        entry, checksums = write_split(scratch, "whole", parts, tokenizer, files, bar)
+        masked = any(s.masked for s in sources)
+        entry, checksums = write_split(scratch, "whole", parts, tokenizer, files, bar, masked)
         bar.close()
         _write_meta(scratch, tokenizer, key, files, {}, {"whole": entry}, checksums)
 
@@ -155,7 +156,8 @@ def _write(
     bar = Bar("data      tokenizing", total)
     for name, parts in (("train", train), ("validation", validation)):
         listed = [(s.spec, s.weight, part.documents) for s, part in parts]
-        splits[name], sums = write_split(scratch, name, listed, tokenizer, files, bar)
+        masked = any(s.masked for s, _ in parts)
+        splits[name], sums = write_split(scratch, name, listed, tokenizer, files, bar, masked)
         checksums |= sums
     bar.close()
     for spool in scratch.glob("*.spool"):
@@ -209,8 +211,8 @@ def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Sour
 
 def _counted(documents: Documents, bar: Bar) -> Iterator[Piece]:
     for piece in documents():
-        if piece.tokens is not None:
-            raise BadInput("data.clean cleans text; bin: holds tokens: set data.clean to nothing")
+        if piece.tokens is not None or piece.parts:
+            raise BadInput("data.clean cleans text, not bin:, sft: or task:; set it to nothing")
         bar.advance(num_bytes(piece.text))
         yield piece
 

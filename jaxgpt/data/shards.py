@@ -5,6 +5,7 @@
     train.documents       uint64 little-endian: the place in train.bin where each document starts
     train.origins         uint32 little-endian pairs: each document's file (an index into
                           meta.json's "files") and its line or record there (0: the whole file)
+    train.mask            only of sft: and task: sources: a byte a token, 1 where the loss counts it
     validation.*          the same
     tokenizer/            see `jaxgpt.tokenizer.save_tokenizer`
     pack-1024/            plans of packing, made when first asked for; see `jaxgpt.data.packing`
@@ -12,7 +13,8 @@
     meta.json: {"format": 2, "dtype": "uint16", "vocab_size", "end_of_text", "key", "files",
       "dropped": {rule: {"documents", "examples"}},
       "splits": {"train": {"tokens", "documents", "bytes", "sha256",
-                           "parts": [{"source", "weight", "tokens", "documents", "bytes"}]}},
+                           "parts": [{"source", "weight", "tokens", "documents", "bytes"}],
+                           "learnt": {"tokens", "bytes"}  (with a mask)}},
       "checksums": {"train.bin": {"bytes", "crc32": [one per 64 MiB]}}}
 
 A mixture's sources are the parts of a split, one behind the other. The folder is written under
@@ -71,6 +73,9 @@ class Split:
     end_of_text: int
     digest: str
     parts: tuple[Part, ...]
+    mask: np.ndarray | None  # which tokens are targets, where not all are
+    num_targets: int
+    target_bytes: int  # UTF-8, of the text whose tokens are targets
 
     def origin(self, token: int) -> tuple[int, str]:
         """Returns (number, name) of the document that holds `token`."""
@@ -114,11 +119,15 @@ class ChecksummedFile:
 class SplitWriter:
     """Writes one split's three files, a document's tokens after the other."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, files: dict[str, int]):
+    def __init__(
+        self, folder: Path, name: str, dtype: np.dtype, files: dict[str, int], masked: bool
+    ):
         self.folder, self.name, self.dtype, self.files = folder, name, dtype, files
         self.out = ChecksummedFile(folder / f"{name}.bin")
         self.starts, self.origins = array("Q"), array("I")
         self.parts: list[dict] = []
+        self.mask = ChecksummedFile(folder / f"{name}.mask") if masked else None
+        self.learnt, self.learns = {"tokens": 0, "bytes": 0}, False
 
     def begin_part(self, source: str, weight: Fraction) -> None:
         """Starts the share of another source."""
@@ -126,14 +135,27 @@ class SplitWriter:
         self.parts.append({"source": source, "weight": str(weight)} | empty)
 
     def begin_document(self, file: str, row: int, end_of_text: int) -> None:
-        """Writes the end-of-text token in front of a document."""
+        """Writes the end-of-text token in front of a document.
+
+        It is learnt if what it ends, the document before, was learnt up to its end.
+        """
         self.starts.append(self.out.size // self.dtype.itemsize)
         self.origins.extend((self.files.setdefault(file, len(self.files)), row))
         self.parts[-1]["documents"] += 1
-        self.extend(np.array([end_of_text]), 0)
+        self.extend(np.array([end_of_text]), 0, np.array([self.learns]))
 
-    def extend(self, ids: np.ndarray, num_bytes: int) -> None:
-        """Writes tokens of the current document and counts its text's bytes."""
+    def extend(self, ids: np.ndarray, num_bytes: int, learn=None, learnt_bytes: int = 0) -> None:
+        """Writes tokens of the current document and counts its text's bytes.
+
+        `learn` says of which the loss counts; None: of all.
+        """
+        if self.mask:
+            if learn is None:
+                learn, learnt_bytes = np.ones(len(ids), bool), num_bytes
+            self.mask.write(learn.astype(np.uint8).tobytes())
+            self.learnt["tokens"] += int(np.count_nonzero(learn))
+            self.learnt["bytes"] += learnt_bytes
+            self.learns = bool(learn[-1]) if len(learn) else self.learns
         self.out.write(ids.astype(self.dtype).tobytes())
         self.parts[-1]["tokens"] += len(ids)
         self.parts[-1]["bytes"] += num_bytes
@@ -149,7 +171,12 @@ class SplitWriter:
             file.write(values.tobytes())
             checksums[f"{self.name}.{kind}"] = file.close()
         sums = {k: sum(part[k] for part in self.parts) for k in ("tokens", "documents", "bytes")}
-        return sums | {"sha256": self.out.sha.hexdigest(), "parts": self.parts}, checksums
+        digest = self.out.sha
+        if self.mask:
+            checksums[f"{self.name}.mask"] = self.mask.close()
+            digest.update(self.mask.sha.digest())
+            sums["learnt"] = self.learnt
+        return sums | {"sha256": digest.hexdigest(), "parts": self.parts}, checksums
 
 
 def read_meta(folder: Path) -> dict:
@@ -187,13 +214,17 @@ def read_split(folder: Path, name: str) -> Split:
         parts.append(Part(part["source"], Fraction(part["weight"]), first, end,
                           part["documents"], part["bytes"]))  # fmt: skip
         first = end
+    learnt = entry.get("learnt")
+    mask = np.memmap(folder / f"{name}.mask", np.uint8, "r") if learnt else None
     return Split(
         folder, name,
         np.memmap(folder / f"{name}.bin", dtype, "r"),
         np.memmap(folder / f"{name}.documents", "<u8", "r"),
         np.memmap(folder / f"{name}.origins", "<u4", "r").reshape(-1, 2),
         meta["files"], entry["documents"], entry["bytes"], meta["end_of_text"],
-        entry["sha256"], tuple(parts),
+        entry["sha256"], tuple(parts), mask,
+        learnt["tokens"] if learnt else entry["tokens"] - 1,
+        learnt["bytes"] if learnt else entry["bytes"],
     )  # fmt: skip
 
 

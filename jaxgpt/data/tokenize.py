@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgpt.data.shards import SplitWriter, token_dtype
 from jaxgpt.metrics.progress import Bar
-from jaxgpt.text.pieces import Documents, Piece, in_pieces, num_bytes, whole
+from jaxgpt.text.pieces import Documents, Part, Piece, in_pieces, num_bytes, whole
 from jaxgpt.tokenizer import Tokenizer
 
 BATCH_CHARS = 4 << 20  # of text in one batch; three batches exist at a time
@@ -23,26 +23,28 @@ def write_split(
     tokenizer: Tokenizer,
     files: dict[str, int],
     bar: Bar,
+    masked: bool = False,
 ) -> tuple[dict, dict]:
     """Writes a split of (source, weight, documents) parts; returns its meta entry and checksums.
 
-    `files` collects the names of the documents' files.
+    `files` collects the names of the documents' files. `masked`: not all of the text is learnt.
     """
-    writer = SplitWriter(folder, name, token_dtype(tokenizer.vocab_size), files)
+    writer = SplitWriter(folder, name, token_dtype(tokenizer.vocab_size), files, masked)
     for source, weight, documents in parts:
         writer.begin_part(source, weight)
-        for piece, ids in tokenized(documents(), tokenizer):
+        for piece, (ids, learn) in tokenized(documents(), tokenizer):
             if not piece.continues:
                 writer.begin_document(piece.file, piece.row, tokenizer.end_of_text)
             text = piece.text if piece.tokens is None else tokenizer.decode(piece.tokens)
             size = num_bytes(text)
-            writer.extend(ids, size)
+            learnt = sum(num_bytes(part.text) for part in piece.parts if part.learn)
+            writer.extend(ids, size, learn, learnt)
             bar.advance(size)
     return writer.close()
 
 
-def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Yields each piece with its ids; a batch is tokenized while the next is read."""
+def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, tuple]]:
+    """Yields each piece with (ids, which of them are learnt; None = all); a batch is tokenized while the next is read."""
     previous = None
     with ThreadPoolExecutor(1) as ahead:
         for batch in _batches(_cut(pieces, tokenizer)):
@@ -54,10 +56,25 @@ def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[P
             yield from zip(previous[0], previous[1].result(), strict=True)
 
 
-def _encode(batch: list[Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
+def _encode(batch: list[Piece], tokenizer: Tokenizer) -> list[tuple]:
     if batch[0].tokens is not None:
-        return [piece.tokens for piece in batch]
-    return tokenizer.encode_batch([piece.text for piece in batch])
+        return [(piece.tokens, None) for piece in batch]
+    texts = [
+        part.text for piece in batch for part in piece.parts or (Part(piece.text),)
+        if not part.special
+    ]  # fmt: skip
+    encoded = iter(tokenizer.encode_batch(texts))
+    return [_in_parts(p, encoded, tokenizer) if p.parts else (next(encoded), None) for p in batch]
+
+
+def _in_parts(piece: Piece, encoded: Iterator[np.ndarray], tokenizer: Tokenizer) -> tuple:
+    """Parts are tokenized one by one, so that none of them changes another's tokens."""
+    ids = [
+        np.array([tokenizer.special[part.text]]) if part.special else next(encoded)
+        for part in piece.parts
+    ]
+    learn = [np.full(len(i), part.learn) for i, part in zip(ids, piece.parts, strict=True)]
+    return np.concatenate(ids).astype(np.int32), np.concatenate(learn)
 
 
 def _cut(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -66,9 +83,11 @@ def _cut(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
         yield from whole(pieces)
         return
     for piece in pieces:
-        for number, part in enumerate(in_pieces([piece.text], piece.file) if piece.text else [piece]):
-            continues = piece.continues or number > 0
-            yield piece._replace(text=part.text, continues=continues)
+        if not piece.text or piece.parts:
+            yield piece
+            continue
+        for number, part in enumerate(in_pieces([piece.text], piece.file)):
+            yield piece._replace(text=part.text, continues=piece.continues or number > 0)
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -14,18 +14,24 @@ class Contiguous:
 
     tokens: np.ndarray
     seq_len: int
+    mask: np.ndarray | None = None  # which tokens are targets; None = all
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.seq_len
 
     def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
         """Returns `inputs` and `targets` of the windows, int32 [n, T]."""
-        ids = self.tokens[windows[:, None] * self.seq_len + np.arange(self.seq_len + 1)]
-        ids = ids.astype(np.int32)
-        return {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+        places = windows[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        ids = self.tokens[places].astype(np.int32)
+        targets = ids[:, 1:]
+        if self.mask is not None:
+            targets = np.where(self.mask[places[:, 1:]], targets, IGNORE)
+        return {"inputs": ids[:, :-1], "targets": targets}
 
     def num_targets(self, windows: np.ndarray) -> int:
         """Returns how many targets the windows have together."""
+        if self.mask is not None:
+            return int(np.count_nonzero(self.read(windows)["targets"] != IGNORE))
         return len(windows) * self.seq_len
 
     def spans(self, window: int) -> list[tuple[int, int]]:
@@ -45,6 +51,7 @@ class Packed:
     seq_len: int
     plan: Plan
     end_of_text: int
+    mask: np.ndarray | None = None  # which tokens are targets; None = all
 
     def __len__(self) -> int:
         return len(self.plan.first) - 1
@@ -62,10 +69,13 @@ class Packed:
         place = np.repeat(np.arange(rows) * length, filled) + count_up(filled)
         source = np.repeat(starts, lengths) + position
         ends = len(self.tokens)  # behind the last document stands an end-of-text in thought
-        following = self.tokens[np.minimum(source + 1, ends - 1)].astype(np.int32)
+        behind = np.minimum(source + 1, ends - 1)
+        following = np.where(source + 1 < ends, self.tokens[behind], self.end_of_text)
+        if self.mask is not None:  # the last end-of-text is learnt if what it ends is
+            following = np.where(self.mask[behind], following, IGNORE)
         found = {
             "inputs": (self.tokens[source], 0),
-            "targets": (np.where(source + 1 < ends, following, self.end_of_text), IGNORE),
+            "targets": (following, IGNORE),
             "segments": (np.repeat(number + 1, lengths), 0),
             "positions": (position, 0),
         }
@@ -78,6 +88,8 @@ class Packed:
 
     def num_targets(self, windows: np.ndarray) -> int:
         """Returns how many targets the windows have together."""
+        if self.mask is not None:
+            return int(np.count_nonzero(self.read(windows)["targets"] != IGNORE))
         first = self.plan.first
         return int(
             sum(self.plan.lengths[first[w] : first[w + 1]].sum(dtype=np.int64) for w in windows)

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jaxgpt.config import BadInput
 from jaxgpt.data.pipeline import evaluation_batch, evaluation_windows, put
 from jaxgpt.data.shards import Split
+from jaxgpt.ops.cross_entropy import IGNORE
 
 
 class Perplexity:
@@ -19,7 +20,7 @@ class Perplexity:
     """
 
     def __init__(self, eval_step, sharding: NamedSharding, split: Split, seq_len: int, batch: int):
-        if len(split.tokens) < 2:
+        if split.num_targets < 1:
             raise BadInput("the split to evaluate holds no token")
         self.eval_step, self.sharding, self.split = eval_step, sharding, split
         self.seq_len, self.batch = seq_len, batch
@@ -34,14 +35,15 @@ class Perplexity:
         batches = -(-evaluation_windows(self.split.tokens, seq_len) // batch)
         batches = min(batches, max_batches) if max_batches else batches
         rows, shape = np.arange(batch), (1, batch, seq_len)
-        pending = []
+        pending, counted = [], 0
         for k in range(batches):
-            host = evaluation_batch(self.split.tokens, seq_len, batch, k)
+            host = evaluation_batch(self.split.tokens, seq_len, batch, k, self.split.mask)
+            counted += int(np.count_nonzero(host["targets"] != IGNORE))
             device = {name: put(a, rows, self.sharding, shape) for name, a in host.items()}
             pending.append(self.eval_step(params, device))
         nats = float(sum(np.sum(jax.device_get(rows), dtype=np.float64) for rows in pending))
-        tokens = min(batches * batch * seq_len, len(self.split.tokens) - 1)
-        size = round(self.split.bytes * tokens / (len(self.split.tokens) - 1))
+        tokens = max(counted, 1)
+        size = max(round(self.split.target_bytes * tokens / max(self.split.num_targets, 1)), 1)
         return {
             "loss": nats / tokens,
             "perplexity": math.exp(min(nats / tokens, 700)),  # exp(710) overflows a float64

@@ -32,11 +32,11 @@ class Attention(nnx.Module):
         self.attend_cached = sharded(KERNELS["xla"], rules, **fixed)
         self.attend_dropping = sharded(KERNELS["xla"], rules, dropout=cfg.dropout, **fixed)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
-        self.query = Linear("MD,DNH->MNH", cfg, rules, **shared)
-        self.key = Linear("MD,DKH->MKH", cfg, rules, **shared)
-        self.value = Linear("MD,DKH->MKH", cfg, rules, **shared)
+        self.query = Linear("query", "MD,DNH->MNH", cfg, rules, **shared)
+        self.key = Linear("key", "MD,DKH->MKH", cfg, rules, **shared)
+        self.value = Linear("value", "MD,DKH->MKH", cfg, rules, **shared)
         self.out = Linear(
-            "MNH,NHD->MD", cfg, rules, bias=cfg.bias, std=residual_std(cfg), rngs=rngs
+            "out", "MNH,NHD->MD", cfg, rules, bias=cfg.bias, std=residual_std(cfg), rngs=rngs
         )
         norm = NORMS[cfg.norm]
         self.query_norm = norm(cfg, cfg.head_dim) if cfg.qk_norm else _as_it_is

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.model import lora
 from jaxgpt.ops.activations import ACTIVATIONS, GATED
 from jaxgpt.ops.norm import layer_norm, rms_norm
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
@@ -56,7 +57,7 @@ class Linear(nnx.Module):
     """`einsum(equation, x, kernel) + bias` over rows M = B * T, with every axis named.
 
     SIZES maps the kernel's letters to the config's lengths and AXES to logical axes;
-    activations keep embed (D) whole.
+    activations keep embed (D) whole. `name` is what `model.lora_targets` calls it.
     """
 
     SIZES = {
@@ -65,8 +66,8 @@ class Linear(nnx.Module):
     AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "mlp"}
 
     def __init__(
-        self, equation: str, cfg: ModelConfig, rules: AxisRules, *, bias: bool, std: float,
-        rngs: nnx.Rngs,
+        self, name: str, equation: str, cfg: ModelConfig, rules: AxisRules, *, bias: bool,
+        std: float, rngs: nnx.Rngs,
     ):  # fmt: skip
         inputs, out = equation.split("->")
         letters = inputs.split(",")[1]
@@ -78,10 +79,21 @@ class Linear(nnx.Module):
         self.kernel = normal(rngs, shape, spec, dtype, std)
         bias_shape = [size[c] for c in out[1:]]
         self.bias = constant(0.0, bias_shape, P(*self.out[2:]), dtype) if bias else None
+        if lora.is_targeted(name, cfg):
+            self.lora_scale = cfg.lora_alpha / cfg.lora_rank
+            ins = len(letters) - len(out[1:])
+            adapter = lora.make_adapter(shape, ins, spec, cfg, rngs.params())
+            for part, value in adapter.items():
+                setattr(self, part, value)
+        else:
+            self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         kernel = weight(self.kernel, x.dtype)
         y = rowwise(self.equation, x, kernel, self.out)
+        if self.lora_scale:
+            adapter = {part: getattr(self, part, None) for part in lora.NAMES}
+            y = lora.add(y, x, self.equation, kernel, adapter, self.lora_scale, self.out)
         return y if self.bias is None else y + weight(self.bias, x.dtype)
 
 
@@ -118,8 +130,8 @@ class Mlp(nnx.Module):
     def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
         self.act = ACTIVATIONS[cfg.activation]
         shared = dict(bias=cfg.bias, rngs=rngs)
-        self.up = Linear("MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
-        self.down = Linear("MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
+        self.up = Linear("up", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
+        self.down = Linear("down", "MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(self.act(self.up(x)))
@@ -131,9 +143,9 @@ class GatedMlp(nnx.Module):
     def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
         self.act = ACTIVATIONS[GATED[cfg.activation]]
         shared = dict(bias=cfg.bias, rngs=rngs)
-        self.gate = Linear("MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
-        self.up = Linear("MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
-        self.down = Linear("MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
+        self.gate = Linear("gate", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
+        self.up = Linear("up", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
+        self.down = Linear("down", "MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(self.act(self.gate(x)) * self.up(x))

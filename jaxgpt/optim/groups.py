@@ -6,9 +6,10 @@ from collections.abc import Callable
 import jax
 
 from jaxgpt.config import BadInput, ModelConfig
+from jaxgpt.model.lora import is_addition
 
-MATRICES = ("kernel", "tokens", "head")  # the last word of a parameter's path
-VECTORS = ("bias", "scale")
+MATRICES = ("kernel", "tokens", "head", "lora_in", "lora_out")  # the last word of a parameter's path
+VECTORS = ("bias", "scale", "magnitude")
 
 
 def path_of(path: tuple) -> str:
@@ -35,6 +36,67 @@ def decay_mask(params: dict) -> dict:
         return name in MATRICES
 
     return by_path(decays, params)
+
+
+def parse_patterns(text: str, field: str) -> list[re.Pattern]:
+    """Returns comma-separated path patterns.
+
+    Raises:
+      BadInput: naming the field and the part that is no pattern.
+    """
+    try:
+        return [re.compile(part.strip()) for part in text.split(",") if part.strip()]
+    except re.error as e:
+        raise BadInput(f"{field}={text!r} holds what is no pattern: {e}") from e
+
+
+def matching(params: dict, text: str, field: str) -> dict:
+    """Returns True for each parameter whose path one of the patterns finds.
+
+    Raises:
+      BadInput: if a pattern finds none.
+    """
+    patterns, used = parse_patterns(text, field), set()
+
+    def match(path: str) -> bool:
+        found = [p for p in patterns if p.search(path)]
+        used.update(found)
+        return bool(found)
+
+    mask = by_path(match, params)
+    for pattern in patterns:
+        if pattern not in used:
+            raise BadInput(f"{field}: {pattern.pattern!r} matches no parameter")
+    return mask
+
+
+def trainable(params: dict, freeze: str, lora_rank: int) -> dict:
+    """Returns True for the parameters that are trained: all but the frozen; with LoRA, its own.
+
+    Raises:
+      BadInput: if that leaves none.
+    """
+    frozen = matching(params, freeze, "optim.freeze")
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, stop: not stop and (not lora_rank or is_addition(path_of(path))), frozen
+    )
+    if not any(jax.tree.leaves(mask)):
+        raise BadInput(f"optim.freeze={freeze!r} leaves no parameter to train")
+    return mask
+
+
+def split(params: dict, mask: dict) -> tuple[dict, dict]:
+    """Returns (trained, frozen): the same tree twice, with None for what the other holds."""
+    trained = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, params)
+    frozen = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, params)
+    return trained, frozen
+
+
+def join(trained: dict, frozen: dict) -> dict:
+    """Returns the tree that `split` took apart."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None
+    )
 
 
 def is_hidden_matrix(path: str) -> bool:

@@ -1,9 +1,13 @@
-"""Files to documents: plain text, jsonl, parquet, web archives."""
+"""Files to documents: plain text, jsonl, parquet, web archives, tokens, and the built-in corpus."""
 
 import codecs
+import hashlib
+import importlib
 import json
 import re
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +19,12 @@ from jaxgpt.text.pieces import Piece, in_pieces
 LLMC_HEADERS = {20240520: "<u2", 20240801: "<u4"}  # llm.c's magic numbers and their token types
 LLMC_HEADER_BYTES = 1024
 TOKENS_AT_ONCE = 1 << 20
+# Parts of the standard library that are not readable source: tests (17 MB, a language of their
+# own), code-point tables, and bundled or generated files.
+NOT_TEXT = {
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings",
+    "ensurepip", "pydoc_data", "lib2to3", "config",
+}  # fmt: skip
 
 
 def read_text(files: list[str]) -> Iterator[Piece]:
@@ -59,7 +69,7 @@ def _field(line: bytes, field: str, where: str) -> str:
     if not isinstance(text, str):
         has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "not an object"
         raise BadInput(f"{where} has no text field {field!r} ({has}); set data.field")
-    return _encodable(text, where)
+    return encodable(text, where)
 
 
 def parse_json(line: bytes, where: str):
@@ -76,8 +86,12 @@ def parse_json(line: bytes, where: str):
         raise BadInput(f"{where} is not valid JSON: {e}") from e
 
 
-def _encodable(text: str, where: str) -> str:
-    """JSON may spell half a surrogate pair, which no UTF-8 text can hold."""
+def encodable(text: str, where: str) -> str:
+    """Returns `text`; JSON may spell half a surrogate pair, which no UTF-8 text can hold.
+
+    Raises:
+      BadInput: naming `where`, if it does.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -202,3 +216,26 @@ def open_tokens(file: str) -> np.ndarray:
     if size % 2:
         raise BadInput(f"{file} is not a file of uint16 tokens: it has {size} bytes")
     return np.memmap(file, "<u2", "r")
+
+
+def read_builtin() -> Iterator[Piece]:
+    """Yields the Python standard library's source files and its reference topics.
+
+    They come in the order of their names' hashes, so that the held-out tail is like the rest.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    files = {f"lib/{path.as_posix()}": path for path in files if not _left_out(path)}
+    topics = importlib.import_module("pydoc_data.topics").topics
+    names = sorted([*files, *topics], key=lambda n: hashlib.sha256(n.encode()).digest())
+    for name in names:
+        if name in files:
+            text = (root / files[name]).read_bytes().decode("utf-8", errors="ignore")
+        else:
+            text = topics[name]
+        if text.strip():
+            yield Piece(text, name)
+
+
+def _left_out(path: Path) -> bool:
+    return any(part in NOT_TEXT or part.startswith("config-") for part in path.parts)

@@ -10,6 +10,14 @@ PIECE_CHARS = 1 << 16  # longer documents come in pieces: no corpus need fit in 
 NEAR_END = 1 << 12
 
 
+class Part(NamedTuple):
+    """A stretch of a document: whether the loss counts it, or the name of one special token."""
+
+    text: str
+    learn: bool = False
+    special: bool = False
+
+
 class Piece(NamedTuple):
     """A document, or where `continues` is set, the next part of the one before."""
 
@@ -18,6 +26,7 @@ class Piece(NamedTuple):
     row: int = 0  # line or record of the file, from 1; 0 = the file is the document
     continues: bool = False
     tokens: np.ndarray | None = None  # where the source is tokenized already; text is then ""
+    parts: tuple[Part, ...] = ()  # of text, where not all of it is learnt
 
     @property
     def where(self) -> str:

@@ -9,16 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import BadInput
-from jaxgpt.text.builtin import read_builtin
+from jaxgpt.config import BadInput, DataConfig
+from jaxgpt.text.chat import read_chat
 from jaxgpt.text.files import digest, expand
-from jaxgpt.text.formats import read_jsonl, read_parquet, read_text, read_tokens, read_warc
+from jaxgpt.text.formats import (
+    read_builtin,
+    read_jsonl,
+    read_parquet,
+    read_text,
+    read_tokens,
+    read_warc,
+)
 from jaxgpt.text.pieces import Documents, num_bytes
+from jaxgpt.text.tasks import TASKS, read_task
 from jaxgpt.text.tfds import open_tfds
 
 KINDS = (
     "builtin, text:GLOB, jsonl:GLOB, parquet:GLOB, warc:GLOB, tfds:NAME[/CONFIG], bin:GLOB,"
-    " shards:DIR or a mixture like 0.7*text:GLOB,0.3*jsonl:GLOB"
+    " sft:GLOB, task:sentiment|entailment|questions:GLOB, shards:DIR or a mixture like 0.7*text:GLOB,0.3*jsonl:GLOB"
 )
 DIGESTS = "digests.json"
 MIXED = r"\s*\d*\.?\d+\*"
@@ -38,49 +46,55 @@ class Source:
     weight: Fraction = Fraction(1)
     validation: "Source | None" = None
     num_bytes: int = 0  # of the files, for the progress bar; 0 = unknown
+    masked: bool = False  # only parts of its documents are learnt
 
 
 def open_sources(
-    source: str, field: str, cache: Path, data_dir: str = "", tokenizer: Any = None
+    source: str, cfg: DataConfig, cache: Path, tokenizer: Any = None
 ) -> tuple[Source, ...]:
     """Returns the sources of a mixture, else the one source; weights add up to 1.
 
-    `tokenizer` is what `bin:` needs: its tokens are taken as they are.
+    `cfg` gives field, data_dir and chat_template. `tokenizer` is what `bin:` needs: its tokens are taken as they are.
 
     Raises:
       BadInput: now, if a source is unknown, no file matches or a library is missing; while
         reading, if a file is damaged or lacks the field (file and line are named).
     """
     if not re.match(MIXED, source):
-        return (_open(source, field, cache, data_dir, tokenizer),)
+        return (_open(source, cfg, cache, tokenizer),)
     parts = [part.strip() for part in re.split(rf",(?={MIXED})", source)]
     weighted = [part.partition("*")[::2] for part in parts]
     weights = [Fraction(weight) for weight, _ in weighted]
     if min(weights) <= 0:
         raise BadInput(f"data source {source}: weights must be above 0")
-    opened = [_open(spec, field, cache, data_dir, tokenizer) for _, spec in weighted]
+    opened = [_open(spec, cfg, cache, tokenizer) for _, spec in weighted]
     return tuple(
         dataclasses.replace(one, weight=weight / sum(weights))
         for one, weight in zip(opened, weights, strict=True)
     )
 
 
-def _open(source: str, field: str, cache: Path, data_dir: str, tokenizer) -> Source:
+def _open(source: str, cfg: DataConfig, cache: Path, tokenizer) -> Source:
     kind, _, argument = source.partition(":")
     if source == "builtin":
         return Source(source, read_builtin, _hash_of_builtin)
     if kind == "tfds" and argument:
-        return _open_tfds(source, argument, field, cache, data_dir)
+        return _open_tfds(source, argument, cfg.field, cache, cfg.data_dir)
     if kind == "bin" and argument and tokenizer is None:
         raise BadInput(
             f"data source {source} holds tokens: set data.tokenizer to the one that made them"
             " (gpt2:DIR, sentencepiece:FILE.model or byte)"
         )
+    task, _, rows = argument.partition(":")
+    if kind == "task" and task in TASKS and rows:
+        reader = partial(read_task, task=task)
+        return _from_files(source, kind, task, expand(source, rows), reader, cache, masked=True)
     readers = {
         "text": read_text,
-        "jsonl": partial(read_jsonl, field=field),
-        "parquet": partial(read_parquet, column=field),
+        "jsonl": partial(read_jsonl, field=cfg.field),
+        "parquet": partial(read_parquet, column=cfg.field),
         "warc": read_warc,
+        "sft": partial(read_chat, template=cfg.chat_template),
     }
     if tokenizer is not None:
         readers["bin"] = partial(
@@ -88,15 +102,20 @@ def _open(source: str, field: str, cache: Path, data_dir: str, tokenizer) -> Sou
         )
     if kind not in readers or not argument:
         raise BadInput(f"data source {source!r} is unknown: choose {KINDS}")
-    return _from_files(source, kind, field, expand(source, argument), readers[kind], cache)
+    masked = kind == "sft"
+    decides = cfg.chat_template if masked else cfg.field
+    files = expand(source, argument)
+    return _from_files(source, kind, decides, files, readers[kind], cache, masked)
 
 
-def _from_files(source, kind, field, files, read, cache: Path, extra: str = "") -> Source:
+def _from_files(source, kind, decides, files, read, cache: Path, masked: bool) -> Source:
     def identity() -> str:
-        return f"{kind} {field} {extra} {digest(files, cache / DIGESTS)}"
+        return f"{kind} {decides} {digest(files, cache / DIGESTS)}"
 
     sizes = (Path(file).stat().st_size for file in files if "://" not in file)
-    return Source(source, partial(read, files), identity, num_bytes=sum(sizes))
+    return Source(
+        source, partial(read, files), identity, num_bytes=sum(sizes), masked=masked
+    )
 
 
 def _open_tfds(source: str, name: str, field: str, cache: Path, data_dir: str) -> Source:

@@ -13,16 +13,18 @@ from jaxgpt.config import BadInput
 from jaxgpt.tokenizer.base import ByteTokenizer, Tokenizer, TrainingText
 from jaxgpt.tokenizer.char import CharTokenizer
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
+from jaxgpt.tokenizer.hf import HfTokenizer
 from jaxgpt.tokenizer.sentencepiece import SentencePieceTokenizer
 from jaxgpt.tokenizer.special import SpecialTokens, open_special
 
 KINDS = {
-    t.kind: t for t in (ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Gpt2Tokenizer)
+    t.kind: t
+    for t in (ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Gpt2Tokenizer, HfTokenizer)
 }
 KIND_FILE = "tokenizer_kind.json"
 HELP = (
     "choose byte, char, sentencepiece:SIZE, sentencepiece:unigram:SIZE,"
-    " sentencepiece:FILE.model or gpt2:DIR"
+    " sentencepiece:FILE.model, gpt2:DIR or hf:DIR (any tokenizer.json)"
 )
 
 
@@ -70,6 +72,8 @@ def make_tokenizer(
         return SentencePieceTokenizer.from_file(Path(argument).expanduser())
     if kind == "gpt2" and argument:
         return Gpt2Tokenizer.open(Path(argument).expanduser())
+    if kind == "hf" and argument:
+        return HfTokenizer.open(Path(argument).expanduser())
     raise BadInput(f"data.tokenizer={spec!r} is unknown: {HELP}")
 
 

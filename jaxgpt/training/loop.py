@@ -52,7 +52,7 @@ def restore_or_init(
     """
     step = checkpoints.latest()
     if step is None:
-        return jax.jit(run.init)(), Clock()
+        return run.first_state(), Clock()
     state, meta = checkpoints.restore(step, run.abstract_state())
     if meta["data_fingerprint"] != data.fingerprint:
         raise BadInput(

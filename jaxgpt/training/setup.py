@@ -14,6 +14,7 @@ from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.training.state import TrainState, init_state
 from jaxgpt.training.step import make_train_step
+from jaxgpt.training.warm_start import warm_params
 
 
 def resolve_vocab(config: Config, tokenizer_vocab_size: int) -> Config:
@@ -58,6 +59,17 @@ class Training:
         cfg = self.config
         optimizer = make_optimizer(cfg.optim, cfg.num_steps, self.spec.cfg)
         return partial(init_state, self.spec, optimizer, cfg)
+
+    def first_state(self) -> TrainState:
+        """Returns the first state on the devices: fresh, or from `init_from`.
+
+        Raises:
+          BadInput: see `warm_params`.
+        """
+        if not self.config.init_from:
+            return jax.jit(self.init)()
+        params = warm_params(self.config, self.spec)
+        return jax.jit(lambda params: self.init(params=params), donate_argnums=0)(params)
 
     def abstract_state(self) -> TrainState:
         """Returns the state's shapes, dtypes and shardings."""

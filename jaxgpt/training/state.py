@@ -9,6 +9,7 @@ import optax
 
 from jaxgpt.config import Config
 from jaxgpt.model import ModelSpec
+from jaxgpt.optim.groups import split, trainable
 from jaxgpt.training import loss_scale
 
 
@@ -34,13 +35,21 @@ class TrainState:
 
 
 def init_state(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, config: Config
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    params: Any = None,
 ) -> TrainState:
-    """Returns the state before the first step; under `jax.eval_shape`, its shapes and shardings."""
-    params = spec.init(jax.random.key(config.seed))
+    """Returns the state before the first step; under `jax.eval_shape`, its shapes and shardings.
+
+    `params` are those to start from, default fresh ones. The optimizer's state holds the trained
+    ones only.
+    """
+    params = spec.init(jax.random.key(config.seed)) if params is None else params
+    trained, _ = split(params, trainable(params, config.optim.freeze, spec.cfg.lora_rank))
     return TrainState(
         params,
-        optimizer.init(params),
+        optimizer.init(trained),
         jnp.zeros((), jnp.int32),
         ema=params if config.optim.ema_decay else {},
         loss_scale=loss_scale.initial(config.model.dtype),

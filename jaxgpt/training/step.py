@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxgpt.config import Config
 from jaxgpt.model import GPT, ModelSpec
 from jaxgpt.ops.cross_entropy import IGNORE, chunked_cross_entropy, chunks_for
+from jaxgpt.optim.groups import join, split, trainable
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.parallel.rules import BATCH_AXES
@@ -32,27 +33,29 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
     schedule = make_schedule(config.optim, config.num_steps)
     z_loss, seed, ema_decay = config.optim.z_loss, config.seed, config.optim.ema_decay
 
-    def objective(params, micro: Micro, num_targets, key, scale):
-        nats, lse = token_losses(spec.bind(params), micro, key)
+    def objective(trained, frozen, micro: Micro, num_targets, key, scale):
+        nats, lse = token_losses(spec.bind(join(trained, frozen)), micro, key)
         loss = jnp.sum(nats) / num_targets
         return scale * (loss + z_loss * jnp.sum(jnp.square(lse)) / num_targets), loss
 
     def train_step(state: TrainState, batch: Batch):
-        num_targets = jnp.sum(batch["targets"] != IGNORE).astype(jnp.float32)
+        mask = trainable(state.params, config.optim.freeze, spec.cfg.lora_rank)
+        trained, frozen = split(state.params, mask)
+        num_targets = jnp.maximum(jnp.sum(batch["targets"] != IGNORE), 1).astype(jnp.float32)
         key = jax.random.fold_in(jax.random.key(seed), state.step)  # for dropout
         scale = loss_scale.factor(state.loss_scale)
 
         def gradient(micro: Micro, index):
             grad = jax.grad(objective, has_aux=True)
-            return grad(state.params, micro, num_targets, jax.random.fold_in(key, index), scale)
+            return grad(trained, frozen, micro, num_targets, jax.random.fold_in(key, index), scale)
 
-        grads, loss = _sum_over_microbatches(gradient, batch, state.params)
+        grads, loss = _sum_over_microbatches(gradient, batch, trained)
         if state.loss_scale:
             grads = jax.tree.map(lambda g: g / scale, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = join(optax.apply_updates(trained, updates), frozen)
         new = TrainState(
-            params, opt_state, state.step + 1, _average(state.ema, params, ema_decay),
+            params, opt_state, state.step + 1, _average(state.ema, params, mask, ema_decay),
             state.loss_scale,
         )  # fmt: skip
         metrics = {
@@ -93,9 +96,11 @@ def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):
     return jax.lax.scan(add, zeros, (batch, jnp.arange(num_micro)))[0]
 
 
-def _average(ema: dict, params: dict, decay: float) -> dict:
-    """Returns the exponential moving average one step on; {} stays {}."""
-    return ema and jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+def _average(ema: dict, params: dict, mask: dict, decay: float) -> dict:
+    """Returns the exponential moving average of the trained ones one step on; {} stays {}."""
+    return ema and jax.tree.map(
+        lambda a, p, trained: decay * a + (1 - decay) * p if trained else p, ema, params, mask
+    )
 
 
 def _skip_if_overflown(old: TrainState, new: TrainState, grads: dict) -> TrainState:

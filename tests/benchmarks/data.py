@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxgpt.config import Config, DataConfig, ModelConfig
 from jaxgpt.data.prepare import prepare
-from jaxgpt.text.builtin import read_builtin
+from jaxgpt.text.formats import read_builtin
 from jaxgpt.tokenizer import load_tokenizer
 
 CHILD = """

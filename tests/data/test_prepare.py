@@ -232,7 +232,7 @@ def test_tokens_are_taken_as_they_are(tmp_path):
 
 
 def test_whole_source_for_evaluation(corpus, tmp_path):
-    split = prepare_whole(f"text:{corpus}/*.txt", "text", make_tokenizer("byte"), tmp_path)
+    split = prepare_whole(f"text:{corpus}/*.txt", DataConfig(), make_tokenizer("byte"), tmp_path)
     assert (split.documents, len(split.tokens)) == (4, split.bytes + 4)
 
 

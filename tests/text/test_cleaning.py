@@ -6,7 +6,7 @@ import re
 import pytest
 
 from jaxgpt.config import BadInput
-from jaxgpt.text.builtin import read_builtin
+from jaxgpt.text.formats import read_builtin
 from jaxgpt.text.cleaning import (
     Report,
     clean,

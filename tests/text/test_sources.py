@@ -18,7 +18,7 @@ import zstandard
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from jaxgpt.config import BadInput
+from jaxgpt.config import BadInput, DataConfig
 from jaxgpt.data.split import scan
 from jaxgpt.text import files, pieces
 from jaxgpt.text.sources import open_sources
@@ -31,7 +31,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def opened(source, field="text", data_dir="", tokenizer=None):
-    return open_sources(source, field, Path("cache"), data_dir, tokenizer)
+    cfg = DataConfig(field=field, data_dir=data_dir)
+    return open_sources(source, cfg, Path("cache"), tokenizer)
 
 
 def documents(source, field="text", data_dir=""):
@@ -231,7 +232,9 @@ def test_tfds(tfds_folder):
 def test_tfds_needs_no_tensorflow(tfds_folder):
     code = (
         "import sys; from pathlib import Path; from jaxgpt.text.sources import open_sources;"
-        f"(s,) = open_sources('tfds:small_news', 'text', Path('c'), {tfds_folder!r});"
+        "from jaxgpt.config import DataConfig;"
+        f"(s,) = open_sources('tfds:small_news', DataConfig(data_dir={tfds_folder!r}),"
+        " Path('c'));"
         "print(len(list(s.documents())), 'tensorflow' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

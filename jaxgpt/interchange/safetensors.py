@@ -1,0 +1,92 @@
+"""The safetensors file format: a JSON header and raw tensors, read and written one by one.
+
+    8 bytes  length of the header, little-endian
+    header   {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {}}
+    data     the tensors, row-major, little-endian
+
+The library of that name writes a file from a dictionary of all its tensors; here a model leaves
+memory tensor by tensor, so that no second copy of it ever exists.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jaxgpt.config import BadInput
+
+DTYPES = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"), "BOOL": np.dtype("?"),
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100 << 20
+
+
+class SafetensorsFile:
+    """One file's tensors: `shapes` and `dtypes` by name, `read` for the values."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            self.entries, self.start = _header(file)
+        except OSError as e:
+            raise BadInput(f"{file} cannot be read: {e}") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise BadInput(f"{file} is not a safetensors file, or damaged: {e}") from e
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self.entries.items()}
+        self.dtypes = {name: DTYPES[entry["dtype"]] for name, entry in self.entries.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor, read from the file now."""
+        begin, _ = self.entries[name]["data_offsets"]
+        count = math.prod(self.shapes[name])
+        with open(self.file, "rb") as stream:
+            stream.seek(self.start + begin)
+            values = np.fromfile(stream, self.dtypes[name], count)
+        return values.reshape(self.shapes[name])
+
+
+def _header(file: Path) -> tuple[dict, int]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ValueError(f"its header claims {length} of {size} bytes")
+        entries = json.loads(stream.read(length))
+    entries.pop("__metadata__", None)
+    room = size - 8 - length
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']}")
+        if not all(isinstance(n, int) and n >= 0 for n in entry["shape"]):
+            raise ValueError(f"tensor {name} has the shape {entry['shape']}")
+        wanted = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+        if not 0 <= begin <= end <= room or end - begin != wanted:
+            raise ValueError(f"tensor {name} does not lie within the file (cut short?)")
+    return entries, 8 + length
+
+
+def write_safetensors(
+    file: Path, shapes: dict[str, tuple], dtype: np.dtype, read: Callable[[str], np.ndarray]
+) -> None:
+    """Writes the tensors that `read(name)` gives, one at a time, as `dtype`."""
+    entries, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
+    header += b" " * (-len(header) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for name, shape in shapes.items():
+            values = np.ascontiguousarray(read(name).astype(dtype, copy=False))
+            if values.shape != tuple(shape):
+                raise ValueError(f"tensor {name} has shape {values.shape}, not {shape}")
+            values.tofile(stream)

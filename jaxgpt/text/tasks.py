@@ -1,0 +1,90 @@
+"""Classification and question answering recast as text: a prompt, and the answer to learn.
+
+    sentiment   {"text", "label"}                       labels: words, or 0 negative, 1 positive
+    entailment  {"premise", "hypothesis", "label"}      words, or 0 entailment, 1 neutral,
+                                                        2 contradiction (SNLI, MNLI)
+    questions   {"context", "question", "answers"}      SQuAD's answers, a list, or one text
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from jaxgpt.config import BadInput
+from jaxgpt.text.chat import piece_of
+from jaxgpt.text.files import opened
+from jaxgpt.text.formats import parse_json
+from jaxgpt.text.pieces import Part, Piece
+
+LABELS = {
+    "sentiment": ("negative", "positive"),
+    "entailment": ("entailment", "neutral", "contradiction"),
+}
+
+
+class Example(NamedTuple):
+    """One row: the prompt, and the answers that count as right (the first is learnt)."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    where: str
+
+
+def _sentiment(row: dict) -> tuple[str, tuple[str, ...]]:
+    return f"Review: {row['text']}\nSentiment:", (_label(row, "sentiment"),)
+
+
+def _entailment(row: dict) -> tuple[str, tuple[str, ...]]:
+    prompt = f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}\nRelation:"
+    return prompt, (_label(row, "entailment"),)
+
+
+def _questions(row: dict) -> tuple[str, tuple[str, ...]]:
+    answers = row["answers"]
+    answers = answers["text"] if isinstance(answers, dict) else answers
+    answers = [answers] if isinstance(answers, str) else answers
+    if not answers or not all(isinstance(a, str) and a for a in answers):
+        raise ValueError("answers must be texts, at least one")
+    prompt = f"Context: {row['context']}\nQuestion: {row['question']}\nAnswer:"
+    return prompt, tuple(answers)
+
+
+TASKS: dict[str, Callable[[dict], tuple[str, tuple[str, ...]]]] = {
+    "sentiment": _sentiment, "entailment": _entailment, "questions": _questions,
+}  # fmt: skip
+
+
+def _label(row: dict, task: str) -> str:
+    label = row["label"]
+    if isinstance(label, int) and 0 <= label < len(LABELS[task]):
+        return LABELS[task][label]
+    if not isinstance(label, str) or not label:
+        raise ValueError(f"label {label!r} is neither a word nor one of 0..{len(LABELS[task]) - 1}")
+    return label
+
+
+def read_examples(task: str, files: list[str]) -> Iterator[Example]:
+    """Yields the examples of jsonl files.
+
+    Raises:
+      BadInput: naming file and line, if a row lacks a field or its label is none.
+    """
+    for file in files:
+        with opened(file) as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                where = f"{file}, line {number}"
+                row = parse_json(line, where)
+                try:
+                    prompt, answers = TASKS[task](row)
+                except (KeyError, TypeError, ValueError) as e:
+                    raise BadInput(f"{where} is no row of task {task}: {e!r}") from e
+                yield Example(prompt, answers, where)
+
+
+def read_task(files: list[str], task: str) -> Iterator[Piece]:
+    """Yields a document per example, of which the answer is learnt."""
+    for file in files:
+        for number, example in enumerate(read_examples(task, [file]), start=1):
+            answer = Part(f" {example.answers[0]}", learn=True)
+            yield piece_of([Part(example.prompt), answer], file, number)

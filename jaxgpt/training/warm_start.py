@@ -1,0 +1,118 @@
+"""`init_from`: parameters to start from, out of a workdir or a model folder."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
+from jaxgpt.config import BadInput, Config, MeshConfig, ModelConfig
+from jaxgpt.config.load import read_config
+from jaxgpt.interchange.folder import is_model_folder, open_folder
+from jaxgpt.interchange.weights import flatten, read_params, unflatten
+from jaxgpt.model import ModelSpec
+from jaxgpt.model.lora import is_addition, magnitudes, merged
+from jaxgpt.optim.groups import parse_patterns
+from jaxgpt.parallel.mesh import make_mesh
+
+ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows
+# What may differ between the two models: it changes no function of the weights, or only its domain
+FREE = {
+    "vocab_size", "max_seq_len", "dropout", "dtype", "param_dtype", "attention", "remat",
+    "scan_layers", "tie_embeddings", "lora_rank", "lora_alpha", "lora_targets", "lora_dora",
+    "qkv_bias", "rope_scaling", "rope_factor", "rope_original_len", "rope_theta",
+}  # fmt: skip
+
+
+def check_source(path: str) -> None:
+    """Raises `BadInput` if there is nothing at `path` to start from."""
+    folder = epath.Path(path)
+    if not (folder / "checkpoints").exists() and not is_model_folder(Path(path)):
+        raise BadInput(
+            f"init_from={path} is neither a workdir with checkpoints nor a Hugging Face model folder"
+        )
+
+
+def warm_params(config: Config, spec: ModelSpec) -> dict:
+    """Returns the parameters a run with `init_from` starts from, laid out on the current mesh.
+
+    What `init_fresh` names, and LoRA's additions, are drawn anew. A vocabulary with more tokens
+    keeps the rows it has; a context may be cut short.
+
+    Raises:
+      BadInput: naming the fields or the first array that do not fit.
+    """
+    source, theirs = _load(config.init_from)
+    mine = spec.cfg
+    if differing := [
+        f"model.{f.name}: {getattr(theirs, f.name)!r} there, {getattr(mine, f.name)!r} here"
+        for f in dataclasses.fields(ModelConfig)
+        if f.name not in FREE and getattr(theirs, f.name) != getattr(mine, f.name)
+    ]:
+        raise BadInput(f"init_from={config.init_from} is another model: {'; '.join(differing)}")
+    fresh = jax.jit(spec.init)(jax.random.key(config.seed))
+    wanted, anew = flatten(fresh), parse_patterns(config.init_fresh, "init_fresh")
+    if strange := set(source) - set(wanted) - {p for p in source if _any(anew, p)}:
+        raise BadInput(
+            f"init_from={config.init_from} has {', '.join(sorted(strange))}, which this model has"
+            " not; set the model alike, or name it in init_fresh"
+        )
+    found = {}
+    for path, leaf in wanted.items():
+        if _any(anew, path) or is_addition(path):
+            found[path] = leaf
+            continue
+        if path == "head" and path not in source:  # an untied head starts as the embedding
+            source[path] = source["tokens"]
+        if path not in source:
+            raise BadInput(
+                f"init_from={config.init_from} lacks {path}; name it in init_fresh to draw it anew"
+            )
+        found[path] = _fitted(path, source[path], leaf, theirs.vocab_size, config.init_from)
+    for path, leaf in wanted.items():
+        if path.endswith("/magnitude"):
+            norms = magnitudes(np.asarray(found[path.replace("magnitude", "kernel")]), leaf.shape)
+            found[path] = jax.device_put(norms.astype(leaf.dtype), leaf.sharding)
+    return unflatten(found)
+
+
+def _any(patterns: list[re.Pattern], path: str) -> bool:
+    return any(pattern.search(path) for pattern in patterns)
+
+
+def _fitted(path: str, value: np.ndarray, leaf: jax.Array, vocab: int, where: str) -> jax.Array:
+    value = np.asarray(value)
+    if path in ROWS and value.shape[1:] == leaf.shape[1:]:
+        rows = vocab if path in ("tokens", "head") else len(value)
+        whole = np.array(leaf)
+        kept = min(rows, len(whole))
+        if path == "positions/kernel" and len(whole) > rows:
+            raise BadInput(f"init_from={where} has {rows} positions, model.max_seq_len={len(whole)}")
+        whole[:kept] = value[:kept]
+        value = whole
+    if value.shape != leaf.shape:
+        raise BadInput(
+            f"init_from={where}: {path} has shape {value.shape} there, {leaf.shape} here"
+        )
+    return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+
+def _load(path: str) -> tuple[dict, ModelConfig]:
+    """Returns the source's parameters by path, on the host, and its model config."""
+    if (epath.Path(path) / "checkpoints").exists():
+        config = read_config(epath.Path(path))
+        checkpoints = Checkpoints(path, read_only=True)
+        spec = ModelSpec(config.model, "xla")
+        alone = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1))
+        with jax.set_mesh(make_mesh(alone, jax.local_devices()[:1])):
+            abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
+            name = "ema" if config.optim.ema_decay else "params"
+            params = checkpoints.restore_params(checkpoints.pick(None), abstract, name)
+            params = merged(params, config.model)
+            return {p: np.asarray(leaf) for p, leaf in flatten(params).items()}, spec.cfg
+    folder = open_folder(Path(path))
+    spec = ModelSpec(folder.model, "xla")
+    return flatten(read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))), spec.cfg
