@@ -4,6 +4,7 @@ Prepares the data if that is not done yet, trains, evaluates, samples and checkp
 workdir (default: runs/<config file's name>). Run the same command again to resume.
 """
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -24,15 +25,18 @@ from jaxgpt.config.load import (
     read_config,
     to_json,
 )
+from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, prepare
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.gpt import count_parameters
+from jaxgpt.optim.groups import split, trainable
 from jaxgpt.parallel.hosts import check_same
 from jaxgpt.parallel.mesh import AXES, make_mesh
+from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.load import fingerprint
-from jaxgpt.training.loop import Loop, restore_or_init
+from jaxgpt.training.loop import Clock, Loop, restore_or_init
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 from jaxgpt.training.warm_start import check_source
 
@@ -45,12 +49,13 @@ def main(argv: list[str]) -> int:
     workdir = epath.Path(values.workdir or f"runs/{Path(config_path(argv)).stem}")
     check_writable(workdir)
     config, changes = adopt(workdir, config)
-    if (done := steps_done(workdir)) >= config.num_steps:
-        say(f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
-            " raise --config.num_steps to train on")  # fmt: skip
-        return 0
     mesh = make_mesh(config)
+    if not config.num_epochs and is_finished(workdir, config):
+        return 0
     data = prepare(config.data)
+    config = resolve_epochs(config, data)
+    if config.num_epochs and is_finished(workdir, config):
+        return 0
     config = resolve_vocab(config, data.tokenizer.vocab_size)
     training = make_training(config, mesh)
     with jax.set_mesh(mesh):
@@ -70,8 +75,13 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
         check_tokenizer(workdir, data)
     elif is_first:
         save_tokenizer(data.tokenizer, workdir / "tokenizer")
+        if data.train.mask is not None:
+            save_template(config.data.chat_template, workdir / "tokenizer")
     if is_first:
         write_whole(workdir / "config.json", to_json(config))
+    if clock.is_out_of_patience(config.early_stop):
+        say(f"finished  {workdir} stopped early after step {int(state.step)}; {best_of(clock)}")
+        return 0
     if state.step:
         say(f"resume    from checkpoint {int(state.step)}"
             + (f" with {'; '.join(changes)}" if changes else ""))  # fmt: skip
@@ -82,12 +92,20 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
     code = loop(state, clock, train_step, checkpoints, report)
     report.close()
     if code == 0 and is_first:
-        say(f"done      validation loss {loop.last_validation['loss']:.4f} nats/token after"
-            f" {config.num_steps} steps in {duration(clock.now())}; everything is in {workdir}\n"
+        last = loop.last_validation
+        early = "" if last["step"] == config.num_steps else f" (stopped early; {best_of(clock)})"
+        say(f"done      validation loss {last['loss']:.4f} nats/token after"
+            f" {last['step']} steps{early} in {duration(clock.now())}; everything is in {workdir}\n"
             f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='def '\n"
             f"          python -m jaxgpt.evaluate --workdir={workdir}\n"
             f"          tensorboard --logdir={workdir}/tensorboard")  # fmt: skip
     return code
+
+
+def best_of(clock: Clock) -> str:
+    """Says which checkpoint is the best."""
+    step, loss = clock.best
+    return f"the best validation loss was {loss:.4f} at step {step}: --step={step}"
 
 
 def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
@@ -108,6 +126,24 @@ def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
     old = read_config(workdir)
     config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
     return config, check_resume(old, config, workdir)
+
+
+def resolve_epochs(config: Config, data: Prepared) -> Config:
+    """Returns `config` with `num_steps` set by `num_epochs`, where that is given."""
+    if not config.num_epochs:
+        return config
+    windows = sum(len(source) for source in training_stream(data.train, config).sources)
+    steps = max(1, round(config.num_epochs * windows / config.batch_size))
+    return dataclasses.replace(config, num_steps=steps)
+
+
+def is_finished(workdir: epath.Path, config: Config) -> bool:
+    """Says, also to the user, whether the run in `workdir` has nothing left to do."""
+    if (done := steps_done(workdir)) >= config.num_steps:
+        say(f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
+            " raise --config.num_steps to train on")  # fmt: skip
+        return True
+    return False
 
 
 def steps_done(workdir: epath.Path) -> int:
@@ -139,6 +175,14 @@ def check_tokenizer(workdir: epath.Path, data: Prepared) -> None:
         )
 
 
+def trained_share(config: Config, params: dict) -> str:
+    """Says how many parameters are trained, where that is not all."""
+    mask = trainable(params, config.optim.freeze, config.model.lora_rank)
+    sizes = [leaf.size for leaf in jax.tree.leaves(split(params, mask)[0])]
+    every = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return "" if sum(sizes) == every else f" ({sum(sizes):,} of them trained, {sum(sizes) / every:.2%})"
+
+
 def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
     """Says what runs where."""
     config, devices = training.config, training.mesh.devices
@@ -150,7 +194,8 @@ def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
     say(
         f"devices   {devices.size} x {kind}, {jax.process_count()} process(es), mesh {shape},"
         f" jax {jax.__version__}\n"
-        f"model     {count_parameters(params, model):,} parameters: {model.num_layers} layers,"
+        f"model     {count_parameters(params, model):,} parameters{trained_share(config, params)}:"
+        f" {model.num_layers} layers,"
         f" {model.num_heads} heads, width {model.embed_dim}, context {model.max_seq_len};"
         f" {model.dtype}, attention {training.spec.kernel}, remat {model.remat}\n"
         f"data      {len(data.train.tokens):,} train and {len(data.validation.tokens):,}"

@@ -3,12 +3,14 @@
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jaxgpt.config import BadInput
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Saving is asynchronous and atomic; the newest `keep` stay.
+    """The checkpoints of one workdir. Saving is asynchronous and atomic; the newest `keep` and the
+    one of the least validation loss stay.
 
     Each holds `state` (any pytree of arrays) and `meta` (a JSON dict: tokens seen, seconds
     trained, data fingerprint).
@@ -17,7 +19,7 @@ class Checkpoints:
     def __init__(self, workdir, keep: int = 1, read_only: bool = False):
         self.folder = epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=policies.PreserveAll() if read_only else _kept(keep),
             create=not read_only,
             read_only=read_only,
             enable_async_checkpointing=not read_only,
@@ -45,12 +47,15 @@ class Checkpoints:
             raise BadInput(f"{self.folder} holds no checkpoint {step}, only {steps}")
         return step
 
-    def save(self, step: int, state, meta: dict) -> None:
-        """Starts saving; blocks only until the arrays are copied off the devices."""
+    def save(self, step: int, state, meta: dict, loss: float | None = None) -> None:
+        """Starts saving; blocks only until the arrays are copied off the devices.
+
+        `loss` is the validation loss at this step, if it is known.
+        """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
         )
-        self.manager.save(step, args=args)
+        self.manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
     def restore(self, step: int, abstract_state) -> tuple:
         """Returns (state, meta), laid out as `abstract_state`'s shardings say.
@@ -84,6 +89,13 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until the last save is whole."""
         self.manager.close()
+
+
+def _kept(newest: int) -> policies.AnyPreservationPolicy:
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False
+    )
+    return policies.AnyPreservationPolicy([policies.LatestN(newest), best])
 
 
 def save_weights(workdir, params: dict, meta: dict) -> None:

@@ -92,7 +92,7 @@ def merged(params: dict, cfg: ModelConfig) -> dict:
     return merge(params)
 
 
-def make_adapter(linear_shape, inputs: int, specs: tuple, cfg: ModelConfig, key) -> dict:
+def make_adapter(linear_shape, inputs: int, specs: P, cfg: ModelConfig, key) -> dict:
     """Returns an addition's parameters: A from N(0, 1/in), B zero, magnitudes one."""
     dtype = jnp.dtype(cfg.param_dtype)
     shape, spec = list(linear_shape), list(specs)

@@ -6,6 +6,7 @@ it may not wait.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -32,14 +33,25 @@ from jaxgpt.training.stop import StopRequest
 
 @dataclasses.dataclass
 class Clock:
-    """Training time and tokens so far, over resumes; saved with each checkpoint."""
+    """Training time, tokens and validation losses so far, over resumes; saved with checkpoints."""
 
     seconds: float = 0.0
     tokens: int = 0
+    validations: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def now(self) -> float:
         return self.seconds + time.perf_counter() - self.started
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The (step, loss) of the least validation loss, the earliest of equals."""
+        return min(self.validations, key=lambda found: found[1], default=(0, math.inf))
+
+    def is_out_of_patience(self, patience: int) -> bool:
+        """Says whether the last `patience` validations (0: never) brought no better loss."""
+        since = [step for step, _ in self.validations if step > self.best[0]]
+        return 0 < patience <= len(since)
 
 
 def restore_or_init(
@@ -59,7 +71,8 @@ def restore_or_init(
             f"the text of data.source={run.config.data.source} or its tokenizer has changed"
             f" since checkpoint {step}; restore it, or choose another --workdir"
         )
-    return state, Clock(meta["seconds"], meta["tokens"])
+    past = [tuple(found) for found in meta.get("validations", [])]
+    return state, Clock(meta["seconds"], meta["tokens"], past)
 
 
 class Loop:
@@ -93,6 +106,7 @@ class Loop:
         config, start = self.config, int(state.step)
         batches = device_batches(self.stream, self.run.batch_sharding, start, config.num_steps)
         speed = _Speed(start)
+        ended = False  # by early stopping
         logged = None  # a row waits until the next step is dispatched, so the device never does
         clock.started = time.perf_counter()
         with StopRequest() as stop:
@@ -111,11 +125,15 @@ class Loop:
                     logged = logged and self._log(*logged, clock, speed)
                     if validates:
                         self._validate(state, step, clock)
+                        ended = clock.is_out_of_patience(config.early_stop)
+                        saves |= ended or (config.early_stop > 0 and clock.best[0] == step)
                     if samples:
                         self._sample(state, step)
                     if saves:
                         self._save(state, step, clock)
                     speed.restart(step)
+                if ended:
+                    break
                 if stopping:
                     say(f"stopped   by signal {stopping} after step {step}, which is saved")
                     break
@@ -156,6 +174,7 @@ class Loop:
         row["seconds"] = clock.now()
         self.report.metrics(row)
         self.last_validation = row
+        clock.validations.append((step, row["loss"]))
         if self.report.active:
             line = validation_line(row, self.config.num_steps)
             say(f"{line} | took {duration(time.perf_counter() - began)}")
@@ -171,9 +190,11 @@ class Loop:
         meta = {
             "tokens": clock.tokens,
             "seconds": clock.now(),
+            "validations": clock.validations,
             "data_fingerprint": self.data.fingerprint,
         }
-        self.checkpoints.save(step, state, meta)
+        loss = dict(clock.validations).get(step)
+        self.checkpoints.save(step, state, meta, loss)
 
 
 def _due(step: int, every: int) -> bool:

@@ -189,7 +189,8 @@ GPT2_CHANGES = {
 }  # fmt: skip
 MODERN_CHANGES = {
     "qkv_bias": True, "rope_theta": 500.0, "rope_factor": 4.0, "rope_original_len": 99,
-    "rope_scaling": "linear", "full_attention_every": 1,
+    "rope_scaling": "linear", "full_attention_every": 1, "lora_rank": 3, "lora_alpha": 8.0,
+    "lora_targets": "out", "lora_dora": True,
 }  # fmt: skip
 
 
@@ -201,7 +202,8 @@ def modern() -> Config:
     """What GPT-2's shape leaves without effect has one here."""
     config = tiny_config(bias=False, position="rope", rope_scaling="llama3", rope_factor=2.0,
                          rope_theta=1000.0, rope_original_len=16, window=4)  # fmt: skip
-    config.optim.schedule, config.optim.lr_multipliers = "wsd", "tokens=0.5"
+    config.model.lora_rank = 2
+    config.optim.schedule, config.optim.lr_multipliers = "wsd", "lora_in=0.5"
     return config
 
 
@@ -213,8 +215,8 @@ def lowered(config: Config) -> str:
 
 
 OPTIM_CHANGES = {
-    "name": "lion", "schedule": "linear", "warmup_steps": 5, "lr_multipliers": "tokens=0.1",
-    "z_loss": 1e-4, "ema_decay": 0.9,
+    "name": "lion", "schedule": "linear", "warmup_steps": 5, "lr_multipliers": ".=0.1",
+    "z_loss": 1e-4, "ema_decay": 0.9, "freeze": "query",
 }  # fmt: skip
 
 

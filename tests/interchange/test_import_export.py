@@ -1,0 +1,331 @@
+"""Weights come in, go out and come in again without losing a bit; broken folders are refused."""
+
+import dataclasses
+import io
+import json
+import pickle
+import shutil
+import zipfile
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+
+from jaxgpt import convert, evaluate, sample
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.config import BadInput, ModelConfig
+from jaxgpt.config.load import read_config
+from jaxgpt.interchange.families import FAMILIES, family_of
+from jaxgpt.interchange.folder import open_folder
+from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
+from jaxgpt.interchange.tokenizers import _byte_name
+from jaxgpt.interchange.torch_file import TorchFile
+from jaxgpt.interchange.weights import flatten, read_params, write_params
+from jaxgpt.model import ModelSpec
+from tests.conftest import CORPUS, ROOT, mesh_of, tiny_config
+from tests.golden.openai_gpt2 import FOLDER as OPENAI
+from tests.golden.openai_gpt2 import variables
+
+VOCAB = 257
+LLAMA = dict(norm="rmsnorm", position="rope", activation="swiglu", bias=False, num_kv_heads=2)
+
+
+def write_vocab(folder, names=("vocab.json", "merges.txt")):
+    """GPT-2's vocabulary of bytes alone: no merges."""
+    vocab = {_byte_name(b): b for b in range(256)} | {"<|endoftext|>": 256}
+    (folder / names[0]).write_text(json.dumps(vocab))
+    (folder / names[1]).write_text("#version: 0.2\n")
+
+
+def random_params(cfg: ModelConfig) -> dict:
+    """Every parameter random, norms and biases too; the padding of the vocabulary zero."""
+    with jax.set_mesh(mesh_of(tiny_config())):
+        abstract = jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        value = rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype)
+        if path[0].key in ("tokens", "head"):
+            value[cfg.vocab_size :] = 0
+        return value
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def model_folder(folder, **model):
+    """A Hugging Face folder of random weights, written by ourselves."""
+    fields = dict(vocab_size=VOCAB, max_seq_len=24, num_layers=2, num_heads=4, embed_dim=32)
+    cfg = ModelConfig(**(fields | model)).with_sizes()
+    family, params = family_of(cfg), random_params(cfg)
+    folder.mkdir()
+    write_params(folder / "model.safetensors", family, params, cfg, np.float32)
+    (folder / "config.json").write_text(json.dumps(family.config(cfg) | {"eos_token_id": 256}))
+    write_vocab(folder)
+    return cfg, params
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"tie_embeddings": False, "activation": "gelu"}, LLAMA, LLAMA | {"qk_norm": True},
+     LLAMA | {"tie_embeddings": False, "rope_scaling": "llama3", "rope_factor": 8.0,
+              "rope_original_len": 16}],
+)  # fmt: skip
+def test_round_trip_is_bit_identical(command, tmp_path, model):
+    cfg, params = model_folder(tmp_path / "hf", **model)
+    code, out, err = command(
+        convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w"
+    )
+    assert (code, out) == (0, ""), err
+    assert read_config(epath.Path(tmp_path / "w")).model == cfg
+    code, _, err = command(
+        convert.main, "export", f"--workdir={tmp_path}/w", f"--to={tmp_path}/again"
+    )
+    assert code == 0 and "gives the same logits, within 0.0e+00" in err, err
+    one = SafetensorsFile(tmp_path / "hf/model.safetensors")
+    two = SafetensorsFile(tmp_path / "again/model.safetensors")
+    assert one.shapes == two.shapes and max(one.shapes.values())[0] == VOCAB, "no padding rows"
+    for name in one.shapes:
+        np.testing.assert_array_equal(one.read(name), two.read(name))
+    with jax.set_mesh(mesh_of(tiny_config())):
+        abstract = jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0))
+        restored = Checkpoints(tmp_path / "w", read_only=True).restore_params(0, abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+def test_an_imported_workdir_evaluates_and_samples(command, tmp_path):
+    model_folder(tmp_path / "hf")
+    command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w")
+    (tmp_path / "t.txt").write_text(CORPUS[:500])
+    argv = (f"--workdir={tmp_path}/w",)
+    code, out, err = command(evaluate.main, *argv, f"--data=text:{tmp_path}/t.txt")
+    assert code == 0 and json.loads(out)["tokens"] == 500, err
+    code, _, err = command(evaluate.main, *argv)
+    assert code == 2 and "imported weights have no text of their own" in err
+    code, out, err = command(sample.main, *argv, "--prompt=The", "--max_new_tokens=5")
+    assert code == 0 and out.startswith("The"), err
+
+
+def test_bfloat16_stays_and_dtype_can_be_chosen(command, tmp_path):
+    cfg, params = model_folder(tmp_path / "hf", **LLAMA)
+    narrow = dataclasses.replace(cfg, param_dtype="bfloat16")
+    params = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), params)
+    write_params(
+        tmp_path / "hf/model.safetensors", family_of(cfg), params, cfg, ml_dtypes.bfloat16
+    )
+    command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w")
+    assert read_config(epath.Path(tmp_path / "w")).model == narrow
+    for dtype in ("bfloat16", "float16"):
+        code, _, err = command(convert.main, "export", f"--workdir={tmp_path}/w",
+                               f"--to={tmp_path}/{dtype}", f"--dtype={dtype}")  # fmt: skip
+        assert code == 0, err
+    one = SafetensorsFile(tmp_path / "hf/model.safetensors")
+    two = SafetensorsFile(tmp_path / "bfloat16/model.safetensors")
+    for name in one.shapes:
+        np.testing.assert_array_equal(one.read(name), two.read(name))
+
+
+def test_sharded_files(tmp_path):
+    cfg, params = model_folder(tmp_path / "hf", tie_embeddings=False)
+    whole = SafetensorsFile(tmp_path / "hf/model.safetensors")
+    names = sorted(whole.shapes)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, some in parts.items():
+        shapes = {name: whole.shapes[name] for name in some}
+        write_safetensors(tmp_path / "hf" / file, shapes, np.dtype("<f4"), whole.read)
+    (tmp_path / "hf/model.safetensors").unlink()
+    index = tmp_path / "hf/model.safetensors.index.json"
+    weight_map = {name: file for file, some in parts.items() for name in some}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    found = read_params(open_folder(tmp_path / "hf"), params)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    for bad in ("../../etc/passwd", "/etc/passwd", "..", "sub/a.safetensors", ".hidden"):
+        index.write_text(json.dumps({"weight_map": weight_map | {names[0]: bad}}))
+        with pytest.raises(BadInput, match="is no file beside it; refused"):
+            open_folder(tmp_path / "hf")
+    index.write_text(json.dumps({"weight_map": {names[0]: "c.safetensors"}}))
+    with pytest.raises(BadInput, match="c.safetensors is missing"):
+        open_folder(tmp_path / "hf")
+
+
+def test_openai_release(command, tmp_path):
+    """TensorFlow wrote the checkpoint; every variable arrives where it belongs."""
+    folder = tmp_path / "117M"
+    shutil.copytree(OPENAI, folder)
+    write_vocab(folder, ("encoder.json", "vocab.bpe"))
+    code, _, err = command(convert.main, "import", f"--from={folder}", f"--workdir={tmp_path}/w")
+    assert code == 0, err
+    named = variables()
+    model = read_config(epath.Path(tmp_path / "w")).model
+    with jax.set_mesh(mesh_of(tiny_config())):
+        abstract = jax.eval_shape(ModelSpec(model, "xla").init, jax.random.key(0))
+    ours = flatten(read_params(open_folder(folder), abstract))
+    np.testing.assert_array_equal(ours["tokens"][:257], named["model/wte"])
+    np.testing.assert_array_equal(ours["positions/kernel"], named["model/wpe"])
+    qkv = named["model/h1/attn/c_attn/w"][0]
+    for i, name in enumerate(("query", "key", "value")):
+        kernel = ours[f"blocks/attention/{name}/kernel"][1].reshape(12, 12)
+        np.testing.assert_array_equal(kernel, qkv[:, 12 * i : 12 * (i + 1)])
+    down = ours["blocks/mlp/down/kernel"][0]
+    np.testing.assert_array_equal(down, named["model/h0/mlp/c_proj/w"][0])
+    np.testing.assert_array_equal(ours["final_norm/scale"], named["model/ln_f/g"])
+    index = folder / "model.ckpt.index"
+    index.write_bytes(index.read_bytes()[:-20])
+    with pytest.raises(BadInput, match="TensorFlow checkpoint in .* is damaged"):
+        open_folder(folder)
+
+
+class Storage:
+    pass
+
+
+def torch_file(path, arrays, evil=None, cut=0):
+    """The zip that torch.save writes, made by hand."""
+    persistent = {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            return persistent.get(id(thing))
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(path, "w") as archive:
+        lines = [b"\x80\x02}("]  # protocol 2, a dictionary, mark
+        for key, (name, array) in enumerate(arrays.items()):
+            raw = array.tobytes()
+            archive.writestr(f"archive/data/{key}", raw[: len(raw) - cut])
+            stride = [int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim)]
+            ints = b"".join(b"J" + int(n).to_bytes(4, "little") for n in array.shape)
+            steps = b"".join(b"J" + n.to_bytes(4, "little") for n in stride)
+            lines.append(
+                b"X" + len(name).to_bytes(4, "little") + name.encode()
+                + b"ctorch._utils\n_rebuild_tensor_v2\n(("
+                + b"X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+                + b"X" + len(str(key)).to_bytes(4, "little") + str(key).encode()
+                + b"X\x03\x00\x00\x00cpuJ" + int(array.size).to_bytes(4, "little") + b"tQ"
+                + b"K\x00(" + ints + b"t(" + steps + b"t\x89NtR"
+            )  # fmt: skip
+        lines.append(evil or b"")
+        archive.writestr("archive/data.pkl", b"".join(lines) + b"u.")
+    return buffer
+
+
+def test_old_torch_files_run_nothing(command, tmp_path):
+    cfg, params = model_folder(tmp_path / "hf")
+    whole = SafetensorsFile(tmp_path / "hf/model.safetensors")
+    arrays = {name: whole.read(name) for name in whole.shapes}
+    (tmp_path / "hf/model.safetensors").unlink()
+    file = tmp_path / "hf/pytorch_model.bin"
+    torch_file(file, arrays | {"transformer.h.0.attn.bias": np.ones((1, 1, 24, 24), np.float32)})
+    found = read_params(open_folder(tmp_path / "hf"), params)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    witness = tmp_path / "witness"
+    evil = f"X\x01\x00\x00\x00xcposix\nsystem\n(X{chr(len(f'touch {witness}'))}\x00\x00\x00".encode()
+    torch_file(file, arrays, evil + f"touch {witness}".encode() + b"tR")
+    code, out, err = command(
+        convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w"
+    )
+    assert code == 2 and "wants to run posix.system" in err and err.count("\n") == 1
+    assert not witness.exists() and not (tmp_path / "w").exists()
+    torch_file(file, arrays, cut=4)
+    with pytest.raises(BadInput, match="missing or cut short"):
+        TorchFile(file)
+    file.write_bytes(b"not a zip")
+    with pytest.raises(BadInput, match="not a zip as torch writes"):
+        TorchFile(file)
+
+
+def rewritten(tmp_path, change):
+    """The folder with some tensors changed: `change(arrays)` edits the dictionary."""
+    file = tmp_path / "hf/model.safetensors"
+    whole = SafetensorsFile(file)
+    arrays = {name: whole.read(name) for name in whole.shapes}
+    change(arrays)
+    shapes = {name: a.shape for name, a in arrays.items()}
+    write_safetensors(file, shapes, np.dtype("<f4"), lambda name: arrays[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("transformer.h.1.ln_1.bias"), "lacks h.1.ln_1.bias"),
+        (lambda a: a.update({"transformer.h.9.x": np.ones(1)}), "holds what gpt2 has not: h.9.x"),
+        (lambda a: a.update({"transformer.wpe.weight": np.ones((3, 32))}),
+         r"tensor wpe.weight has shape \(3, 32\), its config says \(24, 32\)"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit(tmp_path, change, message):
+    _, params = model_folder(tmp_path / "hf")
+    rewritten(tmp_path, change)
+    with pytest.raises(BadInput, match=message):
+        read_params(open_folder(tmp_path / "hf"), params)
+
+
+def test_damaged_safetensors(tmp_path):
+    model_folder(tmp_path / "hf")
+    file = tmp_path / "hf/model.safetensors"
+    raw = file.read_bytes()
+    header = int.from_bytes(raw[:8], "little")
+    for broken, message in (
+        (raw[:-1], "does not lie within the file"),
+        (raw[:100], "header claims"),
+        (b"\xff" * 8 + raw[8:], "header claims"),
+        (raw[:8] + b"x" * header + raw[8 + header :], "not a safetensors file"),
+        (raw.replace(b'"F32"', b'"F99"', 1), "unknown dtype F99"),
+    ):
+        file.write_bytes(broken)
+        with pytest.raises(BadInput, match=message):
+            SafetensorsFile(file)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"model_type": "bert"}, "model_type='bert' is not supported"),
+        ({"activation_function": "mish"}, "activation_function='mish' is not supported"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ({"n_layer": None}, "lacks or garbles"),
+    ],
+)
+def test_configs_that_are_not_ours(tmp_path, edit, message):
+    model_folder(tmp_path / "hf")
+    file = tmp_path / "hf/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
+    with pytest.raises(BadInput, match=message):
+        read_params(open_folder(tmp_path / "hf"), {})
+
+
+def test_what_has_no_counterpart_is_not_exported():
+    for model, message in (
+        (dict(window=8), "the nearest, gpt2, has not model.window=8"),
+        (LLAMA | dict(bias=True), "nearest, llama, has not model.bias=True"),
+        (LLAMA | dict(activation="geglu"), "model.activation='geglu'"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            family_of(ModelConfig(num_heads=4, embed_dim=32, **model))
+    assert set(FAMILIES) == {"gpt2", "llama", "qwen3"}
+
+
+def test_a_wrong_export_is_refused_and_leaves_nothing(command, tmp_path, monkeypatch):
+    model_folder(tmp_path / "hf")
+    command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w")
+
+    def wrong(file, family, params, cfg, dtype):
+        params = params | {"tokens": np.asarray(params["tokens"])[::-1]}
+        write_params(file, family, params, cfg, dtype)
+
+    monkeypatch.setattr(convert, "write_params", wrong)
+    argv = (f"--workdir={tmp_path}/w", f"--to={tmp_path}/out")
+    code, _, err = command(convert.main, "export", *argv)
+    assert code == 2 and "does not read back: logits differ" in err
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["hf", "w"]
+    for args, message in (
+        (("import", f"--from={tmp_path}/none", "--workdir=x"), "is not a folder"),
+        (("import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w"), "exists already"),
+        (("export", f"--workdir={tmp_path}/w", f"--to={tmp_path}/hf"), "exists already"),
+        (("export", f"--workdir={tmp_path}/w"), "--to=DIR is required"),
+        (("turn",), "say what to do"),
+    ):
+        code, _, err = command(convert.main, *args)
+        assert code == 2 and message in err and err.count("\n") == 1
+    assert (ROOT / "jaxgpt/convert.py").exists()

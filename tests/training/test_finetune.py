@@ -1,0 +1,234 @@
+"""Freezing, LoRA and DoRA, starting from other weights, early stopping, epochs."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt import convert, evaluate, train
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.config import BadInput
+from jaxgpt.interchange.weights import flatten
+from jaxgpt.model import ModelSpec
+from jaxgpt.model.lora import merged
+from jaxgpt.optim.groups import join, split, trainable
+from jaxgpt.training.loop import Clock
+from jaxgpt.training.setup import make_training
+from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
+from tests.interchange.test_import_export import model_folder
+
+LORA = dict(lora_rank=4, lora_targets="query,value,out,up,down", lora_alpha=8.0)
+
+
+def run_steps(config, count=3):
+    """The state before and after some steps, on the host, and the losses."""
+    with jax.set_mesh(mesh := mesh_of(config)):
+        training = make_training(config, mesh)
+        state, step = jax.jit(training.init)(), training.compile_step()
+        before = jax.tree.map(np.asarray, state)
+        losses = []
+        for i in range(count):
+            batch = jax.device_put(random_batch(config, i), training.batch_sharding)
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        return before, jax.tree.map(np.asarray, state), losses
+
+
+def moved(before, after) -> set[str]:
+    one, two = flatten(before.params), flatten(after.params)
+    return {path for path in one if not np.array_equal(one[path], two[path])}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_frozen_parameters_do_not_change_by_a_bit(name):
+    config = tiny_config()
+    config.optim.name, config.optim.freeze, config.optim.ema_decay = name, "tokens,attention/", 0.5
+    before, after, _ = run_steps(config)
+    every = set(flatten(before.params))
+    frozen = {path for path in every if "tokens" in path or "attention/" in path}
+    assert moved(before, after) == every - frozen
+    shapes = [leaf.shape for leaf in jax.tree.leaves(before.opt_state)]
+    for frozen_shape in ((256, 32), (2, 32, 4, 8)):
+        assert frozen_shape not in shapes, "no optimizer state for what is frozen"
+    ema, params = flatten(after.ema), flatten(after.params)
+    for path in frozen:
+        np.testing.assert_array_equal(ema[path], params[path])
+
+
+def test_freezing_nothing_or_all_is_refused():
+    params = {"tokens": jnp.ones(2), "blocks": {"kernel": jnp.ones(2)}}
+    for freeze, message in (("x", "'x' matches no parameter"), (".", "leaves no parameter"),
+                            ("(", "holds what is no pattern")):  # fmt: skip
+        with pytest.raises(BadInput, match=message):
+            trainable(params, freeze, 0)
+    mask = trainable(params, "tok", 0)
+    assert mask == {"tokens": False, "blocks": {"kernel": True}}
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, join(*split(params, mask)), params))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_lora_trains_its_additions_only_and_merges(shape, dora):
+    config = tiny_config(shape, lora_dora=dora, **LORA)
+    before, after, losses = run_steps(config, 4)
+    assert moved(before, after) == {
+        path for path in flatten(before.params) if path.endswith(("lora_in", "lora_out", "magnitude"))
+    }  # fmt: skip
+    adam = jax.tree.leaves(before.opt_state)
+    added = [l for p, l in flatten(before.params).items() if "lora" in p or "magnitude" in p]
+    assert sum(leaf.size for leaf in adam) <= 2 * sum(leaf.size for leaf in added) + 4
+    plain = dataclasses.replace(config.model, lora_rank=0)
+    tokens = random_batch(config)["inputs"][0]
+    with jax.set_mesh(mesh_of(tiny_config())):
+        def logits(cfg, params):
+            spec = ModelSpec(cfg, "xla")
+            return np.asarray(jax.jit(lambda p, t: spec.bind(p)(t))(params, tokens))[..., :203]
+
+        one = logits(config.model, after.params)
+        np.testing.assert_allclose(logits(plain, merged(after.params, config.model)), one, atol=1e-5)
+        base = logits(plain, merged(before.params, config.model))
+        assert np.abs(one - base).max() > 1e-3
+        if not dora:  # B starts at zero: nothing is added yet
+            np.testing.assert_allclose(logits(config.model, before.params), base, atol=1e-6)
+
+
+def test_lora_is_the_same_on_a_mesh():
+    losses = [run_steps(tiny_config(shape, lora_dora=True, **LORA), 6)[2]
+              for shape in ((1, 1, 1), (2, 2, 2))]  # fmt: skip
+    np.testing.assert_allclose(*losses, atol=1e-4)
+
+
+def test_lora_of_gpt2_is_under_one_percent():
+    from jaxgpt.config import ModelConfig
+
+    cfg = ModelConfig(vocab_size=50257, lora_rank=8)
+    with jax.set_mesh(mesh_of(tiny_config())):
+        params = jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0))
+    trained = sum(l.size for p, l in flatten(params).items() if "lora" in p)
+    assert trained == 12 * 2 * 2 * 768 * 8
+    assert trained / sum(leaf.size for leaf in jax.tree.leaves(params)) < 0.01
+
+
+CONFIG = """
+from jaxgpt.config import *
+def get_config():
+    return Config(
+        num_steps=4, batch_size=8, log_every=1, eval_every=2, checkpoint_every=2,
+        init_from={init!r},
+        model=ModelConfig(max_seq_len=24, num_layers=2, num_heads=4, embed_dim=32),
+        data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=1),
+    )
+"""
+
+
+def started(command, tmp_path, corpus, init, *args, workdir="w"):
+    file = tmp_path / "c.py"
+    file.write_text(CONFIG.format(init=str(init), corpus=corpus))
+    return command(train.main, f"--config={file}", f"--workdir={tmp_path}/{workdir}", *args)
+
+
+def test_init_from_a_folder_and_from_a_workdir(command, tmp_path, corpus):
+    """A learning rate of (almost) nothing leaves what it started from."""
+    model_folder(tmp_path / "hf")
+    command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/imported")
+    still = ("--config.optim.learning_rate=1e-30", "--config.optim.weight_decay=0")
+    expected = None
+    for source, work in (("hf", "a"), ("imported", "b"), ("a", "c")):
+        code, _, err = started(command, tmp_path, corpus, tmp_path / source, *still, workdir=work)
+        assert code == 0, err
+        code, out, err = command(
+            evaluate.main, f"--workdir={tmp_path}/{work}", f"--data=text:{corpus}/*.txt"
+        )
+        loss = json.loads(out)["loss"]
+        expected = expected or loss
+        assert loss == pytest.approx(expected, abs=1e-6)
+    _, out, _ = command(
+        evaluate.main, f"--workdir={tmp_path}/imported", f"--data=text:{corpus}/*.txt"
+    )
+    assert json.loads(out)["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_init_from_refuses(command, tmp_path, corpus):
+    model_folder(tmp_path / "hf")
+    command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/imported")
+    for args, message in (
+        (("--config.model.num_layers=3",), "is another model: model.num_layers: 2 there, 3 here"),
+        (("--config.model.max_seq_len=25",), "has 24 positions, model.max_seq_len=25"),
+        (("--config.init_from=nowhere",), "nowhere is neither a workdir with checkpoints nor"),
+        ((f"--workdir={tmp_path}/imported",), "holds imported weights: start from them"),
+    ):
+        code, _, err = started(command, tmp_path, corpus, tmp_path / "hf", *args)
+        assert code == 2 and message in err, err
+        assert not (tmp_path / "w/config.json").exists()
+
+
+def test_a_larger_vocabulary_a_shorter_context_a_new_head_and_lora(command, tmp_path, corpus):
+    _, params = model_folder(tmp_path / "hf")
+    code, _, err = started(
+        command, tmp_path, corpus, tmp_path / "hf", "--config.data.special_tokens=<a>,<b>",
+        "--config.model.max_seq_len=16", "--config.model.tie_embeddings=false",
+        "--config.model.lora_rank=2", "--config.model.lora_dora=true", "--config.init_fresh=head",
+    )  # fmt: skip
+    assert code == 0 and "of them trained" in err, err
+    from etils import epath
+
+    from jaxgpt.config.load import read_config
+
+    config = read_config(epath.Path(tmp_path / "w"))
+    with jax.set_mesh(mesh_of(tiny_config())):
+        abstract = jax.eval_shape(ModelSpec(config.model, "xla").init, jax.random.key(0))
+        found = Checkpoints(tmp_path / "w", read_only=True).restore_params(4, abstract)
+    tokens, kernel = np.asarray(found["tokens"]), found["blocks"]["attention"]["query"]["kernel"]
+    np.testing.assert_array_equal(tokens[:257], params["tokens"][:257])
+    assert np.abs(tokens[257:259]).max() > 0, "new tokens are drawn"
+    np.testing.assert_array_equal(kernel, params["blocks"]["attention"]["query"]["kernel"])
+    assert not np.array_equal(found["head"], found["tokens"])
+    code, _, err = command(
+        convert.main, "export", f"--workdir={tmp_path}/w", f"--to={tmp_path}/out"
+    )
+    assert code == 0, err
+    assert "lora_rank" not in (tmp_path / "out/config.json").read_text()
+
+
+def test_patience():
+    clock = Clock(validations=[(10, 3.0), (20, 2.0), (30, 2.5)])
+    assert clock.best == (20, 2.0)
+    assert not clock.is_out_of_patience(2) and clock.is_out_of_patience(1)
+    assert not clock.is_out_of_patience(0)
+    clock.validations.append((40, 2.0))
+    assert clock.is_out_of_patience(2), "as good is not better"
+
+
+def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corpus):
+    """A learning rate that ruins the model: the first validation is the best."""
+    args = ("--config.num_steps=40", "--config.early_stop=2", "--config.keep_checkpoints=1",
+            "--config.optim.learning_rate=3", "--config.optim.schedule=constant",
+            "--config.optim.clip_norm=0", "--config.eval_every=2")  # fmt: skip
+    code, _, err = started(command, tmp_path, corpus, "", *args)
+    assert code == 0 and "stopped early; the best validation loss was" in err, err
+    losses = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row["loss"] for row in losses if row["split"] == "validation"}
+    best = min(found, key=found.get)
+    assert max(found) == best + 4 and max(found) < 40
+    steps = sorted(int(p.name) for p in (tmp_path / "w/checkpoints").iterdir())
+    assert steps == [best, max(found)]
+    before = (tmp_path / "w/metrics.jsonl").read_text()
+    code, _, err = started(command, tmp_path, corpus, "", *args)
+    assert code == 0 and f"stopped early after step {max(found)}" in err
+    assert (tmp_path / "w/metrics.jsonl").read_text() == before
+
+
+def test_epochs(command, tmp_path, corpus):
+    code, _, err = started(command, tmp_path, corpus, "", "--config.num_epochs=0.25")
+    assert code == 0, err
+    tokens = len(CORPUS.encode()) * 0.75
+    steps = round(0.25 * (tokens // 24) / 8)
+    assert "done      validation loss" in err
+    rows = (tmp_path / "w/metrics.jsonl").read_text().splitlines()
+    assert abs(json.loads(rows[-1])["step"] - steps) <= 1
+    code, _, err = started(command, tmp_path, corpus, "", "--config.num_epochs=0.25")
+    assert code == 0 and "finished" in err
