@@ -70,7 +70,8 @@ class Packed:
         source = np.repeat(starts, lengths) + position
         ends = len(self.tokens)  # behind the last document stands an end-of-text in thought
         behind = np.minimum(source + 1, ends - 1)
-        following = np.where(source + 1 < ends, self.tokens[behind], self.end_of_text)
+        following = self.tokens[behind].astype(np.int32)  # IGNORE is negative
+        following[source + 1 == ends] = self.end_of_text
         if self.mask is not None:  # the last end-of-text is learnt if what it ends is
             following = np.where(self.mask[behind], following, IGNORE)
         found = {

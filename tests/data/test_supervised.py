@@ -1,0 +1,221 @@
+"""Prompt and response, chats and tasks: what is learnt of them, and only that."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import jinja2
+import numpy as np
+import pytest
+
+from jaxgpt import convert, evaluate, train
+from jaxgpt.config import BadInput, Config, DataConfig, ModelConfig
+from jaxgpt.config.validate import validate
+from jaxgpt.data.pipeline import evaluation_batch, training_stream
+from jaxgpt.data.prepare import prepare
+from jaxgpt.evaluation.tasks import normalised, overlap, questions
+from jaxgpt.model import ModelSpec
+from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.text.chat import JINJA, TEMPLATES, row_parts
+from jaxgpt.text.tasks import Example, read_examples
+from jaxgpt.training.setup import make_training
+from tests.conftest import mesh_of, tiny_config
+
+ROWS = [
+    {"prompt": "What is 1+1? ", "response": "2"},
+    {"messages": [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "See you"},
+    ]},
+    {"prompt": "Say: ", "response": "yes"},
+    {"prompt": "Held ", "response": "out"},
+]  # fmt: skip
+
+
+def written(tmp_path, rows, name="sft.jsonl"):
+    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / name
+
+
+def prepared(tmp_path, **data):
+    file = written(tmp_path, ROWS)
+    return prepare(DataConfig(source=f"sft:{file}", validation_fraction=0.1, **data))
+
+
+def learnt(data) -> list[str]:
+    """The stretches of text whose tokens are targets; | is the end-of-text."""
+    text = "".join("|" if t == 256 else chr(t) for t in data.train.tokens)
+    marks = "".join(c if m else "\0" for c, m in zip(text, data.train.mask, strict=True))
+    return [part for part in marks.split("\0") if part]
+
+
+def test_only_responses_are_learnt(tmp_path):
+    data = prepared(tmp_path)
+    assert learnt(data) == ["2|", " Hello!\n", " See you|", "yes"]
+    text = bytes(t for t in data.train.tokens if t < 256).decode()
+    assert text == "What is 1+1? 2User: Hi\nAssistant: Hello!\nUser: Bye\nAssistant: See youSay: yes"
+    assert data.train.num_targets == 2 + 8 + 9 + 3 and data.train.target_bytes == 1 + 8 + 8 + 3
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_batches_carry_the_mask(tmp_path, pack):
+    data = prepared(tmp_path)
+    config = Config(model=ModelConfig(max_seq_len=16), batch_size=1, data=DataConfig(pack=pack))
+    stream = training_stream(data.train, config)
+    count = len(stream.sources[0])
+    batches = [stream.batch(k) for k in range(count)]
+    targets = np.concatenate([b["targets"].ravel() for b in batches])
+    counted = sorted(targets[targets != IGNORE].tolist())
+    assert sum(stream.num_targets(k) for k in range(count)) == len(counted)
+    wanted = [int(t) for t, m in zip(data.train.tokens, data.train.mask, strict=True) if m]
+    if pack:  # every document's end is a target there, the last one's too
+        assert counted == sorted([*wanted, 256])
+    else:
+        assert counted == sorted(wanted[: len(counted)])
+
+
+def test_the_loss_is_the_masked_loss_by_hand(tmp_path):
+    """The train step's loss: cross-entropies of the response's tokens over their number."""
+    data = prepared(tmp_path)
+    config = tiny_config(vocab_size=257, max_seq_len=24)
+    config.data, config.batch_size = DataConfig(pack=True, shuffle=False), 2
+    stream = training_stream(data.train, config)
+    batch = stream.batch(0)
+    with jax.set_mesh(mesh := mesh_of(config)):
+        training = make_training(config, mesh)
+        state, step = jax.jit(training.init)(), training.compile_step()
+        spec = ModelSpec(config.model, "xla")
+        micro = {name: jnp.asarray(a[0]) for name, a in batch.items()}
+        run = jax.jit(lambda p: spec.bind(p)(
+            micro["inputs"], positions=micro["positions"], segments=micro["segments"]))  # fmt: skip
+        logits = np.asarray(run(state.params), np.float64)[..., :257]
+        _, metrics = step(state, jax.device_put(batch, training.batch_sharding))
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nats = [
+        -logp[r, t, target]
+        for r, row in enumerate(micro["targets"]) for t, target in enumerate(row.tolist())
+        if target != IGNORE
+    ]  # fmt: skip
+    assert 0 < len(nats) < micro["targets"].size / 2
+    assert float(metrics["loss"]) == pytest.approx(np.mean(nats), abs=1e-5)
+
+
+def test_evaluation_counts_responses_only(tmp_path):
+    data = prepared(tmp_path)
+    split = data.train
+    batch = evaluation_batch(split.tokens, 16, 8, 0, split.mask)
+    assert (batch["targets"] != IGNORE).sum() == split.num_targets
+
+
+def test_chatml_uses_its_special_tokens(tmp_path):
+    data = prepared(tmp_path, chat_template="chatml", special_tokens="<|im_start|>,<|im_end|>")
+    ids = data.train.tokens[:36].tolist()
+    assert ids[1] == 257 and 258 in ids and ids.count(256) == 1
+    text = data.tokenizer.decode(data.train.tokens)
+    assert text.startswith("<|im_start|>user\nWhat is 1+1? <|im_end|>\n<|im_start|>assistant\n2")
+    marked = data.train.tokens[np.asarray(data.train.mask, bool)]
+    assert marked[:2].tolist() == [ord("2"), 258], "the model learns to end its turn"
+    bad = Config(data=DataConfig(chat_template="chatml"))
+    with pytest.raises(BadInput, match=r"needs data.special_tokens='<\|im_start\|>,<\|im_end\|>'"):
+        validate(bad)
+
+
+@pytest.mark.parametrize("name", ["plain", "chatml"])
+def test_the_saved_template_says_the_same(name):
+    messages = ROWS[1]["messages"]
+    parts = row_parts(ROWS[1], name, "x")
+    template = jinja2.Environment().from_string(JINJA[name])
+    assert template.render(messages=messages) == "".join(part.text for part in parts)
+    asked = template.render(messages=messages[:3], add_generation_prompt=True)
+    whole = "".join(part.text for part in TEMPLATES[name]([
+        (m["role"], m["content"]) for m in messages]))  # fmt: skip
+    assert whole.startswith(asked)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "response": ""}, "line 2 has no response to learn: all of it would be"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "line 2 has no response to learn"),
+        ({"prompt": "a"}, "line 2 has neither prompt and response nor a list of messages"),
+        ({"prompt": 1, "response": "x"}, "prompt and response must be text"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is unknown"),
+        ({"messages": ["x"]}, "a message needs role and content"),
+    ],
+)
+def test_rows_that_cannot_be_learnt(tmp_path, row, message):
+    file = written(tmp_path, [ROWS[0], row])
+    with pytest.raises(BadInput, match=message) as e:
+        prepare(DataConfig(source=f"sft:{file}"))
+    assert str(file) in str(e.value)
+    with pytest.raises(BadInput, match="not bin:, sft: or task:"):
+        prepare(DataConfig(source=f"sft:{written(tmp_path, ROWS)}", clean="unicode"))
+
+
+def test_fine_tuning_on_a_task_learns_it(command, tmp_path):
+    """Sentiment by a word: accuracy from a coin's to all right, in a minute's model."""
+    rng = np.random.default_rng(0)
+    words = {"positive": ["good", "fine"], "negative": ["bad", "poor"]}
+    rows = [
+        {"text": f"{rng.choice(['It', 'This', 'He'])} is {rng.choice(words[label])}",
+         "label": ["negative", "positive"].index(label) if i % 2 else label}
+        for i, label in enumerate(rng.choice(["positive", "negative"], 200))
+    ]  # fmt: skip
+    written(tmp_path, rows[:160], "train.jsonl")
+    test_file = written(tmp_path, rows[160:], "test.jsonl")
+    (tmp_path / "c.py").write_text(
+        "from jaxgpt.config import *\ndef get_config():\n"
+        "    return Config(num_steps=60, batch_size=16, eval_every=0, checkpoint_every=0,\n"
+        "        model=ModelConfig(max_seq_len=48, num_layers=1, num_heads=2, embed_dim=32),\n"
+        f"        data=DataConfig(source='task:sentiment:{tmp_path}/train.jsonl', pack=True),\n"
+        "        optim=OptimConfig(learning_rate=1e-2, warmup_steps=5))\n"
+    )
+    code, _, err = command(train.main, f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w")
+    assert code == 0, err
+    argv = (f"--workdir={tmp_path}/w",)
+    code, out, err = command(evaluate.main, *argv, f"--task=sentiment:{test_file}")
+    found = json.loads(out)
+    assert code == 0 and found["accuracy"] == 1.0 and found["examples"] == 40, err
+    table = found["confusion"]
+    assert set(table) == {"negative", "positive"} and table["negative"]["positive"] == 0
+    assert sum(map(sum, (row.values() for row in table.values()))) == 40
+    flipped = [{"text": r["text"], "label": {"positive": "negative", "negative": "positive"}.get(
+        r["label"], 1 - r["label"] if isinstance(r["label"], int) else "")} for r in rows[160:]]  # fmt: skip
+    code, out, _ = command(
+        evaluate.main, *argv, f"--task=sentiment:{written(tmp_path, flipped, 'f.jsonl')}"
+    )
+    assert json.loads(out)["accuracy"] == 0.0
+    code, _, err = command(evaluate.main, *argv, "--task=poetry:x")
+    assert code == 2 and "--task=poetry:x is unknown" in err
+    code, _, err = command(convert.main, "export", *argv, f"--to={tmp_path}/out")
+    assert code == 0 and "Assistant:" in (tmp_path / "out/chat_template.jinja").read_text(), err
+    asked = [{"context": "It is good", "question": "Is it?", "answers": {"text": ["positive"]}}]
+    code, out, err = command(
+        evaluate.main, *argv, f"--task=questions:{written(tmp_path, asked, 'q.jsonl')}"
+    )
+    assert code == 0 and {"exact_match", "f1"} <= set(json.loads(out)), err
+
+
+def test_real_formats_of_the_tasks(tmp_path):
+    rows = [{"premise": "A dog runs", "hypothesis": "An animal moves", "label": 0},
+            {"premise": "A", "hypothesis": "B", "label": "neutral"}]  # fmt: skip
+    found = list(read_examples("entailment", [str(written(tmp_path, rows))]))
+    assert found[0].prompt == "Premise: A dog runs\nHypothesis: An animal moves\nRelation:"
+    assert [e.answers for e in found] == [("entailment",), ("neutral",)]
+    for task, row, message in (
+        ("entailment", {"premise": "A", "label": 0}, "line 1 is no row of task entailment: KeyError"),
+        ("sentiment", {"text": "A", "label": 2}, "label 2 is neither a word nor one of 0..1"),
+        ("questions", {"context": "A", "question": "B", "answers": []}, "answers must be texts"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            list(read_examples(task, [str(written(tmp_path, [row]))]))
+
+
+def test_squad_figures_by_hand():
+    examples = [Example("a", ("the Eiffel Tower", "Paris"), ""), Example("b", ("in 1999",), "")]
+    answers = {"a": "Eiffel tower!", "b": "the year 1999"}
+    found = questions(examples, answers.__getitem__)
+    assert found["exact_match"] == 0.5
+    assert found["f1"] == pytest.approx((1 + 0.5) / 2)
+    assert normalised("The  Cat, an ox.") == ["cat", "ox"]
+    assert overlap([], []) == 1.0 and overlap(["x"], []) == 0.0
