@@ -15,7 +15,7 @@ from jaxgpt.config import Config, DataConfig, OptimConfig, presets
 def get_config() -> Config:
     return Config(
         init_from="runs/gpt2",
-        num_epochs=3,
+        num_epochs=3.0,
         batch_size=32,
         grad_accum=4,
         eval_every=100,

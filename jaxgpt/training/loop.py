@@ -126,7 +126,8 @@ class Loop:
                     if validates:
                         self._validate(state, step, clock)
                         ended = clock.is_out_of_patience(config.early_stop)
-                        saves |= ended or (config.early_stop > 0 and clock.best[0] == step)
+                        is_best = config.early_stop > 0 and clock.best[0] == step
+                        saves = saves or ended or is_best
                     if samples:
                         self._sample(state, step)
                     if saves:
