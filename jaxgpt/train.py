@@ -69,7 +69,7 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
     check_same(data.fingerprint, "the prepared text or tokenizer")
     check_same(to_json(config), "the config")
     loop = Loop(training, data)
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
     state, clock = restore_or_init(training, data, checkpoints)
     if state.step:
         check_tokenizer(workdir, data)
@@ -139,18 +139,15 @@ def resolve_epochs(config: Config, data: Prepared) -> Config:
 
 def is_finished(workdir: epath.Path, config: Config) -> bool:
     """Says, also to the user, whether the run in `workdir` has nothing left to do."""
-    if (done := steps_done(workdir)) >= config.num_steps:
-        say(f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
-            " raise --config.num_steps to train on")  # fmt: skip
-        return True
-    return False
-
-
-def steps_done(workdir: epath.Path) -> int:
-    """Returns the newest checkpoint's step, 0 where there is none."""
     if not (workdir / "checkpoints").exists():
-        return 0
-    return Checkpoints(workdir, read_only=True).latest() or 0
+        return False
+    checkpoints = Checkpoints(workdir, read_only=True)
+    done = checkpoints.latest() or 0
+    if done < config.num_steps or checkpoints.damage(done):
+        return False
+    say(f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
+        " raise --config.num_steps to train on")  # fmt: skip
+    return True
 
 
 def check_writable(workdir: epath.Path) -> None:

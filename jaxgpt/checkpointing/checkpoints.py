@@ -1,72 +1,163 @@
 """Orbax checkpoints of the whole training state under `checkpoints/<step>`."""
 
+import functools
+
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.config import BadInput
+from jaxgpt.config.cli import say
+
+SET_ASIDE = "checkpoints-damaged"
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Saving is asynchronous and atomic; the newest `keep` and the
-    one of the least validation loss stay.
+    """The checkpoints of one workdir. Saving is asynchronous and atomic; the newest `keep`, the one
+    of the least validation loss and every `keep_every`-th step stay.
 
-    Each holds `state` (any pytree of arrays) and `meta` (a JSON dict: tokens seen, seconds
-    trained, data fingerprint).
+    Each holds `state` (any pytree of arrays), `meta` (a JSON dict: tokens seen, seconds trained,
+    data fingerprint, seed, versions), the validation loss if there was one, and a manifest.
     """
 
-    def __init__(self, workdir, keep: int = 1, read_only: bool = False):
+    def __init__(self, workdir, keep: int = 1, keep_every: int = 0, read_only: bool = False):
         self.folder = epath.Path(workdir) / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.PreserveAll() if read_only else _kept(keep),
-            create=not read_only,
-            read_only=read_only,
-            enable_async_checkpointing=not read_only,
-        )
         if read_only and not self.folder.exists():
             raise BadInput(f"{workdir} has no checkpoints; train first")
-        self.manager = ocp.CheckpointManager(epath.Path(self.folder).absolute(), options=options)
+        self.saving: int | None = None
+        sealed = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        self.manager = ocp.CheckpointManager(
+            epath.Path(self.folder).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.PreserveAll() if read_only else _kept(keep, keep_every),
+                create=not read_only,
+                read_only=read_only,
+                enable_async_checkpointing=not read_only,
+                async_options=None if read_only else sealed,
+            ),
+        )
+
+    def _seal(self) -> None:
+        """Writes the manifest into a checkpoint that is whole but has not its name yet."""
+        if jax.process_index() == 0:
+            (unnamed,) = self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*")
+            write_manifest(unnamed)
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, whole or not, ascending."""
+        return sorted(self.manager.all_steps())
 
     def latest(self) -> int | None:
-        """Returns the newest whole checkpoint's step."""
+        """Returns the newest checkpoint's step, whole or not."""
         return self.manager.latest_step()
 
+    def damage(self, step: int) -> str:
+        """Returns what is wrong with a checkpoint, '' if nothing is."""
+        return damage(self.folder / str(step))
+
+    def newest_whole(self) -> int | None:
+        """Returns the newest checkpoint that is whole; damaged ones before it are set aside.
+
+        They move to `checkpoints-damaged/`, each with a line that says what is wrong.
+        """
+        for step in reversed(self.steps()):
+            if not (fault := self.damage(step)):
+                return step
+            aside = self.folder.parent / SET_ASIDE
+            aside.mkdir(exist_ok=True)
+            number = len(list(aside.glob(f"{step}.*")))
+            (self.folder / str(step)).rename(aside / f"{step}.{number}")
+            say(f"damaged   checkpoint {step}: {fault}; set aside as {aside}/{step}.{number}")
+            self.manager.reload()
+        return None
+
     def pick(self, step: int | None) -> int:
-        """Returns `step`, or the newest where it is None.
+        """Returns `step`, or the newest whole one where it is None.
 
         Raises:
-          BadInput: if there is no such checkpoint; the message lists those there are.
+          BadInput: if there is no such checkpoint (the message lists those there are), or the one
+            that is asked for is damaged.
         """
-        steps = sorted(self.manager.all_steps())
+        steps = self.steps()
         if not steps:
             raise BadInput(f"{self.folder} holds no checkpoint; train first")
-        if step is None:
-            return steps[-1]
-        if step not in steps:
+        if step is not None and step not in steps:
             raise BadInput(f"{self.folder} holds no checkpoint {step}, only {steps}")
-        return step
+        for candidate in [step] if step is not None else reversed(steps):
+            if not (fault := self.damage(candidate)):
+                return candidate
+            if step is not None:
+                raise BadInput(f"checkpoint {step} in {self.folder} is damaged: {fault}")
+            say(f"damaged   checkpoint {candidate}: {fault}; trying the one before")
+        raise BadInput(f"{self.folder} holds no checkpoint that is whole, of {steps}")
 
     def save(self, step: int, state, meta: dict, loss: float | None = None) -> None:
         """Starts saving; blocks only until the arrays are copied off the devices.
 
         `loss` is the validation loss at this step, if it is known.
+
+        Raises:
+          BadInput: if this or the last save could not be written (disk full, no permission).
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
         )
-        self.manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+        metrics = None if loss is None else {"loss": loss}
+        self._wait()
+        self.saving = step
+        self._guarded(lambda: self.manager.save(step, args=args, metrics=metrics))
+
+    def _wait(self) -> None:
+        self._guarded(self.manager.wait_until_finished)
+
+    def _guarded(self, act) -> None:
+        try:
+            act()
+        except (OSError, ValueError, RuntimeError, AssertionError) as e:
+            lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+            whole = next((s for s in reversed(self.steps()) if not self.damage(s)), None)
+            rest = f"the newest whole one is {whole}" if whole is not None else "there is none yet"
+            raise BadInput(
+                f"checkpoint {self.saving} cannot be written to {self.folder}: {lines[0][:300]}; {rest}"
+            ) from e
 
     def restore(self, step: int, abstract_state) -> tuple:
         """Returns (state, meta), laid out as `abstract_state`'s shardings say.
 
-        `abstract_state` comes from `jax.eval_shape`; the mesh may differ from the one that saved.
+        `abstract_state` comes from `jax.eval_shape`; mesh and dtypes may differ from those saved.
+
+        Raises:
+          BadInput: naming the first array that has another shape or is not there.
         """
+        self._wait()
+        self._compare(step, abstract_state)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(concrete(abstract_state)), meta=ocp.args.JsonRestore()
         )
         restored = self.manager.restore(step, args=args)
         return restored.state, restored.meta
+
+    def _compare(self, step: int, abstract_state) -> None:
+        saved, wanted = self.arrays(step), _by_path(abstract_state)
+        where = f"checkpoint {step} in {self.folder}"
+        for path, leaf in wanted.items():
+            if path not in saved:
+                raise BadInput(f"{where} has no array {path}: it is of another model or optimizer")
+            if tuple(saved[path].shape) != tuple(leaf.shape):
+                raise BadInput(
+                    f"{where}: array {path} has shape {tuple(saved[path].shape)}, this run's is"
+                    f" {tuple(leaf.shape)}"
+                )
+        if extra := next((path for path in saved if path not in wanted), None):
+            raise BadInput(f"{where} has an array {extra}, which this run has not")
+
+    def arrays(self, step: int) -> dict:
+        """Returns the shape and dtype of each saved array by its path, reading none of them."""
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.metadata(epath.Path(self.folder).absolute() / str(step) / "state")
+        return _by_path(found.item_metadata.tree)
 
     def meta(self, step: int) -> dict:
         """Returns what was saved beside the state."""
@@ -87,15 +178,26 @@ class Checkpoints:
             return reader.restore(path, args=args)[name]
 
     def close(self) -> None:
-        """Waits until the last save is whole."""
+        """Waits until the last save is whole.
+
+        Raises:
+          BadInput: if it could not be written.
+        """
+        self._wait()
         self.manager.close()
 
 
-def _kept(newest: int) -> policies.AnyPreservationPolicy:
+def _by_path(tree) -> dict:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _kept(newest: int, every: int) -> policies.AnyPreservationPolicy:
     best = policies.BestN(
         get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False
     )
-    return policies.AnyPreservationPolicy([policies.LatestN(newest), best])
+    kept = [policies.LatestN(newest), best]
+    return policies.AnyPreservationPolicy(kept + ([policies.EveryNSteps(every)] if every else []))
 
 
 def save_weights(workdir, params: dict, meta: dict) -> None:
@@ -106,9 +208,11 @@ def save_weights(workdir, params: dict, meta: dict) -> None:
     share the memory of arrays that are aligned to 64 bytes.
     """
     cpu = jax.local_devices(backend="cpu")[0]
-    state = {"params": jax.tree.map(lambda a: jax.device_put(a, cpu, may_alias=True), params)}
+    place = functools.partial(jax.device_put, device=cpu, may_alias=True)
+    state = {"params": jax.tree.map(place, params)}
+    folder = epath.Path(workdir).absolute() / "checkpoints"
     manager = ocp.CheckpointManager(
-        epath.Path(workdir).absolute() / "checkpoints",
+        folder,
         item_handlers={
             "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False),
             "meta": ocp.JsonCheckpointHandler(),
@@ -121,6 +225,7 @@ def save_weights(workdir, params: dict, meta: dict) -> None:
     )
     manager.save(0, args=args)
     manager.close()
+    write_manifest(folder / "0")
 
 
 def concrete(abstract):

@@ -141,7 +141,8 @@ class Config:
     eval_batches: int = 0  # 0 = the whole split
     sample_every: int = 0  # 0 = only at the end
     checkpoint_every: int = 100
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest; the best and every `keep_every`-th stay besides
+    keep_every: int = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 
 import jax
 
@@ -62,7 +63,7 @@ def restore_or_init(
     Raises:
       BadInput: if the checkpoint was trained on another token stream.
     """
-    step = checkpoints.latest()
+    step = checkpoints.newest_whole()
     if step is None:
         return run.first_state(), Clock()
     state, meta = checkpoints.restore(step, run.abstract_state())
@@ -193,6 +194,9 @@ class Loop:
             "seconds": clock.now(),
             "validations": clock.validations,
             "data_fingerprint": self.data.fingerprint,
+            "seed": self.config.seed,
+            "config": dataclasses.asdict(self.config),
+            "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
         }
         loss = dict(clock.validations).get(step)
         self.checkpoints.save(step, state, meta, loss)

@@ -7,18 +7,21 @@ import jax.numpy as jnp
 import jinja2
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from jaxgpt import convert, evaluate, train
 from jaxgpt.config import BadInput, Config, DataConfig, ModelConfig
 from jaxgpt.config.validate import validate
 from jaxgpt.data.pipeline import evaluation_batch, training_stream
 from jaxgpt.data.prepare import prepare
-from jaxgpt.evaluation.tasks import normalised, overlap, questions
+from jaxgpt.evaluation.tasks import Choices, normalised, overlap, questions
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.text.chat import JINJA, TEMPLATES, row_parts
 from jaxgpt.text.tasks import Example, read_examples
+from jaxgpt.tokenizer.base import ByteTokenizer
 from jaxgpt.training.setup import make_training
+from jaxgpt.training.step import make_eval_step
 from tests.conftest import mesh_of, tiny_config
 
 ROWS = [
@@ -110,6 +113,7 @@ def test_evaluation_counts_responses_only(tmp_path):
 def test_chatml_uses_its_special_tokens(tmp_path):
     data = prepared(tmp_path, chat_template="chatml", special_tokens="<|im_start|>,<|im_end|>")
     ids = data.train.tokens[:36].tolist()
+    assert data.train.tokens[36] == 256 and not data.train.mask[36], "behind what is not learnt"
     assert ids[1] == 257 and 258 in ids and ids.count(256) == 1
     text = data.tokenizer.decode(data.train.tokens)
     assert text.startswith("<|im_start|>user\nWhat is 1+1? <|im_end|>\n<|im_start|>assistant\n2")
@@ -219,3 +223,24 @@ def test_squad_figures_by_hand():
     assert found["f1"] == pytest.approx((1 + 0.5) / 2)
     assert normalised("The  Cat, an ox.") == ["cat", "ox"]
     assert overlap([], []) == 1.0 and overlap(["x"], []) == 0.0
+
+
+def test_a_choice_is_scored_by_its_own_tokens_only():
+    """ln P(answer | prompt), by hand; a prompt too long loses its beginning, not the answer."""
+    config = tiny_config(vocab_size=257, max_seq_len=12)
+    pairs = [("ab", " yes"), ("ab", " no"), ("a long prompt", " no")]
+    with jax.set_mesh(mesh := mesh_of(config)):
+        spec = ModelSpec(config.model, "xla")
+        params = jax.jit(spec.init)(jax.random.key(0))
+        sharding = NamedSharding(mesh, spec.rules(None, "batch", "seq"))
+        choices = Choices(make_eval_step(spec), sharding, ByteTokenizer(), 12, 2)
+        found = choices.scores(params, pairs)
+        expected = []
+        for prompt, answer in pairs:
+            ids = np.array([256, *prompt.encode()][-(12 - len(answer)) :] + [*answer.encode()])
+            run = jax.jit(lambda p, t: spec.bind(p)(t))
+            logits = np.asarray(run(params, jnp.asarray(ids[None, :-1], jnp.int32)))[0, :, :257]
+            logp = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+            picked = logp[np.arange(len(ids) - 1), ids[1:]]
+            expected.append(picked[-len(answer) :].sum())
+    np.testing.assert_allclose(found, expected, atol=1e-4)
