@@ -90,6 +90,7 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
     say(f"compile   the train step took {duration(time.perf_counter() - began)}")
     report = Reporter(workdir, int(state.step), is_first)
     code = loop(state, clock, train_step, checkpoints, report)
+    clock = loop.clock
     report.close()
     if code == 0 and is_first:
         last = loop.last_validation

@@ -62,6 +62,7 @@ class Checkpoints:
 
         They move to `checkpoints-damaged/`, each with a line that says what is wrong.
         """
+        self._wait()
         for step in reversed(self.steps()):
             if not (fault := self.damage(step)):
                 return step

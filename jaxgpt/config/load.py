@@ -19,7 +19,7 @@ from jaxgpt.config.validate import check_types, validate
 # What a rerun may change (the contract's resume rules).
 MAY_CHANGE = {
     "num_steps", "num_epochs", "early_stop", "log_every", "eval_every", "sample_every", "checkpoint_every",
-    "keep_checkpoints", "keep_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "grad_accum",
+    "keep_checkpoints", "keep_every", "max_bad_steps", "max_rollbacks", "mesh.data", "mesh.fsdp", "mesh.tensor", "grad_accum",
     "model.attention", "model.remat", "model.scan_layers",
 }  # fmt: skip
 

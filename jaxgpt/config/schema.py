@@ -137,6 +137,8 @@ class Config:
     batch_size: int = 8
     grad_accum: int = 1
     log_every: int = 10
+    max_bad_steps: int = 10  # non-finite ones in a row before a rollback
+    max_rollbacks: int = 3
     eval_every: int = 100
     eval_batches: int = 0  # 0 = the whole split
     sample_every: int = 0  # 0 = only at the end

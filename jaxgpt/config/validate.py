@@ -23,7 +23,7 @@ CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 AT_LEAST = {
     "num_steps": 1, "batch_size": 1, "grad_accum": 1, "log_every": 1, "keep_checkpoints": 1,
     "eval_every": 0, "eval_batches": 0, "sample_every": 0, "checkpoint_every": 0,
-    "keep_every": 0, "num_epochs": 0, "early_stop": 0, "model.lora_rank": 0, "model.vocab_size": 0, "model.max_seq_len": 1, "model.num_layers": 1, "model.num_heads": 1,
+    "keep_every": 0, "max_bad_steps": 1, "max_rollbacks": 0, "num_epochs": 0, "early_stop": 0, "model.lora_rank": 0, "model.vocab_size": 0, "model.max_seq_len": 1, "model.num_layers": 1, "model.num_heads": 1,
     "model.embed_dim": 1, "model.mlp_dim": 0, "model.num_kv_heads": 0, "model.head_dim": 0,
     "model.window": 0, "model.full_attention_every": 0, "model.logit_softcap": 0,
     "model.mup_base_width": 0, "model.rope_factor": 1, "model.rope_original_len": 1, "optim.warmup_steps": 0, "optim.weight_decay": 0,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
@@ -124,24 +124,30 @@ class _HostBatches:
     stream: Stream
     rows: np.ndarray
     num_batches: int
+    batch_of: Callable[[int], int]
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, k) -> dict[str, np.ndarray]:
-        return self.stream.batch(int(k), self.rows)
+        return self.stream.batch(self.batch_of(int(k) + 1), self.rows)
 
 
 def device_batches(
-    stream: Stream, sharding: NamedSharding, start: int, stop: int
+    stream: Stream,
+    sharding: NamedSharding,
+    start: int,
+    stop: int,
+    batch_of: Callable[[int], int] = lambda step: step - 1,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields batches `start` .. `stop` - 1 on the devices; each host reads its own rows only.
+    """Yields the batches of steps `start` + 1 .. `stop` on the devices; each host reads its own
+    rows only. `batch_of` says which batch (from 0) trains a step (from 1).
 
     `sharding` is that of an array [grad_accum, batch, seq_len].
     """
     shape = (stream.grad_accum, stream.batch_size // stream.grad_accum, stream.sources[0].seq_len)
     rows = _local_rows(sharding, shape)
-    source = grain.MapDataset.source(_HostBatches(stream, rows, stop))
+    source = grain.MapDataset.source(_HostBatches(stream, rows, stop, batch_of))
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     for batch in source.slice(slice(start, stop)).to_iter_dataset(ahead):
         yield {name: put(array, rows, sharding, shape) for name, array in batch.items()}

@@ -18,7 +18,7 @@ def train_line(row: dict, num_steps: int, eta_seconds: float) -> str:
     """Returns the progress line of a train row."""
     parts = [
         f"step {row['step']:>{len(str(num_steps))}}/{num_steps}",
-        f"loss {row['loss']:.4f}",
+        "loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}",
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens_per_second']:,.0f} tok/s",
     ]

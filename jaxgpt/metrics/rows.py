@@ -47,10 +47,13 @@ class Reporter:
     """Writes a run's rows to disk and TensorBoard; on all processes but the first, nothing."""
 
     def __init__(self, workdir, last_step: int, is_first_process: bool):
-        self.active = is_first_process
+        self.active, self.workdir = is_first_process, epath.Path(workdir)
+        self._open(last_step)
+
+    def _open(self, last_step: int) -> None:
         if not self.active:
             return
-        workdir = epath.Path(workdir)
+        workdir = self.workdir
         self.rows = RowFile(workdir / "metrics.jsonl", last_step)
         self.sampled = RowFile(workdir / "samples.jsonl", last_step)
         self.board = SummaryWriter(
@@ -72,6 +75,11 @@ class Reporter:
             return
         self.sampled.write(row)
         self.board.add_text("sample", f"```\n{row['prompt']}{row['text']}\n```", row["step"])
+
+    def rewind(self, last_step: int) -> None:
+        """Cuts away what was written after `last_step`; training goes on from there."""
+        self.close()
+        self._open(last_step)
 
     def close(self) -> None:
         if self.active:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 
 import jax
@@ -26,6 +27,7 @@ from jaxgpt.metrics.rows import Reporter
 from jaxgpt.metrics.throughput import mfu
 from jaxgpt.model import ModelSpec
 from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.training.divergence import Diverged, Spikes, batch_of
 from jaxgpt.training.setup import Training
 from jaxgpt.training.state import TrainState
 from jaxgpt.training.step import make_eval_step
@@ -39,6 +41,8 @@ class Clock:
     seconds: float = 0.0
     tokens: int = 0
     validations: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    skips: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # see `batch_of`
+    rollbacks: int = 0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def now(self) -> float:
@@ -72,8 +76,8 @@ def restore_or_init(
             f"the text of data.source={run.config.data.source} or its tokenizer has changed"
             f" since checkpoint {step}; restore it, or choose another --workdir"
         )
-    past = [tuple(found) for found in meta.get("validations", [])]
-    return state, Clock(meta["seconds"], meta["tokens"], past)
+    past, skips = ([tuple(pair) for pair in meta[name]] for name in ("validations", "skips"))
+    return state, Clock(meta["seconds"], meta["tokens"], past, skips, meta["rollbacks"])
 
 
 class Loop:
@@ -93,6 +97,7 @@ class Loop:
         )  # fmt: skip
         self.sample = Sampler(run.spec, data.tokenizer, config.sample)
         self.last_validation: dict | None = None
+        self.spikes = Spikes()
 
     def __call__(
         self,
@@ -104,43 +109,86 @@ class Loop:
     ) -> int:
         """Trains from `state` to `num_steps` and returns the exit code."""
         self.checkpoints, self.report = checkpoints, report
+        with StopRequest() as stop:
+            while True:
+                try:
+                    self._train(state, clock, train_step, stop)
+                    break
+                except Diverged as e:
+                    if clock.rollbacks == self.config.max_rollbacks:
+                        self._give_up(e, clock)
+                        checkpoints.close()
+                        return 3
+                    state, clock = self._roll_back(e, clock)
+        checkpoints.close()
+        return stop.exit_code
+
+    def _train(self, state: TrainState, clock: Clock, train_step, stop: StopRequest) -> None:
+        """Trains to `num_steps`, a stop signal or early stopping.
+
+        Raises:
+          Diverged: after too many bad steps in a row.
+        """
         config, start = self.config, int(state.step)
-        batches = device_batches(self.stream, self.run.batch_sharding, start, config.num_steps)
+        batches = device_batches(
+            self.stream, self.run.batch_sharding, start, config.num_steps,
+            partial(batch_of, skips=clock.skips),
+        )  # fmt: skip
         speed = _Speed(start)
         ended = False  # by early stopping
         logged = None  # a row waits until the next step is dispatched, so the device never does
+        self.clock = clock
         clock.started = time.perf_counter()
-        with StopRequest() as stop:
-            for step, batch in enumerate(batches, start=start + 1):
-                state, metrics = train_step(state, batch)
-                clock.tokens += self.stream.num_targets(step - 1)
-                if logged:
-                    logged = self._log(*logged, clock, speed)
-                end, stopping = step == config.num_steps, stop.received
-                if end or _due(step, config.log_every):
-                    logged = (step, clock.tokens, metrics)
-                validates = (end or _due(step, config.eval_every)) and not stopping
-                samples = (end or _due(step, config.sample_every)) and not stopping
-                saves = end or _due(step, config.checkpoint_every) or stopping
-                if validates or samples or saves:
-                    logged = logged and self._log(*logged, clock, speed)
-                    if validates:
-                        self._validate(state, step, clock)
-                        ended = clock.is_out_of_patience(config.early_stop)
-                        is_best = config.early_stop > 0 and clock.best[0] == step
-                        saves = saves or ended or is_best
-                    if samples:
-                        self._sample(state, step)
-                    if saves:
-                        self._save(state, step, clock)
-                    speed.restart(step)
-                if ended:
-                    break
-                if stopping:
-                    say(f"stopped   by signal {stopping} after step {step}, which is saved")
-                    break
-        checkpoints.close()
-        return stop.exit_code
+        for step, batch in enumerate(batches, start=start + 1):
+            state, metrics = train_step(state, batch)
+            clock.tokens += self.stream.num_targets(batch_of(step, clock.skips))
+            if logged:
+                logged = self._log(*logged, clock, speed)
+            end, stopping = step == config.num_steps, stop.received
+            if end or _due(step, config.log_every):
+                logged = (step, clock.tokens, metrics)
+            validates = (end or _due(step, config.eval_every)) and not stopping
+            samples = (end or _due(step, config.sample_every)) and not stopping
+            saves = end or _due(step, config.checkpoint_every) or stopping
+            if validates or samples or saves:
+                logged = logged and self._log(*logged, clock, speed)
+                if validates:
+                    self._validate(state, step, clock)
+                    ended = clock.is_out_of_patience(config.early_stop)
+                    is_best = config.early_stop > 0 and clock.best[0] == step
+                    saves = saves or ended or is_best
+                if samples:
+                    self._sample(state, step)
+                if saves:
+                    self._save(state, step, clock)
+                speed.restart(step)
+            if ended:
+                break
+            if stopping:
+                say(f"stopped   by signal {stopping} after step {step}, which is saved")
+                break
+
+    def _roll_back(self, e: Diverged, clock: Clock) -> tuple[TrainState, Clock]:
+        """Returns the newest whole checkpoint's state, the bad batches left out of what follows."""
+        state, earlier = restore_or_init(self.run, self.data, self.checkpoints)
+        restored = int(state.step)
+        first = max(e.step - e.in_a_row + 1, restored + 1)
+        earlier.skips = [*clock.skips, (first, e.step - first + 1)]
+        earlier.seconds, earlier.rollbacks = clock.now(), clock.rollbacks + 1
+        self.report.rewind(restored)
+        say(f"diverged  {e.in_a_row} non-finite steps in a row up to step {e.step}: back to"
+            f" checkpoint {restored}, without {self._batches(e, clock)}")  # fmt: skip
+        return state, earlier
+
+    def _give_up(self, e: Diverged, clock: Clock) -> None:
+        say(f"diverged  {e.in_a_row} non-finite steps in a row up to step {e.step}, after"
+            f" {clock.rollbacks} rollbacks: giving up. The last of them took"
+            f" {self._batches(e, clock)}; look at one with python -m jaxgpt.prepare --config=FILE"
+            f" --show={batch_of(e.step, clock.skips)}, or lower optim.learning_rate")  # fmt: skip
+
+    def _batches(self, e: Diverged, clock: Clock) -> str:
+        steps = range(e.step - e.in_a_row + 1, e.step + 1)
+        return f"batches {', '.join(str(batch_of(s, clock.skips)) for s in steps)}"
 
     def _log(self, step: int, tokens: int, metrics: dict, clock: Clock, speed: "_Speed") -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -150,9 +198,9 @@ class Loop:
         row = {
             "step": step,
             "split": "train",
-            "loss": values["loss"],
+            "loss": _finite(values["loss"]),
             "learning_rate": values["learning_rate"],
-            "grad_norm": values["grad_norm"],
+            "grad_norm": _finite(values["grad_norm"]),
             "tokens": tokens,
             "tokens_per_second": per_step / step_seconds,
             "step_seconds": step_seconds,
@@ -166,6 +214,15 @@ class Loop:
         eta = (self.config.num_steps - step) * step_seconds
         if self.report.active:
             say(train_line(row, self.config.num_steps, eta))
+        batch = batch_of(step, clock.skips)
+        if values["in_a_row"]:
+            say(f"skipped   step {step} (batch {batch}): loss or gradient not finite,"
+                f" {values['in_a_row']:.0f} in a row, {values['skipped']:.0f} in all")  # fmt: skip
+        elif usual := self.spikes(values["loss"]):
+            say(f"spike     loss {values['loss']:.4f} at step {step} (batch {batch}), usually"
+                f" {usual:.4f}")  # fmt: skip
+        if values["in_a_row"] >= self.config.max_bad_steps:
+            raise Diverged(step, int(values["in_a_row"]))
 
     def _validate(self, state: TrainState, step: int, clock: Clock) -> None:
         jax.block_until_ready(state.step)  # steps still under way are not the evaluation's time
@@ -193,6 +250,8 @@ class Loop:
             "tokens": clock.tokens,
             "seconds": clock.now(),
             "validations": clock.validations,
+            "skips": clock.skips,
+            "rollbacks": clock.rollbacks,
             "data_fingerprint": self.data.fingerprint,
             "seed": self.config.seed,
             "config": dataclasses.asdict(self.config),
@@ -200,6 +259,11 @@ class Loop:
         }
         loss = dict(clock.validations).get(step)
         self.checkpoints.save(step, state, meta, loss)
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN and no infinity: they become null."""
+    return value if math.isfinite(value) else None
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,6 +1,5 @@
 """Dynamic loss scaling for float16, whose gradients would underflow (arXiv:1710.03740, 3.2)."""
 
-import jax
 import jax.numpy as jnp
 
 FIRST = 2.0**15
@@ -17,11 +16,6 @@ def initial(dtype: str) -> dict:
 def factor(state: dict):
     """Returns what the loss is multiplied with and the gradient divided by."""
     return state["scale"] if state else 1.0
-
-
-def finite(grads: dict):
-    """Returns whether every gradient is finite, as a scalar on the device."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
 
 
 def adjust(state: dict, good) -> dict:

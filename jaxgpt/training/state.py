@@ -10,7 +10,7 @@ import optax
 from jaxgpt.config import Config
 from jaxgpt.model import ModelSpec
 from jaxgpt.optim.groups import split, trainable
-from jaxgpt.training import loss_scale
+from jaxgpt.training import divergence, loss_scale
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +27,7 @@ class TrainState:
     step: Any  # int32 scalar
     ema: Any = dataclasses.field(default_factory=dict)
     loss_scale: Any = dataclasses.field(default_factory=dict)
+    bad: Any = dataclasses.field(default_factory=dict)  # see `training.divergence`
 
     @property
     def best_params(self) -> dict:
@@ -53,4 +54,5 @@ def init_state(
         jnp.zeros((), jnp.int32),
         ema=params if config.optim.ema_decay else {},
         loss_scale=loss_scale.initial(config.model.dtype),
+        bad=divergence.counters(),
     )

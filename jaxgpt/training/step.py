@@ -16,6 +16,7 @@ from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.parallel.rules import BATCH_AXES
 from jaxgpt.training import loss_scale
+from jaxgpt.training.divergence import counted, keep_if
 from jaxgpt.training.state import TrainState
 
 Batch = dict[str, Int[Array, "A B T"]]  # inputs, targets (packed: segments, positions too)
@@ -27,7 +28,8 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
 
     The gradient is that of the mean over all targets of all microbatches, so that `grad_accum`
     changes memory and nothing else. Metrics are scalars on the device: `loss` (cross-entropy in
-    nats, without z-loss), `grad_norm` (before clipping), `learning_rate`.
+    nats, without z-loss), `grad_norm` (before clipping), `learning_rate`, `in_a_row` and
+    `skipped` (bad steps, see `training.divergence`).
     """
     optimizer = make_optimizer(config.optim, config.num_steps, spec.cfg)
     schedule = make_schedule(config.optim, config.num_steps)
@@ -56,14 +58,17 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
         params = join(optax.apply_updates(trained, updates), frozen)
         new = TrainState(
             params, opt_state, state.step + 1, _average(state.ema, params, mask, ema_decay),
-            state.loss_scale,
+            state.loss_scale, state.bad,
         )  # fmt: skip
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = _guarded(state, new, good)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": norm,
             "learning_rate": schedule(state.step),
         }
-        return (_skip_if_overflown(state, new, grads) if state.loss_scale else new), metrics
+        return new, metrics | new.bad
 
     return jax.jit(train_step, donate_argnames="state")
 
@@ -103,12 +108,18 @@ def _average(ema: dict, params: dict, mask: dict, decay: float) -> dict:
     )
 
 
-def _skip_if_overflown(old: TrainState, new: TrainState, grads: dict) -> TrainState:
-    """Returns `new` where the gradients are finite, else `old` a step on; adjusts the scale."""
-    good = loss_scale.finite(grads)
-    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-    scale = loss_scale.adjust(old.loss_scale, good)
-    return TrainState(kept.params, kept.opt_state, new.step, kept.ema, scale)
+def _guarded(old: TrainState, new: TrainState, good) -> TrainState:
+    """Returns `new` where the step was good, else `old` a step on and a bad step more.
+
+    With loss scaling an overflow is no fault of the step's while the scale can still fall.
+    """
+    kept = keep_if(good, new, old)
+    scale, blame = old.loss_scale, good
+    if scale:
+        blame = good | (scale["scale"] > 1)
+        scale = loss_scale.adjust(scale, good)
+    bad = counted(old.bad, blame)
+    return TrainState(kept.params, kept.opt_state, new.step, kept.ema, scale, bad)
 
 
 def make_eval_step(spec: ModelSpec) -> Callable[[dict, Batch], Float[Array, "B"]]:
