@@ -2,11 +2,18 @@
 
 Prepares the data if that is not done yet, trains, evaluates, samples and checkpoints into the
 workdir (default: runs/<config file's name>). Run the same command again to resume.
+
+--verify_resume=K trains nothing to keep: it kills a run of 2K steps of this config in the middle,
+resumes it and compares every number with a run that was not killed.
 """
 
 import dataclasses
+import fcntl
+import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -38,6 +45,7 @@ from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.load import fingerprint
 from jaxgpt.training.loop import Clock, Loop, restore_or_init
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
+from jaxgpt.training.verify_resume import verify_resume
 from jaxgpt.training.warm_start import check_source
 
 
@@ -45,7 +53,11 @@ def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     define_config_flag(values, argv)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_integer("verify_resume", 0, "prove resume over K steps", flag_values=values)
     config = config_of(parse(values, argv, __doc__))
+    if not values["verify_resume"].using_default_value:
+        print(json.dumps(verify_resume(argv, values.verify_resume)))
+        return 0
     workdir = epath.Path(values.workdir or f"runs/{Path(config_path(argv)).stem}")
     check_writable(workdir)
     config, changes = adopt(workdir, config)
@@ -58,7 +70,7 @@ def main(argv: list[str]) -> int:
         return 0
     config = resolve_vocab(config, data.tokenizer.vocab_size)
     training = make_training(config, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), only_trainer(workdir):
         return train(training, data, workdir, changes)
 
 
@@ -101,6 +113,30 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
             f"          python -m jaxgpt.evaluate --workdir={workdir}\n"
             f"          tensorboard --logdir={workdir}/tensorboard")  # fmt: skip
     return code
+
+
+@contextmanager
+def only_trainer(workdir: epath.Path) -> Iterator[None]:
+    """Holds `workdir` against a second trainer, until this process ends in whatever way.
+
+    Raises:
+      BadInput: if another one trains in it now.
+    """
+    if "://" in os.fspath(workdir) or jax.process_index() > 0:
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(workdir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise BadInput(f"another process trains in {workdir} now; choose another --workdir") from e
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def best_of(clock: Clock) -> str:

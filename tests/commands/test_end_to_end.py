@@ -20,6 +20,7 @@ from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.training import verify_resume as verify_module
 from tests.conftest import ROOT
 
 CONFIG = """
@@ -53,9 +54,10 @@ def losses(workdir) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows(workdir)}
 
 
-def start(config_file, workdir, *args) -> subprocess.Popen:
-    """The real command in a process of its own, on one device."""
-    env = os.environ | {"XLA_FLAGS": "", "JAXGPT_CACHE": str(config_file.parent / "cache")}
+def start(config_file, workdir, *args, devices=1) -> subprocess.Popen:
+    """The real command in a process of its own."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAXGPT_CACHE": str(config_file.parent / "cache")}
     argv = [sys.executable, "-m", "jaxgpt.train", f"--config={config_file}", f"--workdir={workdir}"]
     return subprocess.Popen(
         [*argv, *args], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -248,3 +250,52 @@ def test_packed_training_counts_real_targets_and_minds_its_tokenizer(
     (workdir / "tokenizer/special_tokens.json").write_text('["<|x|>"]')
     code, _, err = command(train.main, *argv[:3], "--config.num_steps=6", argv[-1])
     assert code == 2 and "tokenizer is not the tokenizer that" in err
+
+
+def test_a_second_trainer_is_refused(command, config_file, tmp_path):
+    workdir = tmp_path / "w"
+    process = start(config_file, workdir, "--config.num_steps=2000")
+    wait_for(process, lambda: (workdir / "metrics.jsonl").exists())
+    code, _, err = command(train.main, f"--config={config_file}", f"--workdir={workdir}",
+                           "--config.num_steps=2000")  # fmt: skip
+    assert code == 2 and f"another process trains in {workdir} now" in err
+    process.kill()
+    process.wait()
+
+
+def test_verify_resume(command, config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.chdir(ROOT)
+    argv = (f"--config={config_file}", f"--workdir={tmp_path}/w")
+    code, out, err = command(train.main, *argv, "--verify_resume=6")
+    assert code == 0 and json.loads(out)["identical"] is True, err
+    assert "steps 7 to 12 after the kill are identical, bit for bit" in err
+    assert not (tmp_path / "w").exists()
+    code, _, err = command(train.main, *argv, "--verify_resume=0")
+    assert code == 2 and "must be at least 1" in err
+
+    honest = verify_module._rows
+    monkeypatch.setattr(verify_module, "_rows", lambda folder: {
+        step: row | {"loss": row["loss"] + (step == 9 and folder.name == "killed") * 1e-7}
+        for step, row in honest(folder).items()
+    })  # fmt: skip
+    code, _, err = command(train.main, *argv, "--verify_resume=6")
+    assert code == 2 and "resume is not exact: step 9 has loss" in err
+
+
+def test_elastic_restore_over_meshes(command, config_file, tmp_path):
+    """8 devices, then 4, then 1, then 8: the losses are those of the run that stayed on 8."""
+    still = ("--config.model.dropout=0", "--config.optim.schedule=constant", "--config.eval_every=0")
+    for devices, until in ((8, 11), (4, 22), (1, 33), (8, 44)):
+        process = start(config_file, tmp_path / "w", *still, f"--config.num_steps={until}",
+                        devices=devices)  # fmt: skip
+        _, err = process.communicate()
+        assert process.returncode == 0 and f"{devices} x cpu" in err, err
+    code, _, err = command(train.main, f"--config={config_file}", *still,
+                           "--config.num_steps=44", f"--workdir={tmp_path}/stayed")  # fmt: skip
+    assert code == 0, err
+    stayed, moved = losses(tmp_path / "stayed"), losses(tmp_path / "w")
+    assert list(moved) == list(stayed) == list(range(1, 45))
+    for at in (12, 23, 34):
+        assert moved[at] == pytest.approx(stayed[at], abs=1e-5)
+        assert moved[at + 10] == pytest.approx(stayed[at + 10], abs=1e-4)
