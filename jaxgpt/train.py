@@ -107,7 +107,8 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
     if code == 0 and is_first:
         last = loop.last_validation
         early = "" if last["step"] == config.num_steps else f" (stopped early; {best_of(clock)})"
-        say(f"done      validation loss {last['loss']:.4f} nats/token after"
+        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats/token"
+        say(f"done      validation loss {loss} after"
             f" {last['step']} steps{early} in {duration(clock.now())}; everything is in {workdir}\n"
             f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='def '\n"
             f"          python -m jaxgpt.evaluate --workdir={workdir}\n"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import grain
@@ -17,6 +18,7 @@ from jaxgpt.data.shards import Split
 from jaxgpt.data.windows import Contiguous, Packed
 from jaxgpt.ops.cross_entropy import IGNORE
 
+ON_DEVICE = 1  # batches sent ahead of the one in use: the copy runs beside the step
 SHUFFLE_ROUNDS = 4  # of grain's block cipher over indices
 
 
@@ -149,8 +151,12 @@ def device_batches(
     rows = _local_rows(sharding, shape)
     source = grain.MapDataset.source(_HostBatches(stream, rows, stop, batch_of))
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    coming: deque[dict[str, jax.Array]] = deque()  # on their way to the devices
     for batch in source.slice(slice(start, stop)).to_iter_dataset(ahead):
-        yield {name: put(array, rows, sharding, shape) for name, array in batch.items()}
+        coming.append({name: put(a, rows, sharding, shape) for name, a in batch.items()})
+        if len(coming) > ON_DEVICE:
+            yield coming.popleft()
+    yield from coming
 
 
 def _local_rows(sharding: NamedSharding, shape: tuple) -> np.ndarray:

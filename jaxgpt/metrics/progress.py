@@ -29,6 +29,8 @@ def train_line(row: dict, num_steps: int, eta_seconds: float) -> str:
 
 def validation_line(row: dict, num_steps: int) -> str:
     """Returns the progress line of a validation row."""
+    if row["loss"] is None:
+        return f"step {row['step']}/{num_steps} | validation loss not finite"
     return (
         f"step {row['step']:>{len(str(num_steps))}}/{num_steps} | validation loss"
         f" {row['loss']:.4f} | perplexity {row['perplexity']:.2f}"

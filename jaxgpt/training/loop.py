@@ -34,6 +34,9 @@ from jaxgpt.training.step import make_eval_step
 from jaxgpt.training.stop import StopRequest
 
 
+WORST = 1e30  # stands for a validation loss that is not finite: JSON has no infinity
+
+
 @dataclasses.dataclass
 class Clock:
     """Training time, tokens and validation losses so far, over resumes; saved with checkpoints."""
@@ -229,11 +232,11 @@ class Loop:
         began = time.perf_counter()
         found = self.evaluate(state.best_params, self.config.eval_batches)
         row = {"step": step, "split": "validation"}
-        row |= {name: found[name] for name in ("loss", "perplexity", "bits_per_byte")}
+        row |= {name: _finite(found[name]) for name in ("loss", "perplexity", "bits_per_byte")}
         row["seconds"] = clock.now()
         self.report.metrics(row)
         self.last_validation = row
-        clock.validations.append((step, row["loss"]))
+        clock.validations.append((step, WORST if row["loss"] is None else row["loss"]))
         if self.report.active:
             line = validation_line(row, self.config.num_steps)
             say(f"{line} | took {duration(time.perf_counter() - began)}")
