@@ -70,17 +70,26 @@ def main(argv: list[str]) -> int:
         return 0
     config = resolve_vocab(config, data.tokenizer.vocab_size)
     training = make_training(config, mesh)
-    with jax.set_mesh(mesh), only_trainer(workdir):
+    with jax.set_mesh(mesh):
         return train(training, data, workdir, changes)
 
 
 def train(training: Training, data: Prepared, workdir: epath.Path, changes: list[str]) -> int:
-    """Trains from the workdir's newest checkpoint, or from nothing; returns the exit code."""
-    config, is_first = training.config, jax.process_index() == 0
+    """Checks what can be checked, then trains in `workdir` alone; returns the exit code."""
+    config = training.config
     describe(training, data, workdir)
     check_same(data.fingerprint, "the prepared text or tokenizer")
     check_same(to_json(config), "the config")
     loop = Loop(training, data)
+    with only_trainer(workdir):
+        return carry_on(training, data, loop, workdir, changes)
+
+
+def carry_on(
+    training: Training, data: Prepared, loop: Loop, workdir: epath.Path, changes: list[str]
+) -> int:
+    """Trains from the workdir's newest whole checkpoint, or from nothing; returns the exit code."""
+    config, is_first = training.config, jax.process_index() == 0
     checkpoints = Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
     state, clock = restore_or_init(training, data, checkpoints)
     if state.step:

@@ -12,6 +12,7 @@ from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimConfig
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.cross_entropy import cross_entropy
 from jaxgpt.optim.optimizers import make_optimizer
+from jaxgpt.training.divergence import counters
 from jaxgpt.training.state import TrainState
 from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of
@@ -93,7 +94,9 @@ def test_optimizer_trajectory(case):
     optimizer = make_optimizer(config.optim, config.num_steps, config.model)
     with jax.set_mesh(mesh_of(config)):
         params = jax.tree.map(jnp.asarray, ours(case, "weight/"))
-        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        state = TrainState(
+            params, optimizer.init(params), jnp.zeros((), jnp.int32), bad=counters()
+        )
         step, losses, norms = make_train_step(spec, config), [], []
         for tokens in found["batches"]:
             batch = {"inputs": tokens[None, :, :-1], "targets": tokens[None, :, 1:]}
