@@ -46,7 +46,7 @@ from jaxgpt.tokenizer.load import fingerprint
 from jaxgpt.training.loop import Clock, Loop, restore_or_init
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 from jaxgpt.training.verify_resume import verify_resume
-from jaxgpt.training.warm_start import check_source
+from jaxgpt.training.warm_start import check_model, check_source
 
 
 def main(argv: list[str]) -> int:
@@ -164,6 +164,7 @@ def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
     if not (workdir / "checkpoints").exists() or not (workdir / "config.json").exists():
         if config.init_from:
             check_source(config.init_from)
+            check_model(config)
         return config, []
     if (workdir / "checkpoints" / "0").exists():
         raise BadInput(

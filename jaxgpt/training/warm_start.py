@@ -36,6 +36,27 @@ def check_source(path: str) -> None:
         )
 
 
+def check_model(config: Config) -> None:
+    """Raises `BadInput` if the model at `init_from` is another than the config's."""
+    path = config.init_from
+    if (epath.Path(path) / "checkpoints").exists():
+        theirs = read_config(epath.Path(path)).model.with_sizes()
+    else:
+        theirs = open_folder(Path(path)).model
+    mine = config.model.with_sizes()
+    if differing := [
+        f"model.{f.name}: {getattr(theirs, f.name)!r} there, {getattr(mine, f.name)!r} here"
+        for f in dataclasses.fields(ModelConfig)
+        if f.name not in FREE and getattr(theirs, f.name) != getattr(mine, f.name)
+    ]:
+        raise BadInput(f"init_from={path} is another model: {'; '.join(differing)}")
+    if mine.position == "learned" and mine.max_seq_len > theirs.max_seq_len:
+        raise BadInput(
+            f"init_from={path} has {theirs.max_seq_len} positions,"
+            f" model.max_seq_len={mine.max_seq_len}"
+        )
+
+
 def warm_params(config: Config, spec: ModelSpec) -> dict:
     """Returns the parameters a run with `init_from` starts from, laid out on the current mesh.
 
@@ -45,14 +66,8 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
     Raises:
       BadInput: naming the fields or the first array that do not fit.
     """
+    check_model(config)
     source, theirs = _load(config.init_from)
-    mine = spec.cfg
-    if differing := [
-        f"model.{f.name}: {getattr(theirs, f.name)!r} there, {getattr(mine, f.name)!r} here"
-        for f in dataclasses.fields(ModelConfig)
-        if f.name not in FREE and getattr(theirs, f.name) != getattr(mine, f.name)
-    ]:
-        raise BadInput(f"init_from={config.init_from} is another model: {'; '.join(differing)}")
     fresh = jax.jit(spec.init)(jax.random.key(config.seed))
     wanted, anew = flatten(fresh), parse_patterns(config.init_fresh, "init_fresh")
     if strange := set(source) - set(wanted) - {p for p in source if _any(anew, p)}:
@@ -89,8 +104,6 @@ def _fitted(path: str, value: np.ndarray, leaf: jax.Array, vocab: int, where: st
         rows = vocab if path in ("tokens", "head") else len(value)
         whole = np.array(leaf)
         kept = min(rows, len(whole))
-        if path == "positions/kernel" and len(whole) > rows:
-            raise BadInput(f"init_from={where} has {rows} positions, model.max_seq_len={len(whole)}")
         whole[:kept] = value[:kept]
         value = whole
     if value.shape != leaf.shape:

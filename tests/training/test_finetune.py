@@ -163,7 +163,7 @@ def test_what_init_from_refuses(command, tmp_path, corpus):
     ):
         code, _, err = started(command, tmp_path, corpus, tmp_path / "hf", *args)
         assert code == 2 and message in err, err
-        assert not (tmp_path / "w/config.json").exists()
+        assert not (tmp_path / "w").exists(), "nothing half-written"
 
 
 def test_a_larger_vocabulary_a_shorter_context_a_new_head_and_lora(command, tmp_path, corpus):
