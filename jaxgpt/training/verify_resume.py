@@ -30,11 +30,11 @@ def verify_resume(argv: list[str], steps: int) -> dict:
     with tempfile.TemporaryDirectory(prefix="jaxgpt-verify-") as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
         say(f"verify    {2 * steps} steps without a kill")
-        _finish(_start(argv, steps, whole))
+        _finish(_start(argv, steps, whole), whole)
         say(f"verify    the same, killed after checkpoint {steps}")
         _kill_after(_start(argv, steps, killed), killed, steps)
         say("verify    the same command again")
-        _finish(_start(argv, steps, killed))
+        _finish(_start(argv, steps, killed), killed)
         rows = [_rows(folder) for folder in (whole, killed)]
     for step in range(1, 2 * steps + 1):
         for name in COMPARED:
@@ -59,13 +59,17 @@ def _start(argv: list[str], steps: int, workdir: Path) -> subprocess.Popen:
     fields = FIXED | {"num_steps": 2 * steps, "checkpoint_every": steps}
     changes = [f"--config.{name}={value}" for name, value in fields.items()]
     command = [sys.executable, "-m", "jaxgpt.train", *kept, *changes, f"--workdir={workdir}"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with open(_log(workdir), "w") as log:  # a pipe that nobody reads would fill and stop the run
+        return subprocess.Popen(command, stderr=log, stdout=log)
 
 
-def _finish(process: subprocess.Popen) -> None:
-    _, err = process.communicate()
-    if process.returncode:
-        last = (err.strip().splitlines() or ["no message"])[-1]
+def _log(workdir: Path) -> Path:
+    return workdir.with_suffix(".log")
+
+
+def _finish(process: subprocess.Popen, workdir: Path, expected: tuple[int, ...] = (0,)) -> None:
+    if process.wait() not in expected:
+        last = (_log(workdir).read_text().strip().splitlines() or ["no message"])[-1]
         raise BadInput(f"the run to verify failed: {last.removeprefix('error: ')}")
 
 
@@ -74,9 +78,7 @@ def _kill_after(process: subprocess.Popen, workdir: Path, steps: int) -> None:
     while process.poll() is None and not (workdir / "checkpoints" / str(steps)).exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    _, err = process.communicate()
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise BadInput(f"the run to verify failed: {(err.strip().splitlines() or [''])[-1]}")
+    _finish(process, workdir, (0, -signal.SIGKILL))
     end = workdir / "checkpoints" / str(2 * steps)
     if end.exists():  # it was too fast to be killed: as if the kill had come before its last save
         end.rename(workdir / "too-fast")
