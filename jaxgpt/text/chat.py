@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from jaxgpt.config import BadInput
-from jaxgpt.text.files import opened
-from jaxgpt.text.formats import encodable, parse_json
+from jaxgpt.text.formats import encodable, json_rows
 from jaxgpt.text.pieces import Part, Piece
 
 ROLES = ("system", "user", "assistant")
@@ -36,14 +35,8 @@ def read_chat(files: list[str], template: str) -> Iterator[Piece]:
     Raises:
       BadInput: naming file and line, if a row is malformed or nothing of it would be learnt.
     """
-    for file in files:
-        with opened(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                where = f"{file}, line {number}"
-                parts = row_parts(parse_json(line, where), template, where)
-                yield piece_of(parts, file, number)
+    for file, number, row in json_rows(files):
+        yield piece_of(row_parts(row, template, f"{file}, line {number}"), file, number)
 
 
 def piece_of(parts: list[Part], file: str, number: int) -> Piece:

@@ -72,6 +72,19 @@ def _field(line: bytes, field: str, where: str) -> str:
     return encodable(text, where)
 
 
+def json_rows(files: list[str]) -> Iterator[tuple[str, int, object]]:
+    """Yields (file, line number, value) of every line of JSON that is not blank.
+
+    Raises:
+      BadInput: naming file and line, if one is not JSON.
+    """
+    for file in files:
+        with opened(file) as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield file, number, parse_json(line, f"{file}, line {number}")
+
+
 def parse_json(line: bytes, where: str):
     """Returns what a line of JSON holds.
 

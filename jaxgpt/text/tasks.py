@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from jaxgpt.config import BadInput
 from jaxgpt.text.chat import piece_of
-from jaxgpt.text.files import opened
-from jaxgpt.text.formats import parse_json
+from jaxgpt.text.formats import json_rows
 from jaxgpt.text.pieces import Part, Piece
 
 LABELS = {
@@ -68,23 +67,20 @@ def read_examples(task: str, files: list[str]) -> Iterator[Example]:
     Raises:
       BadInput: naming file and line, if a row lacks a field or its label is none.
     """
-    for file in files:
-        with opened(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                where = f"{file}, line {number}"
-                row = parse_json(line, where)
-                try:
-                    prompt, answers = TASKS[task](row)
-                except (KeyError, TypeError, ValueError) as e:
-                    raise BadInput(f"{where} is no row of task {task}: {e!r}") from e
-                yield Example(prompt, answers, where)
+    for file, number, row in json_rows(files):
+        yield _example(task, row, f"{file}, line {number}")
+
+
+def _example(task: str, row, where: str) -> Example:
+    try:
+        return Example(*TASKS[task](row), where)
+    except (KeyError, TypeError, ValueError) as e:
+        raise BadInput(f"{where} is no row of task {task}: {e!r}") from e
 
 
 def read_task(files: list[str], task: str) -> Iterator[Piece]:
     """Yields a document per example, of which the answer is learnt."""
-    for file in files:
-        for number, example in enumerate(read_examples(task, [file]), start=1):
-            answer = Part(f" {example.answers[0]}", learn=True)
-            yield piece_of([Part(example.prompt), answer], file, number)
+    for file, number, row in json_rows(files):
+        example = _example(task, row, f"{file}, line {number}")
+        answer = Part(f" {example.answers[0]}", learn=True)
+        yield piece_of([Part(example.prompt), answer], file, number)
