@@ -11,8 +11,6 @@ that does not match is not left behind.
 
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 
 import jax
@@ -23,6 +21,7 @@ from absl import flags
 from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.config import BadInput, Config, DataConfig, ModelConfig
 from jaxgpt.config.cli import parse, run, say
+from jaxgpt.config.files import whole_folder
 from jaxgpt.config.load import to_json
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.interchange.families import Family, family_of
@@ -73,8 +72,6 @@ def import_folder(source: Path, workdir: Path) -> None:
     Raises:
       BadInput: if the folder cannot be read (see `open_folder`), or `workdir` holds something.
     """
-    if workdir.exists() and any(workdir.iterdir() if workdir.is_dir() else [workdir]):
-        raise BadInput(f"{workdir} exists already; choose another --workdir")
     folder = open_folder(source)
     tokenizer = read_tokenizer(source)
     if tokenizer.vocab_size > folder.model.vocab_size:
@@ -87,21 +84,12 @@ def import_folder(source: Path, workdir: Path) -> None:
     config = Config(model=dataclasses.replace(folder.model, param_dtype=dtype), data=data)
     with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
         abstract = jax.eval_shape(ModelSpec(config.model, "xla").init, jax.random.key(0))
-    params = read_params(folder, abstract)
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = workdir.with_name(f".{workdir.name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(workdir, "--workdir") as scratch:
+        params = read_params(folder, abstract)
         save_tokenizer(tokenizer, scratch / "tokenizer")
         (scratch / "config.json").write_text(to_json(config))
         meta = {"tokens": 0, "seconds": 0.0, "data_fingerprint": "", "imported": str(source)}
         save_weights(scratch, params, meta)
-        if workdir.is_dir():
-            workdir.rmdir()
-        scratch.rename(workdir)
-    except OSError as e:
-        raise BadInput(f"cannot write {workdir}: {e}") from e
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     say(f"imported  {count_parameters(params, config.model):,} parameters of {folder.family.name}"
         f" from {source} into {workdir}\n"
         f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='Once upon a time'\n"
@@ -115,15 +103,10 @@ def export_folder(workdir: str, step: int | None, target: Path, dtype: str) -> N
       BadInput: if no architecture there is the model's, `target` holds something, or what was
         written does not read back to the same logits.
     """
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        raise BadInput(f"{target} exists already; choose another --to")
     trained = open_trained(workdir, step)
     cfg = dataclasses.replace(trained.config.model.with_sizes(), lora_rank=0)
     family = family_of(cfg)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        scratch.mkdir()
+    with whole_folder(target, "--to") as scratch:
         with jax.set_mesh(trained.mesh):
             params = merged(trained.params(), trained.config.model)
             write_params(scratch / "model.safetensors", family, params, cfg, DTYPES[dtype])
@@ -131,13 +114,6 @@ def export_folder(workdir: str, step: int | None, target: Path, dtype: str) -> N
         template = saved_template(Path(workdir) / "tokenizer")
         write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
         check_export(scratch, cfg, trained, params, dtype)
-        if target.is_dir():
-            target.rmdir()
-        scratch.rename(target)
-    except OSError as e:
-        raise BadInput(f"cannot write {target}: {e}") from e
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     say(f"exported  step {trained.step} of {workdir} as {family.architecture} into {target}")
 
 
