@@ -21,6 +21,7 @@ from jaxgpt.evaluation.tasks import Choices, classification, questions
 from jaxgpt.inference.decode import generate, make_decode, prompt_tokens, until
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
+from jaxgpt.parallel import hosts
 from jaxgpt.text.files import expand
 from jaxgpt.text.tasks import TASKS, read_examples
 from jaxgpt.training.step import make_eval_step
@@ -33,29 +34,38 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("data", "", "another source, used whole", flag_values=values)
     flags.DEFINE_string("split", "validation", "validation or train", flag_values=values)
     flags.DEFINE_string("task", "", "sentiment|entailment|questions:GLOB", flag_values=values)
+    hosts.define_flags(values)
     parse(values, argv, __doc__)
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     if values.split not in ("validation", "train"):
         raise BadInput(f"--split={values.split} is unknown; choose validation or train")
+    hosts.join(values)
+    with hosts.peers_watched():
+        row = evaluate(values)
+    if jax.process_index() == 0:
+        print(json.dumps(row))
+
+
+def evaluate(values: flags.FlagValues) -> dict:
+    """Returns the figures that the flags ask for."""
     trained = open_trained(values.workdir, values.step)
     if values.task:
-        print(json.dumps(evaluate_task(trained, values.task)))
-        return
+        return evaluate_task(trained, values.task)
     split = open_split(trained, values.data, values.split)
     began = time.perf_counter()
     with jax.set_mesh(trained.mesh):
-        evaluate = Perplexity(
+        measure = Perplexity(
             make_eval_step(trained.spec),
             NamedSharding(trained.mesh, trained.spec.rules(None, "batch", "seq")),
             split, trained.config.model.max_seq_len, trained.config.batch_size,
         )  # fmt: skip
-        found = evaluate(trained.params())
+        found = measure(trained.params())
     name = values.data or values.split
     say(f"{name} at step {trained.step}: loss {found['loss']:.4f} nats/token, perplexity"
         f" {found['perplexity']:.2f}, {found['bits_per_byte']:.4f} bits/byte")  # fmt: skip
     row = {"step": trained.step, "split": name} | found
-    print(json.dumps(row | {"seconds": time.perf_counter() - began}))
+    return row | {"seconds": time.perf_counter() - began}
 
 
 def evaluate_task(trained: Trained, spec: str) -> dict:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -38,7 +39,7 @@ from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.optim.groups import split, trainable
-from jaxgpt.parallel.hosts import check_same
+from jaxgpt.parallel import hosts
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
@@ -54,12 +55,20 @@ def main(argv: list[str]) -> int:
     define_config_flag(values, argv)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_integer("verify_resume", 0, "prove resume over K steps", flag_values=values)
+    hosts.define_flags(values)
     config = config_of(parse(values, argv, __doc__))
     if not values["verify_resume"].using_default_value:
         print(json.dumps(verify_resume(argv, values.verify_resume)))
         return 0
     workdir = epath.Path(values.workdir or f"runs/{Path(config_path(argv)).stem}")
     check_writable(workdir)
+    hosts.join(values)
+    with hosts.peers_watched():
+        return run_in(workdir, config)
+
+
+def run_in(workdir: epath.Path, config: Config) -> int:
+    """Trains the run of `config` in `workdir`, from wherever it is; returns the exit code."""
     config, changes = adopt(workdir, config)
     mesh = make_mesh(config)
     if not config.num_epochs and is_finished(workdir, config):
@@ -78,8 +87,8 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
     """Checks what can be checked, then trains in `workdir` alone; returns the exit code."""
     config = training.config
     describe(training, data, workdir)
-    check_same(data.fingerprint, "the prepared text or tokenizer")
-    check_same(to_json(config), "the config")
+    hosts.check_same(to_json(config), "the config")
+    hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
     loop = Loop(training, data)
     with only_trainer(workdir):
         return carry_on(training, data, loop, workdir, changes)
@@ -98,8 +107,8 @@ def carry_on(
         save_tokenizer(data.tokenizer, workdir / "tokenizer")
         if data.train.mask is not None:
             save_template(config.data.chat_template, workdir / "tokenizer")
-    if is_first:
-        write_whole(workdir / "config.json", to_json(config))
+    hosts.on_first(lambda: write_whole(workdir / "config.json", to_json(config)))
+    check_shared(workdir)
     if clock.is_out_of_patience(config.early_stop):
         say(f"finished  {workdir} stopped early after step {int(state.step)}; {best_of(clock)}")
         return 0
@@ -132,21 +141,26 @@ def only_trainer(workdir: epath.Path) -> Iterator[None]:
     Raises:
       BadInput: if another one trains in it now.
     """
-    if "://" in os.fspath(workdir) or jax.process_index() > 0:
-        yield
-        return
+    handle = hosts.on_first(partial(lock, workdir))
+    yield
+    if handle is not None and jax.process_index() == 0:
+        os.close(handle)
+
+
+def lock(workdir: epath.Path) -> int | None:
+    """Returns the handle that holds `workdir`, None on an object store; see `only_trainer`."""
+    if "://" in os.fspath(workdir):
+        return None
     workdir.mkdir(parents=True, exist_ok=True)
     handle = os.open(workdir, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
+        os.close(handle)
         raise BadInput(f"another process trains in {workdir} now; choose another --workdir") from e
     except OSError:  # a file system without locks
         pass
-    try:
-        yield
-    finally:
-        os.close(handle)
+    return handle
 
 
 def best_of(clock: Clock) -> str:
@@ -209,6 +223,13 @@ def check_writable(workdir: epath.Path) -> None:
         raise BadInput(f"workdir {workdir} cannot be made: {there} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise BadInput(f"workdir {workdir} cannot be written: no permission in {there}")
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Raises `BadInput` if not all processes see the same `workdir`."""
+    file = workdir / "config.json"
+    seen = file.read_text() if file.exists() else "nothing"
+    hosts.check_same(seen, f"{workdir}/config.json, in the folder that all hosts must share,")
 
 
 def check_tokenizer(workdir: epath.Path, data: Prepared) -> None:

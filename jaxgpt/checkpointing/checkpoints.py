@@ -10,6 +10,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import say
+from jaxgpt.parallel.hosts import is_peer_lost, on_first
 
 SET_ASIDE = "checkpoints-damaged"
 
@@ -63,6 +64,11 @@ class Checkpoints:
         They move to `checkpoints-damaged/`, each with a line that says what is wrong.
         """
         self._wait()
+        found = on_first(self._find_whole)
+        self.manager.reload()
+        return found
+
+    def _find_whole(self) -> int | None:
         for step in reversed(self.steps()):
             if not (fault := self.damage(step)):
                 return step
@@ -71,7 +77,6 @@ class Checkpoints:
             number = len(list(aside.glob(f"{step}.*")))
             (self.folder / str(step)).rename(aside / f"{step}.{number}")
             say(f"damaged   checkpoint {step}: {fault}; set aside as {aside}/{step}.{number}")
-            self.manager.reload()
         return None
 
     def pick(self, step: int | None) -> int:
@@ -117,6 +122,8 @@ class Checkpoints:
         try:
             act()
         except (OSError, ValueError, RuntimeError, AssertionError) as e:
+            if is_peer_lost(e):
+                raise
             lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
             whole = next((s for s in reversed(self.steps()) if not self.damage(s)), None)
             rest = f"the newest whole one is {whole}" if whole is not None else "there is none yet"

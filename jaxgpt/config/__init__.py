@@ -1,7 +1,7 @@
 """A run's description: dataclasses, validation, load and save."""
 
 from jaxgpt.config import presets
-from jaxgpt.config.errors import BadInput
+from jaxgpt.config.errors import BadInput, PeerLost
 from jaxgpt.config.schema import (
     Config,
     DataConfig,
@@ -12,6 +12,6 @@ from jaxgpt.config.schema import (
 )
 
 __all__ = [
-    "BadInput", "Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "SampleConfig",
-    "presets",
+    "BadInput", "Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PeerLost",
+    "SampleConfig", "presets",
 ]  # fmt: skip

@@ -5,9 +5,10 @@ import signal
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import flags, logging
 
-from jaxgpt.config.errors import BadInput
+from jaxgpt.config.errors import BadInput, PeerLost
 from jaxgpt.config.load import wrong_value
 
 
@@ -49,6 +50,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
+    except PeerLost as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT  # outside the training loop there is nothing to save
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error
@@ -56,9 +60,21 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         code = 0
     sys.stdout.flush()
     sys.stderr.flush()
+    if code in (1, 2) and jax.distributed.is_initialized():
+        os._exit(code)  # the interpreter's own end would wait for the other processes
     sys.exit(code)
+
+
+_speaks = True
+
+
+def silence() -> None:
+    """Makes `say` print nothing from here on: what people read comes from one process."""
+    global _speaks
+    _speaks = False
 
 
 def say(text: str) -> None:
     """Prints a line for people: stderr, at once."""
-    print(text, file=sys.stderr, flush=True)
+    if _speaks:
+        print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that end a command with one line."""
 
 
 class BadInput(Exception):
@@ -9,3 +9,7 @@ class BadInput(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+
+class PeerLost(Exception):
+    """Another process of the run has gone; running the command again resumes. Exit code 1."""

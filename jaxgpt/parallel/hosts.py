@@ -1,12 +1,154 @@
-"""What the processes of a run must agree on."""
+"""Several processes that train as one: how they meet, agree, and notice that one has gone.
 
+JAX's own preemption service is turned off. It listens for SIGTERM too, in a handler that takes the
+place of Python's; `Vote` does its work for every signal, and leaves the second signal its effect.
+"""
+
+import contextlib
 import hashlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
-from jaxgpt.config import BadInput
+from jaxgpt.config import BadInput, PeerLost
+from jaxgpt.config.cli import silence
+
+HEARTBEAT = 60  # seconds without a sign of life until a process counts as dead
+VOTE_LAG = 2  # steps between a vote and its count: by then it is on the host
+MESSAGE = 2048  # bytes of what one process tells all
+LOST = ("gloo", "nccl", "coordination", "heartbeat", "connection", "unavailable", "barrier")
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags that `join` reads."""
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "processes of this run", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
+    flags.DEFINE_integer(
+        "join_timeout", 300, "seconds to wait for the other processes", flag_values=values
+    )
+
+
+def join(values: flags.FlagValues) -> None:
+    """Meets the other processes of the run, where there are any; call it before any other JAX.
+
+    They are those of --coordinator, of a Slurm step with several tasks, or of a TPU slice.
+
+    Raises:
+      BadInput: if the flags do not go together, or (ending the process) if not all processes come.
+    """
+    given = (values.num_processes, values.process_id)
+    if values.coordinator:
+        found = _check(values.coordinator, *given) | {"cluster_detection_method": "deactivate"}
+        where = f"the coordinator {values.coordinator}"
+    elif given != (None, None):
+        raise BadInput("--num_processes and --process_id need --coordinator=HOST:PORT")
+    elif all(name in os.environ for name in SLURM) and os.environ.get("SLURM_NTASKS", "1") != "1":
+        found, where = {}, "this Slurm step"
+    elif _on_tpu():
+        found, where = {}, "this TPU slice"
+    else:
+        return
+    jax.config.update("jax_enable_preemption_service", False)
+    _explain_abort()
+    met = threading.Event()
+    threading.Thread(target=_give_up, args=(met, values.join_timeout, where), daemon=True).start()
+    try:
+        jax.distributed.initialize(
+            **found, initialization_timeout=values.join_timeout + 60,
+            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
+        )  # fmt: skip
+    except ValueError:  # a TPU that is no part of a slice
+        pass
+    except RuntimeError as e:
+        raise BadInput(f"cannot use {where}: {str(e).splitlines()[0]}") from e
+    finally:
+        met.set()
+    if jax.process_index() > 0:
+        silence()
+
+
+def _check(coordinator: str, count: int | None, index: int | None) -> dict:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise BadInput(f"--coordinator={coordinator} is not HOST:PORT")
+    if count is None or index is None:
+        raise BadInput("--coordinator needs --num_processes=N and --process_id=I")
+    if not 0 <= index < count:
+        raise BadInput(f"--process_id={index} is not one of 0 .. {count - 1} (--num_processes={count})")
+    return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+
+
+def _on_tpu() -> bool:
+    chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu")
+    return chips and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+
+
+def _give_up(met: threading.Event, seconds: float, where: str) -> None:
+    """Ends the process with a line in place of the stack trace with which JAX would abort it."""
+    if not met.wait(seconds):
+        print(f"error: not all processes came to {where} within {seconds} s; start them all with the"
+              " same command, each with its own --process_id, and see that the port is open",
+              file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(2)
+
+
+def _explain_abort() -> None:
+    """Has a small process of its own add a line where JAX aborts this one, with a stack trace and
+    nothing that could be caught: when process 0 or the heartbeats of another one are gone.
+    """
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.close(write)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        while byte := os.read(read, 1):  # ends when the process that writes does
+            if byte[0] == signal.SIGABRT:
+                print(f"error: {_lost_line()}", file=sys.stderr, flush=True)
+        os._exit(0)
+    os.close(read)
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # written to even while aborting
+    signal.signal(signal.SIGABRT, lambda number, frame: None)
+
+
+def _lost_line(why: str = "see above") -> str:
+    return (
+        "another process of this run has gone (its own output has the reason); run the same command"
+        f" on all hosts again to resume ({why.splitlines()[0][:200]})"
+    )
+
+
+@contextlib.contextmanager
+def peers_watched() -> Iterator[None]:
+    """Turns what a broken connection to another process raises into `PeerLost`."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as e:
+        if not is_peer_lost(e):
+            raise
+        raise PeerLost(_lost_line(str(e))) from e
+
+
+def is_peer_lost(e: BaseException) -> bool:
+    """Says whether an error means that another process has gone."""
+    return jax.process_count() > 1 and any(word in str(e).lower() for word in LOST)
 
 
 def check_same(value: str, what: str) -> None:
@@ -20,3 +162,49 @@ def check_same(value: str, what: str) -> None:
             f"{what} of process(es) {', '.join(map(str, differing))} differs from that of process"
             " 0; give all hosts the same files and the same command"
         )
+
+
+def on_first(act: Callable[[], Any]) -> Any:
+    """Runs `act` on process 0 alone and returns its result, of JSON's types, on every process.
+
+    Raises:
+      BadInput: on every process, if it does on process 0.
+    """
+    if jax.process_count() == 1:
+        return act()
+    told = b""
+    if jax.process_index() == 0:
+        try:
+            told = json.dumps({"result": act()}).encode()
+        except BadInput as e:
+            told = json.dumps({"error": str(e)[: MESSAGE // 8]}).encode()
+    page = np.zeros(MESSAGE, np.uint8)
+    page[: len(told)] = np.frombuffer(told, np.uint8)
+    heard = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(page))).rstrip(b"\0"))
+    if "error" in heard:
+        raise BadInput(heard["error"])
+    return heard["result"]
+
+
+class Vote:
+    """Lets a number on any process reach all of them at the same step, never waiting for a step
+    that still runs: what is cast at step k is counted at step k + VOTE_LAG.
+
+    With a single process the count is at once.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.size = mesh.devices.size
+        self.sharding = NamedSharding(mesh, jax.P(mesh.axis_names))
+        self.greatest = jax.jit(jnp.max)
+        self.cast: deque[jax.Array] = deque()
+
+    def __call__(self, mine: int) -> int:
+        """Casts `mine`, at least 0, and returns the greatest number of a vote ago."""
+        if jax.process_count() == 1:
+            return mine
+        own = np.full(self.size, mine, np.int32)
+        votes = jax.make_array_from_callback((self.size,), self.sharding, lambda index: own[index])
+        self.cast.append(self.greatest(votes))
+        return int(self.cast.popleft()) if len(self.cast) > VOTE_LAG else 0
+

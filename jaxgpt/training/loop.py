@@ -26,6 +26,7 @@ from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.metrics.throughput import mfu
 from jaxgpt.model import ModelSpec
+from jaxgpt.parallel.hosts import Vote
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.divergence import Diverged, Spikes, batch_of
 from jaxgpt.training.setup import Training
@@ -115,7 +116,7 @@ class Loop:
         with StopRequest() as stop:
             while True:
                 try:
-                    self._train(state, clock, train_step, stop)
+                    stopped_by = self._train(state, clock, train_step, stop)
                     break
                 except Diverged as e:
                     if clock.rollbacks == self.config.max_rollbacks:
@@ -123,11 +124,16 @@ class Loop:
                         checkpoints.close()
                         return 3
                     state, clock = self._roll_back(e, clock)
-        checkpoints.close()
-        return stop.exit_code
+            checkpoints.close()
+        if stopped_by:
+            step = checkpoints.latest()
+            say(f"stopped   by signal {stopped_by} after step {step}, which is saved")
+            return 128 + stopped_by
+        return 0
 
-    def _train(self, state: TrainState, clock: Clock, train_step, stop: StopRequest) -> None:
-        """Trains to `num_steps`, a stop signal or early stopping.
+    def _train(self, state: TrainState, clock: Clock, train_step, stop: StopRequest) -> int:
+        """Trains to `num_steps`, a stop signal on any process or early stopping; returns the
+        signal's number, 0 if there was none.
 
         Raises:
           Diverged: after too many bad steps in a row.
@@ -140,6 +146,7 @@ class Loop:
         speed = _Speed(start)
         ended = False  # by early stopping
         logged = None  # a row waits until the next step is dispatched, so the device never does
+        vote = Vote(self.run.mesh)
         self.clock = clock
         clock.started = time.perf_counter()
         for step, batch in enumerate(batches, start=start + 1):
@@ -147,7 +154,7 @@ class Loop:
             clock.tokens += self.stream.num_targets(batch_of(step, clock.skips))
             if logged:
                 logged = self._log(*logged, clock, speed)
-            end, stopping = step == config.num_steps, stop.received
+            end, stopping = step == config.num_steps, vote(stop.received)
             if end or _due(step, config.log_every):
                 logged = (step, clock.tokens, metrics)
             validates = (end or _due(step, config.eval_every)) and not stopping
@@ -165,11 +172,9 @@ class Loop:
                 if saves:
                     self._save(state, step, clock)
                 speed.restart(step)
-            if ended:
-                break
-            if stopping:
-                say(f"stopped   by signal {stopping} after step {step}, which is saved")
-                break
+            if ended or stopping:
+                return stopping
+        return 0
 
     def _roll_back(self, e: Diverged, clock: Clock) -> tuple[TrainState, Clock]:
         """Returns the newest whole checkpoint's state, the bad batches left out of what follows."""

@@ -46,10 +46,11 @@ def get_config():
 def started(folder: Path, workdir: str) -> subprocess.Popen:
     env = os.environ | {"JAXGPT_CACHE": str(folder / "cache"),
                         "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py",
-         f"--workdir={folder}/{workdir}"], env=env, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    with open(folder / "log", "w") as log:  # a pipe that nobody reads would fill and stop the run
+        return subprocess.Popen(
+            [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py",
+             f"--workdir={folder}/{workdir}"], env=env, stderr=log,
+        )  # fmt: skip
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -69,8 +70,7 @@ def kills(count: int) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "c.py").write_text(KILLED.format(steps=steps))
-        whole = started(folder, "whole")
-        assert whole.communicate() and whole.returncode == 0
+        assert started(folder, "whole").wait() == 0, (folder / "log").read_text()[-2000:]
         done = saving = 0
         while done < count:
             process, before = started(folder, "killed"), last_step(folder / "killed")
@@ -78,13 +78,10 @@ def kills(count: int) -> dict:
                 time.sleep(0.01)  # past the checkpoint it went back to, so that it gets somewhere
             time.sleep(chance.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
-            _, err = process.communicate()
-            assert process.returncode == -signal.SIGKILL, f"ended by itself: {err[-2000:]}"
+            assert process.wait() == -signal.SIGKILL, (folder / "log").read_text()[-2000:]
             saving += bool(list((folder / "killed/checkpoints").glob("*tmp*")))
             done += 1
-        process = started(folder, "killed")
-        _, err = process.communicate()
-        assert process.returncode == 0, err[-2000:]
+        assert started(folder, "killed").wait() == 0, (folder / "log").read_text()[-2000:]
         same = rows(folder / "whole") == rows(folder / "killed")
     return {"kills": done, "during_a_save": saving, "steps": steps, "identical": same,
             "seconds": time.monotonic() - began}  # fmt: skip
@@ -101,7 +98,7 @@ def saving(steps: int) -> dict:
                 status = Path(f"/proc/{process.pid}/statm").read_text().split()
                 peak = max(peak, int(status[1]) * 4096 if len(status) > 1 else 0)
                 time.sleep(0.02)
-            assert process.returncode == 0, process.stderr.read()[-2000:]
+            assert process.returncode == 0, (folder / "log").read_text()[-2000:]
             text = (folder / name / "metrics.jsonl").read_text().splitlines()
             seconds = {row["step"]: row["seconds"] for row in map(json.loads, text)}
             found[name] = (seconds[steps - 1] - seconds[2], peak)

@@ -1,0 +1,70 @@
+"""Commands run by several real processes that talk over 127.0.0.1."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONFIG = """
+from jaxgpt.config import *
+def get_config():
+    return Config(
+        num_steps=12, batch_size=8, log_every=1, eval_every=6, sample_every=6, checkpoint_every=4,
+        keep_checkpoints=9,
+        model=ModelConfig(max_seq_len=32, num_layers=2, num_heads=2, embed_dim=32, dropout=0.1),
+        data=DataConfig(tokenizer="byte", source="text:{corpus}/*.txt"),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=3, ema_decay=0.9),
+        mesh=MeshConfig(data=2, fsdp=-1),
+        sample=SampleConfig(max_new_tokens=8),
+    )
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(module: str, count: int, devices: int, *args: str, only=None) -> list[subprocess.Popen]:
+    """Starts `count` processes (or those of `only`) of a command, each with `devices` devices."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the next test starts it again
+    address = f"127.0.0.1:{free_port()}"
+    met = [f"--coordinator={address}", f"--num_processes={count}"] if count > 1 else []
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", f"jaxgpt.{module}", *args, *met]
+            + ([f"--process_id={i}"] if met else []),
+            env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for i in (range(count) if only is None else only)
+    ]  # fmt: skip
+
+
+def finish(children: list[subprocess.Popen], timeout: float = 180) -> tuple[list, list, list]:
+    """Returns the exit codes, stdouts and stderrs."""
+    texts = [child.communicate(timeout=timeout) for child in children]
+    return [c.returncode for c in children], [t[0] for t in texts], [t[1] for t in texts]
+
+
+def rows(workdir: Path, split: str = "train") -> dict[int, float]:
+    """Returns the losses by step, each of which must stand once and in order."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    found = [(row["step"], row["loss"]) for row in lines if row["split"] == split]
+    assert [step for step, _ in found] == sorted({step for step, _ in found})
+    return dict(found)
+
+
+def wait_for_step(workdir: Path, step: int, children: list[subprocess.Popen]) -> None:
+    """Waits until the run has logged `step`."""
+    until = time.monotonic() + 120
+    while not (workdir / "metrics.jsonl").exists() or not any(
+        f'"step": {k}, "split": "train"' in (workdir / "metrics.jsonl").read_text()
+        for k in range(step, 99)
+    ):
+        assert time.monotonic() < until and all(c.poll() is None for c in children), finish(children)
+        time.sleep(0.01)
