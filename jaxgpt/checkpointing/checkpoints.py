@@ -28,6 +28,7 @@ class Checkpoints:
         if read_only and not self.folder.exists():
             raise BadInput(f"{workdir} has no checkpoints; train first")
         self.saving: int | None = None
+        self.state = self.again = None  # of the save under way
         sealed = ocp.AsyncOptions(post_finalization_callback=self._seal)
         self.manager = ocp.CheckpointManager(
             epath.Path(self.folder).absolute(),
@@ -112,23 +113,45 @@ class Checkpoints:
         )
         metrics = None if loss is None else {"loss": loss}
         self._wait()
-        self.saving = step
-        self._guarded(lambda: self.manager.save(step, args=args, metrics=metrics))
+        self.saving, self.state = step, state
+        self.again = lambda: self.manager.save(step, args=args, metrics=metrics)
+        self._guarded(self.again)
 
     def _wait(self) -> None:
         self._guarded(self.manager.wait_until_finished)
+        self.state = self.again = None
+
+    def _retry(self, why: TimeoutError) -> None:
+        """Saves once more, if the state is still there, after a timeout.
+
+        Orbax counts by the wall clock, so that one comes of a clock that jumps or a laptop that
+        slept; later checkpoints hold what this one would have.
+        """
+        say(f"unsaved   checkpoint {self.saving}: {why}")
+        for half in self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*"):
+            half.rmtree()
+        self.manager.reload()
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+            self.again()
+            self.manager.wait_until_finished()
 
     def _guarded(self, act) -> None:
         try:
-            act()
+            try:
+                act()
+            except TimeoutError as e:
+                if jax.process_count() > 1 or not self.again:
+                    raise
+                self._retry(e)
         except (OSError, ValueError, RuntimeError, AssertionError) as e:
             if is_peer_lost(e):
                 raise
             lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
             whole = next((s for s in reversed(self.steps()) if not self.damage(s)), None)
             rest = f"the newest whole one is {whole}" if whole is not None else "there is none yet"
+            why = lines[0] if len(lines[0]) < 300 else f"... {lines[0][-250:]}"  # its end has the reason
             raise BadInput(
-                f"checkpoint {self.saving} cannot be written to {self.folder}: {lines[0][:300]}; {rest}"
+                f"checkpoint {self.saving} cannot be written to {self.folder}: {why}; {rest}"
             ) from e
 
     def restore(self, step: int, abstract_state) -> tuple:

@@ -42,7 +42,8 @@ def _help(values: flags.FlagValues) -> str:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command and leaves the process with the contract's exit code."""
-    logging.set_verbosity(logging.ERROR)  # libraries' own chatter; ours goes through `say`
+    logging.set_verbosity(logging.FATAL)  # what libraries log of an error, they also raise
+    sys.unraisablehook = _no_closed_loops
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -63,6 +64,14 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if code in (1, 2) and jax.distributed.is_initialized():
         os._exit(code)  # the interpreter's own end would wait for the other processes
     sys.exit(code)
+
+
+def _no_closed_loops(found) -> None:
+    """Leaves out what TensorStore prints of writes that ended after Orbax stopped waiting for them:
+    the failed write itself is raised.
+    """
+    if "Event loop is closed" not in str(found.exc_value):
+        sys.__unraisablehook__(found)
 
 
 _speaks = True

@@ -1,12 +1,14 @@
 """`metrics.jsonl`, `samples.jsonl` and TensorBoard: each step once, in order, over any resume."""
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
+from jaxgpt.config import BadInput
 from jaxgpt.config.files import write_whole
+from jaxgpt.metrics.board import Board
 
 NOT_PLOTTED = {"step", "split", "seconds"}
 
@@ -44,37 +46,50 @@ def _keeps(line: str, last_step: int) -> bool:
 
 
 class Reporter:
-    """Writes a run's rows to disk and TensorBoard; on all processes but the first, nothing."""
+    """Writes a run's rows to disk and TensorBoard; on all processes but the first, nothing.
+
+    Every method raises `BadInput` where the disk is full or may not be written.
+    """
 
     def __init__(self, workdir, last_step: int, is_first_process: bool):
         self.active, self.workdir = is_first_process, epath.Path(workdir)
         self._open(last_step)
 
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise BadInput(
+                f"{self.workdir / name} cannot be written: {e}; make room, then run the same"
+                " command again to resume"
+            ) from e
+
     def _open(self, last_step: int) -> None:
         if not self.active:
             return
-        workdir = self.workdir
-        self.rows = RowFile(workdir / "metrics.jsonl", last_step)
-        self.sampled = RowFile(workdir / "samples.jsonl", last_step)
-        self.board = SummaryWriter(
-            os.fspath(workdir / "tensorboard"), purge_step=last_step + 1, flush_secs=10
-        )
+        with self._writing("metrics.jsonl"):
+            self.rows = RowFile(self.workdir / "metrics.jsonl", last_step)
+            self.sampled = RowFile(self.workdir / "samples.jsonl", last_step)
+            self.board = Board(self.workdir / "tensorboard", last_step)
 
     def metrics(self, row: dict) -> None:
         """Writes a row of `metrics.jsonl`; numbers also become TensorBoard scalars."""
         if not self.active:
             return
-        self.rows.write(row)
-        for name, value in row.items():
-            if name not in NOT_PLOTTED and value is not None:
-                self.board.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        with self._writing("metrics.jsonl"):
+            self.rows.write(row)
+            for name, value in row.items():
+                if name not in NOT_PLOTTED and value is not None:
+                    self.board.scalar(f"{row['split']}/{name}", float(value), row["step"])
 
     def sample(self, row: dict) -> None:
         """Writes a row of `samples.jsonl`: step, prompt, text."""
         if not self.active:
             return
-        self.sampled.write(row)
-        self.board.add_text("sample", f"```\n{row['prompt']}{row['text']}\n```", row["step"])
+        with self._writing("samples.jsonl"):
+            self.sampled.write(row)
+            self.board.text("sample", f"```\n{row['prompt']}{row['text']}\n```", row["step"])
 
     def rewind(self, last_step: int) -> None:
         """Cuts away what was written after `last_step`; training goes on from there."""
@@ -83,6 +98,6 @@ class Reporter:
 
     def close(self) -> None:
         if self.active:
-            self.rows.close()
-            self.sampled.close()
-            self.board.close()
+            with self._writing("metrics.jsonl"):
+                for file in (self.rows, self.sampled, self.board):
+                    file.close()

@@ -1,0 +1,168 @@
+"""A disk that fills, a workdir that turns unwritable, a clock that jumps: one line, then a resume."""
+
+import itertools
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import time
+
+import orbax.checkpoint as ocp
+import pytest
+from tensorboardX.proto import event_pb2
+
+from jaxgpt import prepare, train
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+from tests.parallel.processes import finish, rows, wait_for_step
+
+CONFIG = """
+from jaxgpt.config import *
+def get_config():
+    return Config(
+        num_steps=24, batch_size=8, log_every=1, eval_every=12, sample_every=0, checkpoint_every=8,
+        model=ModelConfig(max_seq_len=24, num_layers=1, num_heads=2, embed_dim={width}),
+        data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=2),
+        sample=SampleConfig(max_new_tokens=1),
+    )
+"""
+
+
+@pytest.fixture
+def run(corpus, tmp_path):
+    """Starts the same run in a folder of tmp_path: `run(workdir, *flags, **popen)`."""
+
+    def start(workdir="w", *args, width=32, cached=True, **popen):
+        (tmp_path / "c.py").write_text(CONFIG.format(corpus=corpus, width=width))
+        return subprocess.Popen(
+            [sys.executable, "-m", "jaxgpt.train", f"--config={tmp_path}/c.py",
+             f"--workdir={tmp_path / workdir}", *args],
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                              "JAX_ENABLE_COMPILATION_CACHE": str(cached).lower()}, **popen,
+        )  # fmt: skip
+
+    return start
+
+
+def one_line(process) -> str:
+    """The error of a process that must end with code 2 and no traceback."""
+    (code,), _, (error,) = finish([process])
+    assert code == 2 and "Traceback" not in error, error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: "), error
+    return last
+
+
+def goes_on(run, tmp_path, **kw) -> None:
+    """Runs again, and compares with a run that nothing befell."""
+    (code,), _, (error,) = finish([run("w", **kw)])
+    assert code == 0, error
+    assert finish([run("whole", **kw)])[0] == [0]
+    for split in ("train", "validation"):
+        assert rows(tmp_path / "w", split) == rows(tmp_path / "whole", split)
+
+
+@pytest.mark.parametrize("limit", [7_000, 100_000])
+def test_files_that_may_not_grow(run, tmp_path, command, limit):
+    """What a full disk does, on any machine: the smaller limit meets the rows, the other one a save."""
+
+    def bound():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    run("not-there").kill()  # writes the config
+    assert command(prepare.main, f"--config={tmp_path}/c.py")[0] == 0
+    error = one_line(run("w", f"--config.checkpoint_every={8 if limit > 7_000 else 0}",
+                         cached=False, preexec_fn=bound))  # fmt: skip
+    assert "cannot be written" in error and "File too large" in error
+    assert ("metrics.jsonl" if limit == 7_000 else "checkpoint 8 ") in error
+    goes_on(run, tmp_path)
+
+
+def test_a_full_disk_during_a_save(run, tmp_path):
+    disk = tmp_path / "w"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
+        pytest.skip("no mounting here; test_files_that_may_not_grow covers it")
+    try:
+        error = one_line(run(width=128))
+        assert "cannot be written" in error and "No space left on device" in error, error
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        goes_on(run, tmp_path, width=128)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_workdir_that_turns_unwritable(run, tmp_path):
+    process = run("w", "--config.num_steps=100000")
+    wait_for_step(tmp_path / "w", 10, [process])
+    folder = tmp_path / "w/checkpoints"
+    folder.rename(tmp_path / "w/away")
+    folder.write_text("in the way")  # root writes to every folder, but not into a file
+    assert "cannot be written to" in one_line(process)
+    folder.unlink()
+    (tmp_path / "w/away").rename(folder)
+    goes_on(run, tmp_path)
+
+
+def plotted(workdir) -> dict[str, list[int]]:
+    """The steps of each curve as TensorBoard reads them: files by name, restarts purge."""
+    curves: dict[str, list[int]] = {}
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        raw, at = file.read_bytes(), 0
+        while at + 12 <= len(raw):
+            (size,) = struct.unpack_from("Q", raw, at)
+            record, at = raw[at + 12 : at + 12 + size], at + 16 + size
+            if len(record) < size:
+                break  # a kill left half of it behind
+            event = event_pb2.Event.FromString(record)
+            if event.HasField("session_log"):
+                curves = {k: [s for s in steps if s < event.step] for k, steps in curves.items()}
+            for value in event.summary.value:
+                curves.setdefault(value.tag, []).append(event.step)
+    return curves
+
+
+def test_a_clock_that_jumps(run, tmp_path, command, monkeypatch):
+    run("not-there").kill()  # writes the config
+    honest, save, ahead = time.time, ocp.CheckpointManager.save, [0]
+    jumps = itertools.cycle([86_400, 0, -7200, -90_000, 0])  # each while a save is under way
+
+    def jumping(*args, **kw):
+        save(*args, **kw)
+        ahead[0] += next(jumps)
+
+    monkeypatch.setattr(time, "time", lambda: honest() + ahead[0])
+    monkeypatch.setattr(ocp.CheckpointManager, "save", jumping)
+    argv = (f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w", "--config.sample_every=0")
+    constant = "--config.optim.schedule=constant"
+    said = ""
+    for steps in (10, 17, 24):
+        code, _, err = command(train.main, *argv, constant, f"--config.num_steps={steps}")
+        assert code == 0 and "done      validation loss" in err, err
+        assert Checkpoints(tmp_path / "w", read_only=True).newest_whole() == steps
+        said += err
+    assert said.count("unsaved   checkpoint") >= 2, "the jumps were met"
+    monkeypatch.undo()
+    whole = (argv[0], f"--workdir={tmp_path}/whole", constant, argv[2])
+    assert command(train.main, *whole)[0] == 0
+    assert rows(tmp_path / "w") == rows(tmp_path / "whole")
+    lines = map(json.loads, (tmp_path / "w/metrics.jsonl").read_text().splitlines())
+    seconds = [row["seconds"] for row in lines]
+    assert seconds == sorted(seconds) and seconds[-1] < 600
+    assert plotted(tmp_path / "w")["train/loss"] == list(range(1, 25))
+
+
+def test_tensorboard_after_kills_shows_each_step_once(run, tmp_path):
+    for _ in range(3):
+        process = run("w", "--config.num_steps=100000", "--config.eval_every=0")
+        wait_for_step(tmp_path / "w", max(rows(tmp_path / "w"), default=0) + 11, [process])
+        process.kill()
+        finish([process])
+    last = max(rows(tmp_path / "w"))
+    assert finish([run("w", f"--config.num_steps={last}", "--config.eval_every=0")])[0] == [0]
+    assert list(rows(tmp_path / "w")) == list(range(1, last + 1))
+    seen = plotted(tmp_path / "w")["train/loss"]
+    assert seen == sorted(set(seen)) and seen[-1] == last
