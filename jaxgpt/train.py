@@ -142,9 +142,11 @@ def only_trainer(workdir: epath.Path) -> Iterator[None]:
       BadInput: if another one trains in it now.
     """
     handle = hosts.on_first(partial(lock, workdir))
-    yield
-    if handle is not None and jax.process_index() == 0:
-        os.close(handle)
+    try:
+        yield
+    finally:
+        if handle is not None and jax.process_index() == 0:
+            os.close(handle)
 
 
 def lock(workdir: epath.Path) -> int | None:

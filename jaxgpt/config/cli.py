@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from logging import CRITICAL, getLogger
 
 import jax
 from absl import flags, logging
@@ -43,6 +44,7 @@ def _help(values: flags.FlagValues) -> str:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command and leaves the process with the contract's exit code."""
     logging.set_verbosity(logging.FATAL)  # what libraries log of an error, they also raise
+    getLogger("asyncio").setLevel(CRITICAL)
     sys.unraisablehook = _no_closed_loops
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

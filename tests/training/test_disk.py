@@ -144,7 +144,7 @@ def test_a_clock_that_jumps(run, tmp_path, command, monkeypatch):
         assert code == 0 and "done      validation loss" in err, err
         assert Checkpoints(tmp_path / "w", read_only=True).newest_whole() == steps
         said += err
-    assert said.count("unsaved   checkpoint") >= 2, "the jumps were met"
+    assert said.count("unsaved   checkpoint") >= 1, "a jump was met"
     monkeypatch.undo()
     whole = (argv[0], f"--workdir={tmp_path}/whole", constant, argv[2])
     assert command(train.main, *whole)[0] == 0
