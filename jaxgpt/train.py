@@ -36,7 +36,7 @@ from jaxgpt.config.load import (
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, prepare
 from jaxgpt.metrics.progress import duration
-from jaxgpt.metrics.rows import Reporter
+from jaxgpt.metrics.rows import Reporter, is_object_store
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.optim.groups import split, trainable
 from jaxgpt.parallel import hosts
@@ -151,7 +151,7 @@ def only_trainer(workdir: epath.Path) -> Iterator[None]:
 
 def lock(workdir: epath.Path) -> int | None:
     """Returns the handle that holds `workdir`, None on an object store; see `only_trainer`."""
-    if "://" in os.fspath(workdir):
+    if is_object_store(workdir):
         return None
     workdir.mkdir(parents=True, exist_ok=True)
     handle = os.open(workdir, os.O_RDONLY)
@@ -216,7 +216,7 @@ def is_finished(workdir: epath.Path, config: Config) -> bool:
 
 def check_writable(workdir: epath.Path) -> None:
     """Raises `BadInput` if `workdir` can be neither used nor made; makes nothing yet."""
-    if "://" in os.fspath(workdir):
+    if is_object_store(workdir):
         return  # an object store says so itself
     there = Path(workdir).absolute()
     while not there.exists():

@@ -1,6 +1,7 @@
 """`metrics.jsonl`, `samples.jsonl` and TensorBoard: each step once, in order, over any resume."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,28 +18,42 @@ class RowFile:
     """An append-only JSON-lines file whose rows carry `step`, flushed row by row.
 
     Opening it after a restore cuts away, atomically, the rows after `last_step` and any half
-    line that a kill left behind.
+    line that a kill left behind. Object stores know no appending: there the rows wait for `sync`,
+    which writes the whole file.
     """
 
     def __init__(self, path, last_step: int):
         self.path = epath.Path(path)
-        self._cut(last_step)
-        self.file = self.path.open("a")
-
-    def _cut(self, last_step: int) -> None:
-        if not self.path.exists():
-            return
-        text = self.path.read_text()
+        text = self.path.read_text() if self.path.exists() else ""
         kept = "".join(line for line in text.splitlines(keepends=True) if _keeps(line, last_step))
         if kept != text:
             write_whole(self.path, kept)
+        self.file = None if is_object_store(path) else self.path.open("a")
+        self.text, self.synced = kept, True
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        if self.file:
+            self.file.write(line)
+            self.file.flush()
+        else:
+            self.text, self.synced = self.text + line, False
+
+    def sync(self) -> None:
+        """Writes what waits to be written."""
+        if not self.synced:
+            self.path.write_text(self.text)
+            self.synced = True
 
     def close(self) -> None:
-        self.file.close()
+        self.sync()
+        if self.file:
+            self.file.close()
+
+
+def is_object_store(path) -> bool:
+    """Says whether `path` is a URL, like `gs://bucket/run`, rather than a file system's path."""
+    return "://" in os.fspath(path)
 
 
 def _keeps(line: str, last_step: int) -> bool:
@@ -90,6 +105,13 @@ class Reporter:
         with self._writing("samples.jsonl"):
             self.sampled.write(row)
             self.board.text("sample", f"```\n{row['prompt']}{row['text']}\n```", row["step"])
+
+    def sync(self) -> None:
+        """Makes sure of all rows so far; called in front of each checkpoint."""
+        if self.active:
+            with self._writing("metrics.jsonl"):
+                self.rows.sync()
+                self.sampled.sync()
 
     def rewind(self, last_step: int) -> None:
         """Cuts away what was written after `last_step`; training goes on from there."""

@@ -266,6 +266,7 @@ class Loop:
             "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
         }
         loss = dict(clock.validations).get(step)
+        self.report.sync()
         self.checkpoints.save(step, state, meta, loss)
 
 

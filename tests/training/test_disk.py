@@ -15,6 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from jaxgpt import prepare, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.metrics import rows as rows_module
 from tests.parallel.processes import finish, rows, wait_for_step
 
 CONFIG = """
@@ -166,3 +167,18 @@ def test_tensorboard_after_kills_shows_each_step_once(run, tmp_path):
     assert list(rows(tmp_path / "w")) == list(range(1, last + 1))
     seen = plotted(tmp_path / "w")["train/loss"]
     assert seen == sorted(set(seen)) and seen[-1] == last
+
+
+def test_rows_on_an_object_store_are_whole_at_every_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "is_object_store", lambda path: True)
+    file = tmp_path / "metrics.jsonl"
+    first = rows_module.RowFile(file, 0)
+    for step in (1, 2, 3):
+        first.write({"step": step})
+        if step == 2:
+            first.sync()
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n', "row 3 waits, and a kill loses it"
+    second = rows_module.RowFile(file, 1)
+    second.write({"step": 2, "again": True})
+    second.close()
+    assert file.read_text() == '{"step": 1}\n{"step": 2, "again": true}\n'
