@@ -18,7 +18,7 @@ from jaxgpt.config.cli import parse, run, say
 from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.evaluation.tasks import Choices, classification, questions
-from jaxgpt.inference.decode import generate, make_decode, prompt_tokens, until
+from jaxgpt.inference.decode import Decoder, generate, prompt_tokens, until
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.parallel import hosts
@@ -102,12 +102,12 @@ def greedy(trained: Trained, params: dict, most: int = 32):
     """Returns the function that answers a prompt with the likeliest line, of `most` tokens."""
     cfg, tokenizer = trained.config.model, trained.tokenizer
     most = min(most, cfg.max_seq_len - 1)
-    decode = make_decode(trained.spec, Sampling(temperature=0.0), most)
+    decoder, end = Decoder.of(trained.spec, params), tokenizer.end_of_text
 
     def answer(prompt: str) -> str:
         ids = prompt_tokens(tokenizer, prompt)[-(cfg.max_seq_len - most) :]
-        (row,) = generate(decode, params, [ids], cfg.max_seq_len, 0)
-        return tokenizer.decode(until(row, tokenizer.end_of_text)).split("\n")[0]
+        (row,), _ = generate(decoder, [ids], most, Sampling(temperature=0.0), end=end)
+        return tokenizer.decode(until(row, end)).split("\n")[0]
 
     return answer
 

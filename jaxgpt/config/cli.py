@@ -85,7 +85,7 @@ def silence() -> None:
     _speaks = False
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Prints a line for people: stderr, at once."""
     if _speaks:
-        print(text, file=sys.stderr, flush=True)
+        print(text, end=end, file=sys.stderr, flush=True)

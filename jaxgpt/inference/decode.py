@@ -1,97 +1,231 @@
-"""Prefill, then one `lax.scan` over new tokens with a KV cache."""
+"""Prefill, then a `lax.scan` over new tokens with a KV cache.
 
-from collections.abc import Callable, Sequence
+The scan takes CHUNK steps at a time. So its one program serves any number of new tokens, and a
+caller can look between two chunks: for a stop string, to print, to let another request in.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from jaxgpt.config import BadInput
-from jaxgpt.inference.samplers import Sampling, draw
+from jaxgpt.config import BadInput, ModelConfig
+from jaxgpt.inference.samplers import Sampling, Samplings, draw
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import empty
+from jaxgpt.model.gpt import split_layers, windows
 from jaxgpt.tokenizer import Tokenizer
 
-BUCKET = 64  # prompts are padded to a multiple, so that few shapes are compiled
+BUCKET = 64  # prompts, and the room for new tokens, are rounded up, so that few shapes are compiled
+CHUNK = 20  # tokens of each row between two looks
 
 
-def make_decode(spec: ModelSpec, sampling: Sampling, max_new_tokens: int) -> Callable:
-    """Returns the jitted `(params, prompts, lengths, keys) -> new tokens`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """B texts being continued: all that the next step needs.
 
-    `prompts` is [B, P], padded on the right to P, row b holding `lengths[b]` tokens. Padding is
-    never seen: slot p of the cache is overwritten when position p is generated, and until then
-    it lies in every query's future. Row b's draw at position p depends on (keys[b], p) alone.
+    `token` is each row's last one, which stands at `position` and has been read into the cache only
+    where it ends the prompt (it is written again: the same).
     """
-    spec = spec.for_decoding()
 
-    def decode(
-        params: dict, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], keys: Key[Array, "B"]
-    ) -> Int[Array, "B new"]:
-        model = spec.bind(params)
-        batch, width = prompts.shape
+    cache: Any
+    token: Any  # int32 [B]
+    position: Any  # int32 [B]
+    seen: Any  # bool [B, V]: what stands in the row
+    keys: Any  # [B]
+    sampling: Any  # Samplings of [B]
 
-        def pick(logits, positions, seen):
-            logits = jax.sharding.reshard(logits, jax.P(None, None))
-            step_keys = jax.vmap(jax.random.fold_in)(keys, positions)
-            token = draw(logits, step_keys, sampling, seen)
-            return token, seen.at[jnp.arange(batch), token].set(True)
 
-        cache = empty(spec.cfg, batch, width + max_new_tokens, spec.rules)
-        positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-        logits, cache = model.extend(prompts, positions, cache, lengths - 1)
-        real = positions < lengths[:, None]
-        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], prompts].max(real)
-        first, seen = pick(logits, lengths, seen)
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model's parameters laid out for decoding, and the programs that use them.
 
-        def next_token(carry, _):
-            token, position, cache, seen = carry
-            logits, cache = model.extend(
-                token[:, None], position[:, None], cache, jnp.zeros_like(position)
-            )
-            following, seen = pick(logits, position + 1, seen)
-            return (following, position + 1, cache, seen), token
+    Row b's draw at position p depends on its own prompt and (keys[b], p) alone. Call its methods
+    under `jax.set_mesh`.
+    """
 
-        carry = (first, lengths, cache, seen)
-        (last, *_), tokens = jax.lax.scan(next_token, carry, length=max_new_tokens - 1)
-        return jnp.concatenate([tokens, last[None]]).T
+    spec: ModelSpec
+    params: dict
 
-    return jax.jit(decode)
+    @classmethod
+    def of(cls, spec: ModelSpec, params: dict) -> "Decoder":
+        """Returns the decoder of a model; `params` are those of training."""
+        return cls(spec.for_decoding(), _laid_out(spec.for_decoding(), params))
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """The model's sizes."""
+        return self.spec.cfg
+
+    def start(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: Sequence[Sampling],
+        keys: Key[Array, "B"],
+        new: int,
+    ) -> Rows:
+        """Reads the prompts into a cache with room for `new` tokens more.
+
+        Raises:
+          BadInput: where a prompt and its continuation exceed the context (see `check_length`).
+        """
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        check_length(int(lengths.max()), new, self.cfg)
+        width = _up(int(lengths.max()), BUCKET)
+        room = width + _up(new, CHUNK)
+        if slides(self.cfg):
+            room = min(room, max(width, _up(self.cfg.window, BUCKET)))
+        padded = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return _prefill(self.spec, _up(room, BUCKET), self.params, padded, lengths, keys,
+                        Samplings.of(sampling))  # fmt: skip
+
+    def more(self, rows: Rows, count: int = CHUNK) -> tuple[Rows, tuple[jax.Array, jax.Array]]:
+        """Returns the rows grown by `count` tokens, those tokens, and the log-probability that the
+        model (no filter, temperature 1) gave each: [B, count]. It takes `rows` away.
+        """
+        return _more(self.spec, count, self.params, rows)
+
+
+def slides(cfg: ModelConfig) -> bool:
+    """Says whether texts may grow past `max_seq_len`: positions are relative (RoPE, or none) and
+    every layer forgets what leaves its window."""
+    return cfg.position in ("rope", "none") and all(windows(cfg))
+
+
+def check_length(prompt_length: int, new: int, cfg: ModelConfig) -> None:
+    """Raises `BadInput` where prompt and continuation do not fit the context, nor slide in it."""
+    room = cfg.max_seq_len
+    if slides(cfg):
+        return
+    if prompt_length > room:
+        raise BadInput(
+            f"the prompt has {prompt_length} tokens, more than the model's context of"
+            f" {room} (model.max_seq_len); shorten it"
+        )
+    if prompt_length + new > room:
+        raise BadInput(
+            f"a prompt of {prompt_length} tokens and --max_new_tokens={new} exceed the"
+            f" model's context of {room} (model.max_seq_len); ask for at most"
+            f" {room - prompt_length} new tokens"
+        )
+
+
+def keys_of(seeds: Sequence[tuple[int, int]]) -> Key[Array, "B"]:
+    """Returns the key of each (seed, number of the sample)."""
+    fold = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))
+    seed, number = np.array(seeds, np.uint32).T
+    return jax.jit(fold)(seed, number)
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray],
+    new: int,
+    sampling: Sampling,
+    seed: int = 0,
+    end: int = -1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `new` tokens of each prompt and their log-probabilities, [B, new]; sample b uses key
+    (seed, b). It ends early, with fewer, once the token `end` stands in every row.
+    """
+    keys = keys_of([(seed, b) for b in range(len(prompts))])
+    chunks = list(stream(decoder, prompts, new, [sampling] * len(prompts), keys, end))
+    tokens, scores = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+    return tokens, scores
+
+
+def stream(
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray],
+    new: int,
+    sampling: Sequence[Sampling],
+    keys: Key[Array, "B"],
+    end: int = -1,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields what `generate` returns, some columns at a time; the next are under way meanwhile."""
+    rows = decoder.start(prompts, sampling, keys, new)
+    ended = np.zeros(len(prompts), bool)
+    coming = None
+    for made in range(0, new + chunk, chunk):
+        following = None
+        if made < new:
+            rows, following = decoder.more(rows, chunk)
+        if coming is not None:
+            tokens, scores = jax.device_get(coming)
+            left = new - (made - chunk)
+            yield tokens[:, :left], scores[:, :left]
+            ended |= (tokens == end).any(axis=1)
+            if ended.all():
+                return
+        coming = following
+
+
+@partial(jax.jit, static_argnums=0)
+def _laid_out(spec: ModelSpec, params: dict) -> dict:
+    """Returns each layer's parameters apart, as large as they are used."""
+    dtype = jnp.dtype(spec.cfg.dtype)
+    return split_layers(jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 2 else p, params))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prefill(
+    spec: ModelSpec, room: int, params: dict, prompts: Int[Array, "B P"], lengths: Int[Array, "B"],
+    keys: Key[Array, "B"], sampling: Samplings,
+) -> Rows:  # fmt: skip
+    """Padding is never seen: it lies in every query's future until it is overwritten."""
+    batch, width = prompts.shape
+    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
+    cache = empty(spec.cfg, batch, room, spec.rules)
+    _, cache = spec.bind(params).extend(params["blocks"], prompts, positions, cache)
+    seen = jnp.zeros((batch, spec.cfg.padded_vocab_size), bool)
+    seen = seen.at[jnp.arange(batch)[:, None], prompts].max(positions < lengths[:, None])
+    last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
+    return Rows(cache, last, lengths - 1, seen, keys, sampling)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _more(spec: ModelSpec, count: int, params: dict, rows: Rows):
+    model = spec.bind(params)
+    table, batch = model.table(), rows.token.shape[0]
+
+    def step(rows: Rows, _):
+        x, cache = model.extend(
+            params["blocks"], rows.token[:, None], rows.position[:, None], rows.cache
+        )
+        logits = model.logits(model.final_norm(x), table)[:, 0]
+        logits = jax.sharding.reshard(logits, jax.P(None, None))
+        keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.position + 1)
+        token = draw(logits, keys, rows.sampling, rows.seen)
+        score = _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
+        seen = rows.seen.at[jnp.arange(batch), token].set(True)
+        grown = Rows(cache, token, rows.position + 1, seen, rows.keys, rows.sampling)
+        return grown, (token, score)
+
+    rows, (tokens, scores) = jax.lax.scan(step, rows, length=count)
+    return rows, (tokens.T, scores.T)
+
+
+def _at(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
+    return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
     """Returns the prompt's ids; an empty prompt is an end-of-text, which starts a document."""
     ids = tokenizer.encode(prompt)
     return ids if len(ids) else np.array([tokenizer.end_of_text], np.int32)
-
-
-def check_length(prompt_length: int, max_new_tokens: int, max_seq_len: int) -> None:
-    """Raises `BadInput` where prompt and continuation do not fit the context."""
-    if prompt_length > max_seq_len:
-        raise BadInput(
-            f"the prompt has {prompt_length} tokens, more than the model's context of"
-            f" {max_seq_len} (model.max_seq_len); shorten it"
-        )
-    if prompt_length + max_new_tokens > max_seq_len:
-        raise BadInput(
-            f"a prompt of {prompt_length} tokens and --max_new_tokens={max_new_tokens} exceed the"
-            f" model's context of {max_seq_len} (model.max_seq_len); ask for at most"
-            f" {max_seq_len - prompt_length} new tokens"
-        )
-
-
-def generate(
-    decode: Callable, params: dict, prompts: Sequence[np.ndarray], max_seq_len: int, seed: int
-) -> np.ndarray:
-    """Returns the new tokens of each prompt, int32 [B, new]; sample b uses key (seed, b)."""
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    width = min(-(-int(lengths.max()) // BUCKET) * BUCKET, max_seq_len)
-    padded = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    keys = fold(jax.random.key(seed), jnp.arange(len(prompts)))
-    return np.asarray(jax.device_get(decode(params, padded, lengths, keys)))
 
 
 def until(tokens: np.ndarray, end: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.cache import LayerCache, write
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
-from jaxgpt.ops.attention import KERNELS, Places, default_scale, sharded
+from jaxgpt.ops.attention import KERNELS, Places, cached_attention, default_scale, sharded
 from jaxgpt.ops.rope import rope_frequencies, rotate
 from jaxgpt.parallel.rules import AxisRules
 
@@ -19,8 +19,8 @@ class Attention(nnx.Module):
     """Causal self-attention (arXiv:1706.03762, section 3.2), heads split over `tensor`.
 
     Key heads may be fewer than query heads (arXiv:2305.13245). `kernel` names the
-    implementation for whole sequences; a cache is always read by the XLA one, whose queries are
-    too few for a flash kernel to pay.
+    implementation for whole sequences; a cache is read by XLA's, as its queries are too few for a
+    flash kernel to pay.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Attention(nnx.Module):
         self.rules, self.dropout, self.num_heads = rules, cfg.dropout, cfg.num_heads
         fixed = dict(scale=default_scale(cfg.head_dim, cfg.mup_base_width > 0), window=window)
         self.attend = sharded(KERNELS[kernel], rules, **fixed)
-        self.attend_cached = sharded(KERNELS["xla"], rules, **fixed)
+        self.attend_cached = sharded(cached_attention, rules, **fixed)
         self.attend_dropping = sharded(KERNELS["xla"], rules, dropout=cfg.dropout, **fixed)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
         self.query = Linear("query", "MD,DNH->MNH", cfg, rules, **shared)
@@ -48,23 +48,34 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the attended x and the cache with x's keys and values written into it."""
-        q = self.place(self.query_norm(self.query(x)), positions)
-        k = self.place(self.key_norm(self.key(x)), positions)
-        v = self.value(x)
-        if cache is not None:
-            cache = write(cache, k, v, positions, self.rules)
-            slots = jnp.broadcast_to(jnp.arange(cache.k.shape[1]), cache.k.shape[:2])
-            slots = jax.sharding.reshard(slots, self.rules("batch", None))
-            attended = self.attend_cached(q, cache.k, cache.v, Places(positions, slots))
-            return self.out(attended), cache
+    ) -> Float[Array, "B T D"]:
+        """Returns the attended x."""
+        q, k, v = self._heads(x, positions)
         places = Places(positions, positions, segments, segments)
         if key is None or self.dropout == 0:
-            return self.out(self.attend(q, k, v, places)), None
-        return self.out(self.attend_dropping(q, k, v, places, self._kept(x, key))), None
+            return self.out(self.attend(q, k, v, places))
+        return self.out(self.attend_dropping(q, k, v, places, self._kept(x, key)))
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        places: Places,
+        cache: LayerCache,
+        slots: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Returns x attended to the cache and itself, and the cache with x written from `slots`.
+
+        `places` holds the positions of x and, with x written, of the slots.
+        """
+        q, k, v = self._heads(x, places.q)
+        cache = write(cache, k, v, slots, self.rules)
+        return self.out(self.attend_cached(q, cache.k, cache.v, places)), cache
+
+    def _heads(self, x, positions):
+        q = self.place(self.query_norm(self.query(x)), positions)
+        k = self.place(self.key_norm(self.key(x)), positions)
+        return q, k, self.value(x)
 
     def _kept(self, x, key):
         """Which attention weights dropout keeps, drawn here so that no mesh can change them."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.attention import Attention
-from jaxgpt.model.cache import LayerCache
+from jaxgpt.model.cache import Cache, LayerCache, place
 from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
 from jaxgpt.model.positions import POSITIONS
+from jaxgpt.ops.attention import Places
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
 REMAT = {
@@ -54,20 +56,27 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> Float[Array, "B T D"]:
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
 
         def attend(x):
-            attended, grown = self.attention(x, positions, segments, cache, keys[0])
-            return dropout(attended, self.dropout, keys[1]), grown
+            return dropout(self.attention(x, positions, segments, keys[0]), self.dropout, keys[1]), None
 
+        return self._run(x, attend, keys[2])[0]
+
+    def extend(
+        self, x: Float[Array, "B T D"], places: Places, cache: LayerCache, slots: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Returns the block's output for new tokens and its cache with them; see `Attention`."""
+        return self._run(x, lambda x: self.attention.extend(x, places, cache, slots), None)
+
+    def _run(self, x, attend, key):
         def feed_forward(x):
-            return dropout(self.mlp(x), self.dropout, keys[2]), None
+            return dropout(self.mlp(x), self.dropout, key), None
 
-        x, cache = self.residual(x, self.attention_norm, attend)
-        return self.residual(x, self.mlp_norm, feed_forward)[0], cache
+        x, rest = self.residual(x, self.attention_norm, attend)
+        return self.residual(x, self.mlp_norm, feed_forward)[0], rest
 
 
 class GPT(nnx.Module):
@@ -128,8 +137,7 @@ class GPT(nnx.Module):
         positions, segments = jax.sharding.reshard(
             (positions, segments), self.rules("batch", "seq")
         )
-        x, _ = self._run(tokens, positions, segments, None, dropout_key)
-        return self.final_norm(x)
+        return self.final_norm(self._run(tokens, positions, segments, dropout_key))
 
     def table(self) -> Float[Array, "V D"]:
         """Returns the output embedding, whole over `fsdp`: gathered once, however often it is read.
@@ -152,46 +160,62 @@ class GPT(nnx.Module):
 
     def extend(
         self,
+        layers: Sequence[dict],
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        cache: LayerCache,
-        at: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B V"], LayerCache]:
-        """Returns the logits after token `at[b]` of each row, and the cache grown by the tokens.
+        cache: Cache,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Returns the hidden states of new tokens, before the last norm, and the cache with them.
 
         The tokens stand at `positions`, consecutive in each row; what is before is in the cache.
+        `layers` holds each block's parameters (see `split_layers`): a decoder does little for each
+        weight it reads, and a stack of layers would have it copy them first.
         """
-        x, cache = self._run(tokens, positions, None, cache, None)
-        x = self.final_norm(jnp.take_along_axis(x, at[:, None, None], axis=1))
-        return self.logits(x, self.table())[:, 0], cache
+        placed, slots = place(cache.positions, positions)
+        x, grown = self._embed(tokens, positions), []
+        structure = jax.tree.structure(nnx.state(self.blocks))
+        for i, (params, layer) in enumerate(zip(layers, cache.layers, strict=True)):
+            state = jax.tree.unflatten(structure, jax.tree.leaves(params))
+            block = nnx.merge(self.graphdefs[i % len(self.windows)], state)
+            x, layer = block.extend(x, Places(positions, placed), layer, slots)
+            grown.append(layer)
+        return x, Cache(tuple(grown), placed)
 
-    def _run(self, tokens, positions, segments, cache, key):
+    def _run(self, tokens, positions, segments, key):
         layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self._embed(tokens, positions), self.dropout, embed_key)
         period = len(self.windows)
 
         def apply(x, group):
             """One turn of the pattern: `period` layers, each with its own window."""
-            grown = []
             for i, graphdef in enumerate(self.graphdefs):
-                params, layer_cache, layer_key = jax.tree.map(lambda a, i=i: a[i], group)
-                block = nnx.merge(graphdef, params)
-                x, layer_cache = block(x, positions, segments, layer_cache, layer_key)
-                grown.append(layer_cache)
-            return x, jax.tree.map(lambda *layers: jnp.stack(layers), *grown)
+                params, layer_key = jax.tree.map(lambda a, i=i: a[i], group)
+                x = nnx.merge(graphdef, params)(x, positions, segments, layer_key)
+            return x, None
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
         keys = None if key is None else jax.random.split(layers_key, self.num_layers)
-        layers = (nnx.state(self.blocks), cache, keys)
+        layers = (nnx.state(self.blocks), keys)
         groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), layers)
-        x, cache = jax.lax.scan(apply, x, groups, unroll=self.unroll)
-        return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), cache)
+        return jax.lax.scan(apply, x, groups, unroll=self.unroll)[0]
 
     def _embed(self, tokens, positions) -> Float[Array, "B T D"]:
         spec = self.rules("batch", "seq", None)
         x = weight(self.tokens, self.dtype).at[tokens].get(out_sharding=spec)
         return self.positions(x * self.embed_scale, positions)
+
+
+def split_layers(params: dict) -> dict:
+    """Returns `params` with `blocks` as a tuple of each layer's own arrays, as `extend` reads them."""
+
+    def layer(stacked, i):
+        spec = jax.typeof(stacked).sharding.spec
+        return jax.sharding.reshard(stacked[i], jax.P(*spec[1:]))
+
+    count = jax.tree.leaves(params["blocks"])[0].shape[0]
+    blocks = (jax.tree.map(lambda a, i=i: layer(a, i), params["blocks"]) for i in range(count))
+    return params | {"blocks": tuple(blocks)}
 
 
 def windows(cfg: ModelConfig) -> tuple[int, ...]:
@@ -231,6 +255,9 @@ class ModelSpec:
     def __post_init__(self):
         object.__setattr__(self, "cfg", self.cfg.with_sizes())
 
+    def __hash__(self) -> int:
+        return hash((dataclasses.astuple(self.cfg), self.kernel, self.rules))
+
     def init(self, key: PRNGKeyArray) -> dict:
         """Returns fresh parameters; under `jax.eval_shape`, their shapes and shardings."""
         model = GPT(self.cfg, self.rules, self.kernel, rngs=nnx.Rngs(params=key))
@@ -242,6 +269,8 @@ class ModelSpec:
             lambda: GPT(self.cfg, self.rules, self.kernel, rngs=nnx.Rngs(params=0))
         )
         graphdef, state = nnx.split(model)
+        if isinstance(params["blocks"], tuple):  # see `split_layers`; they are given to `extend`
+            params = {name: value for name, value in params.items() if name != "blocks"}
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)
 

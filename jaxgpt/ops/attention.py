@@ -98,6 +98,25 @@ def cudnn_attention(
     )
 
 
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    places: Places,
+    *,
+    scale: float,
+    window: int = 0,
+) -> Float[Array, "B T N H"]:
+    """`xla_attention` over a cache, whose heads stand in front already."""
+    (b, t, n, h), heads = q.shape, k.shape[1]
+    q = q.reshape(b, t, heads, n // heads, h)
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    seen = visible(places, window)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    out = jnp.einsum("BKGTS,BKSH->BTKGH", weights.astype(v.dtype), v)
+    return out.reshape(b, t, n, h)
+
+
 KERNELS: dict[str, Kernel] = {"xla": xla_attention, "cudnn": cudnn_attention}
 
 
@@ -127,8 +146,10 @@ def sharded(kernel: Kernel, rules: AxisRules, **fixed) -> Kernel:
 
     `fixed` are the kernel's keyword arguments (scale, window, dropout).
     """
-    kernel = functools.partial(kernel, **fixed)
     queries, keys = rules("batch", None, "heads", None), rules("batch", None, "kv_heads", None)
+    if kernel is cached_attention:
+        keys = rules("batch", "kv_heads", None, None)
+    kernel = functools.partial(kernel, **fixed)
     rows, kept = rules("batch", None), rules("batch", "heads", None, None)
 
     def attend(q, k, v, places: Places, *kept_weights):

@@ -20,7 +20,7 @@ from jaxgpt.config.cli import say
 from jaxgpt.data.pipeline import device_batches, training_stream
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.inference.decode import generate, make_decode, prompt_tokens, until
+from jaxgpt.inference.decode import Decoder, generate, prompt_tokens, until
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
@@ -283,22 +283,22 @@ class Sampler:
     """The sample taken while training; compiled once, seeded by the step."""
 
     def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, cfg: SampleConfig):
-        self.tokenizer, self.max_seq_len = tokenizer, spec.cfg.max_seq_len
+        self.spec, self.tokenizer = spec, tokenizer
         self.prompt = prompt_tokens(tokenizer, cfg.prompt)
-        self.room = min(cfg.max_new_tokens, self.max_seq_len - len(self.prompt))
+        self.room = min(cfg.max_new_tokens, spec.cfg.max_seq_len - len(self.prompt))
         if self.room < 0:
             raise BadInput(
                 f"sample.prompt has {len(self.prompt)} tokens, more than"
-                f" model.max_seq_len={self.max_seq_len}"
+                f" model.max_seq_len={spec.cfg.max_seq_len}"
             )
-        sampling = Sampling(cfg.temperature, cfg.top_k)
-        self.decode = make_decode(spec, sampling, max(self.room, 1))
+        self.sampling = Sampling(cfg.temperature, cfg.top_k)
 
     def __call__(self, params: dict, seed: int) -> str:
         if not self.room:
             return ""
-        (tokens,) = generate(self.decode, params, [self.prompt], self.max_seq_len, seed)
-        return self.tokenizer.decode(until(tokens, self.tokenizer.end_of_text))
+        decoder, end = Decoder.of(self.spec, params), self.tokenizer.end_of_text
+        (tokens,), _ = generate(decoder, [self.prompt], self.room, self.sampling, seed, end)
+        return self.tokenizer.decode(until(tokens, end))
 
 
 class _Speed:

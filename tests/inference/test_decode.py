@@ -1,15 +1,53 @@
 """Decoding with a cache: unequal prompts, and neighbours that change nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt.config import BadInput
-from jaxgpt.inference.decode import check_length, generate, make_decode, until
+from jaxgpt.inference.beam import beam_search
+from jaxgpt.inference.decode import Decoder, check_length, generate, keys_of, stream, until
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
 from tests.conftest import mesh_of, tiny_config
+from tests.model.test_gpt import VARIANTS
+
+GREEDY = Sampling(0.0)
+
+
+def model_of(config, scale=10):
+    """Larger than GPT-2's init, so that attention decides the next token."""
+    spec = ModelSpec(config.model, "xla")
+    params = jax.tree.map(lambda p: scale * p, jax.jit(spec.init)(jax.random.key(3)))
+    return Decoder.of(spec, params), jax.jit(lambda t: spec.for_decoding().bind(params)(t))
+
+
+def plain_greedy(forward, prompt, new):
+    """Token by token over the whole text, no cache: the tokens and their log-probabilities."""
+    ids, scores = list(prompt), []
+    for _ in range(new):
+        padded = np.zeros((1, -(-(len(prompt) + new) // 8) * 8), np.int32)  # one shape to compile
+        padded[0, : len(ids)] = ids
+        logits = np.asarray(forward(padded))[0, len(ids) - 1]
+        ids.append(int(np.argmax(logits)))
+        scores.append(float(jax.nn.log_softmax(logits)[ids[-1]]))
+    return ids[len(prompt) :], scores
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_equals_the_plain_loop_in_every_variant(variant):
+    config = tiny_config(**VARIANTS[variant])
+    prompts = [np.array(p, np.int32) for p in ([5], list(range(15)))]
+    with jax.set_mesh(mesh_of(config)):
+        decoder, forward = model_of(config, 4)
+        found, scores = generate(decoder, prompts, 6, GREEDY)
+        for i, prompt in enumerate(prompts):
+            want, wanted_scores = plain_greedy(forward, prompt, 6)
+            np.testing.assert_array_equal(found[i], want)
+            np.testing.assert_allclose(scores[i], wanted_scores, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
@@ -17,56 +55,113 @@ def test_greedy_equals_the_plain_loop_for_unequal_prompts(shape):
     config = tiny_config(shape, position="rope", num_kv_heads=2)
     prompts = [np.array(p, np.int32) for p in ([5], [9, 8, 7, 6], list(range(15)))]
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
-        # larger than GPT-2's init, so that attention decides the next token
-        params = jax.tree.map(lambda p: 10 * p, jax.jit(spec.init)(jax.random.key(3)))
-        found = generate(make_decode(spec, Sampling(0.0), 6), params, prompts, 24, seed=0)
-        forward = jax.jit(lambda p, t: spec.for_decoding().bind(p)(t))
+        decoder, forward = model_of(config)
+        found, _ = generate(decoder, prompts, 6, GREEDY)
         for prompt, got in zip(prompts, found, strict=True):
-            ids = list(prompt)
-            for _ in range(6):
-                ids.append(int(jnp.argmax(forward(params, jnp.asarray([ids]))[0, -1])))
-            np.testing.assert_array_equal(got, ids[len(prompt) :])
+            np.testing.assert_array_equal(got, plain_greedy(forward, prompt, 6)[0])
+
+
+def test_a_windowed_model_slides_past_its_context():
+    """Far past the ring's end: the cache has 64 slots, the text grows to 5 + 100 tokens."""
+    config = tiny_config(position="rope", window=6)
+    with jax.set_mesh(mesh_of(config)):
+        decoder, forward = model_of(config)
+        prompt = np.array([5, 9, 8, 7, 6], np.int32)
+        rows = decoder.start([prompt], [GREEDY], keys_of([(0, 0)]), 100)
+        assert rows.cache.positions.shape == (1, 64)
+        (found,), _ = generate(decoder, [prompt], 100, GREEDY)
+        np.testing.assert_array_equal(found, plain_greedy(forward, prompt, 100)[0])
+        long = np.arange(90, dtype=np.int32)  # a prompt longer than max_seq_len
+        (found,), _ = generate(decoder, [long], 8, GREEDY)
+        np.testing.assert_array_equal(found, plain_greedy(forward, long, 8)[0])
 
 
 def test_a_sample_depends_on_its_prompt_seed_and_number_only():
     config = tiny_config()
     one, two = np.array([5, 6], np.int32), np.array([7], np.int32)
+    drawn = Sampling(1.0, 0, repetition_penalty=1.1)
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
-        params = jax.jit(spec.init)(jax.random.key(3))
-        decode = make_decode(spec, Sampling(1.0, 0, repetition_penalty=1.1), 8)
-        alone = generate(decode, params, [one], 24, seed=1)
-        beside = generate(decode, params, [one, two], 24, seed=1)
+        decoder, _ = model_of(config, 1)
+        alone, _ = generate(decoder, [one], 8, drawn, seed=1)
+        beside, _ = generate(decoder, [one, two], 8, drawn, seed=1)
         np.testing.assert_array_equal(alone[0], beside[0])
-        other = generate(decode, params, [one], 24, seed=2)
+        other, _ = generate(decoder, [one], 8, drawn, seed=2)
         assert not np.array_equal(alone, other)
-        assert not np.array_equal(*generate(decode, params, [one, one], 24, seed=1))
+        assert not np.array_equal(*generate(decoder, [one, one], 8, drawn, seed=1)[0])
         assert np.all(beside < config.model.vocab_size)
+        parts = stream(decoder, [one], 8, [drawn], keys_of([(1, 0)]), chunk=3)
+        pieces = [tokens for tokens, _ in parts]
+        assert [piece.shape[1] for piece in pieces] == [3, 3, 2]
+        np.testing.assert_array_equal(np.concatenate(pieces, axis=1), alone)
+
+
+def test_it_ends_early_when_every_row_has_ended():
+    config = tiny_config(max_seq_len=128)
+    with jax.set_mesh(mesh_of(config)):
+        decoder, _ = model_of(config)
+        tokens, _ = generate(decoder, [np.array([5], np.int32)], 100, GREEDY)
+        end = int(tokens[0, 30])
+        again, _ = generate(decoder, [np.array([5], np.int32)], 100, GREEDY, end=end)
+        assert end in again[0] and again.shape[1] < 100
 
 
 def test_a_prompts_padding_counts_as_nothing_said():
     """Prompts are padded with id 0: a repetition penalty must not hold that against id 0."""
-    config, prompt = tiny_config(), [np.array([5, 6, 7], np.int32)]
+    config, prompt = tiny_config(), np.array([5, 6, 7], np.int32)
     with jax.set_mesh(mesh_of(config)):
         spec = ModelSpec(config.model, "xla")
         params = jax.jit(spec.init)(jax.random.key(3))
-        logits = jax.jit(lambda p, t: spec.for_decoding().bind(p)(t))(params, prompt[0][None])
+        logits = jax.jit(lambda p, t: spec.for_decoding().bind(p)(t))(params, prompt[None])
         best = int(jnp.argmax(logits[0, -1]))
         assert logits[0, -1, best] > 0 and best != 0
         table = np.array(params["tokens"])
         table[0] = 3 * table[best]  # id 0 is now three times as strong
-        decode = make_decode(spec, Sampling(0.0, repetition_penalty=4.0), 2)
-        tokens = generate(decode, params | {"tokens": jnp.asarray(table)}, prompt, 24, seed=0)[0]
+        decoder = Decoder.of(spec, params | {"tokens": jnp.asarray(table)})
+        (tokens,), _ = generate(decoder, [prompt], 2, Sampling(0.0, repetition_penalty=4.0))
     assert tokens[0] == 0, "not said before: no penalty"
     assert tokens[1] != 0, "said now"
 
 
 def test_lengths_and_ends():
-    check_length(20, 4, 24)
+    cfg = tiny_config().model
+    check_length(20, 4, cfg)
     with pytest.raises(BadInput, match="ask for at most 4 new tokens"):
-        check_length(20, 5, 24)
+        check_length(20, 5, cfg)
     with pytest.raises(BadInput, match="more than the model's context of 24"):
-        check_length(25, 1, 24)
+        check_length(25, 1, cfg)
+    half = dataclasses.replace(cfg, position="rope", window=6, full_attention_every=2)
+    with pytest.raises(BadInput, match="ask for at most 4 new tokens"):
+        check_length(20, 5, half)  # a layer without a window cannot forget
     np.testing.assert_array_equal(until(np.array([3, 4, 9, 5, 9]), 9), [3, 4])
     np.testing.assert_array_equal(until(np.array([3, 4]), 9), [3, 4])
+
+
+def all_continuations(forward, prompt, new, vocab, end, penalty):
+    """Every continuation's score by brute force: {tokens: score}."""
+    open_, done = {(): 0.0}, {}
+    for _ in range(new):
+        grown = {}
+        for tokens, total in open_.items():
+            logits = forward(jnp.asarray([[*prompt, *tokens]]))[0, -1]
+            for token, score in enumerate(np.asarray(jax.nn.log_softmax(logits), np.float64)[:vocab]):
+                (done if token == end else grown)[(*tokens, token)] = total + score
+        open_ = grown
+    return {t: total / len(t) ** penalty for t, total in (done | open_).items()}
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all(penalty):
+    config, end, vocab = tiny_config(vocab_size=5, num_layers=1), 3, 5
+    prompt = np.array([1, 2], np.int32)
+    with jax.set_mesh(mesh_of(config)):
+        decoder, forward = model_of(config, 6)
+        every = all_continuations(forward, prompt, 3, vocab, end, penalty)
+        found = beam_search(decoder, prompt, 3, 85, end, penalty)  # all leaves, ended ones included
+        assert len(every) == len(found) == 85
+        ranked = sorted(every.items(), key=lambda pair: -pair[1])
+        np.testing.assert_allclose([s for _, s in found], [s for _, s in ranked], atol=1e-4)
+        best = [t for t in ranked[0][0] if t != end]
+        assert found[0][0].tolist() == best
+        narrow = beam_search(decoder, prompt, 3, 1, end, penalty)
+        greedy = until(generate(decoder, [prompt], 3, GREEDY)[0][0], end)
+        assert narrow[0][0].tolist() == greedy.tolist(), "one beam is greedy"

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import BadInput
-from jaxgpt.inference.samplers import Sampling, draw, keep_min_p, keep_top_k, keep_top_p
+from jaxgpt.inference.samplers import (
+    Sampling,
+    Samplings,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+)
 
 DRAWS = 20_000
 LOGITS = np.log([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
@@ -58,7 +65,8 @@ def test_draws_follow_the_distribution(name):
     want = expected(sampling, seen)
     keys = jax.random.split(jax.random.key(0), DRAWS)
     logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (DRAWS, 1))
-    tokens = jax.jit(draw, static_argnums=2)(logits, keys, sampling, jnp.tile(seen, (DRAWS, 1)))
+    rows = Samplings.of([sampling] * DRAWS)
+    tokens = jax.jit(draw)(logits, keys, rows, jnp.tile(seen, (DRAWS, 1)))
     counts = np.bincount(np.asarray(tokens), minlength=6)
     assert np.all(counts[want == 0] == 0), "what is ruled out is never drawn"
     real = want > 0
@@ -73,15 +81,55 @@ def test_greedy_takes_the_best_and_padding_is_never_drawn():
     logits = jnp.asarray([[1.0, 3.0, 2.0, -jnp.inf]] * 500)
     keys = jax.random.split(jax.random.key(1), 500)
     seen = jnp.zeros(logits.shape, bool)
-    assert np.all(np.asarray(draw(logits, keys, Sampling(0.0), seen)) == 1)
-    hot = np.asarray(draw(logits, keys, Sampling(100.0, 0), seen))
+    assert np.all(np.asarray(draw(logits, keys, Samplings.of([Sampling(0.0)] * 500), seen)) == 1)
+    hot = np.asarray(draw(logits, keys, Samplings.of([Sampling(100.0, 0)] * 500), seen))
     assert set(hot) == {0, 1, 2}
+
+
+def test_rows_of_all_kinds_share_a_call():
+    """Each row draws as if it were alone: same key, same token."""
+    kinds = [sampling for sampling, _ in CASES.values()] + [Sampling(0.0, 3)]
+    rng = np.random.default_rng(5)
+    logits = jnp.asarray(rng.normal(size=(len(kinds), 300)) * 3, jnp.float32)
+    seen = jnp.asarray(rng.random((len(kinds), 300)) < 0.2)
+    for seed in range(20):
+        keys = jax.random.split(jax.random.key(seed), len(kinds))
+        together = draw(logits, keys, Samplings.of(kinds), seen)
+        for i, kind in enumerate(kinds):
+            row = slice(i, i + 1)
+            alone = draw(logits[row], keys[row], Samplings.of([kind]), seen[row])
+            assert int(alone[0]) == int(together[i])
+
+
+@pytest.mark.parametrize("k", [1, 7, 200, 999, 1000, 5000])
+def test_top_k_by_bisection_is_top_k_by_sorting(k):
+    logits = np.random.default_rng(k).normal(size=(4, 1000)).astype(np.float32) * 50
+    logits[1] = np.round(logits[1])  # ties
+    logits[2, 500:] = -np.inf
+    logits[3] = -np.abs(logits[3])
+    kept = np.asarray(keep_top_k(jnp.asarray(logits), jnp.full(4, k)))
+    least = np.sort(logits, axis=-1)[:, -min(k, 1000)][:, None]
+    np.testing.assert_array_equal(kept, np.where(logits < least, -np.inf, logits))
+
+
+def test_top_p_by_bisection_is_top_p_by_sorting():
+    logits = np.random.default_rng(0).normal(size=(50, 1000)).astype(np.float32) * 3
+    for p in (0.1, 0.5, 0.9, 0.999):
+        kept = np.isfinite(np.asarray(keep_top_p(jnp.asarray(logits), jnp.full(50, p))))
+        exact = logits.astype(np.float64)
+        chances = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
+        order = np.argsort(-exact, axis=-1)
+        falling = np.take_along_axis(chances, order, -1)
+        wanted = ((np.cumsum(falling, -1) - falling) < p).sum(-1)
+        assert np.all(np.abs(kept.sum(-1) - wanted) <= 1), "but for rounding of the mass"
 
 
 def test_every_filter_leaves_the_likeliest():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 9)), jnp.float32)
     best = np.argmax(logits, -1)
-    for kept in (keep_top_k(logits, 1), keep_top_p(logits, 1e-6), keep_min_p(logits, 1.0)):
+    one = jnp.ones(50)
+    for kept in (keep_top_k(logits, jnp.ones(50, int)), keep_top_p(logits, 1e-6 * one),
+                 keep_min_p(logits, one)):  # fmt: skip
         np.testing.assert_array_equal(np.isfinite(kept).sum(-1), 1)
         np.testing.assert_array_equal(np.argmax(kept, -1), best)
 

@@ -11,6 +11,7 @@ from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import fields_of, get_field, set_field
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import empty
+from jaxgpt.model.gpt import split_layers
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.ops.cross_entropy import cross_entropy
 from jaxgpt.training.setup import make_training
@@ -137,12 +138,12 @@ def test_cached_extension_equals_the_whole(variant):
         @jax.jit
         def pieces(params):
             model, cache, found = spec.bind(params), empty(spec.cfg, 3, 24, spec.rules), []
+            layers = split_layers(params)["blocks"]
             positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
             for start, stop in ((0, 7), (7, 8), (8, 24)):
                 part = slice(start, stop)
-                at = jnp.full(3, stop - start - 1)
-                logits, cache = model.extend(tokens[:, part], positions[:, part], cache, at)
-                found.append(logits)
+                x, cache = model.extend(layers, tokens[:, part], positions[:, part], cache)
+                found.append(model.logits(model.final_norm(x), model.table())[:, -1])
             return jnp.stack(found, axis=1)
 
         np.testing.assert_allclose(pieces(params), whole[:, jnp.array([6, 7, 23])], atol=1e-5)
