@@ -1,21 +1,33 @@
 """Evaluate a run: python -m jaxgpt.evaluate --workdir=DIR [--step=N] [--data=SOURCE] [--split=validation]
 
-Prints loss (nats/token), perplexity and bits per byte over a whole split, as JSON on the last
-line of stdout. --data=SOURCE takes the whole of SOURCE as the split. --task=NAME:GLOB answers a
-task's rows instead (sentiment, entailment: accuracy and confusion matrix; questions: exact match
-and F1).
+Prints loss (nats/token), perplexity and bits per byte over a whole split, as JSON on the last line
+of stdout; of a mixture, for each source too. --data=SOURCE takes the whole of SOURCE as the split.
+--stride=N lets windows overlap, so that each token is predicted from more context.
+
+--all_steps evaluates every checkpoint, one line of JSON each. --watch goes on evaluating new ones as
+they appear, until the run has made its last: the evaluation job beside a training job.
+
+--task=NAME:GLOB answers a task's rows instead: sentiment, entailment (accuracy and confusion
+matrix), questions (exact match and F1), hellaswag, arc (accuracy, and by character), lambada
+(accuracy and perplexity of the last word).
 """
 
+import dataclasses
 import json
 import time
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
+from jaxgpt.config.load import read_config
 from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
+from jaxgpt.data.shards import Split
+from jaxgpt.evaluation.multiple_choice import BENCHMARKS, last_words, multiple_choice, read_items
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.evaluation.tasks import Choices, classification, questions
 from jaxgpt.inference.decode import Decoder, generate, prompt_tokens, until
@@ -26,79 +38,160 @@ from jaxgpt.text.files import expand
 from jaxgpt.text.tasks import TASKS, read_examples
 from jaxgpt.training.step import make_eval_step
 
+KNOWN_TASKS = (*TASKS, *BENCHMARKS)
+
 
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint; default: the newest", flag_values=values)
+    flags.DEFINE_bool("all_steps", False, "every checkpoint", flag_values=values)
+    flags.DEFINE_bool("watch", False, "every checkpoint, and new ones", flag_values=values)
+    flags.DEFINE_float("watch_every", 10.0, "seconds between two looks", flag_values=values)
     flags.DEFINE_string("data", "", "another source, used whole", flag_values=values)
     flags.DEFINE_string("split", "validation", "validation or train", flag_values=values)
-    flags.DEFINE_string("task", "", "sentiment|entailment|questions:GLOB", flag_values=values)
+    flags.DEFINE_integer("stride", 0, "tokens between windows; 0 = no overlap", flag_values=values)
+    flags.DEFINE_string("task", "", f"NAME:GLOB, {'|'.join(KNOWN_TASKS)}", flag_values=values)
     hosts.define_flags(values)
     parse(values, argv, __doc__)
+    check_flags(values)
+    hosts.join(values)
+    with hosts.peers_watched():
+        for row in evaluate(values):
+            if jax.process_index() == 0:
+                print(json.dumps(row), flush=True)
+
+
+def check_flags(values: flags.FlagValues) -> None:
+    """Raises `BadInput` for a flag that is missing, out of range or in the way of another."""
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     if values.split not in ("validation", "train"):
         raise BadInput(f"--split={values.split} is unknown; choose validation or train")
-    hosts.join(values)
-    with hosts.peers_watched():
-        row = evaluate(values)
-    if jax.process_index() == 0:
-        print(json.dumps(row))
+    if values.stride < 0:
+        raise BadInput(f"--stride={values.stride} must be at least 0")
+    if values.watch_every <= 0:
+        raise BadInput(f"--watch_every={values.watch_every} must be above 0")
+    given = [name for name in ("step", "all_steps", "watch") if values[name].value not in (None, False)]
+    if len(given) > 1:
+        raise BadInput(f"--{given[0]} and --{given[1]} do not go together")
+    if values.watch and values.coordinator:
+        raise BadInput("--watch is for one process: several would see a checkpoint at other times")
 
 
-def evaluate(values: flags.FlagValues) -> dict:
-    """Returns the figures that the flags ask for."""
+def evaluate(values: flags.FlagValues) -> Iterator[dict]:
+    """Yields the figures that the flags ask for, of one checkpoint or of several."""
+    if values.watch:
+        wait_for_first(values.workdir, values.watch_every)
     trained = open_trained(values.workdir, values.step)
-    if values.task:
-        return evaluate_task(trained, values.task)
+    measure = task_of(trained, values.task) if values.task else loss_of(trained, values)
+    steps = [trained.step]
+    if values.all_steps:
+        steps = trained.checkpoints.whole()
+    if values.watch:
+        steps = appearing(trained, values.watch_every)
+    for step in steps:
+        began = time.perf_counter()
+        with jax.set_mesh(trained.mesh):
+            found = measure(dataclasses.replace(trained, step=step).params())
+        yield {"step": step} | found | {"seconds": time.perf_counter() - began}
+
+
+def wait_for_first(workdir: str, every: float) -> None:
+    """Waits until `workdir` has a run with a checkpoint."""
+    said = False
+    while True:
+        try:
+            return open_trained(workdir, None).checkpoints.close()
+        except BadInput:
+            if not said:
+                say(f"waiting   for the first checkpoint of {workdir}")
+            said = True
+            time.sleep(every)
+
+
+def appearing(trained: Trained, every: float) -> Iterator[int]:
+    """Yields each whole checkpoint's step, as they appear, until that of the run's last step.
+
+    One that is deleted by the run's retention before its turn is passed over.
+    """
+    seen: set[int] = set()
+    while True:
+        trained.checkpoints.manager.reload()
+        new = [step for step in trained.checkpoints.whole() if step not in seen]
+        for step in new:
+            seen.add(step)
+            if not trained.checkpoints.damage(step):
+                yield step
+        if seen and max(seen) >= read_config(trained.checkpoints.folder.parent).num_steps:
+            return
+        if not new:
+            time.sleep(every)
+
+
+def loss_of(trained: Trained, values: flags.FlagValues):
+    """Returns the function that evaluates parameters on the split that the flags name."""
+    name = values.data or values.split
     split = open_split(trained, values.data, values.split)
-    began = time.perf_counter()
     with jax.set_mesh(trained.mesh):
         measure = Perplexity(
-            make_eval_step(trained.spec),
-            NamedSharding(trained.mesh, trained.spec.rules(None, "batch", "seq")),
-            split, trained.config.model.max_seq_len, trained.config.batch_size,
+            make_eval_step(trained.spec), batch_sharding(trained), split,
+            trained.config.model.max_seq_len, trained.config.batch_size, values.stride,
         )  # fmt: skip
-        found = measure(trained.params())
-    name = values.data or values.split
-    say(f"{name} at step {trained.step}: loss {found['loss']:.4f} nats/token, perplexity"
-        f" {found['perplexity']:.2f}, {found['bits_per_byte']:.4f} bits/byte")  # fmt: skip
-    row = {"step": trained.step, "split": name} | found
-    return row | {"seconds": time.perf_counter() - began}
+
+    def measured(params: dict) -> dict:
+        found = measure(params)
+        say(f"{name}: loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f},"
+            f" {found['bits_per_byte']:.4f} bits/byte")  # fmt: skip
+        for source, row in found.get("sources", {}).items():
+            say(f"  {source}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f},"
+                f" {row['tokens']:,} tokens")  # fmt: skip
+        return {"split": name} | found
+
+    return measured
 
 
-def evaluate_task(trained: Trained, spec: str) -> dict:
-    """Returns the figures of a task on all rows of its files.
+def batch_sharding(trained: Trained) -> NamedSharding:
+    """The sharding of an evaluation's batches."""
+    return NamedSharding(trained.mesh, trained.spec.rules(None, "batch", "seq"))
+
+
+def task_of(trained: Trained, spec: str):
+    """Returns the function that answers a task's rows with given parameters.
 
     Raises:
       BadInput: if the task is unknown, a file is missing, or a row is malformed.
     """
     name, _, pattern = spec.partition(":")
-    if name not in TASKS or not pattern:
-        raise BadInput(f"--task={spec} is unknown: choose {', '.join(TASKS)}, as NAME:GLOB")
-    examples = list(read_examples(name, expand(spec, pattern)))
-    if not examples:
+    if name not in KNOWN_TASKS or not pattern:
+        raise BadInput(f"--task={spec} is unknown: choose {', '.join(KNOWN_TASKS)}, as NAME:GLOB")
+    files, cfg = expand(spec, pattern), trained.config
+    rows = read_items(name, files) if name in BENCHMARKS else list(read_examples(name, files))
+    if not rows:
         raise BadInput(f"--task={spec} holds no example")
-    began, cfg = time.perf_counter(), trained.config
     with jax.set_mesh(trained.mesh):
-        params = trained.params()
+        choices = Choices(
+            make_eval_step(trained.spec), batch_sharding(trained), trained.tokenizer,
+            cfg.model.max_seq_len, cfg.batch_size,
+        )  # fmt: skip
+
+    def measured(params: dict) -> dict:
         if name == "questions":
-            found = questions(examples, greedy(trained, params))
+            found = questions(rows, greedy_line(trained, params))
+        elif name == "lambada":
+            found = last_words(rows, choices, params, greedy_tokens(trained, params))
+        elif name in BENCHMARKS:
+            found = multiple_choice(rows, choices, params)
         else:
-            sharding = NamedSharding(trained.mesh, trained.spec.rules(None, "batch", "seq"))
-            choices = Choices(
-                make_eval_step(trained.spec), sharding, trained.tokenizer, cfg.model.max_seq_len,
-                cfg.batch_size,
-            )  # fmt: skip
-            found = classification(name, examples, choices, params)
-    for label, row in found.get("confusion", {}).items():
-        say(f"{label:>16} | " + "  ".join(f"{given} {count}" for given, count in row.items()))
-    row = {"step": trained.step, "task": name} | found
-    return row | {"seconds": time.perf_counter() - began}
+            found = classification(name, rows, choices, params)
+        for label, row in found.get("confusion", {}).items():
+            say(f"{label:>16} | " + "  ".join(f"{given} {count}" for given, count in row.items()))
+        return {"task": name} | found
+
+    return measured
 
 
-def greedy(trained: Trained, params: dict, most: int = 32):
+def greedy_line(trained: Trained, params: dict, most: int = 32):
     """Returns the function that answers a prompt with the likeliest line, of `most` tokens."""
     cfg, tokenizer = trained.config.model, trained.tokenizer
     most = min(most, cfg.max_seq_len - 1)
@@ -112,7 +205,20 @@ def greedy(trained: Trained, params: dict, most: int = 32):
     return answer
 
 
-def open_split(trained: Trained, source: str, split: str):
+def greedy_tokens(trained: Trained, params: dict):
+    """Returns the function (prompt, count) -> the likeliest next tokens, after an end-of-text."""
+    cfg, tokenizer = trained.config.model, trained.tokenizer
+    decoder = Decoder.of(trained.spec, params)
+
+    def answer(prompt: str, count: int):
+        ids = np.array([tokenizer.end_of_text, *tokenizer.encode(prompt)], np.int32)
+        ids = ids[-(cfg.max_seq_len - count) :]
+        return generate(decoder, [ids], count, Sampling(temperature=0.0))[0][0]
+
+    return answer
+
+
+def open_split(trained: Trained, source: str, split: str) -> Split:
     """Returns the tokens to evaluate on.
 
     Raises:

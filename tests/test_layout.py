@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxgpt"
 ROOMS = [
     "config", "metrics", "tokenizer", "text", "parallel", "ops", "model", "data", "optim",
-    "checkpointing", "interchange", "inference", "evaluation", "training",
+    "checkpointing", "interchange", "inference", "serving", "evaluation", "reports", "training",
     "sweeps",
 ]  # fmt: skip
 

@@ -46,6 +46,17 @@ class Prepared:
         return read_meta(self.folder)["dropped"]
 
 
+    @property
+    def summary(self) -> dict:
+        """What there is to say about it, as JSON."""
+        found = {}
+        for name in ("train", "validation"):
+            entry = read_meta(self.folder)["splits"][name]
+            found |= {f"{name} {what}": entry[what] for what in ("documents", "tokens", "bytes")}
+        dropped = {rule: entry["documents"] for rule, entry in self.dropped.items()}
+        return found | {"vocabulary": self.tokenizer.vocab_size} | ({"dropped": dropped} if dropped else {})
+
+
 def cache_folder(cfg: DataConfig) -> Path:
     """Returns where prepared corpora live."""
     chosen = cfg.cache_dir or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"

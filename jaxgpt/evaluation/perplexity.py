@@ -1,6 +1,8 @@
 """Loss, perplexity and bits per byte of a split, as the contract counts them."""
 
 import math
+from collections import deque
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -12,42 +14,79 @@ from jaxgpt.data.shards import Split
 from jaxgpt.ops.cross_entropy import IGNORE
 
 
-class Perplexity:
-    """Evaluates parameters on a split by non-overlapping windows.
+LAG = 2  # batches on the device whose numbers are not asked for yet
 
-    `eval_step` gives nats per row (`training.step.make_eval_step`); the rows are summed in
-    float64 on the host, so that neither batch size nor mesh shows in the result.
+
+class Perplexity:
+    """Evaluates parameters on a split by windows `stride` tokens apart (0: not overlapping).
+
+    `eval_step` gives the nats of each target (`training.step.make_eval_step`); they are summed in
+    float64 on the host, so that neither batch size nor mesh shows in the result. A smaller stride
+    gives each target more context, at seq_len / stride times the work.
     """
 
-    def __init__(self, eval_step, sharding: NamedSharding, split: Split, seq_len: int, batch: int):
+    def __init__(
+        self, eval_step, sharding: NamedSharding, split: Split, seq_len: int, batch: int,
+        stride: int = 0,
+    ):  # fmt: skip
         if split.num_targets < 1:
             raise BadInput("the split to evaluate holds no token")
+        if not 0 <= stride <= seq_len:
+            raise BadInput(f"--stride={stride} must be from 1 to model.max_seq_len={seq_len}")
         self.eval_step, self.sharding, self.split = eval_step, sharding, split
-        self.seq_len, self.batch = seq_len, batch
+        self.seq_len, self.batch, self.stride = seq_len, batch, stride or seq_len
 
     def __call__(self, params: dict, max_batches: int = 0) -> dict:
-        """Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`.
+        """Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`; of a
+        mixture also `sources`, {source: {"loss", "perplexity", "tokens"}}.
 
-        `max_batches` > 0 looks at that many windows batches from the start only; its bytes are
+        `max_batches` > 0 looks at that many batches of windows from the start only; its bytes are
         then the split's in proportion to the tokens.
         """
-        seq_len, batch = self.seq_len, self.batch
-        batches = -(-evaluation_windows(self.split.tokens, seq_len) // batch)
+        parts = self.split.parts
+        nats, counts = np.zeros(len(parts)), np.zeros(len(parts), np.int64)
+        ends = np.array([part.end for part in parts])
+        for at, found in self._losses(params, max_batches):
+            source = np.minimum(np.searchsorted(ends, at, side="right"), len(parts) - 1)
+            nats += np.bincount(source, found, len(parts))
+            counts += np.bincount(source, minlength=len(parts))
+        total, tokens = float(nats.sum()), max(int(counts.sum()), 1)
+        size = max(round(self.split.target_bytes * tokens / max(self.split.num_targets, 1)), 1)
+        figures = _figures(total, tokens)
+        figures["bits_per_byte"] = total / math.log(2) / size
+        figures |= {"tokens": tokens, "bytes": size}
+        if len(parts) > 1:
+            rows = zip(parts, nats.tolist(), counts.tolist(), strict=True)
+            figures["sources"] = {
+                part.source: _figures(sum_, max(count, 1)) | {"tokens": count}
+                for part, sum_, count in rows
+            }
+        return figures
+
+    def _losses(self, params: dict, max_batches: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (places in the split, nats in float64) of the targets of each batch."""
+        seq_len, batch, tokens = self.seq_len, self.batch, self.split.tokens
+        batches = -(-evaluation_windows(len(tokens), seq_len, self.stride) // batch)
         batches = min(batches, max_batches) if max_batches else batches
         rows, shape = np.arange(batch), (1, batch, seq_len)
-        pending, counted = [], 0
+        pending: deque = deque()
+
+        def first():
+            starts, counted, nats = pending.popleft()
+            places = starts[:, None] + 1 + np.arange(seq_len)
+            return places[counted], np.asarray(jax.device_get(nats), np.float64)[counted]
+
         for k in range(batches):
-            host = evaluation_batch(self.split.tokens, seq_len, batch, k, self.split.mask)
-            counted += int(np.count_nonzero(host["targets"] != IGNORE))
+            host = evaluation_batch(tokens, seq_len, batch, k, self.split.mask, self.stride)
             device = {name: put(a, rows, self.sharding, shape) for name, a in host.items()}
-            pending.append(self.eval_step(params, device))
-        nats = float(sum(np.sum(jax.device_get(rows), dtype=np.float64) for rows in pending))
-        tokens = max(counted, 1)
-        size = max(round(self.split.target_bytes * tokens / max(self.split.num_targets, 1)), 1)
-        return {
-            "loss": nats / tokens,
-            "perplexity": math.exp(min(nats / tokens, 700)),  # exp(710) overflows a float64
-            "bits_per_byte": nats / math.log(2) / size,
-            "tokens": tokens,
-            "bytes": size,
-        }
+            starts = (k * batch + rows) * self.stride
+            pending.append((starts, host["targets"][0] != IGNORE, self.eval_step(params, device)))
+            if len(pending) > LAG:
+                yield first()
+        while pending:
+            yield first()
+
+
+def _figures(nats: float, tokens: int) -> dict:
+    loss = nats / tokens
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700))}  # exp(710) overflows a float64

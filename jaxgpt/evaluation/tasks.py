@@ -40,8 +40,8 @@ class Choices:
                 host["inputs"][0, i, : len(inputs)] = inputs
                 host["targets"][0, i, : len(targets)] = targets
             device = {n: put(a, np.arange(self.batch), self.sharding, shape) for n, a in host.items()}
-            nats = np.asarray(jax.device_get(self.eval_step(params, device)))
-            found += (-nats[: len(some)]).tolist()
+            nats = np.asarray(jax.device_get(self.eval_step(params, device)), np.float64)
+            found += (-nats[: len(some)].sum(axis=-1)).tolist()
         return np.array(found)
 
     def _row(self, prompt: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:

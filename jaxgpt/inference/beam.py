@@ -1,6 +1,5 @@
 """Beam search: the likeliest continuations found by keeping the best few at every step."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 from jaxgpt.inference.decode import Decoder, Rows, keys_of
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
+from jaxgpt.model.cache import empty
 
 
 def beam_search(
@@ -40,26 +40,26 @@ def _search(spec: ModelSpec, new: int, end: int, params: dict, rows: Rows):
     only_end = jnp.where(jnp.arange(vocab) == end, 0.0, -jnp.inf)
 
     def step(carry, at):
-        rows, sums, ended, tokens, lengths = carry
-        x, cache = model.extend(
-            params["blocks"], rows.token[:, None], rows.position[:, None], rows.cache
-        )
-        logits = model.logits(model.final_norm(x), table)[:, 0]
-        scores = jax.nn.log_softmax(jax.sharding.reshard(logits, jax.P(None, None)), axis=-1)
+        recent, token, position, sums, ended, tokens, lengths = carry
+        x, recent = model.extend(params["blocks"], token, position, rows.cache, recent, at)
+        logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
+        scores = jax.nn.log_softmax(logits, axis=-1)
         totals = sums[:, None] + jnp.where(ended[:, None], only_end, scores)
         sums, best = jax.lax.top_k(totals.reshape(-1), beams)
         parent, token = best // vocab, (best % vocab).astype(jnp.int32)
         was_ended = ended[parent]
-        cache = jax.tree.map(partial(_rows_of, at=parent), cache)
-        rows = dataclasses.replace(rows, cache=cache, token=token, position=rows.position + 1)
+        recent = jax.tree.map(partial(_rows_of, at=parent), recent)  # the prompt is the same in all
         tokens = tokens[parent].at[:, at].set(token)
         lengths = lengths[parent] + ~was_ended
-        return (rows, sums, was_ended | (token == end), tokens, lengths), None
+        return (recent, token, position + 1, sums, was_ended | (token == end), tokens, lengths), None
 
     first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # all beams are one at the start
     zeros = jnp.zeros(beams, jnp.int32)
-    carry = (rows, first, zeros > 0, jnp.zeros((beams, new), jnp.int32), zeros)
-    (_, sums, _, tokens, lengths), _ = jax.lax.scan(step, carry, jnp.arange(new))
+    carry = (
+        empty(spec.cfg, beams, new, spec.rules), rows.token, rows.position, first, zeros > 0,
+        jnp.zeros((beams, new), jnp.int32), zeros,
+    )  # fmt: skip
+    (*_, sums, _, tokens, lengths), _ = jax.lax.scan(step, carry, jnp.arange(new))
     return tokens, sums, lengths
 
 

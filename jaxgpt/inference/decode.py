@@ -5,6 +5,7 @@ caller can look between two chunks: for a stop string, to print, to let another 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxgpt.config import BadInput, ModelConfig
 from jaxgpt.inference.samplers import Sampling, Samplings, draw
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.cache import empty
+from jaxgpt.model.cache import UNWRITTEN, Cache, empty, first, merged
 from jaxgpt.model.gpt import split_layers, windows
 from jaxgpt.tokenizer import Tokenizer
 
@@ -30,8 +31,7 @@ CHUNK = 20  # tokens of each row between two looks
 class Rows:
     """B texts being continued: all that the next step needs.
 
-    `token` is each row's last one, which stands at `position` and has been read into the cache only
-    where it ends the prompt (it is written again: the same).
+    `token` is each row's last one, which stands at `position` and is not yet in the cache.
     """
 
     cache: Any
@@ -69,8 +69,9 @@ class Decoder:
         sampling: Sequence[Sampling],
         keys: Key[Array, "B"],
         new: int,
+        slots: int = 0,
     ) -> Rows:
-        """Reads the prompts into a cache with room for `new` tokens more.
+        """Reads the prompts into a cache with room for `new` tokens more, or of `slots` in all.
 
         Raises:
           BadInput: where a prompt and its continuation exceed the context (see `check_length`).
@@ -81,17 +82,24 @@ class Decoder:
         room = width + _up(new, CHUNK)
         if slides(self.cfg):
             room = min(room, max(width, _up(self.cfg.window, BUCKET)))
+        room = slots or room
         padded = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
         return _prefill(self.spec, _up(room, BUCKET), self.params, padded, lengths, keys,
                         Samplings.of(sampling))  # fmt: skip
 
-    def more(self, rows: Rows, count: int = CHUNK) -> tuple[Rows, tuple[jax.Array, jax.Array]]:
+    def more(
+        self, rows: Rows, count: int = CHUNK, reach: int = 0
+    ) -> tuple[Rows, tuple[jax.Array, jax.Array]]:
         """Returns the rows grown by `count` tokens, those tokens, and the log-probability that the
         model (no filter, temperature 1) gave each: [B, count]. It takes `rows` away.
+
+        `reach` > 0 says that no row has more tokens yet, so that no more of the cache is read.
         """
-        return _more(self.spec, count, self.params, rows)
+        slots = rows.cache.positions.shape[1]
+        span = slots if reach <= 0 else min(slots, BUCKET * 2 ** max(math.ceil(math.log2(reach / BUCKET)), 0))
+        return _more(self.spec, count, span, self.params, rows)
 
 
 def slides(cfg: ModelConfig) -> bool:
@@ -152,13 +160,13 @@ def stream(
     chunk: int = CHUNK,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields what `generate` returns, some columns at a time; the next are under way meanwhile."""
-    rows = decoder.start(prompts, sampling, keys, new)
+    rows, longest = decoder.start(prompts, sampling, keys, new), max(map(len, prompts))
     ended = np.zeros(len(prompts), bool)
     coming = None
     for made in range(0, new + chunk, chunk):
         following = None
         if made < new:
-            rows, following = decoder.more(rows, chunk)
+            rows, following = decoder.more(rows, chunk, longest + made)
         if coming is not None:
             tokens, scores = jax.device_get(coming)
             left = new - (made - chunk)
@@ -181,37 +189,39 @@ def _prefill(
     spec: ModelSpec, room: int, params: dict, prompts: Int[Array, "B P"], lengths: Int[Array, "B"],
     keys: Key[Array, "B"], sampling: Samplings,
 ) -> Rows:  # fmt: skip
-    """Padding is never seen: it lies in every query's future until it is overwritten."""
+    """Padding is not put into the cache, nor is the last token, with which decoding begins."""
     batch, width = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    cache = empty(spec.cfg, batch, room, spec.rules)
-    _, cache = spec.bind(params).extend(params["blocks"], prompts, positions, cache)
+    _, layers = spec.bind(params).prefill(params["blocks"], prompts, positions)
+    known = jnp.where(positions < lengths[:, None] - 1, positions, UNWRITTEN)
+    cache = merged(empty(spec.cfg, batch, room, spec.rules), Cache(layers, known), spec.rules)
     seen = jnp.zeros((batch, spec.cfg.padded_vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], prompts].max(positions < lengths[:, None])
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
     return Rows(cache, last, lengths - 1, seen, keys, sampling)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _more(spec: ModelSpec, count: int, params: dict, rows: Rows):
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _more(spec: ModelSpec, count: int, span: int, params: dict, rows: Rows):
     model = spec.bind(params)
     table, batch = model.table(), rows.token.shape[0]
+    read, fresh = first(rows.cache, span), empty(spec.cfg, batch, count, spec.rules)
 
-    def step(rows: Rows, _):
-        x, cache = model.extend(
-            params["blocks"], rows.token[:, None], rows.position[:, None], rows.cache
-        )
-        logits = model.logits(model.final_norm(x), table)[:, 0]
-        logits = jax.sharding.reshard(logits, jax.P(None, None))
-        keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.position + 1)
-        token = draw(logits, keys, rows.sampling, rows.seen)
+    def step(carry, at):
+        recent, token, position, seen = carry
+        x, recent = model.extend(params["blocks"], token, position, read, recent, at)
+        logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
+        keys = jax.vmap(jax.random.fold_in)(rows.keys, position + 1)
+        token = draw(logits, keys, rows.sampling, seen)
         score = _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
-        seen = rows.seen.at[jnp.arange(batch), token].set(True)
-        grown = Rows(cache, token, rows.position + 1, seen, rows.keys, rows.sampling)
-        return grown, (token, score)
+        seen = seen.at[jnp.arange(batch), token].set(True)
+        return (recent, token, position + 1, seen), (token, score)
 
-    rows, (tokens, scores) = jax.lax.scan(step, rows, length=count)
-    return rows, (tokens.T, scores.T)
+    carry = (fresh, rows.token, rows.position, rows.seen)
+    (recent, token, position, seen), (tokens, scores) = jax.lax.scan(step, carry, jnp.arange(count))
+    cache = merged(rows.cache, recent, spec.rules)
+    grown = Rows(cache, token, position, seen, rows.keys, rows.sampling)
+    return grown, (tokens.T, scores.T)
 
 
 def _at(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:

@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.cache import LayerCache, write
+from jaxgpt.model.cache import KeysValues, put
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
-from jaxgpt.ops.attention import KERNELS, Places, cached_attention, default_scale, sharded
+from jaxgpt.ops.attention import KERNELS, Places, default_scale, sharded, sharded_cached
 from jaxgpt.ops.rope import rope_frequencies, rotate
 from jaxgpt.parallel.rules import AxisRules
 
@@ -29,7 +29,7 @@ class Attention(nnx.Module):
         self.rules, self.dropout, self.num_heads = rules, cfg.dropout, cfg.num_heads
         fixed = dict(scale=default_scale(cfg.head_dim, cfg.mup_base_width > 0), window=window)
         self.attend = sharded(KERNELS[kernel], rules, **fixed)
-        self.attend_cached = sharded(cached_attention, rules, **fixed)
+        self.attend_cached = sharded_cached(rules, **fixed)
         self.attend_dropping = sharded(KERNELS["xla"], rules, dropout=cfg.dropout, **fixed)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
         self.query = Linear("query", "MD,DNH->MNH", cfg, rules, **shared)
@@ -57,20 +57,30 @@ class Attention(nnx.Module):
             return self.out(self.attend(q, k, v, places))
         return self.out(self.attend_dropping(q, k, v, places, self._kept(x, key)))
 
+    def prefill(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """Returns the attended x of a text's start, and its keys and values for a cache."""
+        q, k, v = self._heads(x, positions)
+        out = self.out(self.attend(q, k, v, Places(positions, positions)))
+        return out, KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+
     def extend(
         self,
-        x: Float[Array, "B T D"],
-        places: Places,
-        cache: LayerCache,
-        slots: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns x attended to the cache and itself, and the cache with x written from `slots`.
-
-        `places` holds the positions of x and, with x written, of the slots.
+        x: Float[Array, "B 1 D"],
+        position: Int[Array, "B"],
+        cache: tuple[KeysValues, Int[Array, "B S"]],
+        recent: tuple[KeysValues, Int[Array, "B C"]],
+        at: Int[Array, ""],
+    ) -> tuple[Float[Array, "B 1 D"], KeysValues]:
+        """Returns one more token of each row attended to all before it, and `recent` with it in
+        column `at`. The positions are those of the slots, this token's included.
         """
-        q, k, v = self._heads(x, places.q)
-        cache = write(cache, k, v, slots, self.rules)
-        return self.out(self.attend_cached(q, cache.k, cache.v, places)), cache
+        q, k, v = self._heads(x, position[:, None])
+        new = KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+        grown = put(recent[0], new, at)
+        out = self.attend_cached(q[:, 0], [(*cache[0], cache[1]), (*grown, recent[1])], position)
+        return self.out(out[:, None]), grown
 
     def _heads(self, x, positions):
         q = self.place(self.query_norm(self.query(x)), positions)

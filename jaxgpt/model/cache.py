@@ -1,4 +1,9 @@
-"""Keys and values of the tokens already seen, a ring of slots for each sequence."""
+"""Keys and values of the tokens already seen.
+
+A cache is only read while a chunk of tokens is generated: those go into `Recent`, so that no step
+copies the cache, and are written into it after the chunk. Its slots are a ring: position p stands in
+slot p % S, and a sequence longer than S forgets its oldest, which a window does anyway.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +17,7 @@ from jaxgpt.parallel.rules import AxisRules
 UNWRITTEN = jnp.iinfo(jnp.int32).max  # the position of an empty slot: in every query's future
 
 
-class LayerCache(NamedTuple):
+class KeysValues(NamedTuple):
     """One layer's keys and values, heads in front of slots as attention reads them."""
 
     k: Float[Array, "B K S H"]
@@ -20,52 +25,53 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Every layer's keys and values, and the position that each slot holds: that of position p is
-    p % S. A sequence longer than S forgets its oldest, which a window does anyway."""
+    """Every layer's keys and values, and the position that each slot holds."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[KeysValues, ...]
     positions: Int[Array, "B S"]
 
 
-def empty(cfg: ModelConfig, batch: int, length: int, rules: AxisRules) -> Cache:
-    """Returns a cache with room for `length` tokens of each of `batch` sequences."""
-    shape = (batch, cfg.num_kv_heads, length, cfg.head_dim)
-    spec = rules("batch", "kv_heads", None, "head_dim")
+def empty(cfg: ModelConfig, batch: int, slots: int, rules: AxisRules) -> Cache:
+    """Returns a cache with room for `slots` tokens of each of `batch` sequences."""
+    spec = rules("batch", "kv_heads", None, None)
+    shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
 
     def zeros():
         return jnp.zeros(shape, jnp.dtype(cfg.dtype), out_sharding=spec)
 
-    layers = tuple(LayerCache(zeros(), zeros()) for _ in range(cfg.num_layers))
-    unwritten = jnp.full((batch, length), UNWRITTEN, out_sharding=rules("batch", None))
+    layers = tuple(KeysValues(zeros(), zeros()) for _ in range(cfg.num_layers))
+    unwritten = jnp.full((batch, slots), UNWRITTEN, out_sharding=rules("batch", None))
     return Cache(layers, unwritten)
 
 
-def write(
-    cache: LayerCache,
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    slots: Int[Array, "B"],
-    rules: AxisRules,
-) -> LayerCache:
-    """Returns the cache with row b's T entries written from slot slots[b] on, none past the end."""
-    old_spec, new_spec = rules("batch", "kv_heads", None, None), rules("batch", None, "kv_heads", None)
-
-    def put(old, new, slots):
-        def row(old, new, slot):
-            return jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
-
-        return jax.vmap(row)(old, new.transpose(0, 2, 1, 3).astype(old.dtype), slots)
-
-    put = jax.shard_map(
-        put, in_specs=(old_spec, new_spec, rules("batch")), out_specs=old_spec
-    )
-    return LayerCache(put(cache.k, k, slots), put(cache.v, v, slots))
+def first(cache: Cache, slots: int) -> Cache:
+    """Returns the cache's first slots alone: reading no more than is written halves the reading."""
+    layers = tuple(KeysValues(k[:, :, :slots], v[:, :, :slots]) for k, v in cache.layers)
+    return Cache(layers, cache.positions[:, :slots])
 
 
-def place(
-    positions: Int[Array, "B S"], new: Int[Array, "B T"]
-) -> tuple[Int[Array, "B S"], Int[Array, "B"]]:
-    """Returns the slots' positions with T consecutive new ones, and the first slot of those."""
-    slots = new[:, 0] % positions.shape[1]
-    row = jax.vmap(lambda old, new, slot: jax.lax.dynamic_update_slice(old, new, (slot,)))
-    return row(positions, new, slots), slots
+def put(recent: KeysValues, new: KeysValues, at: Int[Array, ""]) -> KeysValues:
+    """Returns `recent` with one token's keys and values [B, K, 1, H] in column `at` of every row."""
+
+    def write(old, new):
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=2)
+
+    return jax.tree.map(write, recent, new)
+
+
+def merged(cache: Cache, recent: Cache, rules: AxisRules) -> Cache:
+    """Returns the cache with everything of `recent` in its slots, in place of what was there."""
+    slots = jnp.where(
+        recent.positions == UNWRITTEN, cache.positions.shape[1],  # past the end: left out
+        recent.positions % cache.positions.shape[1],
+    )  # fmt: skip
+    spec, rows = rules("batch", "kv_heads", None, None), rules("batch", None)
+
+    def write(old, new, slots):
+        row = jax.vmap(lambda old, new, slots: old.at[:, slots].set(new, mode="drop"))
+        return row(old, new, slots)
+
+    write = jax.shard_map(write, in_specs=(spec, spec, rows), out_specs=spec)
+    layers = jax.tree.map(lambda old, new: write(old, new, slots), cache.layers, recent.layers)
+    place = jax.vmap(lambda old, new, slots: old.at[slots].set(new, mode="drop"))
+    return Cache(layers, place(cache.positions, recent.positions, slots))

@@ -1,8 +1,9 @@
 """A decoder as a stack of like blocks: GPT-2, Llama, the 2017 Transformer's, by its config."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.attention import Attention
-from jaxgpt.model.cache import Cache, LayerCache, place
+from jaxgpt.model.cache import Cache, KeysValues
 from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
 from jaxgpt.model.positions import POSITIONS
-from jaxgpt.ops.attention import Places
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
 REMAT = {
@@ -65,11 +65,10 @@ class Block(nnx.Module):
 
         return self._run(x, attend, keys[2])[0]
 
-    def extend(
-        self, x: Float[Array, "B T D"], places: Places, cache: LayerCache, slots: Int[Array, "B"]
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the block's output for new tokens and its cache with them; see `Attention`."""
-        return self._run(x, lambda x: self.attention.extend(x, places, cache, slots), None)
+    def decoding(self, x: Float[Array, "B T D"], attend: Callable) -> tuple:
+        """Returns the block's output where `attend(attention, x)` is what its attention does, and
+        what else that returned."""
+        return self._run(x, functools.partial(attend, self.attention), None)
 
     def _run(self, x, attend, key):
         def feed_forward(x):
@@ -150,36 +149,72 @@ class GPT(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
         """Returns the float32 logits of hidden states; -inf for the padding of the vocabulary."""
-        logits = self.logit_scale * rowwise(
+        logits = rowwise(
             "MD,VD->MV", x, table.astype(x.dtype), self.rules("batch", "seq", "vocab"), jnp.float32
         )
+        return self._capped(logits)
+
+    def _capped(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+        logits = self.logit_scale * logits
         if self.softcap:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
-        ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         return jnp.where(ids < self.vocab_size, logits, -jnp.inf)
+
+    def next_logits(
+        self, x: Float[Array, "B D"], table: Float[Array, "V D"]
+    ) -> Float[Array, "B V"]:
+        """Returns `logits` of the last position before the final norm. With the table in front XLA's
+        CPU backend reads it twice as fast for a few rows; elsewhere it is the same."""
+        x = self.final_norm(x)
+        spec = self.rules("vocab", None)
+        logits = jnp.einsum(
+            "VD,BD->VB", table.astype(x.dtype), x, out_sharding=spec,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return self._capped(logits.T)
+
+    def prefill(
+        self, layers: Sequence[dict], tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], tuple[KeysValues, ...]]:
+        """Returns the hidden states of the start of a text, before the last norm, and each layer's
+        keys and values. `layers` holds each block's parameters (see `split_layers`): a decoder does
+        little for each weight it reads, and a stack of layers would have it copy them first.
+        """
+        return self._decode(layers, self._embed(tokens, positions), lambda i, attention, x: (
+            attention.prefill(x, positions)
+        ))  # fmt: skip
 
     def extend(
         self,
         layers: Sequence[dict],
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
+        token: Int[Array, "B"],
+        position: Int[Array, "B"],
         cache: Cache,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Returns the hidden states of new tokens, before the last norm, and the cache with them.
-
-        The tokens stand at `positions`, consecutive in each row; what is before is in the cache.
-        `layers` holds each block's parameters (see `split_layers`): a decoder does little for each
-        weight it reads, and a stack of layers would have it copy them first.
+        recent: Cache,
+        at: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Returns the hidden state of one more token of each row, before the last norm, and `recent`
+        with it in column `at`. What is before stands in the cache and in `recent`.
         """
-        placed, slots = place(cache.positions, positions)
-        x, grown = self._embed(tokens, positions), []
-        structure = jax.tree.structure(nnx.state(self.blocks))
-        for i, (params, layer) in enumerate(zip(layers, cache.layers, strict=True)):
+        positions = recent.positions.at[:, at].set(position)
+
+        def attend(i, attention, x):
+            old, new = (cache.layers[i], cache.positions), (recent.layers[i], positions)
+            return attention.extend(x, position, old, new, at)
+
+        x = self._embed(token[:, None], position[:, None])
+        x, grown = self._decode(layers, x, attend)
+        return x[:, 0], Cache(grown, positions)
+
+    def _decode(self, layers: Sequence[dict], x, attend: Callable):
+        structure, found = jax.tree.structure(nnx.state(self.blocks)), []
+        for i, params in enumerate(layers):
             state = jax.tree.unflatten(structure, jax.tree.leaves(params))
             block = nnx.merge(self.graphdefs[i % len(self.windows)], state)
-            x, layer = block.extend(x, Places(positions, placed), layer, slots)
-            grown.append(layer)
-        return x, Cache(tuple(grown), placed)
+            x, of_layer = block.decoding(x, functools.partial(attend, i))
+            found.append(of_layer)
+        return x, tuple(found)
 
     def _run(self, tokens, positions, segments, key):
         layers_key, embed_key = (None, None) if key is None else jax.random.split(key)

@@ -1,8 +1,9 @@
 """Attention: one signature, one kernel table, the only `shard_map` around kernels."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -99,22 +100,27 @@ def cudnn_attention(
 
 
 def cached_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    places: Places,
+    q: Float[Array, "B N H"],
+    parts: Sequence[tuple[Float[Array, "B K _ H"], Float[Array, "B K _ H"], Int[Array, "B _"]]],
+    position: Int[Array, "B"],
     *,
     scale: float,
     window: int = 0,
-) -> Float[Array, "B T N H"]:
-    """`xla_attention` over a cache, whose heads stand in front already."""
-    (b, t, n, h), heads = q.shape, k.shape[1]
-    q = q.reshape(b, t, heads, n // heads, h)
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
-    seen = visible(places, window)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    out = jnp.einsum("BKGTS,BKSH->BTKGH", weights.astype(v.dtype), v)
-    return out.reshape(b, t, n, h)
+) -> Float[Array, "B N H"]:
+    """`xla_attention` of one query a row over several parts of a cache: (keys, values, positions)."""
+    (b, n, h), heads = q.shape, parts[0][0].shape[1]
+    q, scores = q.reshape(b, heads, n // heads, h), []
+    for k, _, positions in parts:
+        seen = visible(Places(position[:, None], positions), window)[:, None]
+        found = jnp.einsum("BKGH,BKSH->BKGS", q, k, preferred_element_type=jnp.float32) * scale
+        scores.append(jnp.where(seen, found, jnp.finfo(jnp.float32).min))
+    ends = list(itertools.accumulate(k.shape[2] for k, _, _ in parts[:-1]))
+    weights = jnp.split(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1), ends, axis=-1)
+    out = sum(
+        jnp.einsum("BKGS,BKSH->BKGH", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for w, (_, v, _) in zip(weights, parts, strict=True)
+    )
+    return out.reshape(b, n, h).astype(parts[0][1].dtype)
 
 
 KERNELS: dict[str, Kernel] = {"xla": xla_attention, "cudnn": cudnn_attention}
@@ -146,10 +152,8 @@ def sharded(kernel: Kernel, rules: AxisRules, **fixed) -> Kernel:
 
     `fixed` are the kernel's keyword arguments (scale, window, dropout).
     """
-    queries, keys = rules("batch", None, "heads", None), rules("batch", None, "kv_heads", None)
-    if kernel is cached_attention:
-        keys = rules("batch", "kv_heads", None, None)
     kernel = functools.partial(kernel, **fixed)
+    queries, keys = rules("batch", None, "heads", None), rules("batch", None, "kv_heads", None)
     rows, kept = rules("batch", None), rules("batch", "heads", None, None)
 
     def attend(q, k, v, places: Places, *kept_weights):
@@ -157,6 +161,18 @@ def sharded(kernel: Kernel, rules: AxisRules, **fixed) -> Kernel:
         specs += (kept,) * len(kept_weights)
         run = jax.shard_map(kernel, in_specs=specs, out_specs=queries)
         return run(q, k, v, places, *kept_weights)
+
+    return attend
+
+
+def sharded_cached(rules: AxisRules, **fixed) -> Callable:
+    """Returns `cached_attention` run on each device's own heads; see `sharded`."""
+    kernel = functools.partial(cached_attention, **fixed)
+    queries, keys = rules("batch", "heads", None), rules("batch", "kv_heads", None, None)
+
+    def attend(q, parts, position):
+        specs = (queries, [(keys, keys, rules("batch", None))] * len(parts), rules("batch"))
+        return jax.shard_map(kernel, in_specs=specs, out_specs=queries)(q, list(parts), position)
 
     return attend
 

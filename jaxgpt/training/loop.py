@@ -7,12 +7,14 @@ it may not wait.
 
 import dataclasses
 import math
+import platform
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 
 import jax
+from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput, SampleConfig
@@ -264,10 +266,23 @@ class Loop:
             "seed": self.config.seed,
             "config": dataclasses.asdict(self.config),
             "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+            "environment": environment(self.run.mesh),
+            "data": self.data.summary,
         }
         loss = dict(clock.validations).get(step)
         self.report.sync()
         self.checkpoints.save(step, state, meta, loss)
+
+
+def environment(mesh: Mesh) -> dict:
+    """Returns where a run runs, for people."""
+    devices = mesh.devices
+    return {
+        "devices": f"{devices.size} x {devices.flat[0].device_kind}",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "processes": jax.process_count(), "python": platform.python_version(),
+        "platform": platform.platform(), "jaxgpt": version("jaxgpt"),
+    }  # fmt: skip
 
 
 def _finite(value: float) -> float | None:

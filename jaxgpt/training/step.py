@@ -122,12 +122,12 @@ def _guarded(old: TrainState, new: TrainState, good) -> TrainState:
     return TrainState(kept.params, kept.opt_state, new.step, kept.ema, scale, bad)
 
 
-def make_eval_step(spec: ModelSpec) -> Callable[[dict, Batch], Float[Array, "B"]]:
-    """Returns the jitted `(params, batch) -> nats summed over each row's targets`."""
+def make_eval_step(spec: ModelSpec) -> Callable[[dict, Batch], Float[Array, "B T"]]:
+    """Returns the jitted `(params, batch) -> nats of every target`, 0 where there is none."""
 
     def eval_step(params, batch: Batch):
         micro = jax.tree.map(lambda a: a[0], batch)
         nats, _ = token_losses(spec.bind(params), micro, None)
-        return jax.sharding.reshard(jnp.sum(nats, axis=-1), jax.P(None))
+        return jax.sharding.reshard(nats, jax.P(None, None))
 
     return jax.jit(eval_step)

@@ -1,12 +1,12 @@
 """Durability's long checks.
 
     python tests/benchmarks/durability.py kills [--count=100]
-    python tests/benchmarks/durability.py saving [--steps=30]
+    python tests/benchmarks/durability.py saving [--steps=60]
 
 `kills` runs one config without a kill, then again with `count` SIGKILLs, each at a random instant
 after new progress (during saves too), and compares every row. `saving` trains GPT-2 124M's shape
-with and without a save every tenth step, and prints the share of the time that saving took and the
-peak memory during it beyond training's own, over the state's size.
+with and without a save every tenth step, and prints the share of the time that saving took, after the
+first two saves, and the peak memory during it beyond training's own, over the state's size.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def saving(steps: int) -> dict:
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for name, every in (("without", 0), ("with", 10), ("without again", 0), ("with again", 10)):
+        for name, every in (("without", 0), ("with", 10)):
             (folder / "c.py").write_text(SAVED.format(steps=steps, every=every))
             process, peak = started(folder, name), 0
             while process.poll() is None:
@@ -101,13 +101,11 @@ def saving(steps: int) -> dict:
             assert process.returncode == 0, (folder / "log").read_text()[-2000:]
             text = (folder / name / "metrics.jsonl").read_text().splitlines()
             seconds = {row["step"]: row["seconds"] for row in map(json.loads, text)}
-            found[name] = (seconds[steps - 1] - seconds[2], peak)
+            # a virtual machine's memory is slow when first touched: warm after two saves
+            found[name] = (seconds[steps - 1] - seconds[20], peak)
     state = 3 * 4 * 124_475_904  # parameters and two moments, float32, padded vocabulary
-    plain = (found["without"][0] + found["without again"][0]) / 2
-    real = (found["with"][0] + found["with again"][0]) / 2
-    extra = max(found["with"][1], found["with again"][1]) - min(
-        found["without"][1], found["without again"][1]
-    )
+    (plain, least), (real, most) = found["without"], found["with"]
+    extra = most - least
     return {"seconds_without": plain, "seconds_with": real, "share": 1 - plain / real,
             "extra_memory_over_state": extra / state}  # fmt: skip
 
@@ -116,6 +114,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("kills", "saving"))
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     print(json.dumps(kills(args.count) if args.what == "kills" else saving(args.steps)))

@@ -96,7 +96,7 @@ def test_hosts_rows_make_up_the_global_batch():
 @given(st.integers(2, 200), st.integers(1, 20), st.integers(1, 5))
 def test_evaluation_counts_every_target_once(length, seq_len, batch):
     tokens = np.arange(length, dtype=np.uint16)
-    batches = -(-evaluation_windows(tokens, seq_len) // batch)
+    batches = -(-evaluation_windows(len(tokens), seq_len, seq_len) // batch)
     pairs = [evaluation_batch(tokens, seq_len, batch, k) for k in range(batches)]
     inputs = np.concatenate([p["inputs"].ravel() for p in pairs])
     targets = np.concatenate([p["targets"].ravel() for p in pairs])

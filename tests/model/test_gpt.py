@@ -10,7 +10,7 @@ import pytest
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import fields_of, get_field, set_field
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.cache import empty
+from jaxgpt.model.cache import Cache, empty, merged
 from jaxgpt.model.gpt import split_layers
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.ops.cross_entropy import cross_entropy
@@ -127,7 +127,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_extension_equals_the_whole(variant):
-    """In pieces of unequal size."""
+    """A start of 7 tokens, then one at a time, written into the cache after every fifth."""
     config = tiny_config(**VARIANTS[variant])
     with jax.set_mesh(mesh_of(config)):
         spec, params = build(config)
@@ -137,16 +137,21 @@ def test_cached_extension_equals_the_whole(variant):
 
         @jax.jit
         def pieces(params):
-            model, cache, found = spec.bind(params), empty(spec.cfg, 3, 24, spec.rules), []
-            layers = split_layers(params)["blocks"]
+            model, layers, found = spec.bind(params), split_layers(params)["blocks"], []
             positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
-            for start, stop in ((0, 7), (7, 8), (8, 24)):
-                part = slice(start, stop)
-                x, cache = model.extend(layers, tokens[:, part], positions[:, part], cache)
-                found.append(model.logits(model.final_norm(x), model.table())[:, -1])
+            start = Cache(model.prefill(layers, tokens[:, :7], positions[:, :7])[1], positions[:, :7])
+            cache = merged(empty(spec.cfg, 3, 24, spec.rules), start, spec.rules)
+            for first in (7, 12, 17, 22):
+                recent = empty(spec.cfg, 3, 5, spec.rules)
+                for t in range(first, min(first + 5, 24)):
+                    x, recent = model.extend(
+                        layers, tokens[:, t], positions[:, t], cache, recent, jnp.asarray(t - first)
+                    )
+                    found.append(model.next_logits(x, model.table()))
+                cache = merged(cache, recent, spec.rules)
             return jnp.stack(found, axis=1)
 
-        np.testing.assert_allclose(pieces(params), whole[:, jnp.array([6, 7, 23])], atol=1e-5)
+        np.testing.assert_allclose(pieces(params), whole[:, 7:], atol=1e-5)
 
 
 def test_dropout_drops_the_stated_share_and_only_in_training():

@@ -1,0 +1,108 @@
+"""Benchmarks answered by likelihood, from their own jsonl files.
+
+    hellaswag  {"ctx", "activity_label", "endings", "label"}         arXiv:1905.07830
+    arc        {"question", "choices", "answerKey"}, AI2's files     arXiv:1803.05457
+               or Hugging Face's
+    lambada    {"text"}: its last word                               arXiv:1606.06031
+
+Prompts are those of EleutherAI's evaluation harness.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxgpt.config import BadInput
+from jaxgpt.evaluation.tasks import Choices
+from jaxgpt.text.formats import json_rows
+
+
+class Item(NamedTuple):
+    """A prompt, its continuations, and which is right."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    right: int
+
+
+def _hellaswag(row: dict) -> Item:
+    prompt = _plain(f"{row['activity_label']}: {row['ctx']}")
+    return Item(prompt, tuple(f" {_plain(end)}" for end in row["endings"]), int(row["label"]))
+
+
+def _plain(text: str) -> str:
+    """Returns WikiHow's text without its marks."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def _arc(row: dict) -> Item:
+    question, choices = row["question"], row.get("choices")
+    if isinstance(question, dict):
+        question, choices = question["stem"], question["choices"]
+    if isinstance(choices, dict):
+        texts, labels = choices["text"], choices["label"]
+    else:
+        texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]
+    prompt = f"Question: {question}\nAnswer:"
+    return Item(prompt, tuple(f" {text}" for text in texts), labels.index(row["answerKey"]))
+
+
+def _lambada(row: dict) -> Item:
+    prompt, word = row["text"].rsplit(" ", 1)
+    return Item(prompt, (f" {word}",), 0)
+
+
+BENCHMARKS: dict[str, Callable[[dict], Item]] = {
+    "hellaswag": _hellaswag, "arc": _arc, "lambada": _lambada,
+}  # fmt: skip
+
+
+def read_items(name: str, files: list[str]) -> list[Item]:
+    """Returns the items of a benchmark's files.
+
+    Raises:
+      BadInput: naming file and line, if a row is not of that benchmark.
+    """
+    found = []
+    for file, number, row in json_rows(files):
+        try:
+            item = BENCHMARKS[name](row)
+            if not 0 <= item.right < len(item.choices) or not all(item.choices):
+                raise ValueError(f"choice {item.right} is not there")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+            raise BadInput(f"{file}, line {number} is no row of {name}: {e!r}") from e
+        found.append(item)
+    return found
+
+
+def multiple_choice(items: Sequence[Item], choices: Choices, params: dict) -> dict:
+    """Returns `examples`, `accuracy` (the likeliest choice) and `accuracy_norm` (the likeliest by
+    character)."""
+    pairs = [(item.prompt, choice) for item in items for choice in item.choices]
+    scores, at, right, normed = choices.scores(params, pairs), 0, 0, 0
+    for item in items:
+        mine = scores[at : at + len(item.choices)]
+        at += len(item.choices)
+        right += int(mine.argmax()) == item.right
+        lengths = np.array([len(choice) - 1 for choice in item.choices])  # without the space
+        normed += int((mine / np.maximum(lengths, 1)).argmax()) == item.right
+    count = len(items)
+    return {"examples": count, "accuracy": right / count, "accuracy_norm": normed / count}
+
+
+def last_words(items: Sequence[Item], choices: Choices, params: dict, greedy: Callable) -> dict:
+    """Returns `examples`, `accuracy` (greedy decoding says the word) and `perplexity` of the word;
+    `greedy(prompt, count)` returns so many tokens."""
+    scores = choices.scores(params, [(item.prompt, item.choices[0]) for item in items])
+    right = 0
+    for item in items:
+        word = choices.tokenizer.encode(item.choices[0])
+        right += np.array_equal(greedy(item.prompt, len(word)), word)
+    return {
+        "examples": len(items), "accuracy": right / len(items),
+        "perplexity": math.exp(min(-float(scores.mean()), 700)),
+    }  # fmt: skip

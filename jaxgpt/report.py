@@ -1,0 +1,35 @@
+"""Write a report: python -m jaxgpt.report --workdir=DIR [--workdir=OTHER ...] [--out=FILE]
+
+One HTML file that needs nothing else: curves, samples over time, config, data, environment. It goes
+to DIR/report.html; several workdirs are compared on one page.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from jaxgpt.config import BadInput
+from jaxgpt.config.cli import parse, run
+from jaxgpt.config.files import write_whole
+from jaxgpt.reports.gather import gathered
+from jaxgpt.reports.page import page
+
+
+def main(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("workdir", [], "folder of a run; repeatable", flag_values=values)
+    flags.DEFINE_string("out", "", "file to write; default: DIR/report.html", flag_values=values)
+    parse(values, argv, __doc__)
+    if not values.workdir:
+        raise BadInput("--workdir=DIR is required")
+    text = page([gathered(workdir) for workdir in values.workdir])
+    out = Path(values.out) if values.out else Path(values.workdir[0]) / "report.html"
+    try:
+        write_whole(out, text)
+    except OSError as e:
+        raise BadInput(f"cannot write {out}: {e}") from e
+    print(out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""What happened in a run, or in several, on one page."""

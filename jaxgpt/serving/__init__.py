@@ -1,0 +1,1 @@
+"""Answering many at once: continuous batching, and the HTTP interface to it."""

@@ -1,0 +1,152 @@
+"""Continuous batching: texts of all ages grow side by side in a fixed number of slots.
+
+One thread owns the device. Between two chunks it puts waiting prompts into free slots. The programs
+never change shape, whatever the neighbours ask for, and rows do not mix: so a seeded answer is the
+same alone and in a crowd.
+"""
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgpt.inference.complete import Continuation, Request
+from jaxgpt.inference.decode import Decoder, Rows, keys_of
+from jaxgpt.inference.samplers import Sampling
+from jaxgpt.tokenizer import Tokenizer
+
+CHUNK = 4  # tokens between two looks
+
+
+class Busy(Exception):
+    """More requests wait already than may."""
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request on its way: `heard(text just added, its state)` is called from the batcher's
+    thread, the last time with `state.finish` set ("stop", "length", or "closed" at a shutdown)."""
+
+    prompt: np.ndarray
+    request: Request
+    heard: Callable[[str, Continuation], None]
+    text: Continuation
+    cancelled: bool = False
+
+
+class Batcher:
+    """Serves a decoder from `slots` slots; at most `max_waiting` requests wait for one."""
+
+    def __init__(
+        self, decoder: Decoder, mesh: Mesh, tokenizer: Tokenizer, slots: int, max_waiting: int
+    ):
+        self.decoder, self.mesh, self.tokenizer = decoder, mesh, tokenizer
+        self.jobs: list[Job | None] = [None] * slots
+        self.max_waiting, self.waiting = max_waiting, deque()
+        self.room = decoder.cfg.max_seq_len
+        self.changed, self.closing = threading.Condition(), False
+        self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self.thread.start()
+
+    @property
+    def active(self) -> int:
+        """How many texts grow now."""
+        return sum(job is not None for job in self.jobs)
+
+    def submit(
+        self, prompt: np.ndarray, request: Request, heard: Callable[[str, Continuation], None]
+    ) -> Job:
+        """Queues a request whose length was checked.
+
+        Raises:
+          Busy: if too many wait already, or the batcher is closing.
+        """
+        job = Job(prompt, request, heard, Continuation(self.tokenizer, request))
+        with self.changed:
+            if self.closing or len(self.waiting) >= self.max_waiting:
+                raise Busy
+            self.waiting.append(job)
+            self.changed.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job that nobody listens to any more; its slot is free after the chunk."""
+        job.cancelled = True
+
+    def close(self) -> None:
+        """Ends every job with finish "closed" and waits for the thread."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        self.thread.join()
+
+    def warm_up(self) -> None:
+        """Compiles the programs of the shortest prompts, so that the first request does not wait."""
+        done = threading.Event()
+        prompt = np.array([self.tokenizer.end_of_text], np.int32)
+        self.submit(prompt, Request("", 1), lambda _, text: text.finish and done.set())
+        done.wait()
+
+    def _run(self) -> None:
+        with jax.set_mesh(self.mesh):
+            rows = self._start(np.zeros(1, np.int32), [Sampling()] * len(self.jobs), (0, 0))
+            while True:
+                with self.changed:
+                    while not (self.waiting or self.active or self.closing):
+                        self.changed.wait()
+                    if self.closing:
+                        break
+                rows = self._admit(rows)
+                if self.active:
+                    rows = self._grow(rows)
+        for job in [*filter(None, self.jobs), *self.waiting]:
+            job.text.finish = "closed"
+            job.heard("", job.text)
+
+    def _start(self, prompt: np.ndarray, sampling: list[Sampling], seed: tuple[int, int]) -> Rows:
+        count = len(sampling)
+        return self.decoder.start([prompt] * count, sampling, keys_of([seed] * count), 1, self.room)
+
+    def _admit(self, rows: Rows) -> Rows:
+        for slot, busy in enumerate(self.jobs):
+            while not busy and self.waiting:
+                job = self.waiting.popleft()
+                if job.cancelled:
+                    continue
+                request = job.request
+                row = self._start(job.prompt, [request.sampling], (request.seed, request.number))
+                rows = _insert(rows, row, slot)
+                self.jobs[slot] = busy = job
+        return rows
+
+    def _grow(self, rows: Rows) -> Rows:
+        rows, grown = self.decoder.more(rows, CHUNK)
+        tokens, scores = jax.device_get(grown)
+        for slot, job in enumerate(self.jobs):
+            if job is None:
+                continue
+            if not job.cancelled:
+                piece = job.text.feed(tokens[slot].tolist(), scores[slot].tolist())
+                if piece or job.text.finish:
+                    job.heard(piece, job.text)
+            if job.cancelled or job.text.finish:
+                self.jobs[slot] = None
+        return rows
+
+
+@partial(jax.jit, donate_argnums=0)
+def _insert(rows: Rows, row: Rows, slot: int) -> Rows:
+    """Returns `rows` with `row`'s only row in `slot`."""
+
+    def put(many, one):
+        if jnp.issubdtype(many.dtype, jax.dtypes.prng_key):
+            return many.at[slot].set(one[0])
+        return jax.lax.dynamic_update_index_in_dim(many, one[0], slot, axis=0)
+
+    return jax.tree.map(put, rows, row)

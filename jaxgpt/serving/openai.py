@@ -1,0 +1,179 @@
+"""OpenAI's completions, in and out: what a body may ask for, and the shape of an answer."""
+
+import dataclasses
+import secrets
+
+import numpy as np
+
+from jaxgpt.config import BadInput, ModelConfig
+from jaxgpt.inference.complete import Continuation, Request, request_of
+from jaxgpt.inference.decode import check_length, prompt_tokens
+from jaxgpt.inference.samplers import Sampling
+from jaxgpt.tokenizer import Tokenizer
+
+MAX_CHOICES = 16  # prompts times n
+MAX_STOPS = 4
+NOTHING = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""}
+KNOWN = {
+    "model", "prompt", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options",
+    "logprobs", "echo", "stop", "seed", "best_of", "user", "top_k", "min_p", "repetition_penalty",
+    *NOTHING,
+}  # fmt: skip
+
+
+class Refused(Exception):
+    """A request that cannot be answered: HTTP status, message, and OpenAI's `code` and `param`."""
+
+    def __init__(self, status: int, message: str, code: str = "", param: str = ""):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def body(self) -> dict:
+        """Returns OpenAI's error object."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": self.message, "type": kind, "param": self.param or None,
+                "code": self.code or None,
+            }
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A body understood: the choices to make, in order, and how to answer."""
+
+    prompts: list[np.ndarray]
+    requests: list[Request]
+    stream: bool
+    logprobs: bool
+    echo: bool
+    include_usage: bool
+
+
+def understood(body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig) -> Asked:
+    """Returns what a completions body asks for.
+
+    Raises:
+      Refused: 400 or 404, naming the field.
+    """
+    if not isinstance(body, dict):
+        raise Refused(400, "the body must be a JSON object")
+    if unknown := sorted(set(body) - KNOWN):
+        raise Refused(400, f"unknown field {unknown[0]!r}", param=unknown[0])
+    body = {name: value for name, value in body.items() if value is not None}
+    if body.get("model", model) != model:
+        raise Refused(404, f"there is no model {body['model']!r}, only {model!r}", "model_not_found")
+    for name, nothing in NOTHING.items():
+        if body.get(name, nothing) != nothing:
+            raise Refused(400, f"{name} is not supported", param=name)
+    n = _number(body, "n", 1, 1, MAX_CHOICES)
+    if _number(body, "best_of", n, 1, MAX_CHOICES) != n:
+        raise Refused(400, "best_of is not supported but for the value of n", param="best_of")
+    prompts = _prompts(body.get("prompt", ""), tokenizer, cfg)
+    if len(prompts) * n > MAX_CHOICES:
+        raise Refused(400, f"{len(prompts)} prompts times n={n} are more than {MAX_CHOICES} choices")
+    _number(body, "logprobs", 0, 0, 5)
+    flags = {name: _flag(body, name) for name in ("stream", "echo")}
+    options = body.get("stream_options", {})
+    usage = isinstance(options, dict) and options.get("include_usage") is True
+    requests = [
+        dataclasses.replace(_request(body, text), number=i)
+        for text, _ in prompts
+        for i in range(n)
+    ]
+    ids = [tokens for _, tokens in prompts for _ in range(n)]
+    for tokens, request in zip(ids, requests, strict=True):
+        try:
+            check_length(len(tokens), request.max_new_tokens, cfg)
+        except BadInput as e:
+            message = str(e).replace("--max_new_tokens", "max_tokens")
+            raise Refused(400, message, "context_length_exceeded") from e
+        if len(tokens) > cfg.max_seq_len:
+            raise Refused(400, "the prompt is longer than the model's context")
+    return Asked(ids, requests, flags["stream"], "logprobs" in body, flags["echo"], usage)
+
+
+def _request(body: dict, prompt: str) -> Request:
+    names = {"max_tokens": "max_new_tokens"}
+    row = {names.get(k, k): v for k, v in body.items() if k in (
+        "max_tokens", "temperature", "top_p", "stop", "seed", "top_k", "min_p", "repetition_penalty"
+    )}  # fmt: skip
+    row.setdefault("seed", secrets.randbits(32))
+    if isinstance(row.get("stop"), list) and len(row["stop"]) > MAX_STOPS:
+        raise Refused(400, f"stop has more than {MAX_STOPS} strings", param="stop")
+    default = Request("", 16, Sampling(1.0, 0))
+    try:
+        return request_of(row | {"prompt": prompt}, default, "body")
+    except BadInput as e:
+        message = str(e).removeprefix("body: ").replace("max_new_tokens", "max_tokens")
+        raise Refused(400, message, param=message.partition("=")[0]) from e
+
+
+def _prompts(
+    given: object, tokenizer: Tokenizer, cfg: ModelConfig
+) -> list[tuple[str, np.ndarray]]:
+    """Returns text and tokens of each prompt: a string, tokens, or a list of either."""
+    if isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int):
+        given = [given]
+    if not isinstance(given, list) or not given or len(given) > MAX_CHOICES:
+        raise Refused(
+            400, f"prompt must be text, tokens, or a list of 1 to {MAX_CHOICES} of either", param="prompt"
+        )
+    found = []
+    for one in given:
+        if isinstance(one, str):
+            if any("\ud800" <= c <= "\udfff" for c in one):
+                raise Refused(400, "a prompt is not valid text: it has half a surrogate pair", param="prompt")
+            found.append((one, prompt_tokens(tokenizer, one)))
+        elif isinstance(one, list) and one and all(type(i) is int for i in one):
+            if not all(0 <= i < cfg.vocab_size for i in one):
+                raise Refused(400, f"a token is not one of 0 .. {cfg.vocab_size - 1}", param="prompt")
+            ids = np.array(one, np.int32)
+            found.append((tokenizer.decode(ids), ids))
+        else:
+            raise Refused(400, "a prompt is neither text nor tokens", param="prompt")
+    return found
+
+
+def _number(body: dict, name: str, default: int, least: int, most: int) -> int:
+    value = body.get(name, default)
+    if type(value) is not int or not least <= value <= most:
+        raise Refused(400, f"{name}={value!r} must be a whole number from {least} to {most}", param=name)
+    return value
+
+
+def _flag(body: dict, name: str) -> bool:
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise Refused(400, f"{name}={value!r} must be true or false", param=name)
+    return value
+
+
+def choice(
+    index: int, text: str, state: Continuation, tokenizer: Tokenizer, logprobs: bool, first: int = 0
+) -> dict:
+    """Returns one of an answer's `choices`; `first` is the first token that `logprobs` tells of.
+
+    `top_logprobs` holds the generated token alone.
+    """
+    found = {"index": index, "text": text, "logprobs": None, "finish_reason": state.finish or None}
+    if logprobs:
+        ids = state.tokens[first:]
+        pieces = [tokenizer.decode(np.array([i], np.int32)) for i in ids]
+        scores = state.scores[first:]
+        before = [len(tokenizer.decode(np.array(state.tokens[:first + k], np.int32))) for k in range(len(ids))]
+        found["logprobs"] = {
+            "tokens": pieces, "token_logprobs": scores, "text_offset": before,
+            "top_logprobs": [{piece: score} for piece, score in zip(pieces, scores, strict=True)],
+        }  # fmt: skip
+    return found
+
+
+def usage(asked: Asked, states: list[Continuation]) -> dict:
+    """Returns an answer's token counts; a prompt counts once however many its choices."""
+    unique = {id(tokens): len(tokens) for tokens in asked.prompts}
+    prompt, completion = sum(unique.values()), sum(len(state.tokens) for state in states)
+    return {
+        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion
+    }  # fmt: skip

@@ -1,0 +1,271 @@
+"""The server as its users see it: OpenAI's own client, a crowd, bad requests, a shutdown."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+
+from jaxgpt import serve, train
+from tests.conftest import CORPUS
+
+CONFIG = """
+from jaxgpt.config import *
+def get_config():
+    return Config(
+        num_steps=30, batch_size=8, eval_every=0, eval_batches=1, sample_every=0,
+        model=ModelConfig(max_seq_len=128, num_layers=2, num_heads=2, embed_dim=32),
+        data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=2), sample=SampleConfig(max_new_tokens=1),
+    )
+"""
+
+
+def start(workdir, *flags: str) -> tuple[subprocess.Popen, str]:
+    """Starts a server; returns it and its address once it answers."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt.serve", f"--workdir={workdir}", "--port=0", *flags],
+        env=env, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.startswith("serving "):
+            return process, line.split(" at ")[1].split()[0].rstrip("/")
+    raise AssertionError(f"no server: {process.wait()}")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serving")
+    (folder / "corpus").mkdir()
+    for i in range(4):
+        (folder / "corpus" / f"{i}.txt").write_text(CORPUS[i * 2500 : (i + 1) * 2500])
+    (folder / "c.py").write_text(CONFIG.format(corpus=folder / "corpus"))
+    env = os.environ | {"JAXGPT_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py", f"--workdir={folder}/run"]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def server(workdir):
+    process, address = start(workdir, "--slots=8", "--max_waiting=100")
+    yield address
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+
+
+def raw(address: str, body: bytes, path="/v1/completions", method="POST") -> tuple[int, dict]:
+    request = urllib.request.Request(address + path, data=body, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read() or b"{}")
+    except urllib.error.HTTPError as e:
+        return e.code, json.loads(e.read() or b"{}")
+
+
+def test_openais_client_completes_streams_and_lists(client, workdir):
+    assert [model.id for model in client.models.list()] == ["run"]
+    assert client.models.retrieve("run").id == "run"
+    asked = dict(model="run", prompt="The licence", max_tokens=24, seed=3, temperature=0.9)
+    whole = client.completions.create(**asked)
+    assert whole.object == "text_completion" and whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 24 and whole.usage.prompt_tokens == 11
+    pieces = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(p.choices[0].text for p in pieces if p.choices) == whole.choices[0].text
+    assert len(pieces) > 5 and pieces[-1].usage.completion_tokens == 24
+    other = client.completions.create(**asked | {"seed": 4})
+    assert other.choices[0].text != whole.choices[0].text
+
+
+def test_it_says_what_sample_says(client, workdir, command):
+    from jaxgpt import sample
+
+    greedy = client.completions.create(model="run", prompt="The licence", max_tokens=40, temperature=0)
+    code, out, err = command(
+        sample.main, f"--workdir={workdir}", "--prompt=The licence", "--max_new_tokens=40",
+        "--temperature=0",
+    )  # fmt: skip
+    assert code == 0 and out == f"The licence{greedy.choices[0].text}\n", err
+
+
+def test_choices_logprobs_echo_stop_and_tokens(client):
+    asked = dict(model="run", max_tokens=20, seed=1)
+    found = client.completions.create(**asked, prompt=["ab", "cd"], n=2, logprobs=1, echo=True)
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert [choice.text[:2] for choice in found.choices] == ["ab", "ab", "cd", "cd"]
+    assert found.choices[0].text != found.choices[1].text
+    logprobs = found.choices[0].logprobs
+    assert "".join(logprobs.tokens) == found.choices[0].text[2:] or "\ufffd" in found.choices[0].text
+    assert len(logprobs.token_logprobs) == 20 and all(score <= 0 for score in logprobs.token_logprobs)
+    plain = client.completions.create(**asked, prompt="ab").choices[0].text
+    assert client.completions.create(**asked, prompt=[97, 98]).choices[0].text == plain
+    cut = client.completions.create(**asked, prompt="ab", stop=[plain[7:9]]).choices[0]
+    assert cut.finish_reason == "stop" and cut.text == plain[: plain.find(plain[7:9])]
+    streamed = client.completions.create(**asked, prompt="ab", stream=True, logprobs=0)
+    scores = [s for piece in streamed for s in (piece.choices[0].logprobs.token_logprobs or [])]
+    assert len(scores) == 20
+
+
+BAD = {
+    "not JSON": (b"{", 400, "not JSON"),
+    "not UTF-8": (b"\xff\xfe", 400, "not JSON"),
+    "deep": (b"[" * 100_000, 400, "not JSON"),
+    "a list": (b"[]", 400, "must be a JSON object"),
+    "oversized": (b" " * (1 << 21), 413, "more than 1048576 bytes"),
+    "another model": (b'{"model": "gpt-9"}', 404, "there is no model 'gpt-9'"),
+    "unknown field": (b'{"tools": []}', 400, "unknown field 'tools'"),
+    "too long": (b'{"prompt": "%s"}' % (b"a" * 500), 400, "more than the model's context of 128"),
+    "too many tokens": (b'{"prompt": "a", "max_tokens": 128}', 400, "ask for at most 127 new"),
+    "no tokens": (b'{"prompt": "a", "max_tokens": 0}', 400, "max_tokens=0 must be at least 1"),
+    "huge tokens": (b'{"prompt": "a", "max_tokens": 1e9}', 400, "max_tokens=1000000000.0 is not"),
+    "hot": (b'{"prompt": "a", "temperature": -1}', 400, "temperature=-1.0 must be at least 0"),
+    "NaN": (b'{"prompt": "a", "temperature": NaN}', 400, "temperature=nan must be"),
+    "infinite": (b'{"prompt": "a", "top_p": 1e999}', 400, "top_p=inf must be"),
+    "text number": (b'{"prompt": "a", "top_k": "5"}', 400, "top_k='5' is not of the right type"),
+    "bad token": (b'{"prompt": [1, 99999]}', 400, "a token is not one of 0"),
+    "negative token": (b'{"prompt": [-1]}', 400, "a token is not one of 0"),
+    "mixed prompt": (b'{"prompt": ["a", 3]}', 400, "neither text nor tokens"),
+    "empty list": (b'{"prompt": []}', 400, "prompt must be text, tokens, or a list"),
+    "object prompt": (b'{"prompt": {}}', 400, "prompt must be text"),
+    "many choices": (b'{"prompt": "a", "n": 1000}', 400, "n=1000 must be a whole number"),
+    "many prompts": (b'{"prompt": %s, "n": 2}' % json.dumps(["a"] * 16).encode(), 400, "more than 16"),
+    "best_of": (b'{"prompt": "a", "best_of": 3}', 400, "best_of is not supported"),
+    "penalty": (b'{"prompt": "a", "presence_penalty": 1}', 400, "presence_penalty is not supported"),
+    "stops": (b'{"prompt": "a", "stop": ["1","2","3","4","5"]}', 400, "more than 4 strings"),
+    "empty stop": (b'{"prompt": "a", "stop": [""]}', 400, "not empty"),
+    "huge seed": (b'{"prompt": "a", "seed": 99999999999999999999}', 400, "seed="),
+    "lone surrogate": (b'{"prompt": "\\ud800"}', 400, "not valid text"),
+    "stream": (b'{"prompt": "a", "stream": 1}', 400, "stream=1 must be true or false"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_get_a_reason_and_disturb_nobody(server, name):
+    body, status, message = BAD[name]
+    found, answer = raw(server, body)
+    assert found == status and message in answer["error"]["message"], answer
+    assert answer["error"]["type"] == "invalid_request_error"
+    good = b'{"prompt": "a", "max_tokens": 2, "temperature": 0}'
+    assert raw(server, good)[0] == 200
+
+
+def test_other_paths_and_methods(server):
+    assert raw(server, None, "/v1/nothing", "GET")[0] == 404
+    assert raw(server, None, "/v1/completions", "GET")[0] == 405
+    assert raw(server, None, "/healthz", "GET")[1]["status"] == "ok"
+    with urllib.request.urlopen(server, timeout=10) as page:
+        text = page.read().decode()
+    assert "<textarea" in text and "http://" not in text and "https://" not in text
+
+
+async def crowd(address: str, asks: list[dict], together: int) -> list[str]:
+    """The answers of many clients, `together` of them at a time."""
+    gate = asyncio.Semaphore(together)
+    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0) as client:
+
+        async def one(ask: dict) -> str:
+            async with gate:
+                answer = await client.completions.create(model="run", **ask)
+                return answer.choices[0].text
+
+        return await asyncio.gather(*map(one, asks))
+
+
+def asks_of(count: int) -> list[dict]:
+    return [
+        {"prompt": CORPUS[37 * i : 37 * i + 1 + i % 40], "max_tokens": 1 + i % 30, "seed": i,
+         "temperature": (0, 0.7, 1.0)[i % 3], "top_p": (1.0, 0.9)[i % 2]}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_64_clients_at_once_get_what_each_gets_alone(server):
+    asks = asks_of(64)
+    alone = asyncio.run(crowd(server, asks, 1))
+    together = asyncio.run(crowd(server, asks[::-1], 64))[::-1]
+    assert together == alone
+    assert len(set(alone)) > 50
+
+
+def test_a_client_that_leaves_frees_its_slot(server):
+    host, port = server.removeprefix("http://").split(":")
+    body = b'{"prompt": "a", "max_tokens": 120, "temperature": 1, "stream": true}'
+    for _ in range(20):
+        with socket.create_connection((host, int(port))) as lost:
+            lost.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+                         % (len(body), body))  # fmt: skip
+            lost.recv(100)
+    until, busy = time.monotonic() + 20, (1, 1)
+    while busy != (0, 0) and time.monotonic() < until:
+        time.sleep(0.05)
+        health = raw(server, None, "/healthz", "GET")[1]
+        busy = (health["active"], health["waiting"])
+    assert busy == (0, 0)
+
+
+def test_too_many_are_told_to_wait(workdir):
+    process, address = start(workdir, "--slots=1", "--max_waiting=2")
+    body = b'{"prompt": "a", "max_tokens": 120, "temperature": 1}'
+    codes: list[int] = []
+    threads = [threading.Thread(target=lambda: codes.append(raw(address, body)[0])) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(codes) == {200, 429}
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+
+
+def test_a_shutdown_under_load_is_clean(workdir):
+    process, address = start(workdir, "--slots=2")
+    body = b'{"prompt": "a", "max_tokens": 120, "temperature": 1}'
+    codes: list[object] = []
+
+    def ask() -> None:
+        try:
+            codes.append(raw(address, body)[0])
+        except OSError:
+            codes.append("refused")
+
+    threads = [threading.Thread(target=ask) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    for thread in threads:
+        thread.join()
+    assert set(codes) <= {200, 503, "refused"} and len(codes) == 40
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_flags_and_ports_that_cannot_be(workdir, command):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for flags, message in (
+            ((f"--workdir={workdir}", f"--port={port}"), f"cannot listen at 127.0.0.1 port {port}"),
+            ((f"--workdir={workdir}", "--host=nowhere.invalid"), "cannot listen at nowhere.invalid"),
+            ((f"--workdir={workdir}", "--slots=0"), "--slots=0 must be from 1"),
+            ((), "--workdir=DIR is required"),
+            ((f"--workdir={workdir}-not", "--port=0"), "no run"),
+        ):
+            code, _, err = command(serve.main, *flags)
+            assert code == 2 and message in err, err
