@@ -65,6 +65,7 @@ def bind(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(1024)  # who comes early waits
     except OSError as e:
         raise BadInput(f"cannot listen at {host} port {port}: {e.strerror or e}") from e
     return listening

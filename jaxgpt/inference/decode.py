@@ -22,7 +22,8 @@ from jaxgpt.model.cache import UNWRITTEN, Cache, empty, first, merged
 from jaxgpt.model.gpt import split_layers, windows
 from jaxgpt.tokenizer import Tokenizer
 
-BUCKET = 64  # prompts, and the room for new tokens, are rounded up, so that few shapes are compiled
+BUCKET = 64  # slots of a cache are rounded up to a multiple, so that few shapes are compiled
+PROMPT = 16  # and prompts to a few multiples of this
 CHUNK = 20  # tokens of each row between two looks
 
 
@@ -78,7 +79,7 @@ class Decoder:
         """
         lengths = np.array([len(p) for p in prompts], np.int32)
         check_length(int(lengths.max()), new, self.cfg)
-        width = _up(int(lengths.max()), BUCKET)
+        width = _bucket(int(lengths.max()), PROMPT)
         room = width + _up(new, CHUNK)
         if slides(self.cfg):
             room = min(room, max(width, _up(self.cfg.window, BUCKET)))
@@ -98,7 +99,7 @@ class Decoder:
         `reach` > 0 says that no row has more tokens yet, so that no more of the cache is read.
         """
         slots = rows.cache.positions.shape[1]
-        span = slots if reach <= 0 else min(slots, BUCKET * 2 ** max(math.ceil(math.log2(reach / BUCKET)), 0))
+        span = slots if reach <= 0 else min(slots, _bucket(reach, BUCKET))
         return _more(self.spec, count, span, self.params, rows)
 
 
@@ -226,6 +227,13 @@ def _more(spec: ModelSpec, count: int, span: int, params: dict, rows: Rows):
 
 def _at(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
     return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+
+
+def _bucket(number: int, least: int) -> int:
+    """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... times `least` that is at least
+    `number`: few programs, each with little too much to do."""
+    power = least * 2 ** max(math.ceil(math.log2(number / least)), 0)
+    return power * 3 // 4 if power > 2 * least and number <= power * 3 // 4 else power
 
 
 def _up(number: int, multiple: int) -> int:
