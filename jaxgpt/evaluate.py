@@ -9,7 +9,8 @@ they appear, until the run has made its last: the evaluation job beside a traini
 
 --task=NAME:GLOB answers a task's rows instead: sentiment, entailment (accuracy and confusion
 matrix), questions (exact match and F1), hellaswag, arc (accuracy, and by character), lambada
-(accuracy and perplexity of the last word).
+(accuracy and perplexity of the last word). --lm_eval=TASK,TASK runs tasks of EleutherAI's harness
+(`pip install -e '.[lm_eval]'`), on --limit rows each.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
+from jaxgpt.config.extras import require
 from jaxgpt.config.load import read_config
 from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
 from jaxgpt.data.shards import Split
@@ -52,6 +54,8 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("split", "validation", "validation or train", flag_values=values)
     flags.DEFINE_integer("stride", 0, "tokens between windows; 0 = no overlap", flag_values=values)
     flags.DEFINE_string("task", "", f"NAME:GLOB, {'|'.join(KNOWN_TASKS)}", flag_values=values)
+    flags.DEFINE_string("lm_eval", "", "tasks of lm-eval, by comma", flag_values=values)
+    flags.DEFINE_integer("limit", None, "rows of each lm-eval task", flag_values=values)
     hosts.define_flags(values)
     parse(values, argv, __doc__)
     check_flags(values)
@@ -84,7 +88,10 @@ def evaluate(values: flags.FlagValues) -> Iterator[dict]:
     if values.watch:
         wait_for_first(values.workdir, values.watch_every)
     trained = open_trained(values.workdir, values.step)
-    measure = task_of(trained, values.task) if values.task else loss_of(trained, values)
+    if values.lm_eval:
+        measure = harness_of(trained, values.lm_eval.split(","), values.limit)
+    else:
+        measure = task_of(trained, values.task) if values.task else loss_of(trained, values)
     steps = [trained.step]
     if values.all_steps:
         steps = trained.checkpoints.whole()
@@ -187,6 +194,31 @@ def task_of(trained: Trained, spec: str):
         for label, row in found.get("confusion", {}).items():
             say(f"{label:>16} | " + "  ".join(f"{given} {count}" for given, count in row.items()))
         return {"task": name} | found
+
+    return measured
+
+
+def harness_of(trained: Trained, tasks: list, limit: int | None):
+    """Returns the function that runs tasks of lm-eval: their names, or their configs as dicts.
+
+    Raises:
+      BadInput: if lm-eval is not installed; later, if it does not know a task.
+    """
+    lm_eval = require("lm_eval", "lm_eval", "--lm_eval")
+    from jaxgpt.evaluation.harness import HarnessModel
+
+    def measured(params: dict) -> dict:
+        cfg = trained.config
+        model = HarnessModel(trained.spec, params, trained.tokenizer, cfg.batch_size)
+        try:
+            found = lm_eval.simple_evaluate(model, tasks=tasks, limit=limit, log_samples=False)
+        except (KeyError, ValueError, OSError) as e:
+            raise BadInput(f"--lm_eval: {e}") from e
+        rows = {
+            name: {key: value for key, value in row.items() if isinstance(value, int | float)}
+            for name, row in found["results"].items()
+        }
+        return {"lm_eval": rows}
 
     return measured
 

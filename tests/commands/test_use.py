@@ -1,0 +1,259 @@
+"""Sampling, evaluating and reporting, as commands, on one small run."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxgpt import evaluate, report, sample
+from tests.conftest import CORPUS
+
+CONFIG = """
+from jaxgpt.config import *
+def get_config():
+    return Config(
+        num_steps=24, batch_size=8, log_every=1, eval_every=8, checkpoint_every=8,
+        keep_checkpoints=9, sample_every=12,
+        model=ModelConfig(max_seq_len=64, num_layers=2, num_heads=2, embed_dim=32),
+        data=DataConfig(source="0.5*text:{corpus}/a*.txt,0.5*text:{corpus}/b*.txt",
+                        validation_fraction=0.3, cache_dir="{corpus}/cache"),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=2), sample=SampleConfig(max_new_tokens=8),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("use")
+    for i, name in enumerate(("a0", "a1", "b0", "b1")):
+        (folder / f"{name}.txt").write_text(CORPUS[i * 2500 : (i + 1) * 2500])
+    (folder / "c.py").write_text(CONFIG.format(corpus=folder))
+    command = [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py", f"--workdir={folder}/run"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "run"
+
+
+def last_json(out: str) -> dict:
+    return json.loads(out.splitlines()[-1])
+
+
+def test_every_checkpoint_and_its_row(command, workdir):
+    code, out, err = command(evaluate.main, f"--workdir={workdir}", "--all_steps")
+    assert code == 0, err
+    found = {row["step"]: row for row in map(json.loads, out.splitlines())}
+    logged = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    trained = {row["step"]: row["loss"] for row in logged if row["split"] == "validation"}
+    assert list(found) == [8, 16, 24]
+    for step, row in found.items():
+        assert row["loss"] == pytest.approx(trained[step], abs=1e-6)
+        nats = sum(part["loss"] * part["tokens"] for part in row["sources"].values())
+        assert len(row["sources"]) == 2
+        assert nats / row["tokens"] == pytest.approx(row["loss"], abs=1e-9)
+        assert sum(part["tokens"] for part in row["sources"].values()) == row["tokens"]
+
+
+def test_a_stride_counts_each_token_once_with_more_context(command, workdir):
+    plain = last_json(command(evaluate.main, f"--workdir={workdir}")[1])
+    same = last_json(command(evaluate.main, f"--workdir={workdir}", "--stride=64")[1])
+    more = last_json(command(evaluate.main, f"--workdir={workdir}", "--stride=8")[1])
+    assert same["loss"] == plain["loss"]
+    assert more["tokens"] == plain["tokens"] and more["loss"] < plain["loss"]
+    for flags, message in (
+        (["--stride=65"], "--stride=65 must be from 1 to model.max_seq_len=64"),
+        (["--stride=-1"], "must be at least 0"),
+        (["--watch", "--step=8"], "do not go together"),
+        (["--watch_every=0", "--watch"], "must be above 0"),
+    ):
+        code, _, err = command(evaluate.main, f"--workdir={workdir}", *flags)
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_watch_sees_checkpoints_as_they_come(workdir, tmp_path):
+    config, other = workdir.parent / "c.py", tmp_path / "run"
+    env = os.environ | {"XLA_FLAGS": ""}
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt.evaluate", f"--workdir={other}", "--watch", "--watch_every=0.1"],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert "waiting   for the first checkpoint" in watcher.stderr.readline()
+    trainer = [sys.executable, "-m", "jaxgpt.train", f"--config={config}", f"--workdir={other}"]
+    assert subprocess.run(trainer, env=env, capture_output=True).returncode == 0
+    out, err = watcher.communicate(timeout=120)
+    assert watcher.returncode == 0, err
+    assert [json.loads(line)["step"] for line in out.splitlines()] == [8, 16, 24]
+
+
+def write_rows(file, rows) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+ARC = {"question": "Which is it?", "choices": {"text": ["x", "yz"], "label": ["A", "B"]}, "answerKey": "B"}
+AI2 = {
+    "question": {"stem": "Q", "choices": [{"text": "x", "label": "1"}, {"text": "y", "label": "2"}]},
+    "answerKey": "1",
+}  # fmt: skip
+SWAG = {"ctx": "A man [title] sits", "activity_label": "Sitting", "endings": ["down", "up."], "label": "1"}
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "choices"),
+    [
+        ("arc", [ARC, AI2], [("Question: Which is it?\nAnswer:", " x", " yz"), ("Question: Q\nAnswer:", " x", " y")]),
+        ("hellaswag", [SWAG], [("Sitting: A man. sits", " down", " up.")]),
+    ],
+)  # fmt: skip
+def test_multiple_choice_by_likelihood(command, workdir, tmp_path, task, rows, choices):
+    """The answer must be that of summing `evaluate`'s own token losses by hand."""
+    file = write_rows(tmp_path / "t.jsonl", rows)
+    code, out, err = command(evaluate.main, f"--workdir={workdir}", f"--task={task}:{file}")
+    assert code == 0, err
+    found = last_json(out)
+    right = {"arc": [1, 0], "hellaswag": [1]}[task]
+    hits = normed = 0
+    for (prompt, *ends), answer in zip(choices, right, strict=True):
+        scores = np.array([-total_nats(command, workdir, tmp_path, prompt, end) for end in ends])
+        hits += scores.argmax() == answer
+        normed += (scores / [len(end) - 1 for end in ends]).argmax() == answer
+    assert found["accuracy"] == hits / len(rows) and found["accuracy_norm"] == normed / len(rows)
+
+
+def total_nats(command, workdir, folder, prompt: str, end: str) -> float:
+    """Nats of `end` after `prompt`, as the difference of two whole documents' losses."""
+    totals = []
+    for text in (prompt, prompt + end):
+        (folder / "one.txt").write_text(text)
+        row = last_json(command(evaluate.main, f"--workdir={workdir}", f"--data=text:{folder}/one.txt")[1])
+        totals.append(row["loss"] * row["tokens"])
+    return totals[1] - totals[0]
+
+
+def test_lambada_is_the_last_words_likelihood(command, workdir, tmp_path):
+    rows = [{"text": "the licence of this work"}, {"text": "in no event shall"}]
+    code, out, err = command(
+        evaluate.main, f"--workdir={workdir}", f"--task=lambada:{write_rows(tmp_path / 't.jsonl', rows)}"
+    )
+    assert code == 0, err
+    nats = [total_nats(command, workdir, tmp_path, *cut(row["text"])) for row in rows]
+    assert last_json(out)["perplexity"] == pytest.approx(math.exp(sum(nats) / 2), rel=1e-4)
+    assert last_json(out)["accuracy"] in (0, 0.5, 1)
+
+
+def cut(text: str) -> tuple[str, str]:
+    prompt, word = text.rsplit(" ", 1)
+    return prompt, f" {word}"
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("arc", {"question": "q"}, "is no row of arc"),
+        ("arc", ARC | {"answerKey": "C"}, "is no row of arc"),
+        ("hellaswag", SWAG | {"label": 2}, "choice 2 is not there"),
+        ("lambada", {"text": "one"}, "is no row of lambada"),
+    ],
+)
+def test_rows_of_another_kind_are_named(command, workdir, tmp_path, task, row, message):
+    file = write_rows(tmp_path / "t.jsonl", [row])
+    code, _, err = command(evaluate.main, f"--workdir={workdir}", f"--task={task}:{file}")
+    assert code == 2 and message in err and f"{file}, line 1" in err
+
+
+def test_a_file_of_prompts(command, workdir, tmp_path):
+    rows = [{"prompt": f"row {i}", "id": i, "seed": i} for i in range(10)]
+    rows[3] |= {"max_new_tokens": 3, "temperature": 0}
+    file = write_rows(tmp_path / "p.jsonl", rows)
+    code, out, err = command(
+        sample.main, f"--workdir={workdir}", f"--prompt_file={file}", "--max_new_tokens=12"
+    )
+    assert code == 0, err
+    found = list(map(json.loads, out.splitlines()))
+    assert [row["id"] for row in found] == list(range(10))
+    assert all(len(row["tokens"]) == len(row["logprobs"]) == 12 for row in found if row["id"] != 3)
+    assert len(found[3]["tokens"]) == 3 and found[3]["finish_reason"] == "length"
+    code, out, _ = command(
+        sample.main, f"--workdir={workdir}", "--prompt=row 7", "--seed=7", "--max_new_tokens=12"
+    )
+    assert out == f"row 7{found[7]['text']}\n", "the same as alone"
+    for bad, message in (
+        ([{"text": "x"}], "line 1 has no field 'prompt'"),
+        ([{"prompt": "x" * 60}], "ask for at most 4 new tokens"),
+        (["x"], "line 1 is not an object"),
+    ):
+        file = write_rows(tmp_path / "bad.jsonl", bad)
+        code, out, err = command(
+            sample.main, f"--workdir={workdir}", f"--prompt_file={file}", "--max_new_tokens=12"
+        )
+        assert (code, out) == (2, "") and message in err
+
+
+def test_streaming_stops_beams_and_several(command, workdir):
+    base = (f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=20", "--seed=2")
+    whole = command(sample.main, *base, "--num_samples=2")[1]
+    assert whole.count("\n---\n") == 1
+    assert command(sample.main, *base, "--num_samples=2", "--stream")[1] == whole
+    text = whole.split("\n---\n")[0].removeprefix("the ")
+    stop = text[5:7]
+    code, out, err = command(sample.main, *base, f"--stop={stop}")
+    assert out == f"the {text[: text.find(stop)]}\n", err
+    code, greedy, _ = command(sample.main, *base, "--temperature=0")
+    assert command(sample.main, *base, "--num_beams=1")[1] == greedy
+    code, out, err = command(sample.main, *base, "--num_beams=4", "--num_samples=2")
+    assert code == 0 and out.count("the ") >= 2, err
+    for flags, message in (
+        (["--num_beams=2", "--num_samples=3"], "are more than --num_beams=2"),
+        (["--num_beams=2", "--stream"], "--num_beams goes with --prompt alone"),
+        (["--interactive"], "--prompt and --interactive do not go together"),
+        (["--stop="], "--stop must not be empty"),
+    ):
+        code, _, err = command(sample.main, *base, *flags)
+        assert code == 2 and message in err
+
+
+def test_interactive_continues_line_by_line(workdir):
+    process = subprocess.run(
+        [sys.executable, "-m", "jaxgpt.sample", f"--workdir={workdir}", "--interactive",
+         "--max_new_tokens=10", "--temperature=0"],
+        input=f"one\n{'x' * 60}\ntwo\n", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("one") and "\ntwo" in process.stdout
+    assert "error: a prompt of 60 tokens" in process.stderr, "said, and the next line is taken"
+
+
+def test_a_report_stands_alone(command, workdir, tmp_path):
+    code, out, err = command(report.main, f"--workdir={workdir}")
+    assert code == 0 and out == f"{workdir}/report.html\n", err
+    text = (workdir / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text.replace(
+        "http://www.w3.org/2000/svg", ""
+    )
+    (data,) = re.findall(r"const RUNS = (.*);\n", text)
+    (found,) = json.loads(data)
+    assert [step for step, _ in found["curves"]["loss"]] == list(range(1, 25))
+    assert [step for step, _ in found["curves"]["validation"]] == [8, 16, 24]
+    assert found["facts"]["step"] == 24 and found["facts"]["best_loss"] < 6
+    assert found["data"]["train tokens"] > 1000 and found["environment"]["jax"]
+    assert found["config"]["optim.learning_rate"] == 3e-3 and len(found["samples"]) == 2
+    code, out, _ = command(report.main, f"--workdir={workdir}", f"--workdir={workdir}",
+                           f"--out={tmp_path}/both.html")  # fmt: skip
+    assert code == 0 and len(json.loads(re.findall(r"const RUNS = (.*);\n", (tmp_path / "both.html").read_text())[0])) == 2
+    for args, message in (((), "--workdir=DIR is required"), ((f"--workdir={tmp_path}",), "no run")):
+        code, _, err = command(report.main, *args)
+        assert code == 2 and message in err
+
+
+def test_a_sample_cannot_end_the_reports_script(command, workdir, tmp_path):
+    import shutil
+
+    shutil.copytree(workdir, tmp_path / "w")
+    with (tmp_path / "w/samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 24, "prompt": "</script><script>alert(1)", "text": "<b>"}) + "\n")
+    assert command(report.main, f"--workdir={tmp_path}/w")[0] == 0
+    text = (tmp_path / "w/report.html").read_text()
+    assert text.count("</script>") == 1 and "alert(1)" in text
