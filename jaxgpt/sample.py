@@ -106,6 +106,9 @@ def show(decoder: Decoder, trained: Trained, requests: list[Request]) -> None:
 
 def show_stream(decoder: Decoder, trained: Trained, requests: list[Request]) -> None:
     """Prints one sample after the other, as it grows."""
+    for request in requests:  # before anything is printed
+        length = len(prompt_tokens(trained.tokenizer, request.prompt))
+        check_length(length, request.max_new_tokens, decoder.cfg)
     for i, request in enumerate(requests):
         sys.stdout.write("\n---\n" * (i > 0) + request.prompt)
         for _, text, _ in complete(decoder, trained.tokenizer, [request], STREAMED):

@@ -1,6 +1,8 @@
 """Orbax checkpoints of the whole training state under `checkpoints/<step>`."""
 
+import contextlib
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +138,7 @@ class Checkpoints:
         """
         say(f"unsaved   checkpoint {self.saving}: {why}")
         for half in self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*"):
-            half.rmtree()
+            _remove(half)
         self.manager.reload()
         if self.snapshot is not None:
             self.again()
@@ -225,6 +227,16 @@ class Checkpoints:
         """
         self._wait()
         self.manager.close()
+
+
+def _remove(folder: epath.Path) -> None:
+    """Removes a half checkpoint, into which a thread of Orbax may be writing still."""
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            folder.rmtree()
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _snapshot(state, old):

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxgpt.config import BadInput, PeerLost
 from jaxgpt.config.cli import silence
 
-HEARTBEAT = 60  # seconds without a sign of life until a process counts as dead
+HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
 VOTE_LAG = 2  # steps between a vote and its count: by then it is on the host
 MESSAGE = 2048  # bytes of what one process tells all
 LOST = ("gloo", "nccl", "coordination", "heartbeat", "connection", "unavailable", "barrier")

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from pathlib import Path
+
+from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput
@@ -23,7 +24,7 @@ def gathered(workdir: str) -> dict:
     Raises:
       BadInput: if there is no run, or its rows cannot be read.
     """
-    folder = Path(workdir)
+    folder = epath.Path(workdir)
     config = dataclasses.asdict(read_config(folder))
     rows = _rows(folder / "metrics.jsonl")
     if not rows:
@@ -53,17 +54,17 @@ def gathered(workdir: str) -> dict:
     }  # fmt: skip
 
 
-def _rows(file: Path) -> list[dict]:
+def _rows(file: epath.Path) -> list[dict]:
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = file.read_text().splitlines(keepends=True)
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may leave half
     except ValueError as e:
         raise BadInput(f"{file} is not JSON: {e}") from e
 
 
-def _meta(folder: Path) -> dict:
+def _meta(folder: epath.Path) -> dict:
     try:
         checkpoints = Checkpoints(folder, read_only=True)
     except BadInput:
@@ -77,7 +78,7 @@ def _rooms(config: dict) -> list[tuple[str, dict]]:
     return [("", {k: v for k, v in config.items() if not isinstance(v, dict)}), *rooms]
 
 
-def _curve(rows: list[dict], split: str, name: str) -> list[list[float]]:
+def _curve(rows: list[dict], split: str, name: str) -> list:
     points = [[r["step"], r[name]] for r in rows if r["split"] == split and r.get(name) is not None]
     return _thinned(points, MAX_POINTS)
 

@@ -62,7 +62,8 @@ def test_a_stride_counts_each_token_once_with_more_context(command, workdir):
     same = last_json(command(evaluate.main, f"--workdir={workdir}", "--stride=64")[1])
     more = last_json(command(evaluate.main, f"--workdir={workdir}", "--stride=8")[1])
     assert same["loss"] == plain["loss"]
-    assert more["tokens"] == plain["tokens"] and more["loss"] < plain["loss"]
+    assert more["tokens"] == plain["tokens"]
+    assert 1e-6 < abs(more["loss"] - plain["loss"]) < 0.05, "other context, hardly other numbers"
     for flags, message in (
         (["--stride=65"], "--stride=65 must be from 1 to model.max_seq_len=64"),
         (["--stride=-1"], "must be at least 0"),

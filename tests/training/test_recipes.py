@@ -111,7 +111,7 @@ def changes(width: int, mup: bool) -> tuple[float, float]:
         @jax.jit
         def coordinates(params):  # before the final norm, which would hide the growth
             model = spec.bind(params)
-            stream, _ = model._run(tokens, positions, None, None, None)
+            stream = model._run(tokens, positions, None, None)
             return stream, model(tokens)[..., :203]
 
         first, last = (coordinates(states[i].params) for i in (0, -1))
