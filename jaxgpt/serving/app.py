@@ -130,9 +130,11 @@ class Answer:
             "model": self.model, "choices": choices, **more,
         }  # fmt: skip
 
-    def _choice(self, i: int, text: str, first: int = 0, finish: str | None = None) -> dict:
+    def _choice(
+        self, i: int, text: str, told: slice = slice(None), finish: str | None = None
+    ) -> dict:
         job = self.jobs[i]
-        found = choice(i, text, job.text, self.batcher.tokenizer, self.asked.logprobs, first)
+        found = choice(i, text, job.text, self.batcher.tokenizer, self.asked.logprobs, told)
         return found | ({} if finish is None else {"finish_reason": finish or None})
 
     async def whole(self, request: Request) -> Response:
@@ -166,13 +168,13 @@ class Answer:
         try:
             if self.asked.echo:
                 for i, request in enumerate(self.asked.requests):
-                    yield _event(self._answer([self._choice(i, request.prompt, 1 << 30, "")]))
+                    yield _event(self._answer([self._choice(i, request.prompt, slice(0, 0), "")]))
             while left:
                 i, piece, finish, tokens = await self.news.get()
                 if finish == "closed":
                     yield _event(Refused(503, "the server is shutting down").body())
                     return
-                yield _event(self._answer([self._choice(i, piece, told[i], finish)]))
+                yield _event(self._answer([self._choice(i, piece, slice(told[i], tokens), finish)]))
                 told[i] = tokens
                 left -= bool(finish)
             if self.asked.include_usage:

@@ -151,17 +151,18 @@ def _flag(body: dict, name: str) -> bool:
 
 
 def choice(
-    index: int, text: str, state: Continuation, tokenizer: Tokenizer, logprobs: bool, first: int = 0
-) -> dict:
-    """Returns one of an answer's `choices`; `first` is the first token that `logprobs` tells of.
+    index: int, text: str, state: Continuation, tokenizer: Tokenizer, logprobs: bool,
+    told: slice = slice(None),
+) -> dict:  # fmt: skip
+    """Returns one of an answer's `choices`; `told` are the tokens that `logprobs` tells of.
 
     `top_logprobs` holds the generated token alone.
     """
     found = {"index": index, "text": text, "logprobs": None, "finish_reason": state.finish or None}
     if logprobs:
-        ids = state.tokens[first:]
+        ids, first = state.tokens[told], told.start or 0
         pieces = [tokenizer.decode(np.array([i], np.int32)) for i in ids]
-        scores = state.scores[first:]
+        scores = state.scores[told]
         before = [len(tokenizer.decode(np.array(state.tokens[:first + k], np.int32))) for k in range(len(ids))]
         found["logprobs"] = {
             "tokens": pieces, "token_logprobs": scores, "text_offset": before,
