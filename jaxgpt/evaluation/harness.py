@@ -95,7 +95,7 @@ def _score(
 
     def columns(part):
         x, targets = part
-        logits = model.logits(x, table)
+        logits = jax.sharding.reshard(model.logits(x, table), jax.P(None, None, None))
         known = jnp.where(targets == IGNORE, 0, targets)
         picked = jnp.take_along_axis(logits, known[..., None], axis=-1)[..., 0]
         nats = jax.nn.logsumexp(logits, axis=-1) - picked
