@@ -13,7 +13,6 @@ from jaxgpt.data.pipeline import evaluation_batch, evaluation_windows, put
 from jaxgpt.data.shards import Split
 from jaxgpt.ops.cross_entropy import IGNORE
 
-
 LAG = 2  # batches on the device whose numbers are not asked for yet
 
 

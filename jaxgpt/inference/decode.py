@@ -180,9 +180,13 @@ def stream(
 
 @partial(jax.jit, static_argnums=0)
 def _laid_out(spec: ModelSpec, params: dict) -> dict:
-    """Returns each layer's parameters apart, as large as they are used."""
+    """Returns each layer's parameters apart, its kernels in the dtype that they are used in."""
     dtype = jnp.dtype(spec.cfg.dtype)
-    return split_layers(jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 2 else p, params))
+
+    def cast(path, p):
+        return p.astype(dtype) if path[-1].key == "kernel" else p
+
+    return split_layers(params | {"blocks": jax.tree_util.tree_map_with_path(cast, params["blocks"])})
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -94,6 +94,16 @@ class Batcher:
         done.wait()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:  # after an error, too: nobody may wait for a thread that has gone
+            with self.changed:
+                self.closing = True
+            for job in [*filter(None, self.jobs), *self.waiting]:
+                job.text.finish = "closed"
+                job.heard("", job.text)
+
+    def _serve(self) -> None:
         with jax.set_mesh(self.mesh):
             rows = self._start(np.zeros(1, np.int32), [Sampling()] * len(self.jobs), (0, 0))
             while True:
@@ -105,9 +115,6 @@ class Batcher:
                 rows = self._admit(rows)
                 if self.active:
                     rows = self._grow(rows)
-        for job in [*filter(None, self.jobs), *self.waiting]:
-            job.text.finish = "closed"
-            job.heard("", job.text)
 
     def _start(self, prompt: np.ndarray, sampling: list[Sampling], seed: tuple[int, int]) -> Rows:
         count = len(sampling)

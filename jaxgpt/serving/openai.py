@@ -89,8 +89,10 @@ def understood(body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig)
         except BadInput as e:
             message = str(e).replace("--max_new_tokens", "max_tokens")
             raise Refused(400, message, "context_length_exceeded") from e
-        if len(tokens) > cfg.max_seq_len:
-            raise Refused(400, "the prompt is longer than the model's context")
+        if len(tokens) + request.max_new_tokens > cfg.max_seq_len:  # of a model that slides
+            room = cfg.max_seq_len - len(tokens)
+            message = f"a slot holds {cfg.max_seq_len} tokens: ask for at most {room} new tokens"
+            raise Refused(400, message, "context_length_exceeded")
     return Asked(ids, requests, flags["stream"], "logprobs" in body, flags["echo"], usage)
 
 
