@@ -42,9 +42,10 @@ def make_app(batcher: Batcher, model: str) -> Starlette:
         return JSONResponse({"id": model, "object": "model", "created": 0, "owned_by": "jaxgpt"})
 
     async def health(request: Request) -> Response:
-        return JSONResponse(
-            {"status": "ok", "active": batcher.active, "waiting": len(batcher.waiting)}
-        )
+        counts = {"active": batcher.active, "waiting": len(batcher.waiting)}
+        if batcher.closing:
+            return JSONResponse({"status": "closing"} | counts, 503)
+        return JSONResponse({"status": "ok"} | counts)
 
     async def page(request: Request) -> Response:
         return HTMLResponse(PAGE.read_text())
