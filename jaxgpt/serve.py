@@ -5,6 +5,7 @@ try it at /. Needs `pip install -e '.[serve]'`. Anyone who can reach the port ma
 with a password in front before binding it to anything but 127.0.0.1.
 """
 
+import asyncio
 import socket
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.extras import require
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.inference.trained import open_trained
+
+GRACE = 4  # seconds that texts under way have to finish once the server is told to end
 
 
 def main(argv: list[str]) -> None:
@@ -48,10 +51,17 @@ def main(argv: list[str]) -> None:
     host, port = listening.getsockname()[:2]
     name = values.name or Path(values.workdir).resolve().name
     say(f"serving   {name}, step {trained.step}, at http://{host}:{port}/ (Ctrl-C ends)")
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None):  # the batcher first: uvicorn waits for its answers
+            closing = asyncio.create_task(asyncio.to_thread(batcher.close, GRACE))
+            await super().shutdown(sockets)
+            await closing
+
     config = uvicorn.Config(
-        make_app(batcher, name), log_level="warning", timeout_graceful_shutdown=5, lifespan="on"
+        make_app(batcher, name), log_level="warning", timeout_graceful_shutdown=3 * GRACE
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(config).run(sockets=[listening])
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -50,11 +50,6 @@ def make_app(batcher: Batcher, model: str) -> Starlette:
     async def page(request: Request) -> Response:
         return HTMLResponse(PAGE.read_text())
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(batcher.close)
-
     return Starlette(
         routes=[
             Route("/", page),
@@ -64,7 +59,6 @@ def make_app(batcher: Batcher, model: str) -> Starlette:
             Route("/v1/completions", completions, methods=["POST"]),
         ],
         exception_handlers={Refused: _refused, HTTPException: _no_such},
-        lifespan=lifespan,
     )
 
 

@@ -7,8 +7,9 @@ same alone and in a crowd.
 
 import dataclasses
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
@@ -50,7 +51,7 @@ class Batcher:
         self.jobs: list[Job | None] = [None] * slots
         self.max_waiting, self.waiting = max_waiting, deque()
         self.room = decoder.cfg.max_seq_len
-        self.changed, self.closing = threading.Condition(), False
+        self.changed, self.closing, self.deadline = threading.Condition(), False, 0.0
         self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self.thread.start()
 
@@ -79,12 +80,15 @@ class Batcher:
         """Ends a job that nobody listens to any more; its slot is free after the chunk."""
         job.cancelled = True
 
-    def close(self) -> None:
-        """Ends every job with finish "closed" and waits for the thread."""
+    def close(self, grace: float = 0) -> None:
+        """Takes no more, ends what waits with finish "closed", and lets what grows finish for
+        `grace` seconds before it ends the same way; returns then."""
         with self.changed:
-            self.closing = True
+            self.closing, self.deadline = True, time.monotonic() + grace
+            self._end(self.waiting)
             self.changed.notify()
-        self.thread.join()
+        self.thread.join(grace + 1)  # longer only inside a compilation, which nothing can stop
+        self._end(self.jobs)
 
     def warm_up(self) -> None:
         """Compiles the programs of the shortest prompts, so that the first request does not wait."""
@@ -99,8 +103,14 @@ class Batcher:
         finally:  # after an error, too: nobody may wait for a thread that has gone
             with self.changed:
                 self.closing = True
-            for job in [*filter(None, self.jobs), *self.waiting]:
-                job.text.finish = "closed"
+                self._end(self.waiting)
+            self._end(self.jobs)
+
+    def _end(self, jobs: Iterable[Job | None]) -> None:
+        """Tells jobs that nothing more comes, once each."""
+        for job in filter(None, [*jobs]):
+            if not (job.cancelled or job.text.finish):
+                job.cancelled, job.text.finish = True, "closed"
                 job.heard("", job.text)
 
     def _serve(self) -> None:
@@ -110,7 +120,7 @@ class Batcher:
                 with self.changed:
                     while not (self.waiting or self.active or self.closing):
                         self.changed.wait()
-                    if self.closing:
+                    if self.closing and (not self.active or time.monotonic() >= self.deadline):
                         break
                 rows = self._admit(rows)
                 if self.active:

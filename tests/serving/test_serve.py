@@ -252,6 +252,7 @@ def test_a_shutdown_under_load_is_clean(workdir):
     for thread in threads:
         thread.join()
     assert set(codes) <= {200, 503, "refused"} and len(codes) == 40
+    assert codes.count(200) < 25, "those who wait are told at once"
     assert "Traceback" not in process.stderr.read()
 
 
