@@ -56,9 +56,11 @@ def test_greedy_equals_the_plain_loop_for_unequal_prompts(shape):
     prompts = [np.array(p, np.int32) for p in ([5], [9, 8, 7, 6], list(range(15)))]
     with jax.set_mesh(mesh_of(config)):
         decoder, forward = model_of(config)
-        found, _ = generate(decoder, prompts, 6, GREEDY)
-        for prompt, got in zip(prompts, found, strict=True):
-            np.testing.assert_array_equal(got, plain_greedy(forward, prompt, 6)[0])
+        found, scores = generate(decoder, prompts, 6, GREEDY)
+        for prompt, got, told in zip(prompts, found, scores, strict=True):
+            want, wanted_scores = plain_greedy(forward, prompt, 6)
+            np.testing.assert_array_equal(got, want)
+            np.testing.assert_allclose(told, wanted_scores, atol=1e-3)
 
 
 def test_a_windowed_model_slides_past_its_context():
