@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxgpt import evaluate, train
 from jaxgpt.model import ModelSpec
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import mesh_of, tiny_config
@@ -13,6 +14,16 @@ from tests.conftest import mesh_of, tiny_config
 pytestmark = pytest.mark.parity  # needs the extra [lm_eval]
 
 BYTES = make_tokenizer("byte")
+CONFIG = """
+from jaxgpt.config import *
+def get_config():
+    return Config(
+        num_steps=3, batch_size=8, eval_every=0, eval_batches=1, sample_every=0,
+        model=ModelConfig(max_seq_len=40, num_layers=2, num_heads=2, embed_dim=32),
+        data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
+        optim=OptimConfig(warmup_steps=2), sample=SampleConfig(max_new_tokens=1),
+    )
+"""
 
 
 @pytest.fixture
@@ -67,10 +78,15 @@ def test_generation_stops_and_is_greedy(model):
         assert cut == text[: text.find(text[2])]
 
 
-def test_a_whole_task_from_a_local_file(model, tmp_path):
-    import lm_eval
+def test_the_command_runs_a_task_s_own_file(command, tmp_path, corpus):
+    import yaml
 
-    harness, _ = model
+    from jaxgpt.evaluation.harness import HarnessModel
+    from jaxgpt.inference.trained import open_trained
+
+    (tmp_path / "c.py").write_text(CONFIG.format(corpus=corpus))
+    code, _, err = command(train.main, f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w")
+    assert code == 0, err
     rows = [{"q": f"number {i}", "choices": ["one", "two"], "answer": i % 2} for i in range(6)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
@@ -79,9 +95,18 @@ def test_a_whole_task_from_a_local_file(model, tmp_path):
         "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
-    found = lm_eval.simple_evaluate(harness, tasks=[task], log_samples=False, bootstrap_iters=0)
-    scores = harness.loglikelihood(
-        [asked(row["q"], f" {choice}") for row in rows for choice in row["choices"]], disable_tqdm=True
-    )
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(task))
+    run = f"--workdir={tmp_path}/w"
+    code, out, err = command(evaluate.main, run, f"--lm_eval={tmp_path}/t.yaml")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    trained = open_trained(f"{tmp_path}/w", None)
+    with jax.set_mesh(trained.mesh):
+        harness = HarnessModel(trained.spec, trained.params(), trained.tokenizer, 4)
+        pairs = [(row["q"], f" {choice}") for row in rows for choice in row["choices"]]
+        scores = harness.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True)
     best = np.array([score for score, _ in scores]).reshape(6, 2).argmax(axis=1)
-    assert found["results"]["local"]["acc,none"] == np.mean(best == [row["answer"] for row in rows])
+    want = np.mean(best == [row["answer"] for row in rows])
+    assert found["step"] == 3 and found["lm_eval"]["local"]["acc,none"] == want
+    code, _, err = command(evaluate.main, run, "--lm_eval=no_such_task")
+    assert code == 2 and "--lm_eval" in err and "no_such_task" in err and err.count("\n") < 9, err
