@@ -6,7 +6,14 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS for so many CPU devices, compiled quickly: the same program, less optimised code."""
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
+os.environ["XLA_FLAGS"] = xla_flags(8)
 CACHE = Path(tempfile.gettempdir()) / f"jaxgpt-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

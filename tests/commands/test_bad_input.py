@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from jaxgpt import evaluate, sample, train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 
 CONFIG = """
 from jaxgpt.config import Config, DataConfig, ModelConfig
@@ -90,6 +90,6 @@ def test_help_in_a_process_of_its_own():
     argv = [sys.executable, "-m", "jaxgpt.train"]
     helped = subprocess.run([*argv, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert helped.returncode == 0 and "--workdir" in helped.stdout and "Train a GPT" in helped.stdout
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = os.environ | {"XLA_FLAGS": xla_flags(1)}
     bad = subprocess.run([*argv, "--confg=x"], cwd=ROOT, capture_output=True, text=True, env=env)
     assert_one_error_line(bad.returncode, bad.stdout, bad.stderr, "confg")

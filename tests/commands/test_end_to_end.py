@@ -21,7 +21,7 @@ from jaxgpt.data.prepare import prepare
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.training import verify_resume as verify_module
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 
 CONFIG = """
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig
@@ -56,8 +56,7 @@ def losses(workdir) -> dict[int, float]:
 
 def start(config_file, workdir, *args, devices=1) -> subprocess.Popen:
     """The real command in a process of its own."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flags, "JAXGPT_CACHE": str(config_file.parent / "cache")}
+    env = os.environ | {"XLA_FLAGS": xla_flags(devices), "JAXGPT_CACHE": str(config_file.parent / "cache")}
     argv = [sys.executable, "-m", "jaxgpt.train", f"--config={config_file}", f"--workdir={workdir}"]
     return subprocess.Popen(
         [*argv, *args], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -264,7 +263,7 @@ def test_a_second_trainer_is_refused(command, config_file, tmp_path):
 
 
 def test_verify_resume(command, config_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     monkeypatch.chdir(ROOT)
     argv = (f"--config={config_file}", f"--workdir={tmp_path}/w")
     code, out, err = command(train.main, *argv, "--verify_resume=6")

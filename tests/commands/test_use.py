@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import evaluate, report, sample
-from tests.conftest import CORPUS
+from tests.conftest import CORPUS, xla_flags
 
 CONFIG = """
 from jaxgpt.config import *
@@ -76,7 +76,7 @@ def test_a_stride_counts_each_token_once_with_more_context(command, workdir):
 
 def test_watch_sees_checkpoints_as_they_come(workdir, tmp_path):
     config, other = workdir.parent / "c.py", tmp_path / "run"
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = os.environ | {"XLA_FLAGS": xla_flags(1)}
     watcher = subprocess.Popen(
         [sys.executable, "-m", "jaxgpt.evaluate", f"--workdir={other}", "--watch", "--watch_every=0.1"],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

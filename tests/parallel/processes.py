@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.conftest import xla_flags
+
 CONFIG = """
 from jaxgpt.config import *
 def get_config():
@@ -31,7 +33,7 @@ def free_port() -> int:
 
 def start(module: str, count: int, devices: int, *args: str, only=None) -> list[subprocess.Popen]:
     """Starts `count` processes (or those of `only`) of a command, each with `devices` devices."""
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(devices)}
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the next test starts it again
     address = f"127.0.0.1:{free_port()}"
     met = [f"--coordinator={address}", f"--num_processes={count}"] if count > 1 else []

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from jaxgpt import train
-from tests.conftest import CORPUS
+from tests.conftest import CORPUS, xla_flags
 from tests.parallel.processes import CONFIG, finish, free_port, rows, start, wait_for_step
 
 SCRIPT = """
@@ -39,7 +39,7 @@ run(main)
 )
 def test_processes_compare_what_they_read_and_follow_the_first(values, expected):
     address, count = f"127.0.0.1:{free_port()}", str(len(values))
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(1)}
     children = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, address, count, str(i), value],

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from jaxgpt import serve, train
-from tests.conftest import CORPUS
+from tests.conftest import CORPUS, xla_flags
 
 CONFIG = """
 from jaxgpt.config import *
@@ -32,7 +32,7 @@ def get_config():
 
 def start(workdir, *flags: str) -> tuple[subprocess.Popen, str]:
     """Starts a server; returns it and its address once it answers."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(1)}
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxgpt.serve", f"--workdir={workdir}", "--port=0", *flags],
         env=env, stderr=subprocess.PIPE, text=True,

@@ -16,6 +16,7 @@ from tensorboardX.proto import event_pb2
 from jaxgpt import prepare, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.metrics import rows as rows_module
+from tests.conftest import xla_flags
 from tests.parallel.processes import finish, rows, wait_for_step
 
 CONFIG = """
@@ -41,7 +42,7 @@ def run(corpus, tmp_path):
             [sys.executable, "-m", "jaxgpt.train", f"--config={tmp_path}/c.py",
              f"--workdir={tmp_path / workdir}", *args],
             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            env=os.environ | {"XLA_FLAGS": xla_flags(1),
                               "JAX_ENABLE_COMPILATION_CACHE": str(cached).lower()}, **popen,
         )  # fmt: skip
 
