@@ -15,12 +15,16 @@ from jaxgpt.model.attention import Attention
 from jaxgpt.model.cache import Cache, KeysValues
 from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
 from jaxgpt.model.positions import POSITIONS
+from jaxgpt.ops.splash import RESIDUALS
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
+_policies = jax.checkpoint_policies
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
+    ),
+    "full": _policies.nothing_saveable,
 }
 
 

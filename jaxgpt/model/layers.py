@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import lora
-from jaxgpt.ops.activations import ACTIVATIONS, GATED
+from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
 from jaxgpt.ops.norm import layer_norm, rms_norm
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
@@ -128,7 +128,7 @@ class Mlp(nnx.Module):
     """Feed-forward: `down(act(up(x)))`."""
 
     def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
-        self.act = ACTIVATIONS[cfg.activation]
+        self.act = keep_inputs_only(ACTIVATIONS[cfg.activation])
         shared = dict(bias=cfg.bias, rngs=rngs)
         self.up = Linear("up", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
         self.down = Linear("down", "MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
@@ -141,14 +141,15 @@ class GatedMlp(nnx.Module):
     """Gated feed-forward: `down(act(gate(x)) * up(x))` (arXiv:2002.05202, eq. 6)."""
 
     def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
-        self.act = ACTIVATIONS[GATED[cfg.activation]]
+        act = ACTIVATIONS[GATED[cfg.activation]]
+        self.act = keep_inputs_only(lambda gate, up: act(gate) * up)
         shared = dict(bias=cfg.bias, rngs=rngs)
         self.gate = Linear("gate", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
         self.up = Linear("up", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
         self.down = Linear("down", "MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        return self.down(self.act(self.gate(x), self.up(x)))
 
 
 def make_mlp(cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs) -> Mlp | GatedMlp:

@@ -14,4 +14,12 @@ ACTIVATIONS: dict[str, Callable] = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
     "silu": jax.nn.silu,
 }
+
+
+def keep_inputs_only(f: Callable) -> Callable:
+    """Returns f whose backward pass computes it again: elementwise, that costs less than keeping
+    what lies between (gelu's: five arrays instead of one)."""
+    return jax.checkpoint(f, prevent_cse=False)
+
+
 GATED = {"swiglu": "silu", "geglu": "gelu_tanh"}  # arXiv:2002.05202: act(gate(x)) * up(x)

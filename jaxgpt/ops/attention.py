@@ -4,43 +4,17 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt.config import BadInput
+from jaxgpt.ops.places import Places, visible
+from jaxgpt.ops.splash import splash_attention
 from jaxgpt.parallel.rules import AxisRules
 
 Kernel = Callable[..., Float[Array, "B T N H"]]
-
-
-class Places(NamedTuple):
-    """Where queries and keys stand. A query sees keys of its segment up to its own position.
-
-    Segments number the documents packed into a row, or set padding apart; None: all are one. A
-    cache's unwritten slot has a position beyond every query's, and is masked by that.
-    """
-
-    q: Int[Array, "B T"]
-    kv: Int[Array, "B S"]
-    q_segments: Int[Array, "B T"] | None = None
-    kv_segments: Int[Array, "B S"] | None = None
-
-
-def visible(places: Places, window: int) -> Bool[Array, "B T S"]:
-    """Returns which keys each query sees; `window` > 0 keeps the last so many, itself included.
-
-    With window 2: position 5 sees 4 and 5.
-    """
-    q, kv = places.q[:, :, None], places.kv[:, None, :]
-    seen = kv <= q
-    if window:
-        seen &= kv > q - window
-    if places.q_segments is not None:
-        seen &= places.q_segments[:, :, None] == places.kv_segments[:, None, :]
-    return seen
 
 
 def xla_attention(
@@ -123,7 +97,10 @@ def cached_attention(
     return out.reshape(b, n, h).astype(parts[0][1].dtype)
 
 
-KERNELS: dict[str, Kernel] = {"xla": xla_attention, "cudnn": cudnn_attention}
+KERNELS: dict[str, Kernel] = {
+    "xla": xla_attention, "cudnn": cudnn_attention, "splash": splash_attention
+}  # fmt: skip
+NATIVE = {"gpu": "cudnn", "tpu": "splash"}  # each platform's flash kernel
 
 
 def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: float) -> str:
@@ -132,19 +109,20 @@ def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: 
     Raises:
       BadInput: if a kernel is asked for by name that cannot run; there is no quiet fallback.
     """
+    wanted = NATIVE.get(platform, "xla") if name == "auto" else name
+    home = {kernel: platform for platform, kernel in NATIVE.items()}.get(wanted, platform)
     why_not = (
-        f"the devices are {platform}, not gpu" if platform != "gpu"
-        else f"model.dtype={dtype} is not a 16-bit float" if dtype == "float32"
-        else f"heads of width {head_dim} are not a multiple of 8 up to 128"
-        if head_dim % 8 or head_dim > 128
+        "" if wanted == "xla"
+        else f"the devices are {platform}, not {home}" if platform != home
         else "only 'xla' attention has dropout" if dropout
+        else f"model.dtype={dtype} is not a 16-bit float" if wanted == "cudnn" and dtype == "float32"
+        else f"heads of width {head_dim} are not a multiple of 8 up to 128"
+        if wanted == "cudnn" and (head_dim % 8 or head_dim > 128)
         else ""
     )  # fmt: skip
-    if name == "cudnn" and why_not:
-        raise BadInput(f"model.attention=cudnn cannot run: {why_not}; set model.attention=auto")
-    if name == "auto":
-        return "xla" if why_not else "cudnn"
-    return name
+    if why_not and name != "auto":
+        raise BadInput(f"model.attention={name} cannot run: {why_not}; set model.attention=auto")
+    return "xla" if why_not else wanted
 
 
 def sharded(kernel: Kernel, rules: AxisRules, **fixed) -> Kernel:
@@ -159,7 +137,8 @@ def sharded(kernel: Kernel, rules: AxisRules, **fixed) -> Kernel:
     def attend(q, k, v, places: Places, *kept_weights):
         specs = (queries, keys, keys, jax.tree.map(lambda _: rows, places))
         specs += (kept,) * len(kept_weights)
-        run = jax.shard_map(kernel, in_specs=specs, out_specs=queries)
+        # Pallas says nothing of how its outputs vary over the mesh: they do as the queries do
+        run = jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)
         return run(q, k, v, places, *kept_weights)
 
     return attend

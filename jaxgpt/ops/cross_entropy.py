@@ -54,8 +54,8 @@ def chunks_for(batch: int, seq_len: int, vocab_size: int, platform: str) -> int:
     budget, for `batch` sequences on one device.
 
     The budgets are 8 MiB on a CPU, whose caches want it so (measured: 31 ms against 87 for the
-    head of `configs/tiny.py`), and 512 MiB elsewhere.
+    head of `configs/tiny.py`), and 256 MiB elsewhere.
     """
-    budget = (8 if platform == "cpu" else 512) * 2**20
+    budget = (8 if platform == "cpu" else 256) * 2**20
     wanted = -(-batch * seq_len * vocab_size * 4 // budget)
     return next((n for n in range(wanted, seq_len) if seq_len % n == 0), seq_len)

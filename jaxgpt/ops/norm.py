@@ -1,10 +1,16 @@
-"""Normalisation over the last axis: computed in float32, returned in the input's dtype."""
+"""Normalisation over the last axis: computed in float32, returned in the input's dtype.
+
+The backward pass computes again what is cheap, so that of each call only its input is kept.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def layer_norm(
     x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | float, eps: float
 ) -> Float[Array, "*B D"]:
@@ -18,6 +24,7 @@ def layer_norm(
     return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
 
 
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
     """Returns x / sqrt(mean(x**2) + eps) * scale (arXiv:1910.07467, eq. 4)."""
     wide = x.astype(jnp.float32)

@@ -1,0 +1,123 @@
+"""Every attention kernel against float64 NumPy, value and gradient; and which one is chosen."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.config import BadInput
+from jaxgpt.ops import splash
+from jaxgpt.ops.attention import choose_kernel, xla_attention
+from jaxgpt.ops.places import Places
+from jaxgpt.ops.splash import splash_attention
+from tests.ops.test_ops import normal
+
+
+def numeric_gradient(f, x, along):
+    """df/dx . along by central differences, in float64."""
+    h = 1e-6
+    return (f(x + h * along) - f(x - h * along)) / (2 * h)
+
+
+def attention64(q, k, v, places, scale, window):
+    out = np.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b, t, n in np.ndindex(q.shape[:3]):
+        here, keys = places.q[b, t], places.kv[b]
+        seen = keys <= here
+        if window:
+            seen &= keys > here - window
+        if places.q_segments is not None:
+            seen &= places.kv_segments[b] == places.q_segments[b, t]
+        scores = scale * k[b, seen, n // group] @ q[b, t, n]
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ v[b, seen, n // group]
+    return out
+
+
+def long(length, documents=0):
+    """Positions over more than one block; documents begin anywhere."""
+    rows = np.tile(np.arange(length), (2, 1))
+    if not documents:
+        return Places(rows, rows)
+    starts = np.sort(np.random.default_rng(0).integers(1, length, (2, documents)))
+    segments = np.array([np.searchsorted(s, r, "right") for s, r in zip(starts, rows)])
+    return Places(rows, rows, segments, segments)
+
+
+PLAIN = Places(np.tile(np.arange(7), (2, 1)), np.tile(np.arange(7), (2, 1)))
+PACKED = np.array([[0, 0, 0, 1, 1, 1, 1], [5, 6, 6, 6, 6, 6, 0]])
+RESTART = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 0]])
+CASES = {
+    "causal": (PLAIN, 3, 0),
+    "grouped-query": (PLAIN, 1, 0),
+    "window": (PLAIN, 3, 2),
+    "packed": (Places(RESTART, RESTART, PACKED, PACKED), 3, 0),
+    "packed window": (Places(RESTART, RESTART, PACKED, PACKED), 1, 3),
+    "blocks": (long(150), 1, 0),
+    "window over blocks": (long(150), 3, 30),
+    "packed over blocks": (long(150, 4), 3, 0),
+    "cached": (Places(np.array([[0, 1, 2], [4, 5, 6]]), PLAIN.kv), 3, 0),
+}
+
+
+KERNELS = {"xla": xla_attention, "splash": functools.partial(splash_attention, interpret=True)}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),  # a cache is XLA's to read
+    [(k, n) for k in KERNELS for n in CASES if (k, n) != ("splash", "cached")],
+)
+def test_attention_against_float64(kernel, name, monkeypatch):
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    places, kv_heads, window = CASES[name]
+    q = normal(2, places.q.shape[1], 3, 5)
+    k, v = (normal(2, places.kv.shape[1], kv_heads, 5, seed=s) for s in (1, 2))
+    target = normal(*q.shape, seed=9)
+    ours = functools.partial(
+        KERNELS[kernel], places=jax.tree.map(jnp.asarray, places), scale=0.3, window=window
+    )
+    args = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
+    np.testing.assert_allclose(ours(*args), attention64(q, k, v, places, 0.3, window), atol=1e-6)
+    grads = jax.grad(lambda *a: jnp.sum(ours(*a) * target), argnums=(0, 1, 2))(*args)
+    for i, grad in enumerate(grads):
+        along = normal(*args[i].shape, seed=20 + i)
+
+        def value(x, i=i):
+            moved = [x if j == i else a for j, a in enumerate((q, k, v))]
+            return np.sum(attention64(*moved, places, 0.3, window) * target)
+
+        want = numeric_gradient(value, (q, k, v)[i], along)
+        np.testing.assert_allclose(np.sum(np.asarray(grad) * along), want, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_dropout_keeps_what_it_is_told():
+    q, k, v = (jnp.asarray(normal(1, 4, 2, 8, seed=s), jnp.float32) for s in range(3))
+    places = Places(jnp.arange(4)[None], jnp.arange(4)[None])
+    kept = jnp.ones((1, 2, 4, 4), bool).at[:, 1].set(False)
+    whole = xla_attention(q, k, v, places, scale=1.0)
+    half = xla_attention(q, k, v, places, kept, scale=1.0, dropout=0.5)
+    np.testing.assert_allclose(half[:, :, 0], 2 * whole[:, :, 0], 1e-6)
+    assert np.all(np.asarray(half[:, :, 1]) == 0), "head 1 keeps nothing"
+
+
+def test_kernel_choice():
+    assert choose_kernel("auto", "cpu", "bfloat16", 64, 0.0) == "xla"
+    assert choose_kernel("auto", "gpu", "bfloat16", 64, 0.0) == "cudnn"
+    assert choose_kernel("auto", "gpu", "float32", 64, 0.0) == "xla"
+    assert choose_kernel("auto", "gpu", "bfloat16", 64, 0.1) == "xla"
+    assert choose_kernel("xla", "gpu", "bfloat16", 64, 0.0) == "xla"
+    assert choose_kernel("auto", "tpu", "float32", 80, 0.0) == "splash"
+    assert choose_kernel("auto", "tpu", "bfloat16", 64, 0.1) == "xla"
+    for name, args, message in (
+        ("cudnn", ("cpu", "bfloat16", 64, 0.0), "devices are cpu, not gpu"),
+        ("splash", ("gpu", "bfloat16", 64, 0.0), "devices are gpu, not tpu"),
+        ("splash", ("tpu", "bfloat16", 64, 0.1), "dropout"),
+        ("cudnn", ("gpu", "float32", 64, 0.0), "float32 is not a 16-bit float"),
+        ("cudnn", ("gpu", "bfloat16", 12, 0.0), "width 12"),
+        ("cudnn", ("gpu", "bfloat16", 64, 0.1), "dropout"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            choose_kernel(name, *args)
