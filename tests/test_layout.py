@@ -9,7 +9,7 @@ PACKAGE = ROOT / "jaxgpt"
 ROOMS = [
     "config", "metrics", "tokenizer", "text", "parallel", "ops", "model", "data", "optim",
     "checkpointing", "interchange", "inference", "serving", "evaluation", "reports", "training",
-    "sweeps",
+    "sweeps", "planning",
 ]  # fmt: skip
 
 

@@ -112,6 +112,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence_activations: bool = False  # split positions between the layers over `tensor`
 
 
 @dataclasses.dataclass

@@ -145,6 +145,8 @@ def check_divisible(config: Config, data: int, fsdp: int, tensor: int) -> None:
         ("model.mlp_dim", model.mlp_dim, "tensor", tensor),
         ("model.embed_dim", model.embed_dim, "fsdp", fsdp),
         ("the padded vocabulary", 128, "tensor", tensor),
+        ("model.max_seq_len, as mesh.sequence_activations splits it,",
+         model.max_seq_len if config.mesh.sequence_activations else 0, "tensor", tensor),
     ):
         if size % devices:
             raise BadInput(f"{name} = {size} cannot be divided over mesh.{axis}={devices} devices")

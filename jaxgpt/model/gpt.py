@@ -50,6 +50,7 @@ class Block(nnx.Module):
         self, cfg: ModelConfig, rules: AxisRules, kernel: str, window: int, *, rngs: nnx.Rngs
     ):
         self.dropout, self.residual = cfg.dropout, RESIDUALS[cfg.norm_position]
+        self.whole = rules("batch", "seq", None)
         self.attention_norm = NORMS[cfg.norm](cfg, cfg.embed_dim)
         self.attention = Attention(cfg, rules, kernel, window, rngs=rngs)
         self.mlp_norm = NORMS[cfg.norm](cfg, cfg.embed_dim)
@@ -65,6 +66,7 @@ class Block(nnx.Module):
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
 
         def attend(x):
+            x = jax.sharding.reshard(x, self.whole)
             return dropout(self.attention(x, positions, segments, keys[0]), self.dropout, keys[1]), None
 
         return self._run(x, attend, keys[2])[0]
@@ -76,6 +78,7 @@ class Block(nnx.Module):
 
     def _run(self, x, attend, key):
         def feed_forward(x):
+            x = jax.sharding.reshard(x, self.whole)
             return dropout(self.mlp(x), self.dropout, key), None
 
         x, rest = self.residual(x, self.attention_norm, attend)
@@ -140,7 +143,8 @@ class GPT(nnx.Module):
         positions, segments = jax.sharding.reshard(
             (positions, segments), self.rules("batch", "seq")
         )
-        return self.final_norm(self._run(tokens, positions, segments, dropout_key))
+        x = self.final_norm(self._run(tokens, positions, segments, dropout_key))
+        return jax.sharding.reshard(x, self.rules("batch", "seq", None))
 
     def table(self) -> Float[Array, "V D"]:
         """Returns the output embedding, whole over `fsdp`: gathered once, however often it is read.
@@ -244,6 +248,8 @@ class GPT(nnx.Module):
     def _embed(self, tokens, positions) -> Float[Array, "B T D"]:
         spec = self.rules("batch", "seq", None)
         x = weight(self.tokens, self.dtype).at[tokens].get(out_sharding=spec)
+        x = jax.sharding.reshard(x, self.rules("batch", "residual", None))
+        positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
         return self.positions(x * self.embed_scale, positions)
 
 

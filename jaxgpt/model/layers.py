@@ -75,7 +75,8 @@ class Linear(nnx.Module):
         size = {letter: getattr(cfg, name) for letter, name in self.SIZES.items()}
         shape, spec = [size[c] for c in letters], rules(*(self.AXES[c] for c in letters))
         self.equation = equation
-        self.out = rules("batch", "seq", *(None if c == "D" else self.AXES[c] for c in out[1:]))
+        positions = "residual" if out == "MD" else "seq"
+        self.out = rules("batch", positions, *(None if c == "D" else self.AXES[c] for c in out[1:]))
         self.kernel = normal(rngs, shape, spec, dtype, std)
         bias_shape = [size[c] for c in out[1:]]
         self.bias = constant(0.0, bias_shape, P(*self.out[2:]), dtype) if bias else None
@@ -106,7 +107,7 @@ class LayerNorm(nnx.Module):
         self.bias = constant(0.0, (dim,), P(None), dtype) if cfg.bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        bias = 0.0 if self.bias is None else self.bias[...]
+        bias = None if self.bias is None else self.bias[...]
         return layer_norm(x, self.scale[...], bias, self.eps)
 
 

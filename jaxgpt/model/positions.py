@@ -14,7 +14,7 @@ class LearnedPositions(nnx.Module):
     """A learned vector per position, as GPT-2 has it."""
 
     def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
-        self.out = rules("batch", "seq", None)
+        self.out = rules("batch", "residual", None)
         shape, spec = (cfg.max_seq_len, cfg.embed_dim), rules("seq", "embed")
         self.kernel = normal(rngs, shape, spec, jnp.dtype(cfg.param_dtype))
 

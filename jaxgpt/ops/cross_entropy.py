@@ -1,61 +1,126 @@
-"""Next-token cross-entropy."""
+"""Next-token cross-entropy, the vocabulary a part at a time: logits are never whole."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgpt.parallel.rules import BATCH_AXES, AxisRules
+
 IGNORE = -1  # a target that is not counted
+LOWEST = -1e30  # below every logit, and finite
 
 
 def cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+    x: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    finish: Callable,
+    rules: AxisRules,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns (-log p(target) in nats, logsumexp of the logits), both 0 where target is IGNORE.
 
-    The target's logit is picked by comparison rather than by index: it fuses with its
-    neighbours and works on a vocabulary split over devices.
+    Logits are `finish(x @ table.T in float32, ids)`, elementwise, with the ids of the columns [V].
+    `table` is the parameter as it is split, V over `tensor` and D over `fsdp`. Each part of its rows
+    is gathered when its turn comes, in both passes, and its gradient scattered at once; the backward
+    pass makes a part's logits anew, one more product for never keeping them. x's gradient adds up in
+    float32. Gradients follow from p - onehot, as logsumexp's is p.
     """
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
-    picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0), axis=-1)
-    counted = targets != IGNORE
-    return jnp.where(counted, lse - picked, 0), jnp.where(counted, lse, 0)
+    return _cross_entropy(x, table, targets, finish, rules)
 
 
-def chunked_cross_entropy(
-    logits_of: Callable, x: Float[Array, "B T D"], targets: Int[Array, "B T"], num_chunks: int
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Returns `cross_entropy(logits_of(x), targets)`, a slice of the positions at a time.
-
-    Logits of one slice only exist at any time, in the backward pass too, which makes them anew:
-    one more matrix product for T / num_chunks of the memory.
-    """
-    if num_chunks == 1:
-        return cross_entropy(logits_of(x), targets)
-
-    def split(a):  # [B, T, ...] -> [chunks, B, T / chunks, ...]
-        return a.reshape(a.shape[0], num_chunks, -1, *a.shape[2:]).swapaxes(0, 1)
-
-    def join(a):
-        return a.swapaxes(0, 1).reshape(targets.shape)
-
-    @jax.checkpoint
-    def one(piece):
-        return cross_entropy(logits_of(piece[0]), piece[1])
-
-    nats, lse = jax.lax.map(one, (split(x), split(targets)))
-    return join(nats), join(lse)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _cross_entropy(x, table, targets, finish, rules):
+    return _forward(x, table, targets, finish, rules)[0]
 
 
-def chunks_for(batch: int, seq_len: int, vocab_size: int, platform: str) -> int:
-    """Returns into how many slices to cut the positions: the fewest whose float32 logits fit the
-    budget, for `batch` sequences on one device.
+def _forward(x, table, targets, finish, rules):
+    rows, vectors, split = rules("batch", "seq"), rules("batch", "seq", None), rules("vocab", "embed")
 
-    The budgets are 8 MiB on a CPU, whose caches want it so (measured: 31 ms against 87 for the
-    head of `configs/tiny.py`), and 256 MiB elsewhere.
+    def local(x, table, targets):
+        flat, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
+
+        def part(carry, numbered):
+            high, total, picked = carry
+            logits, ids = _logits(flat, *numbered, finish)[:2]
+            higher = jnp.maximum(high, jnp.max(logits, axis=-1))
+            total = total * jnp.exp(high - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), axis=-1)
+            return (higher, total, picked + jnp.sum(jnp.where(ids == wanted, logits, 0), axis=-1)), None
+
+        none = jnp.zeros(flat.shape[0], jnp.float32)
+        (high, total, picked), _ = jax.lax.scan(part, (none + LOWEST, none, none), _parts(table, flat))
+        highest = jax.lax.pmax(high, "tensor")
+        lse = highest + jnp.log(jax.lax.psum(total * jnp.exp(high - highest), "tensor"))
+        counted = wanted[:, 0] != IGNORE
+        nats = jnp.where(counted, lse - jax.lax.psum(picked, "tensor"), 0)
+        return nats.reshape(targets.shape), jnp.where(counted, lse, 0).reshape(targets.shape)
+
+    run = jax.shard_map(local, in_specs=(vectors, split, rows), out_specs=(rows, rows), check_vma=False)
+    nats, lse = run(x, table, targets)
+    return (nats, lse), (x, table, targets, lse)
+
+
+def _backward(finish, rules, kept, cotangents):
+    rows, vectors, split = rules("batch", "seq"), rules("batch", "seq", None), rules("vocab", "embed")
+
+    def local(x, table, targets, lse, of_nats, of_lse):
+        flat, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
+        counted = wanted != IGNORE
+        of_nats = jnp.where(counted, of_nats.reshape(-1, 1), 0)
+        of_both = of_nats + jnp.where(counted, of_lse.reshape(-1, 1), 0)
+
+        def part(of_x, numbered):
+            logits, ids, kernel, unfinish = _logits(flat, *numbered, finish)
+            p = jnp.exp(logits - lse.reshape(-1, 1))
+            of_logits = of_both * p - jnp.where(ids == wanted, of_nats, 0)
+            (of_raw,) = unfinish(of_logits)
+            of_raw = of_raw.astype(flat.dtype)
+            of_kernel = jnp.einsum("MV,MD->VD", of_raw, flat)
+            of_kernel = jax.lax.psum_scatter(of_kernel, "fsdp", scatter_dimension=1, tiled=True)
+            added = jnp.einsum("MV,VD->MD", of_raw, kernel, preferred_element_type=jnp.float32)
+            return of_x + added, of_kernel
+
+        zeros = jnp.zeros(flat.shape, jnp.float32)
+        of_x, of_table = jax.lax.scan(part, zeros, _parts(table, flat))
+        of_x = jax.lax.psum(of_x.astype(x.dtype), "tensor").reshape(x.shape)
+        of_table = jax.lax.psum(of_table.reshape(table.shape), "data")
+        return of_x, of_table.astype(table.dtype)
+
+    specs = (vectors, split, rows, rows, rows, rows)
+    run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, split), check_vma=False)
+    return *run(*kept, *cotangents), None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _parts(table, flat):
+    """Returns what the scans run over: parts of this device's rows, and their first ids."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = table.shape[0]
+    count = parts_for(flat.shape[0], rows, mesh.abstract_device.platform)
+    first = jax.lax.axis_index("tensor") * rows + jnp.arange(count) * (rows // count)
+    return table.reshape(count, rows // count, -1), first
+
+
+def _logits(flat, kernel, first, finish):
+    """Returns a part's logits [M, V / parts], the ids of its columns, its kernel in the compute dtype
+    and whole over `fsdp`, and the pullback of `finish`."""
+    kernel = jax.lax.all_gather(kernel.astype(flat.dtype), "fsdp", axis=1, tiled=True)
+    raw = jnp.einsum("MD,VD->MV", flat, kernel, preferred_element_type=jnp.float32)
+    ids = first + jnp.arange(kernel.shape[0])
+    logits, pullback = jax.vjp(lambda raw: finish(raw, ids), raw)
+    return logits, ids, kernel, pullback
+
+
+def parts_for(rows: int, columns: int, platform: str) -> int:
+    """Returns into how many parts to cut the vocabulary: the fewest whose float32 logits fit the
+    budget, for `rows` targets and `columns` ids on one device.
+
+    The budgets are 8 MiB on a CPU, whose caches want it so, and 256 MiB elsewhere.
     """
     budget = (8 if platform == "cpu" else 256) * 2**20
-    wanted = -(-batch * seq_len * vocab_size * 4 // budget)
-    return next((n for n in range(wanted, seq_len) if seq_len % n == 0), seq_len)
+    wanted = -(-rows * columns * 4 // budget)
+    return next(n for n in range(min(wanted, columns), columns + 1) if columns % n == 0)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 @functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def layer_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | float, eps: float
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | None, eps: float
 ) -> Float[Array, "*B D"]:
     """Returns (x - mean) / sqrt(var + eps) * scale + bias (arXiv:1607.06450, eq. 4).
 
@@ -21,7 +21,8 @@ def layer_norm(
     wide = x.astype(jnp.float32)
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+    normed = centred * jax.lax.rsqrt(variance + eps) * scale
+    return (normed if bias is None else normed + bias).astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)

@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from jaxgpt.config import BadInput, Config
@@ -33,9 +34,23 @@ def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
 def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     """Returns the mesh over `devices` (default: all of them), every axis of type Explicit.
 
+    Where the devices are several slices of TPUs, joined by the slower data-centre network, `data`
+    goes over the slices and everything else stays inside one.
+
     Raises:
-      BadInput: see `mesh_shape`.
+      BadInput: see `mesh_shape`; if `data` cannot go over the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    explicit = (AxisType.Explicit,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=explicit, devices=devices)
+    if shape[0] % slices:
+        raise BadInput(
+            f"mesh.data={shape[0]} cannot go over {slices} slices of devices; make it a multiple of"
+            f" {slices}"
+        )
+    inside = (shape[0] // slices, *shape[1:])
+    placed = create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    return Mesh(placed, AXES, axis_types=explicit)

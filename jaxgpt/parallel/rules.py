@@ -13,6 +13,7 @@ BATCH_AXES = ("data", "fsdp")  # FSDP is data parallelism whose parameters are s
 TABLE = {
     "batch": BATCH_AXES,
     "seq": None,
+    "residual": None,  # positions of the residual stream, between the layers
     "embed": "fsdp",  # of parameters; activations keep theirs whole and name it None
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -27,14 +28,18 @@ TABLE = {
 class AxisRules:
     """Maps logical axis names to a `PartitionSpec`: `rules("batch", "seq", None)`.
 
-    `batch` says whether activations are split over their batch axis: training splits it, while
-    decoding a handful of samples need not have a batch that the mesh divides.
+    `split_batch` says whether activations are split over their batch axis: training splits it, while
+    decoding a handful of samples need not have a batch that the mesh divides. `split_residual`
+    splits the positions of the residual stream over `tensor`, so that norms and what a layer keeps
+    for the backward pass are split too (sequence parallelism, arXiv:2205.05198, section 4.2.2).
     """
 
     split_batch: bool = True
+    split_residual: bool = False
 
     def __call__(self, *logical: str | None) -> P:
         table = TABLE if self.split_batch else TABLE | {"batch": None}
+        table = table | {"residual": "tensor"} if self.split_residual else table
         return P(*(name and table[name] for name in logical))
 
 
@@ -53,9 +58,13 @@ def rowwise(equation: str, x: jax.Array, kernel: jax.Array, out: P, dtype=None) 
 
     `out` is the result's sharding. The product of two plain matrices, forward and backward, spares
     XLA's CPU backend copies of three-dimensional operands (the head of `configs/tiny.py`, both
-    passes: 51 ms against 87); elsewhere it is the same program.
+    passes: 51 ms against 87); elsewhere it is the same program. Where the result's positions are
+    split, the two axes cannot become one.
     """
     batch, length = x.shape[:2]
+    if out[1] is not None:
+        whole = equation.replace("M", "BT")
+        return jnp.einsum(whole, x, kernel, out_sharding=out, preferred_element_type=dtype)
     rows = x.reshape(batch * length, *x.shape[2:])
     y = jnp.einsum(
         equation, rows, kernel, out_sharding=P(out[0], *out[2:]), preferred_element_type=dtype

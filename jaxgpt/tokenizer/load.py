@@ -49,6 +49,19 @@ def check_spec(spec: str) -> None:
         )
 
 
+def vocabulary_size(spec: str, special_tokens: str = "") -> int:
+    """Returns how many ids the tokenizer that `spec` describes will have, without training it.
+
+    Raises:
+      BadInput: for `char`, whose size only its corpus tells.
+    """
+    if spec == "char":
+        raise BadInput("data.tokenizer=char gets its size from the corpus; set model.vocab_size")
+    more = len(special_tokens.split(",")) if special_tokens else 0
+    pieces = _pieces(spec)
+    return more + (pieces[1] if pieces else make_tokenizer(spec).vocab_size)
+
+
 def make_tokenizer(
     spec: str, texts: Sequence[TrainingText] = (), special_tokens: str = ""
 ) -> Tokenizer:

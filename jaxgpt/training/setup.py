@@ -12,6 +12,7 @@ from jaxgpt.config import BadInput, Config
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.optim.optimizers import make_optimizer
+from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.training.state import TrainState, init_state
 from jaxgpt.training.step import make_train_step
 from jaxgpt.training.warm_start import warm_params
@@ -42,7 +43,8 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
     kernel = choose_kernel(
         model.attention, mesh.devices.flat[0].platform, model.dtype, model.head_dim, model.dropout
     )
-    return ModelSpec(model, kernel)
+    split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
+    return ModelSpec(model, kernel, AxisRules(split_residual=split))
 
 
 @dataclasses.dataclass(frozen=True)

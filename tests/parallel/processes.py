@@ -14,7 +14,7 @@ CONFIG = """
 from jaxgpt.config import *
 def get_config():
     return Config(
-        num_steps=12, batch_size=8, log_every=1, eval_every=6, sample_every=6, checkpoint_every=4,
+        num_steps=24, batch_size=8, log_every=1, eval_every=12, sample_every=12, checkpoint_every=8,
         keep_checkpoints=9,
         model=ModelConfig(max_seq_len=32, num_layers=1, num_heads=2, embed_dim=32, dropout=0.1),
         data=DataConfig(tokenizer="byte", source="text:{corpus}/*.txt"),
@@ -61,6 +61,14 @@ def rows(workdir: Path, split: str = "train") -> dict[int, float]:
     found = [(row["step"], row["loss"]) for row in lines if row["split"] == split]
     assert [step for step, _ in found] == sorted({step for step, _ in found})
     return dict(found)
+
+
+def wait_for_checkpoint(workdir: Path, step: int, children: list[subprocess.Popen]) -> None:
+    """Waits until the run's checkpoint of `step` is whole."""
+    until = time.monotonic() + 120
+    while not (workdir / "checkpoints" / str(step)).exists():
+        assert time.monotonic() < until and all(c.poll() is None for c in children), finish(children)
+        time.sleep(0.01)
 
 
 def wait_for_step(workdir: Path, step: int, children: list[subprocess.Popen]) -> None:

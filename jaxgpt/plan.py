@@ -1,0 +1,120 @@
+"""Plan a run: python -m jaxgpt.plan --config=FILE [--topology=v5e:2x4] [--config.FIELD=VALUE ...]
+
+Compiles the very train step for a slice of TPUs on any machine (`pip install -e '.[plan]'`), or,
+without --topology, for this machine's devices. Prints what it needs and how long it takes at least:
+a table on stderr, JSON as the last line of stdout. Where it does not fit, by how much, and the
+cheapest change that does. --search tries meshes, remat policies and accumulation, and ranks what
+fits. --price=DOLLARS is what one device costs an hour.
+"""
+
+import json
+from functools import partial
+
+from absl import flags
+
+from jaxgpt.config import BadInput
+from jaxgpt.config.cli import parse, run, say
+from jaxgpt.config.load import config_of, define_config_flag
+from jaxgpt.planning.estimate import make_plan
+from jaxgpt.planning.hardware import compiler, devices_of
+from jaxgpt.planning.search import cheapest_that_fits, search
+from jaxgpt.tokenizer.load import vocabulary_size
+from jaxgpt.training.setup import resolve_vocab
+
+GIB = 2**30
+
+
+def main(argv: list[str]) -> None:
+    values = flags.FlagValues()
+    define_config_flag(values, argv)
+    flags.DEFINE_string("topology", "", "slice, as in v5e:2x4; default: here", flag_values=values)
+    flags.DEFINE_bool("search", False, "try other meshes and policies", flag_values=values)
+    flags.DEFINE_float("price", 0.0, "dollars per device and hour", flag_values=values)
+    config = config_of(parse(values, argv, __doc__))
+    if values.price < 0:
+        raise BadInput(f"--price={values.price} must not be negative")
+    size = config.model.vocab_size or vocabulary_size(
+        config.data.tokenizer, config.data.special_tokens
+    )
+    config = resolve_vocab(config, size)
+    with compiler(values.topology):
+        devices, chip = devices_of(values.topology)
+        if values.search and chip is None:
+            raise BadInput("--search ranks by the devices' speed, which is unknown here: give --topology")
+        plan_of = partial(make_plan, devices=devices, chip=chip)
+        say(f"compile   the train step for {values.topology or 'the devices here'}")
+        plan = {"topology": values.topology or devices[0].device_kind} | plan_of(config)
+        if not plan["fits"] and not values.search:
+            say("search    the cheapest change that fits")
+            found = cheapest_that_fits(config, plan_of)
+            plan["suggestion"] = found and {"change": found[0], **found[1]}
+        if values.search:
+            tell = lambda text: say(f"search    {text}")  # noqa: E731
+            plan["search"] = search(config, len(devices), plan_of, tell)
+    if values.price:
+        plan |= _cost(plan, values.price)
+    for line in table(plan):
+        say(line)
+    print(json.dumps(plan))
+
+
+def _cost(plan: dict, price: float) -> dict:
+    """The dollars of a billion tokens, were every step as fast as the roofline allows."""
+    if not plan["roofline_seconds"]:
+        return {"dollars_per_billion_tokens": None}
+    seconds = max(plan["roofline_seconds"].values()) / plan["tokens_per_step"] * 1e9
+    return {"dollars_per_billion_tokens": seconds / 3600 * price * plan["devices"]}
+
+
+def table(plan: dict) -> list[str]:
+    """Returns a plan as lines for people."""
+    memory, mesh = plan["bytes_per_device"], plan["mesh"]
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
+    limit = f" of {memory['limit'] / GIB:.2f} GiB" if memory["limit"] else " GiB"
+    lines = [
+        f"devices   {plan['devices']} ({plan['topology']}), mesh {shape}, {plan['attention']} attention",
+        f"model     {plan['parameters']:,} parameters",
+        f"memory    {memory['total'] / GIB:.2f}{limit} a device: {memory['arguments'] / GIB:.2f} state and"
+        f" batch, {memory['temporaries'] / GIB:.2f} temporaries",
+    ]
+    for array in plan["largest"]:
+        shape = "x".join(map(str, array["shape"]))
+        lines.append(
+            f"          {array['bytes'] / GIB:6.2f} GiB  {array['dtype']:<9} {shape:<24}"
+            f" {array['sharding']:<34} {array['name'][-60:]}"
+        )
+    if not plan["fits"]:
+        lines.append(f"fits      NO, by {plan['over_by'] / GIB:.2f} GiB a device")
+        if found := plan.get("suggestion"):
+            change = " ".join(f"--config.{field}={value}" for field, value in found["change"].items())
+            total = found["bytes_per_device"]["total"] / GIB
+            lines.append(f"try       {change} ({total:.2f} GiB)")
+    if plan["compiled_flops_per_step"]:
+        extra = plan["compiled_flops_per_step"] / plan["flops_per_step"]
+        lines.append(
+            f"compute   {plan['flops_per_step']:.3e} model FLOPs a step, {extra:.2f} of them compiled"
+        )
+    for row in plan["collectives"]:
+        lines.append(
+            f"network   {row['kind']:<18} over {row['axis']:<12} {row['count']:5d} a step,"
+            f" {row['bytes'] / GIB:8.3f} GiB"
+        )
+    if roofline := plan["roofline_seconds"]:
+        parts = ", ".join(f"{name} {seconds:.4f}" for name, seconds in roofline.items())
+        longest = max(roofline.values())
+        lines.append(
+            f"at least  {longest:.4f} s a step, {plan['tokens_per_step'] / longest:,.0f} tokens/s"
+            f" ({parts}): bound by {plan['bound_by']}"
+        )
+    if cost := plan.get("dollars_per_billion_tokens"):
+        lines.append(f"price     at least {cost:,.2f} dollars for a billion tokens")
+    lines.append(f"compiled  in {plan['compile_seconds']:.1f} s")
+    for rank, row in enumerate(plan.get("search", [])[:10], start=1):
+        change = " ".join(f"{field}={value}" for field, value in row["change"].items())
+        total = row["bytes_per_device"]["total"] / GIB
+        lines.append(f"rank {rank:<4} {row['seconds']:.4f} s  {total:6.2f} GiB  {change}")
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,195 @@
+"""A plan: what one update of a config needs on given devices, and how long it takes at least."""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt.config import BadInput, Config
+from jaxgpt.metrics.throughput import flops_per_token
+from jaxgpt.model.gpt import count_parameters, windows
+from jaxgpt.parallel.mesh import AXES, make_mesh
+from jaxgpt.planning.hardware import Chip, quiet
+from jaxgpt.planning.program import VMEM, Collective, Program
+from jaxgpt.training.setup import Training, make_training
+
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # products of matrices in each of splash's kernels
+LARGEST = 10
+UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge(Exception):
+    """The program does not fit: it needs `total` bytes of a device's `limit`."""
+
+    total: int
+    limit: int
+
+
+def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any]:
+    """Returns the contract's figures (but for the topology's name and advice) for the update of a
+    config whose vocabulary is resolved; `fits` is false where the compiler runs out of memory.
+
+    Raises:
+      BadInput: if config and devices do not go together.
+    """
+    began = time.perf_counter()
+    with jax.set_mesh(mesh := make_mesh(config, devices)):
+        training = make_training(config, mesh)
+        state = training.abstract_state()
+        plan = {
+            "devices": len(devices),
+            "parameters": count_parameters(state.params, training.spec.cfg),
+            "mesh": dict(zip(AXES, mesh.devices.shape, strict=True)),
+            "attention": training.spec.kernel,
+        }
+        arguments = _arguments(training, state)
+        try:
+            with quiet():
+                compiled = training.compile_step()
+        except jax.errors.JaxRuntimeError as e:
+            found = _too_large(str(e), chip)
+            memory = {"arguments": sum(a["bytes"] for a in arguments), "total": found.total}
+            memory["temporaries"] = found.total - memory["arguments"]
+            measured = _empty(memory | {"limit": found.limit}, arguments)
+        else:
+            program = Program(compiled.as_text())
+            memory = _memory(compiled, chip)
+            measured = _measured(program, memory, arguments, training, chip)
+    tokens = config.batch_size * config.model.max_seq_len
+    plan |= measured | {"flops_per_step": tokens * flops_per_token(training.spec.cfg)}
+    return plan | {"tokens_per_step": tokens, "compile_seconds": time.perf_counter() - began}
+
+
+def _empty(memory: dict, arguments: list[dict]) -> dict:
+    return {
+        "fits": False, "over_by": memory["total"] - memory["limit"], "bytes_per_device": memory,
+        "largest": arguments[:LARGEST], "compiled_flops_per_step": None, "collectives": [],
+        "roofline_seconds": None, "bound_by": "memory capacity",
+    }  # fmt: skip
+
+
+def _measured(
+    program: Program, memory: dict, arguments: list[dict], training: Training, chip: Chip | None
+) -> dict:
+    mesh = training.mesh
+    flops = program.flops() + _kernel_flops(program, training)
+    collectives = program.collectives(AXES, mesh.devices.shape)
+    roofline = chip and {
+        "compute": flops / chip.flops,
+        "memory": program.hbm_bytes() / chip.hbm_bandwidth,
+        "network": sum(map(_volume, collectives)) / chip.network,
+    }
+    limit = memory["limit"]
+    return {
+        "fits": limit is None or memory["total"] <= limit,
+        "bytes_per_device": memory,
+        "largest": sorted(arguments + _temporaries(program), key=lambda a: -a["bytes"])[:LARGEST],
+        "compiled_flops_per_step": flops * mesh.size,
+        "collectives": _summed(collectives),
+        "roofline_seconds": roofline,
+        "bound_by": roofline and max(roofline, key=roofline.get),
+    }
+
+
+def _memory(compiled, chip: Chip | None) -> dict:
+    found = compiled.memory_analysis()
+    kept = found.argument_size_in_bytes - found.alias_size_in_bytes + found.output_size_in_bytes
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "total": kept + found.temp_size_in_bytes + found.generated_code_size_in_bytes,
+        "limit": chip and chip.hbm,
+    }
+
+
+def _too_large(message: str, chip: Chip | None) -> TooLarge:
+    """Returns what the compiler says of the memory that it would need.
+
+    Raises:
+      BadInput: if it failed for another reason.
+    """
+    amount = r"([\d.]+)([KMGT]?)B?"
+    if used := re.search(rf"Used {amount} of {amount} hbm", message):
+        total, limit = float(used[1]) * UNITS[used[2]], float(used[3]) * UNITS[used[4]]
+        return TooLarge(int(total), int(limit))
+    if used := re.search(rf"allocating {amount}", message):  # a GPU's
+        return TooLarge(int(float(used[1]) * UNITS[used[2]]), chip.hbm if chip else 0)
+    raise BadInput(f"the compiler refuses this program: {message.splitlines()[0][:300]}")
+
+
+def _arguments(training: Training, state) -> list[dict]:
+    """Every array of state and batch, the largest first: shape, sharding, bytes on a device."""
+    leaves = jax.tree_util.tree_leaves_with_path((state, training.abstract_batch()))
+    found = []
+    for path, leaf in leaves:
+        spec = getattr(leaf.sharding, "spec", None)
+        local = leaf.sharding.shard_shape(leaf.shape) if spec is not None else leaf.shape
+        found.append({
+            "name": _named(path), "kind": "argument", "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype), "sharding": str(tuple(spec or ())),
+            "bytes": math.prod(local) * leaf.dtype.itemsize,
+        })  # fmt: skip
+    return sorted(found, key=lambda a: -a["bytes"])
+
+
+def _named(path) -> str:
+    root, *rest = path
+    names = (str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in rest)
+    return "/".join((["state"] if root.idx == 0 else ["batch"]) + list(names))
+
+
+def _temporaries(program: Program) -> list[dict]:
+    """The largest arrays that instructions make outside the chip, once for each shape."""
+    found = {}
+    fused = {i.called("calls") for i, _, _ in program if i.opcode == "fusion"}
+    for name, computation in program.computations.items():
+        if not program.runs[name] or name in fused:
+            continue
+        for i in computation.values():
+            shape = re.match(r"(\w+)\[([\d,]+)\]", i.type)
+            skipped = ("parameter", "get-tuple-element", "bitcast", "while", "constant")
+            if shape and VMEM not in i.type and i.opcode not in skipped:
+                found.setdefault(shape[0], {
+                    "name": i.source or i.name, "kind": "temporary",
+                    "shape": [int(n) for n in shape[2].split(",")], "dtype": shape[1],
+                    "sharding": "of one device", "bytes": i.bytes,
+                })  # fmt: skip
+    return sorted(found.values(), key=lambda a: -a["bytes"])[:LARGEST]
+
+
+def _kernel_flops(program: Program, training: Training) -> int:
+    """Splash says nothing of its cost: pairs of positions that see each other, the mean over the
+    layers' windows, times the width of a head, for each product of matrices."""
+    cfg, mesh = training.spec.cfg, training.mesh.shape
+    rows = training.config.batch_size // training.config.grad_accum
+    rows //= mesh["data"] * mesh["fsdp"]
+    seen = [np.minimum(np.arange(1, cfg.max_seq_len + 1), w or cfg.max_seq_len).sum()
+            for w in windows(cfg)]  # fmt: skip
+    one = 2 * int(np.mean(seen)) * cfg.head_dim * cfg.num_heads // mesh["tensor"] * rows
+    total = 0
+    for name, times in program.kernels().items():
+        kind = next((kind for kind in PRODUCTS if f"_{kind}" in name), None)
+        total += times * one * PRODUCTS.get(kind, 0)
+    return total
+
+
+def _volume(c: Collective) -> float:
+    """The bytes that a ring sends from each device (arXiv:1909.09756, section 2)."""
+    around = (c.size - 1) / c.size if c.size else 0
+    factor = {"all-reduce": 2 * around, "collective-permute": 1.0}.get(c.kind, around)
+    return c.count * c.bytes * factor
+
+
+def _summed(collectives: list[Collective]) -> list[dict]:
+    """The contract's rows: how often in a step, and their bytes together."""
+    found: dict[tuple, dict] = {}
+    for c in collectives:
+        row = found.setdefault((c.kind, c.axis), {"kind": c.kind, "axis": c.axis, "count": 0, "bytes": 0})
+        row["count"] += c.count
+        row["bytes"] += c.count * c.bytes
+    return sorted(found.values(), key=lambda row: -row["bytes"])

@@ -1,0 +1,307 @@
+"""What a compiled program does, read from its HLO text: FLOPs, bytes, collectives.
+
+XLA's own cost analysis takes the body of a loop once; here each instruction counts as often as it
+runs. Everything is of one device, as the program is.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
+BITS = {"pred": 8, "token": 0}
+COLLECTIVES = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+    "ragged-all-to-all",
+)  # fmt: skip
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional",
+    "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
+}  # fmt: skip
+VMEM = "S(1)"  # memory on the chip, in a TPU's layouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # operands and attributes as they stand
+    root: bool
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute names: `body`, `calls`, ..."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
+        return found and found[1]
+
+    @functools.cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of its results."""
+        return [_dims(match) for match in ARRAY.finditer(self.type)]
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """The bytes of its results."""
+        return sum(map(_bytes, ARRAY.finditer(self.type)))
+
+    @functools.cached_property
+    def hbm_bytes(self) -> int:
+        """The bytes of those results that are not in a TPU's memory on the chip."""
+        return sum(_bytes(m) for m in ARRAY.finditer(self.type) if VMEM not in (m[3] or ""))
+
+    @property
+    def source(self) -> str:
+        """The JAX operation it came from."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective as it stands in the program: it runs `count` times with `bytes` each, the
+    larger of what a device gives and gets, over the mesh axes `axis` in groups of `size`."""
+
+    kind: str
+    axis: str
+    size: int
+    count: int
+    bytes: int
+
+
+class Program:
+    """A compiled program's computations, and how often each of them runs."""
+
+    def __init__(self, text: str):
+        self.computations, self.entry = _parsed(text)
+        self.runs = Counter()
+        self._count(self.entry, 1)
+
+    def _count(self, name: str, times: int) -> None:
+        self.runs[name] += times
+        for instruction in self.computations[name].values():
+            if instruction.opcode == "while":
+                trips = self.trips(instruction)
+                self._count(instruction.called("body"), times * trips)
+            else:
+                for attribute in ("calls", "to_apply", "true_computation", "false_computation"):
+                    called = instruction.called(attribute)
+                    if called in self.computations and not _is_reduction(instruction.opcode):
+                        self._count(called, times)
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a `while` runs its body: what its condition compares the counter with."""
+        if known := re.search(r'known_trip_count[\\":{n]+(\d+)', loop.rest):
+            return int(known[1])
+        condition = self.computations[loop.called("condition")].values()
+        limits = [int(i.rest.split(")")[0]) for i in condition
+                  if i.opcode == "constant" and i.type.startswith(("s32[]", "s64[]", "u32[]"))]  # fmt: skip
+        return max(limits, default=1)
+
+    def __iter__(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
+        """Yields each instruction, its computation, and how often it runs."""
+        for name, computation in self.computations.items():
+            if times := self.runs[name]:
+                for instruction in computation.values():
+                    yield instruction, computation, times
+
+    def flops(self) -> int:
+        """The FLOPs of all matrix products outside kernels."""
+        return sum(times * _flops(i, where) for i, where, times in self)
+
+    def kernels(self) -> Counter:
+        """How often each Pallas kernel runs, by name without its number."""
+        found = Counter()
+        for instruction, _, times in self:
+            if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
+                found[instruction.name.split(".")[0]] += times
+        return found
+
+    def hbm_bytes(self) -> int:
+        """The bytes that instructions read from and write to the device's memory.
+
+        A slice of an array counts as the slice, in a fusion too; an update in place as the update.
+        """
+        fused = {i.called("calls") for i, _, _ in self if i.opcode == "fusion"}
+        total = 0
+        for name, computation in self.computations.items():
+            if self.runs[name] and name not in fused:
+                moved = sum(self._moved(i, computation) for i in computation.values())
+                total += self.runs[name] * moved
+        return total
+
+    def _moved(self, i: Instruction, where: dict[str, Instruction]) -> int:
+        if i.opcode in FREE or i.opcode.endswith("-done") or _is_collective(i.opcode):
+            return 0
+        operands = [where[name] for name in i.operands if name in where]
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * i.hbm_bytes
+        if i.opcode == "dynamic-update-slice":
+            return 2 * operands[1].hbm_bytes
+        if i.opcode == "copy-start":
+            return sum(o.hbm_bytes for o in operands)
+        if i.opcode != "fusion":
+            return i.hbm_bytes + sum(o.hbm_bytes for o in operands)
+        return self._moved_by_fusion(i, operands)
+
+    def _moved_by_fusion(self, i: Instruction, operands: list[Instruction]) -> int:
+        body = self.computations[i.called("calls")]
+        users, numbers = {}, {}
+        for inner in body.values():
+            for name in inner.operands:
+                users.setdefault(name, []).append(inner)
+            if inner.opcode == "parameter":
+                numbers[inner.name] = int(inner.rest.split(")")[0])
+        written, total = i.hbm_bytes, 0
+        for name, number in numbers.items():
+            if number >= len(operands) or not operands[number].hbm_bytes:
+                continue
+            using = users.get(name, [])
+            slicing = ("dynamic-slice", "slice", "gather")
+            sliced = all(u.opcode in slicing and u.operands[0] == name for u in using)
+            updated = [u for u in using if u.opcode == "dynamic-update-slice" and u.operands[0] == name]
+            if using and sliced:
+                total += sum(u.bytes for u in using)
+            elif updated:
+                written -= min(operands[number].hbm_bytes, written)
+                total += sum(2 * body[u.operands[1]].bytes for u in updated)
+            else:
+                total += operands[number].hbm_bytes
+        return total + written
+
+    def collectives(self, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
+        """Every collective once, by its channel; `axes` and `sizes` are those of the mesh."""
+        found, seen = [], set()
+        for i, where, times in self:
+            if not _is_collective(i.opcode) or i.opcode.endswith("-done"):
+                continue
+            channel = re.search(r"channel_id=(\d+)", i.rest)
+            if channel and channel[1] in seen:
+                continue
+            seen.add(channel and channel[1])
+            group = _group(i.rest, math.prod(sizes))
+            kind = i.opcode.removesuffix("-start")
+            moved = sum(where[name].bytes for name in i.operands if name in where)
+            moved *= len(group) if kind == "all-gather" else 1
+            if kind == "all-reduce" and _is_scattered(i, where):
+                kind = "reduce-scatter"
+            found.append(Collective(kind, axis_of(group, axes, sizes), len(group), times, moved))
+        return found
+
+
+def axis_of(group: Iterable[int], axes: Sequence[str], sizes: Sequence[int]) -> str:
+    """Returns the mesh axes ("data", "data+fsdp", ...) along which devices of `group`, numbers in
+    the mesh's order, lie."""
+    places = np.array(np.unravel_index(sorted(group), tuple(sizes)))
+    varying = [axis for axis, along in zip(axes, places, strict=True) if len(set(along)) > 1]
+    return "+".join(varying) or "none"
+
+
+def _group(rest: str, devices: int) -> list[int]:
+    """Returns the first replica group (of a permutation: all devices that it connects)."""
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+        return [int(pairs[1]), int(pairs[2])]
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
+        sizes = {m[1]: int(m[2]) for m in re.finditer(r"'([\w.:]+)'=(\d+)", mesh[1])}
+        ids = _iota(mesh[2], math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        along = re.findall(r"'([\w.:]+)'", mesh[3])
+        return ids[tuple(slice(None) if name in along else 0 for name in sizes)].ravel().tolist()
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\](<=\[[\d,]*\](?:T\([\d,]*\))?)", rest):
+        return _iota(iota[3], devices).reshape(int(iota[1]), int(iota[2]))[0].tolist()
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    return [int(n) for n in listed[1].split(",")] if listed else list(range(devices))
+
+
+def _iota(text: str, count: int) -> np.ndarray:
+    """Returns the numbers that `[4,2]T(1,0)` stands for; all in order where it is not there."""
+    found = re.search(r"\[([\d,]+)\](?:T\(([\d,]*)\))?", text)
+    if not found:
+        return np.arange(count)
+    ids = np.arange(count).reshape([int(n) for n in found[1].split(",")])
+    return ids.transpose([int(n) for n in found[2].split(",")]).ravel() if found[2] else ids.ravel()
+
+
+def _is_scattered(i: Instruction, where: dict[str, Instruction]) -> bool:
+    """Says whether an all-reduce stands in a fusion that keeps its own slice only: so a TPU's
+    compiler writes a reduce-scatter."""
+    return any(o.root and o.opcode == "dynamic-slice" and i.name in o.operands for o in where.values())
+
+
+def _is_collective(opcode: str) -> bool:
+    return opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES
+
+
+def _is_reduction(opcode: str) -> bool:
+    return _is_collective(opcode) or opcode in ("reduce", "scatter", "reduce-window", "sort", "map")
+
+
+def _flops(i: Instruction, where: dict[str, Instruction]) -> int:
+    if i.opcode == "dot":
+        lhs = where[i.operands[0]].shapes[0]
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
+        depth = math.prod(lhs[int(d)] for d in contracted.split(",") if d)
+        return 2 * math.prod(i.shapes[0]) * depth
+    if i.opcode == "convolution":
+        return _convolution_flops(i, where[i.operands[0]].shapes[0], where[i.operands[1]].shapes[0])
+    return 0
+
+
+def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
+    """TPUs write a product of matrices as a convolution; padding is not multiplied."""
+    ins, kernel, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
+    window = {name: re.search(rf"\b{name}=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest)
+              or ["", ""])[1]) for name in ("stride", "pad", "lhs_dilate", "rhs_dilate")}  # fmt: skip
+    steps = 2 * i.shapes[0][out.index("b")] * i.shapes[0][out.index("f")] * rhs[kernel.index("i")]
+    spatial = sorted(set(ins) - {"b", "f"})
+    for d in spatial:
+        at = spatial.index(d)
+
+        def value(name: str, default: int, at=at) -> int:
+            return int(window[name][1].split("x")[at]) if window[name] else default
+
+        pad = int(window["pad"][1].split("x")[at].split("_")[0]) if window["pad"] else 0
+        starts = np.arange(i.shapes[0][out.index(d)]) * value("stride", 1) - pad
+        reach = np.arange(rhs[kernel.index(d)]) * value("rhs_dilate", 1)
+        places, dilation = starts[:, None] + reach[None], value("lhs_dilate", 1)
+        inside = (places >= 0) & (places < (lhs[ins.index(d)] - 1) * dilation + 1)
+        steps *= int(np.sum(inside & (places % dilation == 0)))
+    groups = re.search(r"batch_group_count=(\d+)", i.rest)
+    return steps // (int(groups[1]) if groups else 1)
+
+
+def _parsed(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    computations, entry, here = {}, "", {}
+    for line in text.splitlines():
+        if header := HEADER.match(line):
+            here = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif found := INSTRUCTION.match(line):
+            root, name, type_, opcode, rest = found.groups()
+            here[name] = Instruction(name, type_, opcode, _operands(rest), rest, bool(root))
+    return computations, entry
+
+
+def _operands(rest: str) -> tuple[str, ...]:
+    """Returns the names up to the bracket that closes the operands."""
+    depth = itertools.accumulate((c == "(") - (c == ")") for c in rest)
+    end = next((at for at, level in enumerate(depth) if level < 0), len(rest))
+    return tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
+
+
+def _dims(match: re.Match) -> tuple[int, ...]:
+    return tuple(int(n) for n in match[2].split(",") if n)
+
+
+def _bytes(match: re.Match) -> int:
+    bits = BITS.get(match[1]) or int(re.search(r"\d+", match[1])[0])
+    return math.prod(_dims(match)) * bits // 8

@@ -1,0 +1,100 @@
+"""Other settings of the same run: the cheapest that fits, and all of them ranked."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxgpt.config import BadInput, Config
+from jaxgpt.config.schema import get_field, set_field
+from jaxgpt.config.validate import validate
+
+POLICIES = ("none", "dots", "full")
+MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+Change = dict[str, Any]
+Plan = dict[str, Any]
+
+
+def changed(config: Config, change: Change) -> Config:
+    """Returns a checked copy of `config` with some fields set.
+
+    Raises:
+      BadInput: if the copy is no possible run.
+    """
+    parts = {f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)
+             if dataclasses.is_dataclass(getattr(config, f.name))}  # fmt: skip
+    copy = dataclasses.replace(config, **parts)
+    for field, value in change.items():
+        set_field(copy, field, value)
+    validate(copy)
+    return copy
+
+
+def accumulations(config: Config) -> list[int]:
+    """Returns larger `grad_accum`, doubling, that still divide the batch."""
+    found = [config.grad_accum * 2**n for n in range(1, 16)]
+    return [n for n in found if n <= config.batch_size and config.batch_size % n == 0]
+
+
+def smaller(config: Config) -> Iterator[Change]:
+    """Yields changes that need less memory, those that cost the least time first: recompute
+    products of matrices last, split the parameters before that."""
+    policies = POLICIES[POLICIES.index(config.model.remat) + 1 :]
+    accums = accumulations(config)
+    spread = {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": config.mesh.tensor}
+    meshes = [{}] if config.mesh.data == 1 else [{}, spread]
+    for mesh in meshes:
+        if mesh:
+            yield mesh
+        yield from (mesh | {"model.remat": p} for p in policies[:1])
+        yield from (mesh | {"grad_accum": n} for n in accums[:1])
+        yield from (mesh | {"model.remat": p} for p in policies[1:])
+        yield from (mesh | {"model.remat": "full", "grad_accum": n} for n in accums)
+
+
+def cheapest_that_fits(
+    config: Config, plan_of: Callable[[Config], Plan], tries: int = 12
+) -> tuple[Change, Plan] | None:
+    """Returns the first of `smaller` changes that fits, and its plan; None after `tries`."""
+    for change, _ in zip(smaller(config), range(tries)):
+        try:
+            plan = plan_of(changed(config, change))
+        except BadInput:
+            continue  # these devices do not divide that
+        if plan["fits"]:
+            return change, plan
+    return None
+
+
+def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]]]:
+    """Yields a mesh and a remat policy to try, and the `grad_accum` for it, the smallest first."""
+    tensors = [t for t in (1, 2, 4, 8) if devices % t == 0]
+    meshes = {tuple(get_field(config, field) for field in MESH)}
+    meshes |= {(devices, 1, 1)} | {(1, devices // t, t) for t in tensors}
+    for mesh in sorted(meshes, reverse=True):
+        sizes = dict(zip(MESH, mesh, strict=True))
+        start = dataclasses.replace(config, grad_accum=1)
+        for policy in POLICIES:
+            yield sizes | {"model.remat": policy}, [1, *accumulations(start)]
+
+
+def search(
+    config: Config, devices: int, plan_of: Callable[[Config], Plan], tell: Callable[[str], None]
+) -> list[dict]:
+    """Returns every mesh and policy with the fewest microbatches that fit, the fastest first by the
+    roofline's longest part; `batch_size` stays, as it belongs to the recipe."""
+    found = []
+    for change, accums in candidates(config, devices):
+        name = " ".join(f"{field.split('.')[-1]}={value}" for field, value in change.items())
+        for accum in accums:
+            try:
+                plan = plan_of(changed(config, change | {"grad_accum": accum}))
+            except BadInput:
+                continue
+            if plan["fits"]:
+                seconds = max(plan["roofline_seconds"].values())
+                tell(f"{name} grad_accum={accum}: {seconds:.3f} s, bound by {plan['bound_by']}")
+                found.append({"change": change | {"grad_accum": accum}, "seconds": seconds, **plan})
+                break
+        else:
+            tell(f"{name}: does not fit")
+    return sorted(found, key=lambda row: row["seconds"])

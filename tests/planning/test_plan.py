@@ -1,0 +1,142 @@
+"""The plan command: for this machine's devices, and for slices of TPUs without one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxgpt import plan
+from jaxgpt.config import Config
+from jaxgpt.config.load import load_file
+from jaxgpt.metrics.throughput import flops_per_token
+from jaxgpt.planning.hardware import TPUS
+from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
+from tests.conftest import ROOT
+
+KEYS = {
+    "topology", "devices", "parameters", "fits", "bytes_per_device", "largest", "flops_per_step",
+    "compiled_flops_per_step", "collectives", "roofline_seconds", "bound_by", "compile_seconds",
+}  # fmt: skip
+CONFIG = """
+from jaxgpt.config import *
+def get_config():
+    return Config(
+        batch_size=16, grad_accum=2,
+        model=ModelConfig(max_seq_len=32, num_layers=3, num_heads=4, embed_dim=64),
+        data=DataConfig(tokenizer="byte"), mesh=MeshConfig(data=4, fsdp=-1),
+    )
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "c.py").write_text(CONFIG)
+    return f"--config={tmp_path}/c.py"
+
+
+def test_the_devices_here(command, file):
+    code, out, err = command(plan.main, file)
+    assert code == 0, err
+    found = json.loads(out)
+    assert KEYS <= set(found) and found["devices"] == 8 and found["fits"]
+    memory, cfg = found["bytes_per_device"], load_file(file.split("=")[1]).model
+    cfg.vocab_size = 257
+    assert found["flops_per_step"] == 16 * 32 * flops_per_token(cfg)
+    assert memory["limit"] is None and found["roofline_seconds"] is None
+    assert memory["total"] >= memory["arguments"] + memory["temporaries"]
+    # parameters, two moments: split over fsdp=2, but for vectors
+    assert 12 * found["parameters"] // 2 < memory["arguments"] < 12 * found["parameters"]
+    sizes = [array["bytes"] for array in found["largest"]]
+    assert len(sizes) == 10 and sizes == sorted(sizes, reverse=True)
+    axes = {row["axis"] for row in found["collectives"]}
+    assert "fsdp" in axes and axes <= {"data", "fsdp", "data+fsdp"}
+    assert "parameters" in err and "network" in err
+
+
+def test_bad_input(command, file):
+    for flags, message in (
+        (["--topology=v9:2"], "not GENERATION:SHAPE"),
+        (["--topology=v5e"], "not GENERATION:SHAPE"),
+        (["--price=-1"], "--price=-1"),
+        (["--search"], "give --topology"),
+        (["--config.data.tokenizer=char"], "set model.vocab_size"),
+        (["--config.mesh.data=3"], "devices"),
+    ):
+        code, out, err = command(plan.main, file, *flags)
+        assert code == 2 and out == "" and message in err and "Traceback" not in err, err
+
+
+def fake(fits):
+    def plan_of(config: Config) -> dict:
+        seconds = config.grad_accum + {"none": 0, "dots": 0.5, "full": 1}[config.model.remat]
+        return {"fits": fits(config), "roofline_seconds": {"compute": seconds, "memory": 0.1},
+                "bound_by": "compute", "bytes_per_device": {"total": 1}}  # fmt: skip
+
+    return plan_of
+
+
+def test_the_cheapest_change_that_fits():
+    config = changed(Config(), {"batch_size": 16, "mesh.data": 2})
+    assert cheapest_that_fits(config, fake(lambda c: c.model.remat != "none"))[0] == {
+        "model.remat": "dots"
+    }
+    assert cheapest_that_fits(config, fake(lambda c: c.grad_accum > 1))[0] == {"grad_accum": 2}
+    both = cheapest_that_fits(config, fake(lambda c: c.grad_accum > 2))
+    assert both[0] == {"model.remat": "full", "grad_accum": 4}
+    assert cheapest_that_fits(config, fake(lambda c: False)) is None
+    assert config.grad_accum == 1 and config.model.remat == "none", "the config stays as it is"
+    spread = [change for change in smaller(config) if change.get("mesh.fsdp")]
+    assert spread[0] == {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
+
+
+def test_the_search_ranks_what_fits():
+    config, told = changed(Config(), {"batch_size": 16}), []
+    plan_of = fake(lambda c: c.grad_accum >= 2 or c.model.remat == "full")
+    found = search(config, 8, plan_of, told.append)
+    assert [row["seconds"] for row in found] == sorted(row["seconds"] for row in found)
+    assert {row["change"]["mesh.tensor"] for row in found} >= {1, 2}
+    best = found[0]["change"]
+    assert found[0]["seconds"] == 2 and (best["grad_accum"], best["model.remat"]) in ((1, "full"), (2, "none"))
+    assert sum("bound by" in line for line in told) == len(found)
+
+
+def planned(*args: str, timeout: int = 400) -> tuple[dict, str]:
+    """The command as a user runs it, in a process of its own."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    found = subprocess.run(
+        [sys.executable, "-m", "jaxgpt.plan", *args], cwd=ROOT, env=env, capture_output=True,
+        text=True, timeout=timeout,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout), found.stderr
+
+
+@pytest.mark.tpu_compile
+def test_gpt2_on_eight_v5e_chips():
+    """Data parallel: splash runs its forward once, five all-reduces at most, no all-gather."""
+    found, err = planned(
+        "--config=configs/small.py", "--topology=v5e:2x4", "--config.batch_size=64",
+        "--config.grad_accum=1", "--config.model.vocab_size=50257", "--config.model.remat=dots",
+        "--price=1.2",
+    )  # fmt: skip
+    assert KEYS <= set(found) and found["fits"] and found["parameters"] == 124_439_808
+    assert found["attention"] == "splash"
+    assert found["bytes_per_device"]["temporaries"] <= 2.5 * 2**30
+    assert found["bytes_per_device"]["limit"] == TPUS["v5e"].hbm
+    assert {(row["kind"], row["axis"]) for row in found["collectives"]} == {("all-reduce", "data")}
+    assert 0.9 < found["compiled_flops_per_step"] / found["flops_per_step"] < 1.3
+    assert found["bound_by"] in found["roofline_seconds"] and found["dollars_per_billion_tokens"] > 0
+    assert "Source Location" not in err and len(err.splitlines()) < 30, err
+
+
+@pytest.mark.tpu_compile
+def test_what_does_not_fit_is_an_answer():
+    found, err = planned(
+        "--config=configs/small.py", "--topology=v5e:2x4", "--config.batch_size=512",
+        "--config.grad_accum=1",
+    )  # fmt: skip
+    assert not found["fits"] and found["over_by"] > 2**30
+    assert found["suggestion"]["fits"] and found["suggestion"]["change"], err
+    assert "fits      NO" in err and "try       --config." in err
