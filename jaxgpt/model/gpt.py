@@ -15,6 +15,7 @@ from jaxgpt.model.attention import Attention
 from jaxgpt.model.cache import Cache, KeysValues
 from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
 from jaxgpt.model.positions import POSITIONS
+from jaxgpt.ops.cross_entropy import cross_entropy
 from jaxgpt.ops.splash import RESIDUALS
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
@@ -160,13 +161,20 @@ class GPT(nnx.Module):
         logits = rowwise(
             "MD,VD->MV", x, table.astype(x.dtype), self.rules("batch", "seq", "vocab"), jnp.float32
         )
-        return self._capped(logits)
+        return self._finished(logits, jnp.arange(logits.shape[-1]))
 
-    def _capped(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    def losses(
+        self, x: Float[Array, "B T D"], targets: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """Returns (nats, logsumexp) of each target from hidden states, without whole logits; see
+        `ops.cross_entropy`."""
+        table = self.tokens if self.head is None else self.head
+        return cross_entropy(x, table[...], targets, self._finished, self.rules)
+
+    def _finished(self, logits: Float[Array, "*B V"], ids: Int[Array, "V"]) -> Float[Array, "*B V"]:
         logits = self.logit_scale * logits
         if self.softcap:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
-        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         return jnp.where(ids < self.vocab_size, logits, -jnp.inf)
 
     def next_logits(
@@ -182,7 +190,7 @@ class GPT(nnx.Module):
             preferred_element_type=jnp.float32,
         )  # fmt: skip
         logits = logits if x.shape[0] == 1 else jax.lax.optimization_barrier(logits)
-        return self._capped(logits.T)
+        return self._finished(logits.T, jnp.arange(table.shape[0]))
 
     def prefill(
         self, layers: Sequence[dict], tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -246,8 +254,11 @@ class GPT(nnx.Module):
         return jax.lax.scan(apply, x, groups, unroll=self.unroll)[0]
 
     def _embed(self, tokens, positions) -> Float[Array, "B T D"]:
-        spec = self.rules("batch", "seq", None)
-        x = weight(self.tokens, self.dtype).at[tokens].get(out_sharding=spec)
+        """Every device looks up its own columns for the rows of all that share its other axes, and
+        they trade: fewer bytes than gathering the table, and its gradient stays split."""
+        tokens = jax.sharding.reshard(tokens, self.rules("looking_up", "seq"))
+        table = self.tokens[...].astype(self.dtype)
+        x = table.at[tokens].get(out_sharding=self.rules("looking_up", "seq", "embed"))
         x = jax.sharding.reshard(x, self.rules("batch", "residual", None))
         positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
         return self.positions(x * self.embed_scale, positions)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgpt.parallel.rules import BATCH_AXES, AxisRules
+from jaxgpt.parallel.rules import AxisRules
 
 IGNORE = -1  # a target that is not counted
 LOWEST = -1e30  # below every logit, and finite
@@ -28,7 +28,8 @@ def cross_entropy(
     pass makes a part's logits anew, one more product for never keeping them. x's gradient adds up in
     float32. Gradients follow from p - onehot, as logsumexp's is p.
     """
-    return _cross_entropy(x, table, targets, finish, rules)
+    specs = rules("batch", "seq", None), rules("vocab", "embed"), rules("batch", "seq")
+    return _cross_entropy(*jax.sharding.reshard((x, table, targets), specs), finish, rules)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

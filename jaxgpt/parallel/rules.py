@@ -12,6 +12,7 @@ BATCH_AXES = ("data", "fsdp")  # FSDP is data parallelism whose parameters are s
 
 TABLE = {
     "batch": BATCH_AXES,
+    "looking_up": "data",  # the batch axis of embeddings while `embed` is still split over fsdp
     "seq": None,
     "residual": None,  # positions of the residual stream, between the layers
     "embed": "fsdp",  # of parameters; activations keep theirs whole and name it None
@@ -38,7 +39,7 @@ class AxisRules:
     split_residual: bool = False
 
     def __call__(self, *logical: str | None) -> P:
-        table = TABLE if self.split_batch else TABLE | {"batch": None}
+        table = TABLE if self.split_batch else TABLE | {"batch": None, "looking_up": None}
         table = table | {"residual": "tensor"} if self.split_residual else table
         return P(*(name and table[name] for name in logical))
 

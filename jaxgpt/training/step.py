@@ -1,6 +1,5 @@
 """The update: loss, gradients over microbatches, optimizer."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -10,11 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config
 from jaxgpt.model import GPT, ModelSpec
-from jaxgpt.ops.cross_entropy import IGNORE, chunked_cross_entropy, chunks_for
+from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.optim.groups import join, split, trainable
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.optim.schedules import make_schedule
-from jaxgpt.parallel.rules import BATCH_AXES
 from jaxgpt.training import loss_scale
 from jaxgpt.training.divergence import counted, keep_if
 from jaxgpt.training.state import TrainState
@@ -75,16 +73,11 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
 
 def token_losses(model: GPT, micro: Micro, dropout_key):
     """Returns (nats, logsumexp) of each target, [B, T], without making all logits at once."""
-    mesh, (batch, length) = jax.sharding.get_abstract_mesh(), micro["inputs"].shape
-    rows = batch // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    columns = model.tokens.shape[0] // mesh.shape["tensor"]
-    chunks = chunks_for(rows, length, columns, mesh.abstract_device.platform)
     x = model.hidden(
         micro["inputs"], positions=micro.get("positions"), segments=micro.get("segments"),
         dropout_key=dropout_key,
     )  # fmt: skip
-    table = model.table()
-    return chunked_cross_entropy(lambda x: model.logits(x, table), x, micro["targets"], chunks)
+    return model.losses(x, micro["targets"])
 
 
 def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):

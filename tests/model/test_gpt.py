@@ -13,9 +13,9 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import Cache, empty, merged
 from jaxgpt.model.gpt import split_layers
 from jaxgpt.model.gpt import count_parameters
-from jaxgpt.ops.cross_entropy import cross_entropy
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step
+from jaxgpt.training.step import token_losses
 from tests.conftest import mesh_of, random_batch, tiny_config
 
 
@@ -100,8 +100,8 @@ def test_scan_and_remat_change_neither_checkpoint_nor_numbers(variant):
             tokens = tokens_of(config)
 
             def loss_of(params):
-                logits = spec.bind(params)(tokens, dropout_key=jax.random.key(1))
-                return jnp.mean(cross_entropy(logits, tokens)[0])
+                micro = {"inputs": tokens, "targets": tokens}
+                return jnp.mean(token_losses(spec.bind(params), micro, jax.random.key(1))[0])
 
             return params, jax.jit(jax.value_and_grad(loss_of))(params)
 

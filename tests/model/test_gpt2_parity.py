@@ -10,11 +10,10 @@ import pytest
 
 from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimConfig
 from jaxgpt.model import ModelSpec
-from jaxgpt.ops.cross_entropy import cross_entropy
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.training.divergence import counters
 from jaxgpt.training.state import TrainState
-from jaxgpt.training.step import make_train_step
+from jaxgpt.training.step import make_train_step, token_losses
 from tests.conftest import mesh_of
 from tests.golden import gpt2_torch as torch_side
 
@@ -65,8 +64,9 @@ def test_logits_loss_and_gradients(case):
     spec = ModelSpec(config.model, "xla")
 
     def loss_of(params):
-        logits = spec.bind(params)(jnp.asarray(tokens[:, :-1]))
-        return jnp.mean(cross_entropy(logits, jnp.asarray(tokens[:, 1:]))[0]), logits
+        model, inputs = spec.bind(params), jnp.asarray(tokens[:, :-1])
+        micro = {"inputs": inputs, "targets": jnp.asarray(tokens[:, 1:])}
+        return jnp.mean(token_losses(model, micro, None)[0]), model(inputs)
 
     with jax.set_mesh(mesh_of(config)):
         params = jax.tree.map(jnp.asarray, ours(case, "weight/"))

@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import ModelSpec
-from jaxgpt.ops.cross_entropy import cross_entropy
+from jaxgpt.training.step import token_losses
 from tests.conftest import mesh_of, tiny_config
 from tests.golden import llama_torch as torch_side
 from tests.model.test_gpt2_parity import assert_gradients_agree, named
@@ -41,8 +41,8 @@ def test_logits_loss_and_gradients(name, source):
     spec = ModelSpec(cfg, "xla")
 
     def loss_of(params):
-        logits = spec.bind(params)(tokens[:, :-1])
-        return jnp.mean(cross_entropy(logits, tokens[:, 1:])[0]), logits
+        model, micro = spec.bind(params), {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+        return jnp.mean(token_losses(model, micro, None)[0]), model(tokens[:, :-1])
 
     def ours(prefix: str) -> dict:
         return torch_side.our_layout(named(found, prefix), cfg.padded_vocab_size)
