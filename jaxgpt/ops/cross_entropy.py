@@ -86,12 +86,13 @@ def _backward(finish, rules, kept, cotangents):
         zeros = jnp.zeros(flat.shape, jnp.float32)
         of_x, of_table = jax.lax.scan(part, zeros, _parts(table, flat))
         of_x = jax.lax.psum(of_x.astype(x.dtype), "tensor").reshape(x.shape)
-        of_table = jax.lax.psum(of_table.reshape(table.shape), "data")
-        return of_x, of_table.astype(table.dtype)
+        return of_x, of_table.reshape(1, *table.shape)
 
-    specs = (vectors, split, rows, rows, rows, rows)
-    run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, split), check_vma=False)
-    return *run(*kept, *cotangents), None
+    specs, each = (vectors, split, rows, rows, rows, rows), jax.P("data", *split)
+    run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, each), check_vma=False)
+    of_x, of_table = run(*kept, *cotangents)
+    # summed out here, XLA may send it together with other gradients
+    return of_x, jnp.sum(of_table, axis=0).astype(kept[1].dtype), None
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -191,7 +191,8 @@ class Program:
             seen.add(channel and channel[1])
             group = _group(i.rest, math.prod(sizes))
             kind = i.opcode.removesuffix("-start")
-            moved = sum(where[name].bytes for name in i.operands if name in where)
+            given = sum(where[name].bytes for name in i.operands if name in where)
+            moved = i.bytes if kind == "all-reduce" else given
             moved *= len(group) if kind == "all-gather" else 1
             if kind == "all-reduce" and _is_scattered(i, where):
                 kind = "reduce-scatter"
