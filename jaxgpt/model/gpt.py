@@ -17,11 +17,12 @@ from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
 from jaxgpt.model.positions import POSITIONS
 from jaxgpt.ops.cross_entropy import cross_entropy
 from jaxgpt.ops.splash import RESIDUALS
+from jaxgpt.parallel.fsdp import GATHERED
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
 _policies = jax.checkpoint_policies
 REMAT = {
-    "none": None,
+    "none": _policies.save_anything_except_these_names(GATHERED),
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
     ),
@@ -246,7 +247,7 @@ class GPT(nnx.Module):
                 x = nnx.merge(graphdef, params)(x, positions, segments, layer_key)
             return x, None
 
-        if self.remat != "none":
+        if self.remat != "none" or jax.sharding.get_abstract_mesh().shape["fsdp"] > 1:
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
         keys = None if key is None else jax.random.split(layers_key, self.num_layers)
         layers = (nnx.state(self.blocks), keys)

@@ -12,7 +12,8 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.model import lora
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
 from jaxgpt.ops.norm import layer_norm, rms_norm
-from jaxgpt.parallel.rules import AxisRules, rowwise, weight
+from jaxgpt.parallel.fsdp import product
+from jaxgpt.parallel.rules import AxisRules, weight
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings
 
@@ -74,7 +75,7 @@ class Linear(nnx.Module):
         dtype = jnp.dtype(cfg.param_dtype)
         size = {letter: getattr(cfg, name) for letter, name in self.SIZES.items()}
         shape, spec = [size[c] for c in letters], rules(*(self.AXES[c] for c in letters))
-        self.equation = equation
+        self.equation, self.rules = equation, rules
         positions = "residual" if out == "MD" else "seq"
         self.out = rules("batch", positions, *(None if c == "D" else self.AXES[c] for c in out[1:]))
         self.kernel = normal(rngs, shape, spec, dtype, std)
@@ -90,11 +91,10 @@ class Linear(nnx.Module):
             self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        kernel = weight(self.kernel, x.dtype)
-        y = rowwise(self.equation, x, kernel, self.out)
+        y = product(self.equation, x, self.kernel[...], self.out, self.rules)
         if self.lora_scale:
             adapter = {part: getattr(self, part, None) for part in lora.NAMES}
-            y = lora.add(y, x, self.equation, kernel, adapter, self.lora_scale, self.out)
+            y = lora.add(y, x, self.equation, self.kernel, adapter, self.lora_scale, self.out)
         return y if self.bias is None else y + weight(self.bias, x.dtype)
 
 

@@ -34,7 +34,7 @@ def add(y, x, equation: str, kernel, adapter: dict, scale: float, out: P) -> Flo
     y = y + scale * rowwise(f"MR,R{result[1:]}->{result}", low, lora_out, out)
     if adapter.get("magnitude") is None:
         return y
-    first = weight(adapter["lora_in"], jnp.float32)
+    kernel, first = weight(kernel, x.dtype), weight(adapter["lora_in"], jnp.float32)
     axes = tuple(range(_inputs(equation)))
     added = jnp.einsum(
         f"{letters[: len(axes)]}R,R{result[1:]}->{letters}", first, lora_out.astype(jnp.float32),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgpt.parallel.fsdp import scattered
 from jaxgpt.parallel.rules import AxisRules
 
 IGNORE = -1  # a target that is not counted
@@ -79,7 +80,7 @@ def _backward(finish, rules, kept, cotangents):
             (of_raw,) = unfinish(of_logits)
             of_raw = of_raw.astype(flat.dtype)
             of_kernel = jnp.einsum("MV,MD->VD", of_raw, flat)
-            of_kernel = jax.lax.psum_scatter(of_kernel, "fsdp", scatter_dimension=1, tiled=True)
+            of_kernel = scattered(of_kernel, 1, rules)
             added = jnp.einsum("MV,VD->MD", of_raw, kernel, preferred_element_type=jnp.float32)
             return of_x + added, of_kernel
 

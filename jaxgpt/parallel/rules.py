@@ -37,6 +37,7 @@ class AxisRules:
 
     split_batch: bool = True
     split_residual: bool = False
+    phases: tuple[int, ...] = ()  # of sums over fsdp, see `parallel.fsdp`
 
     def __call__(self, *logical: str | None) -> P:
         table = TABLE if self.split_batch else TABLE | {"batch": None, "looking_up": None}
@@ -50,8 +51,12 @@ def weight(param: nnx.Param, dtype) -> jax.Array:
     Casting first halves the all-gather's bytes; its transpose is the gradient's reduce-scatter.
     """
     value = param[...].astype(dtype)
-    spec = jax.typeof(value).sharding.spec
-    return reshard(value, P(*(None if axis == "fsdp" else axis for axis in spec)))
+    return reshard(value, without_fsdp(value))
+
+
+def without_fsdp(array: jax.Array) -> P:
+    """Returns an array's sharding, but whole over `fsdp`."""
+    return P(*(None if axis == "fsdp" else axis for axis in jax.typeof(array).sharding.spec))
 
 
 def rowwise(equation: str, x: jax.Array, kernel: jax.Array, out: P, dtype=None) -> jax.Array:

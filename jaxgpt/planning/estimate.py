@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,20 +51,31 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
         }
         arguments = _arguments(training, state)
         try:
-            with quiet():
-                compiled = training.compile_step()
+            compiled, program = _compiled(training)
         except jax.errors.JaxRuntimeError as e:
             found = _too_large(str(e), chip)
             memory = {"arguments": sum(a["bytes"] for a in arguments), "total": found.total}
             memory["temporaries"] = found.total - memory["arguments"]
             measured = _empty(memory | {"limit": found.limit}, arguments)
         else:
-            program = Program(compiled.as_text())
             memory = _memory(compiled, chip)
             measured = _measured(program, memory, arguments, training, chip)
     tokens = config.batch_size * config.model.max_seq_len
     plan |= measured | {"flops_per_step": tokens * flops_per_token(training.spec.cfg)}
     return plan | {"tokens_per_step": tokens, "compile_seconds": time.perf_counter() - began}
+
+
+def _compiled(training: Training) -> tuple[Any, Program]:
+    """Returns the compiled step and its program, as XLA writes it while compiling: read back from
+    the executable, some programs of TPUs fail a check."""
+    if training.mesh.devices.flat[0].platform != "tpu":
+        compiled = training.compile_step()
+        return compiled, Program(compiled.as_text())
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = training.compile_step(options)
+        (file,) = Path(folder).glob("*jit_train_step*after_optimizations.txt")
+        return compiled, Program(file.read_text())
 
 
 def _empty(memory: dict, arguments: list[dict]) -> dict:

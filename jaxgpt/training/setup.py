@@ -12,6 +12,7 @@ from jaxgpt.config import BadInput, Config
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.optim.optimizers import make_optimizer
+from jaxgpt.parallel.fsdp import torus_phases
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.training.state import TrainState, init_state
 from jaxgpt.training.step import make_train_step
@@ -44,7 +45,7 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
         model.attention, mesh.devices.flat[0].platform, model.dtype, model.head_dim, model.dropout
     )
     split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
-    return ModelSpec(model, kernel, AxisRules(split_residual=split))
+    return ModelSpec(model, kernel, AxisRules(split_residual=split, phases=torus_phases(mesh)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +91,11 @@ class Training:
         packed = ("segments", "positions") if cfg.data.pack else ()
         return dict.fromkeys(("inputs", "targets", *packed), array)
 
-    def compile_step(self):
-        """Returns the compiled update `(state, batch) -> (state, metrics)`."""
+    def compile_step(self, options: dict | None = None):
+        """Returns the compiled update `(state, batch) -> (state, metrics)`; `options` are XLA's."""
         step = make_train_step(self.spec, self.config)
-        return step.lower(self.abstract_state(), self.abstract_batch()).compile()
+        lowered = step.lower(self.abstract_state(), self.abstract_batch())
+        return lowered.compile(compiler_options=options)
 
 
 def make_training(config: Config, mesh: Mesh) -> Training:

@@ -1,0 +1,115 @@
+"""Products with parameters that are split over `fsdp`: gathered for each pass, gradients scattered."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt.parallel.rules import BATCH_AXES, AxisRules, rowwise, without_fsdp
+
+GATHERED = "gathered_weights"  # what no remat policy keeps: as large as the model
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def product(equation: str, x: jax.Array, kernel: jax.Array, out: P, rules: AxisRules) -> jax.Array:
+    """Returns `rowwise(equation, x, kernel in x's dtype and whole over fsdp, out)`.
+
+    Its gradient reaches the kernel by reduce-scatter, in x's dtype: each device multiplies its own
+    rows, and nothing is summed that is then cut away.
+    """
+    return _forward(equation, x, kernel, out, rules)[0]
+
+
+def _forward(equation, x, kernel, out, rules):
+    cast = kernel.astype(x.dtype)
+    whole = checkpoint_name(jax.sharding.reshard(cast, without_fsdp(cast)), GATHERED)
+    return rowwise(equation, x, whole, out), (x, whole, kernel)
+
+
+def _backward(equation, out, rules, kept, of_y):
+    x, whole, kernel = kept
+    (of_x,) = jax.vjp(lambda x: rowwise(equation, x, whole, out), x)[1](of_y)
+    spec, mesh = jax.typeof(kernel).sharding.spec, jax.sharding.get_abstract_mesh()
+    if mesh.shape["fsdp"] == 1 or "fsdp" not in spec:
+        (of_whole,) = jax.vjp(lambda w: rowwise(equation, x, w, out), whole)[1](of_y)
+        return of_x, jax.sharding.reshard(of_whole, spec).astype(kernel.dtype)
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    inputs, result = equation.split("->")
+    left, letters = inputs.split(",")
+    own = jnp.einsum(
+        f"S{left},S{result}->S{letters}", _rows_of_each(x, devices), _rows_of_each(of_y, devices),
+        out_sharding=P(BATCH_AXES, *without_fsdp(kernel)),
+    )  # fmt: skip
+    return of_x, summed(own, spec, rules).astype(kernel.dtype)
+
+
+product.defvjp(_forward, _backward)
+
+
+def _rows_of_each(a: jax.Array, devices: int) -> jax.Array:
+    """Returns [B, T, ...] as [S, B/S * T, ...]: the rows of each of S devices."""
+    spec = jax.typeof(a).sharding.spec
+    a = jax.sharding.reshard(a, P(spec[0], None, *spec[2:]))  # positions may be split over tensor
+    shape = (devices, a.shape[0] // devices * a.shape[1], *a.shape[2:])
+    return jax.lax.reshape(a, shape, out_sharding=P(BATCH_AXES, None, *spec[2:]))
+
+
+def summed(own: jax.Array, spec: P, rules: AxisRules) -> jax.Array:
+    """Returns the sum over the first axis of [S, ...], one array of each device of `BATCH_AXES`, split
+    as `spec` says: a reduce-scatter over `fsdp`, and what `data` needs."""
+    dim = spec.index("fsdp")
+
+    def local(own):
+        return scattered(own[0], dim, rules)[None]
+
+    split = P(BATCH_AXES, *(None if axis == "fsdp" else axis for axis in spec))
+    run = jax.shard_map(local, in_specs=split, out_specs=P("data", *spec), check_vma=False)
+    return jnp.sum(run(own), axis=0)
+
+
+def scattered(a: jax.Array, dim: int, rules: AxisRules) -> jax.Array:
+    """Returns, inside `shard_map`, this device's part of axis `dim` of the sum over `fsdp`.
+
+    One phase for each axis of the torus: over more than one at once, a TPU's compiler would sum
+    whole arrays and cut.
+    """
+    size = jax.sharding.get_abstract_mesh().shape["fsdp"]
+    phases = rules.phases if math.prod(rules.phases) == size else (size,)
+    numbers = np.arange(size).reshape(phases)
+    for axis in range(len(phases)):
+        groups = np.moveaxis(numbers, axis, -1).reshape(-1, phases[axis]).tolist()
+        a = jax.lax.psum_scatter(
+            a, "fsdp", scatter_dimension=dim, tiled=True,
+            axis_index_groups=None if len(phases) == 1 else groups,
+        )  # fmt: skip
+    return a
+
+
+def torus_phases(mesh: Mesh) -> tuple[int, ...]:
+    """Returns how many devices `fsdp` has along each axis of the torus that it crosses, (its size,)
+    where it does not cross one in order, or the devices stand in no torus."""
+    devices = mesh.devices[0, :, 0]
+    if len(devices) < 2 or not hasattr(devices[0], "coords"):
+        return (len(devices),)
+    coords = np.array([device.coords for device in devices])
+    lengths = [len(set(column)) for column in coords.T]
+    order = [d for d in np.argsort([_stride(column) for column in coords.T])[::-1] if lengths[d] > 1]
+    sizes = tuple(lengths[d] for d in order)
+    if math.prod(sizes) != len(devices):
+        return (len(devices),)
+    places = np.stack(np.unravel_index(np.arange(len(devices)), sizes), axis=1)
+    seen = coords[:, order]
+    if any(len({(p, c) for p, c in zip(places[:, i], seen[:, i])}) != n for i, n in enumerate(sizes)):
+        return (len(devices),)
+    return sizes
+
+
+def _stride(column: np.ndarray) -> int:
+    """How many devices in a row share a coordinate."""
+    changes = np.flatnonzero(np.diff(column))
+    return int(changes[0]) + 1 if len(changes) else len(column) + 1
