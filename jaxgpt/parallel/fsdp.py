@@ -26,8 +26,7 @@ def product(equation: str, x: jax.Array, kernel: jax.Array, out: P, rules: AxisR
 
 
 def _forward(equation, x, kernel, out, rules):
-    cast = kernel.astype(x.dtype)
-    whole = checkpoint_name(jax.sharding.reshard(cast, without_fsdp(cast)), GATHERED)
+    whole = checkpoint_name(gathered(kernel.astype(x.dtype)), GATHERED)
     return rowwise(equation, x, whole, out), (x, whole, kernel)
 
 
@@ -49,6 +48,20 @@ def _backward(equation, out, rules, kept, of_y):
 
 
 product.defvjp(_forward, _backward)
+
+
+def gathered(a: jax.Array) -> jax.Array:
+    """Returns `a` whole over `fsdp`, by an all-gather: of some shapes XLA itself would make a sum of
+    arrays that are zero but for a part."""
+    spec = jax.typeof(a).sharding.spec
+    if "fsdp" not in spec or jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
+        return jax.sharding.reshard(a, without_fsdp(a))
+    dim = spec.index("fsdp")
+
+    def local(a):
+        return jax.lax.all_gather(a, "fsdp", axis=dim, tiled=True)
+
+    return jax.shard_map(local, in_specs=spec, out_specs=without_fsdp(a), check_vma=False)(a)
 
 
 def _rows_of_each(a: jax.Array, devices: int) -> jax.Array:
@@ -78,16 +91,17 @@ def scattered(a: jax.Array, dim: int, rules: AxisRules) -> jax.Array:
     One phase for each axis of the torus: over more than one at once, a TPU's compiler would sum
     whole arrays and cut.
     """
+    a = jnp.moveaxis(a, dim, 0)
     size = jax.sharding.get_abstract_mesh().shape["fsdp"]
     phases = rules.phases if math.prod(rules.phases) == size else (size,)
     numbers = np.arange(size).reshape(phases)
     for axis in range(len(phases)):
         groups = np.moveaxis(numbers, axis, -1).reshape(-1, phases[axis]).tolist()
         a = jax.lax.psum_scatter(
-            a, "fsdp", scatter_dimension=dim, tiled=True,
+            a, "fsdp", scatter_dimension=0, tiled=True,
             axis_index_groups=None if len(phases) == 1 else groups,
         )  # fmt: skip
-    return a
+    return jnp.moveaxis(a, 0, dim)
 
 
 def torus_phases(mesh: Mesh) -> tuple[int, ...]:

@@ -90,6 +90,8 @@ class Program:
     def _count(self, name: str, times: int) -> None:
         self.runs[name] += times
         for instruction in self.computations[name].values():
+            if instruction.opcode in ("async-update", "async-done"):
+                continue  # counted at its start
             if instruction.opcode == "while":
                 trips = self.trips(instruction)
                 self._count(instruction.called("body"), times * trips)
@@ -188,8 +190,11 @@ class Program:
             channel = re.search(r"channel_id=(\d+)", i.rest)
             if channel and channel[1] in seen:
                 continue
-            seen.add(channel and channel[1])
+            if channel and channel[1] != "1":  # all of `shard_map` have this one
+                seen.add(channel[1])
             group = _group(i.rest, math.prod(sizes))
+            if len(group) == 1:
+                continue  # with itself
             kind = i.opcode.removesuffix("-start")
             given = sum(where[name].bytes for name in i.operands if name in where)
             moved = i.bytes if kind == "all-reduce" else given
