@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.parallel.rules import BATCH_AXES, AxisRules, rowwise, without_fsdp
@@ -104,7 +103,7 @@ def scattered(a: jax.Array, dim: int, rules: AxisRules) -> jax.Array:
     return jnp.moveaxis(a, 0, dim)
 
 
-def torus_phases(mesh: Mesh) -> tuple[int, ...]:
+def torus_phases(mesh) -> tuple[int, ...]:
     """Returns how many devices `fsdp` has along each axis of the torus that it crosses, (its size,)
     where it does not cross one in order, or the devices stand in no torus."""
     devices = mesh.devices[0, :, 0]

@@ -13,7 +13,9 @@ from jaxgpt.config import Config, MeshConfig
 from jaxgpt.data.mixture import Turns
 from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.windows import Contiguous
+from jaxgpt.parallel.fsdp import summed, torus_phases
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.training.setup import make_training
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
 
@@ -21,17 +23,28 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "curve.json"
 
 
 def ten_steps(config: Config):
-    """(losses and gradient norms of ten steps, final parameters)."""
+    """(losses and gradient norms of ten steps, final parameters); packed where the config is."""
     with jax.set_mesh(mesh := mesh_of(config)):
         training = make_training(config, mesh)
         state, step, found = jax.jit(training.init)(), training.compile_step(), []
         for k in range(10):
             host = random_batch(config, seed=k)
+            if config.data.pack:
+                host |= random_documents(host["inputs"].shape, seed=k)
             batch = {n: jax.device_put(a, training.batch_sharding) for n, a in host.items()}
             state, metrics = step(state, batch)
             found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
         assert int(state.step) == 10
         return np.array(found), jax.device_get(state.params)
+
+
+def random_documents(shape, seed: int) -> dict[str, np.ndarray]:
+    """Segments that begin anywhere, and positions that begin with them."""
+    starts = np.random.default_rng(seed).random(shape) < 0.2
+    starts[..., 0] = True
+    at = np.broadcast_to(np.arange(shape[-1]), shape)
+    first = np.maximum.accumulate(np.where(starts, at, 0), axis=-1)
+    return {"segments": np.cumsum(starts, -1).astype(np.int32), "positions": (at - first).astype(np.int32)}
 
 
 def assert_same(a, b):
@@ -49,6 +62,65 @@ def one_device():
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)])
 def test_ten_steps_on_a_mesh_equal_one_device(one_device, shape):
     assert_same(ten_steps(tiny_config(shape, dropout=0.1)), one_device)
+
+
+def everything(shape, **mesh) -> Config:
+    """Packed documents, windows, grouped queries, an untied head, a pattern of layers."""
+    config = tiny_config(
+        shape, position="rope", num_heads=8, num_kv_heads=4, window=5, full_attention_every=2,
+        norm="rmsnorm", activation="swiglu", tie_embeddings=False, logit_softcap=9.0,
+    )  # fmt: skip
+    config.data.pack, config.optim.z_loss = True, 1e-3
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
+
+
+@pytest.fixture(scope="module")
+def everything_on_one():
+    return ten_steps(everything((1, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "mesh"),
+    [
+        ((8, 1, 1), {}), ((1, 8, 1), {}), ((1, 1, 4), {}), ((2, 2, 2), {}),
+        ((1, 1, 4), {"sequence_activations": True}), ((2, 2, 2), {"sequence_activations": True}),
+    ],
+)  # fmt: skip
+def test_everything_at_once_on_a_mesh_equals_one_device(everything_on_one, shape, mesh):
+    assert_same(ten_steps(everything(shape, **mesh)), everything_on_one)
+
+
+@pytest.mark.parametrize("phases", [(2, 4), (4, 2), (2, 2, 2)])
+def test_sums_in_phases_are_sums(phases):
+    config = tiny_config((1, 8, 1))
+    own = np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
+    with jax.set_mesh(mesh_of(config)):
+        given = jax.device_put(own, jax.P(("data", "fsdp")))
+        run = jax.jit(lambda a: summed(a, jax.P(None, "fsdp"), AxisRules(phases=phases)))
+        found = run(given)
+        assert found.sharding.spec == jax.P(None, "fsdp")
+    np.testing.assert_allclose(found, own.sum(axis=0), rtol=1e-5, atol=1e-6)
+
+
+class Chip:
+    def __init__(self, *coords):
+        self.coords = coords
+
+
+@pytest.mark.parametrize(
+    ("coords", "phases"),
+    [
+        ([(x, y, 0) for x in range(2) for y in range(4)], (2, 4)),
+        ([(x, y, 0) for y in range(4) for x in range(2)], (4, 2)),
+        ([(x, y, z) for x in range(2) for y in range(2) for z in range(2)], (2, 2, 2)),
+        ([(x, 0, 0) for x in range(8)], (8,)),
+        ([(x, 0, 0) for x in (0, 1, 2, 3)] + [(x, 1, 0) for x in (3, 2, 1, 0)], (8,)),  # a snake
+    ],
+)
+def test_phases_follow_the_torus(coords, phases):
+    devices = np.array([Chip(*c) for c in coords]).reshape(1, -1, 1)
+    assert torus_phases(type("Mesh", (), {"devices": devices})()) == phases
+    assert torus_phases(mesh_of(tiny_config((1, 8, 1)))) == (8,), "no torus here"
 
 
 def test_parameters_and_optimizer_state_are_split():
