@@ -98,6 +98,7 @@ class OptimConfig:
     b1: float = 0.9  # also sgd's momentum and muon's
     b2: float = 0.95
     eps: float = 1e-8
+    moment_dtype: str = ""  # of the first moment (momentum): bfloat16 halves it; "" = param_dtype
     clip_norm: float = 1.0  # 0 = no clipping
     z_loss: float = 0.0  # weight of logsumexp(logits)**2 (PaLM, arXiv:2204.02311, section 5)
     ema_decay: float = 0.0  # evaluate and sample an exponential average of the weights; 0 = off

@@ -13,8 +13,9 @@ CHOICES = {
     ),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.param_dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "xla", "cudnn"),
-    "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.remat": ("none", "dots", "full", "offload"),
+    "optim.moment_dtype": ("", "float32", "bfloat16"),
     "data.chat_template": ("plain", "chatml"),
     "optim.name": ("adamw", "muon", "lion", "adafactor", "sgd"),
     "optim.schedule": ("cosine", "wsd", "linear", "constant", "rsqrt"),
@@ -102,14 +103,16 @@ def _check_model(config: Config) -> None:
             f"model.mup_base_width with optim.name={config.optim.name!r}: its learning-rate rule"
             " is known for adamw and lion only"
         )
+    if config.optim.moment_dtype and config.optim.name == "adafactor":
+        raise BadInput("optim.moment_dtype with optim.name='adafactor': it has no first moment")
     unknown = set(model.lora_targets.split(",")) - set(LORA_TARGETS)
     if model.lora_rank and unknown:
         raise BadInput(
             f"model.lora_targets={model.lora_targets!r}: choose from {', '.join(LORA_TARGETS)}"
         )
-    if model.dropout > 0 and model.attention == "cudnn":
+    if model.dropout > 0 and model.attention in ("cudnn", "splash"):
         raise BadInput(
-            f"model.dropout={model.dropout} with model.attention='cudnn': only 'xla' attention"
+            f"model.dropout={model.dropout} with model.attention={model.attention!r}: only 'xla' attention"
             " has dropout; set model.attention=auto or model.dropout=0"
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
@@ -20,6 +21,7 @@ from jaxgpt.ops.splash import RESIDUALS
 from jaxgpt.parallel.fsdp import GATHERED
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
+RESIDUAL = "residual_stream"  # what each layer is given
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": _policies.save_anything_except_these_names(GATHERED),
@@ -27,6 +29,10 @@ REMAT = {
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
     ),
     "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[RESIDUAL],
+        offload_src="device", offload_dst="pinned_host",
+    ),
 }
 
 
@@ -242,6 +248,7 @@ class GPT(nnx.Module):
 
         def apply(x, group):
             """One turn of the pattern: `period` layers, each with its own window."""
+            x = checkpoint_name(x, RESIDUAL)
             for i, graphdef in enumerate(self.graphdefs):
                 params, layer_key = jax.tree.map(lambda a, i=i: a[i], group)
                 x = nnx.merge(graphdef, params)(x, positions, segments, layer_key)

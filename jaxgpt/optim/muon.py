@@ -68,14 +68,15 @@ def muon_direction(cfg: OptimConfig) -> optax.GradientTransformation:
     Momentum `b1`, Nesterov, five Newton-Schulz steps, each matrix scaled to Adam's usual update
     size, so that learning rate and weight decay carry over from AdamW.
     """
+    dtype = cfg.moment_dtype or None
     muon = optax.chain(
-        scale_by_muon(beta=cfg.b1, weight_dimension_numbers=dimension_numbers),
+        scale_by_muon(beta=cfg.b1, mu_dtype=dtype, weight_dimension_numbers=dimension_numbers),
         optax.stateless(to_adam_size),
     )
     return optax.partition(
         {
             "muon": on_whole_matrices(muon),
-            "adam": optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+            "adam": optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, mu_dtype=dtype),
         },
         lambda params: by_path(lambda p: "muon" if is_hidden_matrix(p) else "adam", params),
     )

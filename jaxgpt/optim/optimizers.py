@@ -13,12 +13,12 @@ from jaxgpt.optim.schedules import make_schedule
 
 def adamw(cfg: OptimConfig) -> optax.GradientTransformation:
     """Adam's direction (arXiv:1711.05101, algorithm 2), `eps` outside the root as torch has it."""
-    return optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
+    return optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, mu_dtype=cfg.moment_dtype or None)
 
 
 def lion(cfg: OptimConfig) -> optax.GradientTransformation:
     """The sign of a momentum (arXiv:2302.06675); wants a third to a tenth of AdamW's rate."""
-    return optax.scale_by_lion(b1=cfg.b1, b2=cfg.b2)
+    return optax.scale_by_lion(b1=cfg.b1, b2=cfg.b2, mu_dtype=cfg.moment_dtype or None)
 
 
 def adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
@@ -31,7 +31,8 @@ def adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
 
 def sgd(cfg: OptimConfig) -> optax.GradientTransformation:
     """Momentum `b1`, no dampening, as torch has it."""
-    return optax.trace(decay=cfg.b1, nesterov=False)
+    dtype = cfg.moment_dtype or None
+    return optax.trace(decay=cfg.b1, nesterov=False, accumulator_dtype=dtype)
 
 
 DIRECTIONS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {

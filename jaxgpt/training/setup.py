@@ -40,10 +40,10 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
     Raises:
       BadInput: if `model.attention` names a kernel that cannot run there.
     """
-    model = config.model.with_sizes()
-    kernel = choose_kernel(
-        model.attention, mesh.devices.flat[0].platform, model.dtype, model.head_dim, model.dropout
-    )
+    model, platform = config.model.with_sizes(), mesh.devices.flat[0].platform
+    kernel = choose_kernel(model.attention, platform, model.dtype, model.head_dim, model.dropout)
+    if model.remat == "offload" and platform == "cpu":
+        raise BadInput("model.remat=offload: on a CPU there is no other memory to move to; set none")
     split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
     return ModelSpec(model, kernel, AxisRules(split_residual=split, phases=torus_phases(mesh)))
 

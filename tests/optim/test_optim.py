@@ -242,3 +242,33 @@ def test_learning_rate_multipliers():
     ):  # fmt: skip
         with pytest.raises(BadInput, match=re.escape(message)):
             run_ten("sgd", lr_multipliers=text)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
+def test_first_moments_in_half_the_bytes(name):
+    """They are bfloat16 and the second moments are not; ten updates stay near those of float32."""
+    config = tiny_config()
+
+    def ten(dtype: str):
+        cfg = OptimConfig(name=name, learning_rate=1e-2, warmup_steps=0, moment_dtype=dtype)
+        with jax.set_mesh(mesh_of(config)):
+            params = jax.jit(ModelSpec(config.model, "xla").init)(jax.random.key(0))
+            optimizer = make_optimizer(cfg, 10, config.model.with_sizes())
+            state, update = optimizer.init(params), jax.jit(optimizer.update)
+            for k in range(10):
+                keys = jax.random.split(jax.random.key(k), len(jax.tree.leaves(params)))
+                keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+                grads = jax.tree.map(
+                    lambda p, key: p + jax.random.normal(key, p.shape), params, keys
+                )  # fmt: skip
+                updates, state = update(grads, state, params)
+                params = optax.apply_updates(params, updates)
+        return params, {str(leaf.dtype) for leaf in jax.tree.leaves(state)}, state
+
+    whole, kinds, _ = ten("")
+    assert "bfloat16" not in kinds
+    half, kinds, _ = ten("bfloat16")
+    assert "bfloat16" in kinds and (name not in ("adamw", "muon") or "float32" in kinds)
+    for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(whole), strict=True):
+        close = np.abs(np.asarray(a) - np.asarray(b)) < 2e-2
+        assert close.mean() > 0.95 and a.dtype == b.dtype
