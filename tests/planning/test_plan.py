@@ -140,3 +140,44 @@ def test_what_does_not_fit_is_an_answer():
     assert not found["fits"] and found["over_by"] > 2**30
     assert found["suggestion"]["fits"] and found["suggestion"]["change"], err
     assert "fits      NO" in err and "try       --config." in err
+
+
+def rows_of(found: dict) -> dict[str, dict]:
+    return {row["kind"]: row for row in found["collectives"]}
+
+
+@pytest.mark.tpu_compile
+def test_fsdp_gathers_each_weight_twice_and_scatters_its_gradient():
+    """On 4 x 4 chips, where a sum over all of `fsdp` at once would be an all-reduce."""
+    found, _ = planned(
+        "--config=configs/modern_1b.py", "--topology=v5e:4x4", "--config.batch_size=16",
+        "--config.grad_accum=1", "--config.model.max_seq_len=2048", "--config.model.num_layers=8",
+    )  # fmt: skip
+    rows, parameters = rows_of(found), found["parameters"]
+    assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
+    whole = 2 * parameters  # bytes in bfloat16
+    given = rows["all-gather"]["bytes"] + rows["all-reduce"]["bytes"]  # some gathers are made by sums
+    assert 1.95 * whole < given < 2.1 * whole, "once forward, once backward"
+    assert 1.2 * whole < rows["reduce-scatter"]["bytes"] < 1.3 * whole, "two phases: 1 + 1/4"
+    assert rows["all-reduce"]["bytes"] < 0.1 * whole
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("split", [False, True])
+def test_tensor_parallelism_sums_twice_a_block(split):
+    layers = 4
+    found, _ = planned(
+        "--config=configs/modern_1b.py", "--topology=v5e:2x4", "--config.batch_size=8",
+        "--config.grad_accum=1", "--config.model.max_seq_len=1024", "--config.model.remat=none",
+        f"--config.model.num_layers={layers}", "--config.mesh.fsdp=1", "--config.mesh.tensor=8",
+        f"--config.mesh.sequence_activations={str(split).lower()}",
+    )  # fmt: skip
+    rows = rows_of(found)
+    each = 8 * 1024 * 2048 * 2  # the residual stream, bytes
+    assert {row["axis"] for row in found["collectives"]} == {"tensor"}
+    sums = rows["all-reduce"]["bytes"] / each
+    if split:  # two gathers and two scatters a block, forward and backward; gathers once more for weights
+        moved = sum(rows[kind]["bytes"] for kind in rows if kind != "all-reduce") / each
+        assert sums < 0.1 and 8 * layers <= moved + 8 / 8 * layers and moved < 13 * layers
+    else:
+        assert set(rows) == {"all-reduce"} and 4 * layers <= sums <= 4 * layers + 2.1

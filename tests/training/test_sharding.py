@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config import BadInput, Config, MeshConfig
 from jaxgpt.data.mixture import Turns
 from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.windows import Contiguous
@@ -188,14 +188,36 @@ def test_the_train_step_compiles_for_a_tpu_slice(monkeypatch):
     for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.setenv(name, {"TPU_SKIP_MDS_QUERY": "1"}.get(name, ""))
     devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
-    config = tiny_config((2, 2, 2), dtype="bfloat16", remat="dots", max_seq_len=128, embed_dim=256)
+    config = tiny_config(
+        (2, 2, 2), dtype="bfloat16", remat="dots", max_seq_len=128, embed_dim=256, position="rope",
+        num_kv_heads=2, window=40,
+    )  # fmt: skip
     config = dataclasses.replace(config, grad_accum=2, mesh=MeshConfig(2, 2, 2))
+    config.data.pack = True
     with jax.set_mesh(mesh := make_mesh(config, list(devices))):
         compiled = make_training(config, mesh).compile_step()
     memory = compiled.memory_analysis()
     assert 0 < memory.argument_size_in_bytes < 16e9
     text = compiled.as_text()
     assert "all-reduce" in text or "reduce-scatter" in text
+    kernels = {name for name in ("fwd", "dq", "dkv") if f"%splash_mha_{name}" in text}
+    assert kernels == {"fwd", "dq", "dkv"}
+
+
+@pytest.mark.tpu_compile
+def test_data_goes_over_slices_and_nothing_else_does(monkeypatch):
+    from jax.experimental import topologies
+
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, {"TPU_SKIP_MDS_QUERY": "1"}.get(name, ""))
+    two = topologies.get_topology_desc("v5e:2x2", platform="tpu", num_slices=2).devices
+    config = dataclasses.replace(tiny_config(), mesh=MeshConfig(data=-1, fsdp=2))
+    mesh = make_mesh(config, list(two))
+    assert mesh.devices.shape == (4, 2, 1)
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    alone = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1))
+    with pytest.raises(BadInput, match="mesh.data=1 cannot go over 2 slices"):
+        make_mesh(alone, list(two))
 
 
 if __name__ == "__main__":
