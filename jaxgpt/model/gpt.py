@@ -16,25 +16,9 @@ from jaxgpt.model.attention import Attention
 from jaxgpt.model.cache import Cache, KeysValues
 from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
 from jaxgpt.model.positions import POSITIONS
+from jaxgpt.model.remat import REMAT, RESIDUAL
 from jaxgpt.ops.cross_entropy import cross_entropy
-from jaxgpt.ops.splash import RESIDUALS
-from jaxgpt.parallel.fsdp import GATHERED
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
-
-RESIDUAL = "residual_stream"  # what each layer is given
-_policies = jax.checkpoint_policies
-REMAT = {
-    "none": _policies.save_anything_except_these_names(GATHERED),
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
-    ),
-    "full": _policies.nothing_saveable,
-    "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[RESIDUAL],
-        offload_src="device", offload_dst="pinned_host",
-    ),
-}
-
 
 def pre_norm(x, norm, layer):
     """Returns x + layer(norm(x)) (GPT-2, section 2.3) and what else the layer returned."""

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
@@ -34,7 +35,8 @@ def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
 def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     """Returns the mesh over `devices` (default: all of them), every axis of type Explicit.
 
-    Where the devices are several slices of TPUs, joined by the slower data-centre network, `data`
+    `fsdp` alone goes over a torus row by row, for sums in phases (see `parallel.fsdp`), where JAX
+    would lay small slices out as one ring. Where the devices are several slices of TPUs, joined by the slower data-centre network, `data`
     goes over the slices and everything else stays inside one.
 
     Raises:
@@ -44,6 +46,8 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     shape = mesh_shape(config, len(devices))
     explicit = (AxisType.Explicit,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 and shape[1] == len(devices) and (ordered := _by_coordinates(devices)):
+        return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=explicit)
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=explicit, devices=devices)
     if shape[0] % slices:
@@ -54,3 +58,9 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     inside = (shape[0] // slices, *shape[1:])
     placed = create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
     return Mesh(placed, AXES, axis_types=explicit)
+
+
+def _by_coordinates(devices: list) -> list:
+    """Returns a torus's devices in the order of their coordinates; [] where they have none."""
+    found = {tuple(getattr(device, "coords", None) or ()): device for device in devices}
+    return [found[at] for at in sorted(found)] if len(found) == len(devices) > 1 else []

@@ -53,8 +53,9 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
         try:
             compiled, program = _compiled(training)
         except jax.errors.JaxRuntimeError as e:
-            found = _too_large(str(e), chip)
-            memory = {"arguments": sum(a["bytes"] for a in arguments), "total": found.total}
+            memory = {"arguments": sum(a["bytes"] for a in arguments)}
+            found = _too_large(str(e), chip, memory["arguments"])
+            memory["total"] = found.total
             memory["temporaries"] = found.total - memory["arguments"]
             measured = _empty(memory | {"limit": found.limit}, arguments)
         else:
@@ -120,16 +121,20 @@ def _memory(compiled, chip: Chip | None) -> dict:
     }
 
 
-def _too_large(message: str, chip: Chip | None) -> TooLarge:
+def _too_large(message: str, chip: Chip | None, arguments: int) -> TooLarge:
     """Returns what the compiler says of the memory that it would need.
 
     Raises:
       BadInput: if it failed for another reason.
     """
     amount = r"([\d.]+)([KMGT]?)B?"
-    if used := re.search(rf"Used {amount} of {amount} hbm", message):
-        total, limit = float(used[1]) * UNITS[used[2]], float(used[3]) * UNITS[used[4]]
-        return TooLarge(int(total), int(limit))
+    for pattern, beside in (
+        (rf"Used {amount} of {amount} hbm", 0),
+        (rf"temporaries \({amount}\) exceeds available HBM \({amount}\)", arguments),
+    ):
+        if used := re.search(pattern, message):
+            total, limit = float(used[1]) * UNITS[used[2]], float(used[3]) * UNITS[used[4]]
+            return TooLarge(int(total) + beside, int(limit))
     if used := re.search(rf"allocating {amount}", message):  # a GPU's
         return TooLarge(int(float(used[1]) * UNITS[used[2]]), chip.hbm if chip else 0)
     raise BadInput(f"the compiler refuses this program: {message.splitlines()[0][:300]}")

@@ -156,9 +156,10 @@ def test_fsdp_gathers_each_weight_twice_and_scatters_its_gradient():
     rows, parameters = rows_of(found), found["parameters"]
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
     whole = 2 * parameters  # bytes in bfloat16
-    given = rows["all-gather"]["bytes"] + rows["all-reduce"]["bytes"]  # some gathers are made by sums
-    assert 1.95 * whole < given < 2.1 * whole, "once forward, once backward"
-    assert 1.2 * whole < rows["reduce-scatter"]["bytes"] < 1.3 * whole, "two phases: 1 + 1/4"
+    ways = ("all-gather", "collective-permute")  # small ones may go as a chain of permutes
+    given = sum(rows[way]["bytes"] for way in ways if way in rows)
+    assert 1.9 * whole < given < 2.1 * whole, "once forward, once backward"
+    assert 1.2 * whole < rows["reduce-scatter"]["bytes"] < 1.35 * whole, "two phases: 1 + 1/4"
     assert rows["all-reduce"]["bytes"] < 0.1 * whole
 
 
