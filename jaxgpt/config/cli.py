@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from logging import CRITICAL, getLogger
 
@@ -46,6 +47,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     logging.set_verbosity(logging.FATAL)  # what libraries log of an error, they also raise
     getLogger("asyncio").setLevel(CRITICAL)
     sys.unraisablehook = _no_closed_loops
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -69,8 +71,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def _no_closed_loops(found) -> None:
-    """Leaves out what TensorStore prints of writes that ended after Orbax stopped waiting for them:
-    the failed write itself is raised.
+    """Leaves out what TensorStore prints of writes that ended after Orbax stopped waiting for them
+    (as `run` does with its warnings): the failed write itself is raised.
     """
     if "Event loop is closed" not in str(found.exc_value):
         sys.__unraisablehook__(found)

@@ -222,7 +222,7 @@ def lowered(config: Config) -> str:
 
 OPTIM_CHANGES = {
     "name": "lion", "schedule": "linear", "warmup_steps": 5, "lr_multipliers": ".=0.1",
-    "z_loss": 1e-4, "ema_decay": 0.9, "freeze": "query",
+    "z_loss": 1e-4, "ema_decay": 0.9, "freeze": "query", "moment_dtype": "bfloat16",
 }  # fmt: skip
 
 
