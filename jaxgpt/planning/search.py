@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxgpt.config import BadInput, Config
-from jaxgpt.config.schema import get_field, set_field
+from jaxgpt.config.schema import set_field
 from jaxgpt.config.validate import validate
+from jaxgpt.parallel.mesh import mesh_shape
 
 POLICIES = ("none", "dots", "full")
 MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
@@ -68,7 +69,7 @@ def cheapest_that_fits(
 def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]]]:
     """Yields a mesh and a remat policy to try, and the `grad_accum` for it, the smallest first."""
     tensors = [t for t in (1, 2, 4, 8) if devices % t == 0]
-    meshes = {tuple(get_field(config, field) for field in MESH)}
+    meshes = {mesh_shape(config, devices)}
     meshes |= {(devices, 1, 1)} | {(1, devices // t, t) for t in tensors}
     for mesh in sorted(meshes, reverse=True):
         sizes = dict(zip(MESH, mesh, strict=True))
