@@ -1,6 +1,5 @@
 """A plan: what one update of a config needs on given devices, and how long it takes at least."""
 
-import dataclasses
 import math
 import re
 import tempfile
@@ -22,14 +21,6 @@ from jaxgpt.training.setup import Training, make_training
 PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # products of matrices in each of splash's kernels
 LARGEST = 10
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@dataclasses.dataclass(frozen=True)
-class TooLarge(Exception):
-    """The program does not fit: it needs `total` bytes of a device's `limit`."""
-
-    total: int
-    limit: int
 
 
 def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any]:
@@ -54,10 +45,9 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
             compiled, program = _compiled(training)
         except jax.errors.JaxRuntimeError as e:
             memory = {"arguments": sum(a["bytes"] for a in arguments)}
-            found = _too_large(str(e), chip, memory["arguments"])
-            memory["total"] = found.total
-            memory["temporaries"] = found.total - memory["arguments"]
-            measured = _empty(memory | {"limit": found.limit}, arguments)
+            memory["total"], memory["limit"] = _too_large(str(e), chip, memory["arguments"])
+            memory["temporaries"] = memory["total"] - memory["arguments"]
+            measured = _empty(memory, arguments)
         else:
             memory = _memory(compiled, chip)
             measured = _measured(program, memory, arguments, training, chip)
@@ -121,8 +111,8 @@ def _memory(compiled, chip: Chip | None) -> dict:
     }
 
 
-def _too_large(message: str, chip: Chip | None, arguments: int) -> TooLarge:
-    """Returns what the compiler says of the memory that it would need.
+def _too_large(message: str, chip: Chip | None, arguments: int) -> tuple[int, int]:
+    """Returns the bytes of a device that the compiler says it would need, and those that there are.
 
     Raises:
       BadInput: if it failed for another reason.
@@ -134,9 +124,9 @@ def _too_large(message: str, chip: Chip | None, arguments: int) -> TooLarge:
     ):
         if used := re.search(pattern, message):
             total, limit = float(used[1]) * UNITS[used[2]], float(used[3]) * UNITS[used[4]]
-            return TooLarge(int(total) + beside, int(limit))
+            return int(total) + beside, int(limit)
     if used := re.search(rf"allocating {amount}", message):  # a GPU's
-        return TooLarge(int(float(used[1]) * UNITS[used[2]]), chip.hbm if chip else 0)
+        return int(float(used[1]) * UNITS[used[2]]), chip.hbm if chip else 0
     raise BadInput(f"the compiler refuses this program: {message.splitlines()[0][:300]}")
 
 

@@ -76,10 +76,12 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
 
 
 def _local_chip(kind: str) -> Chip | None:
-    names = {"lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v4": "v4", "v6": "v6e"}
-    tpu = next((TPUS[chip] for part, chip in names.items() if "TPU" in kind and part in kind), None)
+    kinds = {
+        "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+    }  # fmt: skip
     gpu = next((chip for name, chip in GPUS.items() if name.upper() in kind), None)
-    return tpu or gpu
+    return TPUS[kinds[kind]] if kind in kinds else gpu
 
 
 @contextlib.contextmanager

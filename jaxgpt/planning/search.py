@@ -9,7 +9,7 @@ from jaxgpt.config.schema import set_field
 from jaxgpt.config.validate import validate
 from jaxgpt.parallel.mesh import mesh_shape
 
-POLICIES = ("none", "dots", "full")
+POLICIES = ("none", "dots", "full", "offload")  # the one that keeps most first
 MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 Change = dict[str, Any]
 Plan = dict[str, Any]
@@ -39,7 +39,7 @@ def accumulations(config: Config) -> list[int]:
 def smaller(config: Config) -> Iterator[Change]:
     """Yields changes that need less memory, those that cost the least time first: recompute
     products of matrices last, split the parameters before that."""
-    policies = POLICIES[POLICIES.index(config.model.remat) + 1 :]
+    policies = POLICIES[POLICIES.index(config.model.remat) + 1 : -1]  # offloading is left to people
     accums = accumulations(config)
     spread = {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": config.mesh.tensor}
     meshes = [{}] if config.mesh.data == 1 else [{}, spread]
@@ -49,7 +49,8 @@ def smaller(config: Config) -> Iterator[Change]:
         yield from (mesh | {"model.remat": p} for p in policies[:1])
         yield from (mesh | {"grad_accum": n} for n in accums[:1])
         yield from (mesh | {"model.remat": p} for p in policies[1:])
-        yield from (mesh | {"model.remat": "full", "grad_accum": n} for n in accums)
+        last = {"model.remat": config.model.remat if not policies else "full"}
+        yield from (mesh | last | {"grad_accum": n} for n in accums)
 
 
 def cheapest_that_fits(
@@ -74,7 +75,7 @@ def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]
     for mesh in sorted(meshes, reverse=True):
         sizes = dict(zip(MESH, mesh, strict=True))
         start = dataclasses.replace(config, grad_accum=1)
-        for policy in POLICIES:
+        for policy in POLICIES[:-1]:
             yield sizes | {"model.remat": policy}, [1, *accumulations(start)]
 
 

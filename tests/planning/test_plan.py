@@ -11,7 +11,7 @@ from jaxgpt import plan
 from jaxgpt.config import Config
 from jaxgpt.config.load import load_file
 from jaxgpt.metrics.throughput import flops_per_token
-from jaxgpt.planning.hardware import TPUS
+from jaxgpt.planning.hardware import GPUS, TPUS, _local_chip
 from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
 from tests.conftest import ROOT
 
@@ -70,7 +70,7 @@ def test_bad_input(command, file):
 
 def fake(fits):
     def plan_of(config: Config) -> dict:
-        seconds = config.grad_accum + {"none": 0, "dots": 0.5, "full": 1}[config.model.remat]
+        seconds = config.grad_accum + {"none": 0, "dots": 0.5, "full": 1, "offload": 1}[config.model.remat]
         return {"fits": fits(config), "roofline_seconds": {"compute": seconds, "memory": 0.1},
                 "bound_by": "compute", "bytes_per_device": {"total": 1}}  # fmt: skip
 
@@ -87,8 +87,22 @@ def test_the_cheapest_change_that_fits():
     assert both[0] == {"model.remat": "full", "grad_accum": 4}
     assert cheapest_that_fits(config, fake(lambda c: False)) is None
     assert config.grad_accum == 1 and config.model.remat == "none", "the config stays as it is"
+    offloaded = changed(config, {"model.remat": "offload"})
+    found = cheapest_that_fits(offloaded, fake(lambda c: c.grad_accum > 2))
+    assert found[0] == {"model.remat": "offload", "grad_accum": 4}
     spread = [change for change in smaller(config) if change.get("mesh.fsdp")]
     assert spread[0] == {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip"),
+    [
+        ("TPU v5 lite", TPUS["v5e"]), ("TPU v6 lite", TPUS["v6e"]), ("TPU v5", TPUS["v5p"]),
+        ("NVIDIA H100 80GB HBM3", GPUS["h100"]), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_the_devices_here_are_known_by_their_kind(kind, chip):
+    assert _local_chip(kind) == chip
 
 
 def test_the_search_ranks_what_fits():
