@@ -10,7 +10,7 @@ they appear, until the run has made its last: the evaluation job beside a traini
 --task=NAME:GLOB answers a task's rows instead: sentiment, entailment (accuracy and confusion
 matrix), questions (exact match and F1), hellaswag, arc (accuracy, and by character), lambada
 (accuracy and perplexity of the last word). --lm_eval=TASK,TASK runs tasks of EleutherAI's harness
-(`pip install -e '.[lm_eval]'`) by name, or by a task's .yaml file, on --limit rows each.
+(`pip install -e '.[lm-eval]'`) by name, or by a task's .yaml file, on --limit rows each.
 """
 
 import dataclasses
@@ -205,7 +205,7 @@ def harness_of(trained: Trained, tasks: list, limit: int | None):
     Raises:
       BadInput: if lm-eval is not installed; later, if it does not know a task.
     """
-    lm_eval = require("lm_eval", "lm_eval", "--lm_eval")
+    lm_eval = require("lm_eval", "lm-eval", "--lm_eval")
     from jaxgpt.evaluation.harness import HarnessModel
 
     tasks = [str(Path(task).absolute()) if task.endswith(".yaml") else task for task in tasks]

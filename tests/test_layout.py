@@ -2,6 +2,8 @@
 
 import ast
 import configparser
+import re
+from importlib.metadata import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -57,3 +59,17 @@ def test_the_base_installation_stays_lean():
     base = setup["options"]["install_requires"].split("\n")[1:]
     assert len(base) <= 12
     assert not any(name in ("torch", "tensorflow", "transformers") for name in base)
+
+
+def test_extras_are_spelled_as_the_metadata_does():
+    """pip before 23.3 passes over an extra in another spelling (`_` for `-`) with only a warning."""
+    known = set(metadata("jaxgpt").get_all("Provides-Extra"))
+    files = [ROOT / "README.md", ROOT / ".ci" / "run", *PACKAGE.rglob("*.py")]
+    lists = [found for f in files for found in re.findall(r"\.\[([\w,-]+)\]'", f.read_text())]
+    named = {extra for found in lists for extra in found.split(",")}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+                if isinstance(node.args[1], ast.Constant):
+                    named.add(node.args[1].value)
+    assert {"lm-eval", "plan", "data", "serve", "test"} <= named <= known, named - known

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval harness over a jaxgpt model (extra [lm_eval])."""
+"""EleutherAI's lm-eval harness over a jaxgpt model (extra [lm-eval])."""
 
 from collections.abc import Sequence
 from functools import partial

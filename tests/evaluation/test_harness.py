@@ -11,7 +11,7 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import mesh_of, tiny_config
 
-pytestmark = pytest.mark.parity  # needs the extra [lm_eval]
+pytestmark = pytest.mark.parity  # needs the extra [lm-eval]
 
 BYTES = make_tokenizer("byte")
 CONFIG = """
