@@ -1,8 +1,9 @@
 """Plan a run: python -m jaxgpt.plan --config=FILE [--topology=v5e:2x4] [--config.FIELD=VALUE ...]
 
-Compiles the very train step for a slice of TPUs on any machine (`pip install -e '.[plan]'`), or,
-without --topology, for this machine's devices. Prints what it needs and how long it takes at least:
-a table on stderr, JSON as the last line of stdout. Where it does not fit, by how much, and the
+Compiles the very train step on any machine for a slice of TPUs (`pip install -e '.[plan]'`) or for
+GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`), or, without --topology, for this machine's
+devices. Prints what it needs and how long it takes at least: a table on stderr, JSON as the last
+line of stdout. Where it does not fit, by how much, and the
 cheapest change that does. --search tries meshes, remat policies and accumulation, and ranks what
 fits. --price=DOLLARS is what one device costs an hour.
 """
@@ -27,7 +28,7 @@ GIB = 2**30
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     define_config_flag(values, argv)
-    flags.DEFINE_string("topology", "", "slice, as in v5e:2x4; default: here", flag_values=values)
+    flags.DEFINE_string("topology", "", "v5e:2x4, h200, h200:8...; default: here", flag_values=values)
     flags.DEFINE_bool("search", False, "try other meshes and policies", flag_values=values)
     flags.DEFINE_float("price", 0.0, "dollars per device and hour", flag_values=values)
     config = config_of(parse(values, argv, __doc__))

@@ -7,8 +7,16 @@ from jaxgpt.parallel.fsdp import GATHERED
 
 RESIDUAL = "residual_stream"  # what each layer is given
 _policies = jax.checkpoint_policies
+
+
+def all_but_gathered_weights(primitive, *_, **params) -> bool:
+    """Says whether to keep a result: all but those named `GATHERED`, and the all-gathers before the
+    name. (JAX's `save_anything_except_these_names` keeps everything.)"""
+    return primitive.name != "all_gather" and params.get("name") != GATHERED
+
+
 REMAT = {
-    "none": _policies.save_anything_except_these_names(GATHERED),
+    "none": all_but_gathered_weights,
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
     ),

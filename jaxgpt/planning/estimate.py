@@ -15,10 +15,10 @@ from jaxgpt.metrics.throughput import flops_per_token
 from jaxgpt.model.gpt import count_parameters, windows
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.planning.hardware import Chip, quiet
-from jaxgpt.planning.program import VMEM, Collective, Program
+from jaxgpt.planning.program import FUSIONS, VMEM, Collective, Program
 from jaxgpt.training.setup import Training, make_training
 
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # products of matrices in each of splash's kernels
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "bwd": 5}  # of matrices in splash's and cuDNN's kernels
 LARGEST = 10
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -57,10 +57,19 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
 
 
 def _compiled(training: Training) -> tuple[Any, Program]:
-    """Returns the compiled step and its program, as XLA writes it while compiling: read back from
-    the executable, some programs of TPUs fail a check."""
+    """Returns the compiled step and its program; a TPU's as XLA writes it while compiling: read back
+    from the executable, some of them fail a check."""
     if training.mesh.devices.flat[0].platform != "tpu":
-        compiled = training.compile_step()
+        try:
+            with quiet():
+                compiled = training.compile_step()
+        except RuntimeError as e:
+            if "cuDNN" not in str(e):
+                raise
+            raise BadInput(
+                f"cuDNN's attention cannot be compiled ({e}): pip install -e '.[plan-gpu]', or plan"
+                " with --config.model.attention=xla"
+            ) from e
         return compiled, Program(compiled.as_text())
     with tempfile.TemporaryDirectory() as folder, quiet():
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -86,7 +95,9 @@ def _measured(
     roofline = chip and {
         "compute": flops / chip.flops,
         "memory": program.hbm_bytes() / chip.hbm_bandwidth,
-        "network": sum(map(_volume, collectives)) / chip.network,
+        "network": sum(
+            chip.seconds(_volume(c), [mesh.devices.flat[at] for at in c.group]) for c in collectives
+        ),
     }
     limit = memory["limit"]
     return {
@@ -154,7 +165,7 @@ def _named(path) -> str:
 def _temporaries(program: Program) -> list[dict]:
     """The largest arrays that instructions make outside the chip, once for each shape."""
     found = {}
-    fused = {i.called("calls") for i, _, _ in program if i.opcode == "fusion"}
+    fused = {i.called("calls") for i, _, _ in program if i.opcode in FUSIONS}
     for name, computation in program.computations.items():
         if not program.runs[name] or name in fused:
             continue
@@ -171,7 +182,7 @@ def _temporaries(program: Program) -> list[dict]:
 
 
 def _kernel_flops(program: Program, training: Training) -> int:
-    """Splash says nothing of its cost: pairs of positions that see each other, the mean over the
+    """Splash and cuDNN say nothing of their cost: pairs of positions that see each other, the mean over the
     layers' windows, times the width of a head, for each product of matrices."""
     cfg, mesh = training.spec.cfg, training.mesh.shape
     rows = training.config.batch_size // training.config.grad_accum
@@ -188,7 +199,7 @@ def _kernel_flops(program: Program, training: Training) -> int:
 
 def _volume(c: Collective) -> float:
     """The bytes that a ring sends from each device (arXiv:1909.09756, section 2)."""
-    around = (c.size - 1) / c.size if c.size else 0
+    around = (len(c.group) - 1) / len(c.group)
     factor = {"all-reduce": 2 * around, "collective-permute": 1.0}.get(c.kind, around)
     return c.count * c.bytes * factor
 

@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from jaxgpt.config import BadInput
 from jaxgpt.config.extras import require
 from jaxgpt.metrics.throughput import PEAK_FLOPS
+from jaxgpt.planning.gpus import GIB, GPUS, described_gpus
 
 LIBTPU_ENVIRONMENT = {  # or it looks for a metadata server for minutes, and talks
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "", "TPU_WORKER_HOSTNAMES": "",
@@ -25,15 +26,27 @@ LIBTPU_ENVIRONMENT = {  # or it looks for a metadata server for minutes, and tal
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """What one device can do: FLOP/s in bf16, bytes/s of its memory and of its network one way
-    (a TPU's along one axis of the torus, both directions used), and its memory in bytes."""
+    (a TPU's along one axis of the torus, both directions used; a GPU's inside its host), the bytes
+    of memory that a program may use, and bytes/s to other hosts (of TPUs: as inside)."""
 
     flops: float
     hbm_bandwidth: float
     network: float
     hbm: int
+    between: float | None = None
+
+    def seconds(self, sent: float, group: list) -> float:
+        """Returns how long a collective takes at least in which each device of `group` sends so
+        many bytes: over every axis of the torus that the group lies along, or, between hosts,
+        through the network cards of all its devices there."""
+        if self.between is None:
+            places = zip(*(device.coords for device in group), strict=True)
+            return sent / self.network / max(1, sum(len(set(along)) > 1 for along in places))
+        hosts = len({device.process_index for device in group})
+        across = sent / self.between / (len(group) / hosts) if hosts > 1 else 0.0
+        return max(sent / self.network, across)
 
 
-GIB = 2**30
 # Google's system architecture pages; the memory is what libtpu says a program may use. A v4's
 # topology counts its two cores apart, a v4 itself does not: left out until tried on one.
 TPUS = {
@@ -41,29 +54,42 @@ TPUS = {
     "v5p": Chip(PEAK_FLOPS["TPU v5p"], 2.77e12, 2 * 100e9, int(95.73 * GIB)),
     "v6e": Chip(PEAK_FLOPS["TPU v6e"], 1.64e12, 2 * 100e9, int(31.24 * GIB)),
 }
-# NVIDIA's data sheets (SXM); the network is NVLink inside one host.
-GPUS = {
-    "a100": Chip(312e12, 2.04e12, 300e9, 80 * 10**9),
-    "h100": Chip(989e12, 3.35e12, 450e9, 80 * 10**9),
-    "h200": Chip(989e12, 4.8e12, 450e9, 141 * 10**9),
-}
+KINDS = {
+    "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+}  # fmt: skip
+NETWORK_CARD = {"a100": 25e9, "h100": 50e9, "h200": 50e9}  # bytes/s, one a GPU, as in DGX
+
+
+def gpu_chip(name: str) -> Chip:
+    """Returns a GPU of `GPUS`; of its memory, the share that JAX takes: 75%, or what
+    XLA_PYTHON_CLIENT_MEM_FRACTION says."""
+    gpu, share = GPUS[name], float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+    memory, nvlink = int(gpu.memory * share), gpu.links * 25e9
+    return Chip(PEAK_FLOPS[gpu.kind], float(gpu.bandwidth), nvlink, memory, NETWORK_CARD[name])
 
 
 def devices_of(topology: str) -> tuple[list, Chip | None]:
-    """Returns the devices of a named slice (`v5e:2x4`) and their chip; this machine's where the
-    name is empty, with no chip where its kind is unknown.
+    """Returns the devices of a slice of TPUs (`v5e:2x4`) or of described GPUs (`h200`, `h200:8` in
+    one host, `h200:2x8` in two) and their chip; this machine's where the name is empty, with no
+    chip where its kind is unknown.
 
     Raises:
-      BadInput: if there is no such slice, or libtpu is not installed.
+      BadInput: if there are no such devices, or what compiles for them is not installed.
     """
     if not topology:
-        return jax.devices(), _local_chip(jax.devices()[0].device_kind)
-    generation, _, shape = topology.partition(":")
-    if generation not in TPUS or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
-        known = ", ".join(TPUS)
+        device = jax.devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        return jax.devices(), local_chip(device.device_kind, limit)
+    name, _, shape = topology.partition(":")
+    if name in GPUS and (sizes := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", shape or "1")):
+        with quiet():
+            return described_gpus(name, int(sizes[1] or 1), int(sizes[2])), gpu_chip(name)
+    if name not in TPUS or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         raise BadInput(
-            f"--topology={topology} is not GENERATION:SHAPE, as in v5e:2x4 or v5p:2x2x2;"
-            f" generations: {known}"
+            f"--topology={topology} is not GENERATION:SHAPE of TPUs, as in v5e:2x4 or v5p:2x2x2"
+            f" ({', '.join(TPUS)}), nor GPUs as in h200, h200:8 or, hosts x GPUs, h200:2x8"
+            f" ({', '.join(GPUS)})"
         )
     require("libtpu", "plan", "jaxgpt.plan")
     try:
@@ -72,27 +98,28 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
     except Exception as e:
         reason = str(e).splitlines()[0][:200]
         raise BadInput(f"--topology={topology}: libtpu knows no such slice ({reason})") from e
-    return list(found), TPUS[generation]
+    return list(found), TPUS[name]
 
 
-def _local_chip(kind: str) -> Chip | None:
-    kinds = {
-        "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
-        "TPU v6 lite": "v6e", "TPU v6e": "v6e",
-    }  # fmt: skip
-    gpu = next((chip for name, chip in GPUS.items() if name.upper() in kind), None)
-    return TPUS[kinds[kind]] if kind in kinds else gpu
+def local_chip(kind: str, limit: int | None) -> Chip | None:
+    """Returns the chip of a `device_kind` that is here, with as much memory as it says JAX has."""
+    gpu = next((name for name, gpu in GPUS.items() if gpu.kind == kind), None)
+    chip = TPUS[KINDS[kind]] if kind in KINDS else gpu and gpu_chip(gpu)
+    return dataclasses.replace(chip, hbm=limit) if chip and limit else chip
 
 
 @contextlib.contextmanager
 def compiler(topology: str) -> Iterator[None]:
     """Holds the only place that libtpu has on a machine, waiting for it, and sets its environment;
-    does nothing for the machine's own devices."""
+    does nothing for the machine's own devices, and needs no place for GPUs."""
     if not topology:
         yield
         return
     os.environ.update(LIBTPU_ENVIRONMENT)
-    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine is none of ours
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is none of ours
+    if topology.partition(":")[0] in GPUS:
+        yield
+        return
     place = Path(tempfile.gettempdir()) / f"jaxgpt-libtpu-{os.getuid()}.lock"
     with open(place, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -26,6 +26,8 @@ FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional",
     "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
 }  # fmt: skip
+KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
+FUSIONS = ("fusion", "fusion-start")  # a GPU's may run beside others
 VMEM = "S(1)"  # memory on the chip, in a TPU's layouts
 
 
@@ -70,11 +72,12 @@ class Instruction:
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective as it stands in the program: it runs `count` times with `bytes` each, the
-    larger of what a device gives and gets, over the mesh axes `axis` in groups of `size`."""
+    larger of what a device gives and gets, over the mesh axes `axis`, in groups like `group`
+    (numbers of devices in the mesh's order)."""
 
     kind: str
     axis: str
-    size: int
+    group: tuple[int, ...]
     count: int
     bytes: int
 
@@ -122,10 +125,10 @@ class Program:
         return sum(times * _flops(i, where) for i, where, times in self)
 
     def kernels(self) -> Counter:
-        """How often each Pallas kernel runs, by name without its number."""
+        """How often each Pallas kernel and each of cuDNN's attention runs, by name without its number."""
         found = Counter()
         for instruction, _, times in self:
-            if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
+            if instruction.opcode == "custom-call" and KERNEL.search(instruction.rest):
                 found[instruction.name.split(".")[0]] += times
         return found
 
@@ -134,7 +137,7 @@ class Program:
 
         A slice of an array counts as the slice, in a fusion too; an update in place as the update.
         """
-        fused = {i.called("calls") for i, _, _ in self if i.opcode == "fusion"}
+        fused = {i.called("calls") for i, _, _ in self if i.opcode in FUSIONS}
         total = 0
         for name, computation in self.computations.items():
             if self.runs[name] and name not in fused:
@@ -152,7 +155,7 @@ class Program:
             return 2 * operands[1].hbm_bytes
         if i.opcode == "copy-start":
             return sum(o.hbm_bytes for o in operands)
-        if i.opcode != "fusion":
+        if i.opcode not in FUSIONS:
             return i.hbm_bytes + sum(o.hbm_bytes for o in operands)
         return self._moved_by_fusion(i, operands)
 
@@ -164,7 +167,8 @@ class Program:
                 users.setdefault(name, []).append(inner)
             if inner.opcode == "parameter":
                 numbers[inner.name] = int(inner.rest.split(")")[0])
-        written, total = i.hbm_bytes, 0
+        root = next(inner for inner in body.values() if inner.root)
+        written, total = root.hbm_bytes if i.opcode == "fusion-start" else i.hbm_bytes, 0
         for name, number in numbers.items():
             if number >= len(operands) or not operands[number].hbm_bytes:
                 continue
@@ -197,11 +201,10 @@ class Program:
                 continue  # with itself
             kind = i.opcode.removesuffix("-start")
             given = sum(where[name].bytes for name in i.operands if name in where)
-            moved = i.bytes if kind == "all-reduce" else given
-            moved *= len(group) if kind == "all-gather" else 1
+            moved = given * (len(group) if kind == "all-gather" else 1)
             if kind == "all-reduce" and _is_scattered(i, where):
                 kind = "reduce-scatter"
-            found.append(Collective(kind, axis_of(group, axes, sizes), len(group), times, moved))
+            found.append(Collective(kind, axis_of(group, axes, sizes), tuple(group), times, moved))
         return found
 
 

@@ -1,9 +1,11 @@
 """The plan command: for this machine's devices, and for slices of TPUs without one."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +13,7 @@ from jaxgpt import plan
 from jaxgpt.config import Config
 from jaxgpt.config.load import load_file
 from jaxgpt.metrics.throughput import flops_per_token
-from jaxgpt.planning.hardware import GPUS, TPUS, _local_chip
+from jaxgpt.planning.hardware import TPUS, Chip, gpu_chip, local_chip
 from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
 from tests.conftest import ROOT
 
@@ -59,6 +61,8 @@ def test_bad_input(command, file):
     for flags, message in (
         (["--topology=v9:2"], "not GENERATION:SHAPE"),
         (["--topology=v5e"], "not GENERATION:SHAPE"),
+        (["--topology=h200:0x8"], "h200:2x8"),
+        (["--topology=h200:2x2x2"], "h200:2x8"),
         (["--price=-1"], "--price=-1"),
         (["--search"], "give --topology"),
         (["--config.data.tokenizer=char"], "set model.vocab_size"),
@@ -94,15 +98,33 @@ def test_the_cheapest_change_that_fits():
     assert spread[0] == {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
 
 
-@pytest.mark.parametrize(
-    ("kind", "chip"),
-    [
-        ("TPU v5 lite", TPUS["v5e"]), ("TPU v6 lite", TPUS["v6e"]), ("TPU v5", TPUS["v5p"]),
-        ("NVIDIA H100 80GB HBM3", GPUS["h100"]), ("cpu", None),
-    ],
-)  # fmt: skip
-def test_the_devices_here_are_known_by_their_kind(kind, chip):
-    assert _local_chip(kind) == chip
+def test_the_devices_here_are_known_by_their_kind(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert local_chip("TPU v5 lite", None) == TPUS["v5e"]
+    assert local_chip("TPU v6 lite", None) == TPUS["v6e"]
+    assert local_chip("TPU v5", 7) == dataclasses.replace(TPUS["v5p"], hbm=7)
+    assert local_chip("NVIDIA H100 80GB HBM3", None) == gpu_chip("h100")
+    assert local_chip("NVIDIA H100 PCIe", None) is None  # half as fast: not the one described
+    assert local_chip("cpu", None) is None
+
+
+def test_a_gpu_s_memory_is_jax_s_share_of_it(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    half = gpu_chip("h200").hbm
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    assert gpu_chip("h200").hbm == half * 3 // 2 and half == 139 * 2**30 // 2
+
+
+def test_the_network_s_time():
+    """By hand: a torus sends along each axis at once; hosts share all their GPUs' network cards."""
+    torus = [SimpleNamespace(coords=(x, y, 0)) for x in range(4) for y in range(4)]
+    chip = Chip(1.0, 1.0, network=100.0, hbm=1)
+    assert chip.seconds(600.0, torus[:4]) == 6.0 and chip.seconds(600.0, torus) == 3.0
+    chip = dataclasses.replace(chip, between=10.0)
+    hosts = [SimpleNamespace(process_index=host) for host in (0, 0, 0, 0, 1, 1, 1, 1)]
+    assert chip.seconds(600.0, hosts[:4]) == 6.0
+    assert chip.seconds(600.0, hosts) == 15.0  # 4 cards of 10 a host
+    assert chip.seconds(600.0, hosts[::4]) == 60.0  # 1 card a host
 
 
 def test_the_search_ranks_what_fits():
@@ -196,3 +218,40 @@ def test_tensor_parallelism_sums_twice_a_block(split):
         assert sums < 0.1 and 8 * layers <= moved + 8 / 8 * layers and moved < 13 * layers
     else:
         assert set(rows) == {"all-reduce"} and 4 * layers <= sums <= 4 * layers + 2.1
+
+
+@pytest.mark.gpu_compile
+def test_gpt2_on_described_gpus():
+    """Data parallel over two hosts: cuDNN's attention, compiled without a GPU; sums only."""
+    found, err = planned(
+        "--config=configs/small.py", "--topology=h200:2x4", "--config.batch_size=64",
+        "--config.grad_accum=1", "--config.model.vocab_size=50257", "--price=4",
+    )  # fmt: skip
+    assert KEYS <= set(found) and found["fits"] and found["parameters"] == 124_439_808
+    assert found["devices"] == 8 and found["attention"] == "cudnn"
+    memory = found["bytes_per_device"]
+    assert 12 * 124_439_808 <= memory["arguments"] < 12.3 * 124_439_808
+    # a layer's inputs of products, 8 sequences: 14 to 20 of B T D, in bfloat16
+    stream = 12 * 8 * 1024 * 768 * 2
+    assert 14 * stream < memory["temporaries"] < 26 * stream
+    assert {(row["kind"], row["axis"]) for row in found["collectives"]} == {("all-reduce", "data")}
+    # layers' gradients in bfloat16, the table's in bfloat16 (logits) and float32 (lookup)
+    summed = 2 * 86e6 + 6 * 50304 * 768
+    assert 0.95 * summed < found["collectives"][0]["bytes"] < 1.05 * summed
+    assert 0.95 < found["compiled_flops_per_step"] / found["flops_per_step"] < 1.15
+    assert found["bound_by"] in found["roofline_seconds"] and found["dollars_per_billion_tokens"] > 0
+    assert "cuInit" not in err and len(err.splitlines()) < 30, err
+
+
+@pytest.mark.gpu_compile
+def test_fsdp_on_described_gpus():
+    found, _ = planned(
+        "--config=configs/modern_1b.py", "--topology=h100:8", "--config.batch_size=8",
+        "--config.grad_accum=1", "--config.model.max_seq_len=1024", "--config.model.num_layers=4",
+        "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.model.remat=none",
+    )  # fmt: skip
+    rows, whole = rows_of(found), 2 * found["parameters"]
+    assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
+    assert 1.5 * whole < rows["all-gather"]["bytes"] < 2.1 * whole, "forward and backward"
+    assert 0.9 * whole < rows["reduce-scatter"]["bytes"] < 1.1 * whole
+    assert rows.get("all-reduce", {"bytes": 0})["bytes"] < 0.01 * whole

@@ -69,9 +69,9 @@ def test_instructions_count_as_often_as_they_run():
     assert program.flops() == 12 * 2 * 8 * 32 * 64
     found = {c.kind: c for c in program.collectives(AXES, SIZES)}
     assert found == {
-        "all-gather": Collective("all-gather", "tensor", 2, 12, 2 * 8 * 32 * 2),
-        "all-reduce": Collective("all-reduce", "data+tensor", 4, 1, 64 * 32 * 4),
-        "reduce-scatter": Collective("reduce-scatter", "fsdp", 2, 1, 64 * 32 * 4),
+        "all-gather": Collective("all-gather", "tensor", (0, 1), 12, 2 * 8 * 32 * 2),
+        "all-reduce": Collective("all-reduce", "data+tensor", (0, 1, 4, 5), 1, 64 * 32 * 4),
+        "reduce-scatter": Collective("reduce-scatter", "fsdp", (0, 2), 1, 64 * 32 * 4),
     }
 
 
@@ -153,4 +153,37 @@ def test_a_program_of_jax():
     program = Program(jax.jit(f).lower(*args).compile().as_text())
     assert program.flops() == 6 * 2 * (64 // 2) * (256 // 4) * 256
     (found,) = program.collectives(("data", "tensor"), (2, 4))
-    assert found == Collective("all-reduce", "tensor", 4, 6, 32 * 256 * 4)
+    assert found == Collective("all-reduce", "tensor", (0, 1, 2, 3), 6, 32 * 256 * 4)
+
+
+GPU = """HloModule jit_f
+
+%fused (p0: bf16[12,64,32], p1: s32[], p2: bf16[64,32]) -> bf16[12,64,32] {
+  %p0 = bf16[12,64,32]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = bf16[64,32]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %piece = bf16[1,64,32]{2,1,0} bitcast(%p2)
+  ROOT %out = bf16[12,64,32]{2,1,0} dynamic-update-slice(%p0, %piece, %p1, %zero, %zero)
+}
+
+ENTRY %main (x: bf16[12,64,32], i: s32[], y: bf16[64,32]) -> bf16[12,64,32] {
+  %x = bf16[12,64,32]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = bf16[64,32]{1,0} parameter(2)
+  %attention_fwd.3 = (bf16[64,32]{1,0}, u8[0]{0}) custom-call(%y), custom_call_target="__cudnn$fmhaSoftmax", backend_config={}
+  %sum-start = ((bf16[64,32]{1,0}), bf16[64,32]{1,0}) all-reduce-start(%y), channel_id=2, replica_groups={{0,1}}, to_apply=%add
+  %sum-done = bf16[64,32]{1,0} all-reduce-done(%sum-start)
+  %fusion-start = ((bf16[12,64,32]{2,1,0}, s32[], bf16[64,32]{1,0}), bf16[12,64,32]{2,1,0}, u32[]) fusion-start(%x, %i, %y), kind=kLoop, calls=%fused
+  ROOT %fusion-done = bf16[12,64,32]{2,1,0} fusion-done(%fusion-start)
+}
+"""
+
+
+def test_a_gpu_s_program():
+    """Async fusions and sums carry their operands in their type: those count once."""
+    program, one = Program(GPU), 64 * 32 * 2
+    assert program.kernels() == {"attention_fwd": 1}
+    assert program.collectives(AXES, SIZES) == [Collective("all-reduce", "tensor", (0, 1), 1, one)]
+    update, attention = 2 * one + one + 4, 2 * one  # the layer is read, its place read and written
+    assert program.hbm_bytes() == update + attention

@@ -14,8 +14,9 @@ from jaxgpt.data.mixture import Turns
 from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.windows import Contiguous
 from jaxgpt.parallel.fsdp import summed, torus_phases
-from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.planning.program import Program
 from jaxgpt.training.setup import make_training
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
 
@@ -132,6 +133,21 @@ def test_parameters_and_optimizer_state_are_split():
         query = tree["blocks"]["attention"]["query"]["kernel"]
         assert query.addressable_shards[0].data.shape == (2, 32 // 4, 4 // 2, 8)
         assert tree["tokens"].addressable_shards[0].data.shape == (256 // 2, 32 // 4)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_fsdp_gathers_each_weight_once_a_pass(remat):
+    """Forward and backward: no policy keeps gathered weights, which are as large as the model."""
+    config = tiny_config(remat=remat)
+    config.mesh = MeshConfig(data=1, fsdp=8)
+    with jax.set_mesh(mesh := make_mesh(config)):
+        training = make_training(config, mesh)
+        program = Program(training.compile_step().as_text())
+        blocks = training.abstract_state().params["blocks"]
+    kernels = sum(leaf.size * 4 for leaf in jax.tree.leaves(blocks) if "fsdp" in leaf.sharding.spec)
+    found = [c for c in program.collectives(AXES, mesh.devices.shape) if c.kind == "all-gather"]
+    in_layers = sum(c.count * c.bytes for c in found if c.count > 1)
+    assert in_layers == 2 * kernels
 
 
 def test_grad_accum_changes_memory_and_nothing_else():
