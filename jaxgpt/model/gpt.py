@@ -18,6 +18,7 @@ from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
 from jaxgpt.model.positions import POSITIONS
 from jaxgpt.model.remat import REMAT, RESIDUAL
 from jaxgpt.ops.cross_entropy import cross_entropy
+from jaxgpt.parallel.fsdp import traded
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
 def pre_norm(x, norm, layer):
@@ -251,7 +252,7 @@ class GPT(nnx.Module):
         tokens = jax.sharding.reshard(tokens, self.rules("looking_up", "seq"))
         table = self.tokens[...].astype(self.dtype)
         x = table.at[tokens].get(out_sharding=self.rules("looking_up", "seq", "embed"))
-        x = jax.sharding.reshard(x, self.rules("batch", "residual", None))
+        x = jax.sharding.reshard(traded(x, self.rules), self.rules("batch", "residual", None))
         positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
         return self.positions(x * self.embed_scale, positions)
 

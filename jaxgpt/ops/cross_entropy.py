@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgpt.parallel.fsdp import scattered
+from jaxgpt.parallel.fsdp import collected, scattered
 from jaxgpt.parallel.rules import AxisRules
 
 IGNORE = -1  # a target that is not counted
@@ -46,7 +46,7 @@ def _forward(x, table, targets, finish, rules):
 
         def part(carry, numbered):
             high, total, picked = carry
-            logits, ids = _logits(flat, *numbered, finish)[:2]
+            logits, ids = _logits(flat, *numbered, finish, rules)[:2]
             higher = jnp.maximum(high, jnp.max(logits, axis=-1))
             total = total * jnp.exp(high - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), axis=-1)
             return (higher, total, picked + jnp.sum(jnp.where(ids == wanted, logits, 0), axis=-1)), None
@@ -74,7 +74,7 @@ def _backward(finish, rules, kept, cotangents):
         of_both = of_nats + jnp.where(counted, of_lse.reshape(-1, 1), 0)
 
         def part(of_x, numbered):
-            logits, ids, kernel, unfinish = _logits(flat, *numbered, finish)
+            logits, ids, kernel, unfinish = _logits(flat, *numbered, finish, rules)
             p = jnp.exp(logits - lse.reshape(-1, 1))
             of_logits = of_both * p - jnp.where(ids == wanted, of_nats, 0)
             (of_raw,) = unfinish(of_logits)
@@ -108,10 +108,10 @@ def _parts(table, flat):
     return table.reshape(count, rows // count, -1), first
 
 
-def _logits(flat, kernel, first, finish):
+def _logits(flat, kernel, first, finish, rules):
     """Returns a part's logits [M, V / parts], the ids of its columns, its kernel in the compute dtype
     and whole over `fsdp`, and the pullback of `finish`."""
-    kernel = jax.lax.all_gather(kernel.astype(flat.dtype), "fsdp", axis=1, tiled=True)
+    kernel = collected(kernel.astype(flat.dtype), 1, rules)
     raw = jnp.einsum("MD,VD->MV", flat, kernel, preferred_element_type=jnp.float32)
     ids = first + jnp.arange(kernel.shape[0])
     logits, pullback = jax.vjp(lambda raw: finish(raw, ids), raw)

@@ -14,42 +14,57 @@ from jaxgpt.parallel.rules import BATCH_AXES, AxisRules, rowwise, without_fsdp
 GATHERED = "gathered_weights"  # what no remat policy keeps: as large as the model
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def product(equation: str, x: jax.Array, kernel: jax.Array, out: P, rules: AxisRules) -> jax.Array:
-    """Returns `rowwise(equation, x, kernel in x's dtype and whole over fsdp, out)`.
+    """Returns einsum(equation, x, kernel in x's dtype and whole over fsdp), [B, T, ...], of sharding
+    `out`; "MNH,NHD->MD" is a product over N and H, with M for B and T.
 
     Its gradient reaches the kernel by reduce-scatter, in x's dtype: each device multiplies its own
-    rows, and nothing is summed that is then cut away.
+    rows, and nothing is summed that is then cut away. Kernels are multiplied and sent as matrices:
+    heads as an axis of their own, XLA's TPU compiler makes them a convolution's window.
     """
-    return _forward(equation, x, kernel, out, rules)[0]
+    summed_over = equation.index(",") - 1
+    matrix = _flat(_flat(kernel, 0, summed_over), 1, kernel.ndim)
+    y = _product(_flat(x, 2, x.ndim), matrix, P(*out[:3]), rules)
+    return jax.lax.reshape(y, (*y.shape[:2], *kernel.shape[summed_over:]), out_sharding=out)
 
 
-def _forward(equation, x, kernel, out, rules):
-    whole = checkpoint_name(gathered(kernel.astype(x.dtype)), GATHERED)
-    return rowwise(equation, x, whole, out), (x, whole, kernel)
+def _flat(a: jax.Array, first: int, end: int) -> jax.Array:
+    """Returns `a` with its axes from `first` up to `end` as one, split as the first of them is."""
+    spec = jax.typeof(a).sharding.spec
+    shape = (*a.shape[:first], math.prod(a.shape[first:end]), *a.shape[end:])
+    return jax.lax.reshape(a, shape, out_sharding=P(*spec[: first + 1], *spec[end:]))
 
 
-def _backward(equation, out, rules, kept, of_y):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, kernel: jax.Array, out: P, rules: AxisRules) -> jax.Array:
+    """`product` of [B, T, I] and a matrix [I, O]."""
+    return _forward(x, kernel, out, rules)[0]
+
+
+def _forward(x, kernel, out, rules):
+    whole = checkpoint_name(gathered(kernel.astype(x.dtype), rules), GATHERED)
+    return rowwise("MI,IO->MO", x, whole, out), (x, whole, kernel)
+
+
+def _backward(out, rules, kept, of_y):
     x, whole, kernel = kept
-    (of_x,) = jax.vjp(lambda x: rowwise(equation, x, whole, out), x)[1](of_y)
+    (of_x,) = jax.vjp(lambda x: rowwise("MI,IO->MO", x, whole, out), x)[1](of_y)
     spec, mesh = jax.typeof(kernel).sharding.spec, jax.sharding.get_abstract_mesh()
     if mesh.shape["fsdp"] == 1 or "fsdp" not in spec:
-        (of_whole,) = jax.vjp(lambda w: rowwise(equation, x, w, out), whole)[1](of_y)
+        (of_whole,) = jax.vjp(lambda w: rowwise("MI,IO->MO", x, w, out), whole)[1](of_y)
         return of_x, jax.sharding.reshard(of_whole, spec).astype(kernel.dtype)
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    inputs, result = equation.split("->")
-    left, letters = inputs.split(",")
     own = jnp.einsum(
-        f"S{left},S{result}->S{letters}", _rows_of_each(x, devices), _rows_of_each(of_y, devices),
+        "SMI,SMO->SIO", _rows_of_each(x, devices), _rows_of_each(of_y, devices),
         out_sharding=P(BATCH_AXES, *without_fsdp(kernel)),
     )  # fmt: skip
     return of_x, summed(own, spec, rules).astype(kernel.dtype)
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
-def gathered(a: jax.Array) -> jax.Array:
+def gathered(a: jax.Array, rules: AxisRules) -> jax.Array:
     """Returns `a` whole over `fsdp`, by an all-gather: of some shapes XLA itself would make a sum of
     arrays that are zero but for a part."""
     spec = jax.typeof(a).sharding.spec
@@ -58,7 +73,7 @@ def gathered(a: jax.Array) -> jax.Array:
     dim = spec.index("fsdp")
 
     def local(a):
-        return jax.lax.all_gather(a, "fsdp", axis=dim, tiled=True)
+        return collected(a, dim, rules)
 
     return jax.shard_map(local, in_specs=spec, out_specs=without_fsdp(a), check_vma=False)(a)
 
@@ -84,6 +99,17 @@ def summed(own: jax.Array, spec: P, rules: AxisRules) -> jax.Array:
     return jnp.sum(run(own), axis=0)
 
 
+def collected(a: jax.Array, dim: int, rules: AxisRules) -> jax.Array:
+    """Returns, inside `shard_map`, the parts of all devices of `fsdp` joined along axis `dim`.
+
+    One phase for each axis of the torus: over more than one at once, a TPU's compiler sums arrays
+    that are zero but for a part, of all shapes on some tori, of some on others.
+    """
+    for groups in reversed(phases_of(rules)):
+        a = jax.lax.all_gather(a, "fsdp", axis=dim, tiled=True, axis_index_groups=groups)
+    return a
+
+
 def scattered(a: jax.Array, dim: int, rules: AxisRules) -> jax.Array:
     """Returns, inside `shard_map`, this device's part of axis `dim` of the sum over `fsdp`.
 
@@ -91,16 +117,44 @@ def scattered(a: jax.Array, dim: int, rules: AxisRules) -> jax.Array:
     whole arrays and cut.
     """
     a = jnp.moveaxis(a, dim, 0)
+    for groups in phases_of(rules):
+        parts = len(groups[0]) if groups else jax.sharding.get_abstract_mesh().shape["fsdp"]
+        a = a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
+        a = jax.lax.psum_scatter(a, "fsdp", scatter_dimension=0, axis_index_groups=groups)
+    return jnp.moveaxis(a, 0, dim)
+
+
+def traded(x: jax.Array, rules: AxisRules) -> jax.Array:
+    """Returns [B, T, D], each device's columns of the rows of all devices of `fsdp`, as each device's
+    rows: an all-to-all, in one phase for each axis of the torus, as over more than one at once a
+    TPU's compiler is half a minute at it."""
+    size = jax.sharding.get_abstract_mesh().shape["fsdp"]
+    phases, own = phases_of(rules), rules("batch", "seq", None)
+    if not rules.split_batch:  # every device has all rows
+        return jax.sharding.reshard(x, own)
+
+    def local(x):
+        rows, (*_, length, columns) = x.shape[0] // size, x.shape
+        counts = [len(groups[0]) if groups else size for groups in phases]
+        x = x.reshape(*counts, rows, length, columns)
+        for at, groups in reversed(list(enumerate(phases))):
+            x = jax.lax.all_to_all(
+                x, "fsdp", split_axis=at, concat_axis=x.ndim - 1, tiled=True, axis_index_groups=groups
+            )
+        return x.reshape(rows, length, columns * size)
+
+    given = rules("looking_up", "seq", "embed")
+    return jax.shard_map(local, in_specs=given, out_specs=own, check_vma=False)(x)
+
+
+def phases_of(rules: AxisRules) -> list[list[list[int]] | None]:
+    """Returns the groups of devices of `fsdp` that trade in each phase of a scatter (of a gather, in
+    the reverse order): those in a row along one axis of the torus; None: all of them at once."""
     size = jax.sharding.get_abstract_mesh().shape["fsdp"]
     phases = rules.phases if math.prod(rules.phases) == size else (size,)
     numbers = np.arange(size).reshape(phases)
-    for axis in range(len(phases)):
-        groups = np.moveaxis(numbers, axis, -1).reshape(-1, phases[axis]).tolist()
-        a = jax.lax.psum_scatter(
-            a, "fsdp", scatter_dimension=0, tiled=True,
-            axis_index_groups=None if len(phases) == 1 else groups,
-        )  # fmt: skip
-    return jnp.moveaxis(a, 0, dim)
+    rows = (np.moveaxis(numbers, axis, -1).reshape(-1, n) for axis, n in enumerate(phases))
+    return [None] if len(phases) == 1 else [groups.tolist() for groups in rows]
 
 
 def torus_phases(mesh) -> tuple[int, ...]:

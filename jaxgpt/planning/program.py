@@ -194,8 +194,10 @@ class Program:
             channel = re.search(r"channel_id=(\d+)", i.rest)
             if channel and channel[1] in seen:
                 continue
-            if channel and channel[1] != "1":  # all of `shard_map` have this one
+            if channel and channel[1] != "1":
                 seen.add(channel[1])
+            elif _goes_on(where):  # all of `shard_map` have channel 1
+                continue
             group = _group(i.rest, math.prod(sizes))
             if len(group) == 1:
                 continue  # with itself
@@ -238,6 +240,12 @@ def _iota(text: str, count: int) -> np.ndarray:
         return np.arange(count)
     ids = np.arange(count).reshape([int(n) for n in found[1].split(",")])
     return ids.transpose([int(n) for n in found[2].split(",")]).ravel() if found[2] else ids.ravel()
+
+
+def _goes_on(where: dict[str, Instruction]) -> bool:
+    """Says whether a fusion is handed the semaphores of a collective that another one began: so a
+    TPU's compiler spreads it over the computations beside which it runs."""
+    return any(i.opcode == "parameter" and i.type.startswith("u32[]") for i in where.values())
 
 
 def _is_scattered(i: Instruction, where: dict[str, Instruction]) -> bool:
