@@ -3,9 +3,9 @@
 Compiles the very train step on any machine for a slice of TPUs (`pip install -e '.[plan]'`) or for
 GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`), or, without --topology, for this machine's
 devices. Prints what it needs and how long it takes at least: a table on stderr, JSON as the last
-line of stdout. Where it does not fit, by how much, and the
-cheapest change that does. --search tries meshes, remat policies and accumulation, and ranks what
-fits. --price=DOLLARS is what one device costs an hour.
+line of stdout. Where it does not fit, by how much, and the cheapest change that does. --search tries
+meshes, remat policies, accumulation and larger batches, and ranks what fits. --price=DOLLARS is what
+one device costs an hour.
 """
 
 import json
@@ -113,7 +113,8 @@ def table(plan: dict) -> list[str]:
     for rank, row in enumerate(plan.get("search", [])[:10], start=1):
         change = " ".join(f"{field}={value}" for field, value in row["change"].items())
         total = row["bytes_per_device"]["total"] / GIB
-        lines.append(f"rank {rank:<4} {row['seconds']:.4f} s  {total:6.2f} GiB  {change}")
+        speed = row["tokens_per_step"] / row["seconds"]
+        lines.append(f"rank {rank:<4} {speed:12,.0f} tokens/s  {total:6.2f} GiB  {change}")
     return lines
 
 

@@ -252,9 +252,8 @@ class GPT(nnx.Module):
         tokens = jax.sharding.reshard(tokens, self.rules("looking_up", "seq"))
         table = self.tokens[...].astype(self.dtype)
         x = table.at[tokens].get(out_sharding=self.rules("looking_up", "seq", "embed"))
-        x = jax.sharding.reshard(traded(x, self.rules), self.rules("batch", "residual", None))
         positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
-        return self.positions(x * self.embed_scale, positions)
+        return self.positions(traded(x, self.rules) * self.embed_scale, positions)
 
 
 def split_layers(params: dict) -> dict:

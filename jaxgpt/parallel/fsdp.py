@@ -125,11 +125,11 @@ def scattered(a: jax.Array, dim: int, rules: AxisRules) -> jax.Array:
 
 
 def traded(x: jax.Array, rules: AxisRules) -> jax.Array:
-    """Returns [B, T, D], each device's columns of the rows of all devices of `fsdp`, as each device's
-    rows: an all-to-all, in one phase for each axis of the torus, as over more than one at once a
+    """Returns [B, T, D], each device's columns of the rows of all devices of `fsdp`, as the residual
+    stream, each device's rows: an all-to-all, in one phase for each axis of the torus, as over more than one at once a
     TPU's compiler is half a minute at it."""
     size = jax.sharding.get_abstract_mesh().shape["fsdp"]
-    phases, own = phases_of(rules), rules("batch", "seq", None)
+    phases, own = phases_of(rules), rules("batch", "residual", None)
     if not rules.split_batch:  # every device has all rows
         return jax.sharding.reshard(x, own)
 
@@ -143,8 +143,8 @@ def traded(x: jax.Array, rules: AxisRules) -> jax.Array:
             )
         return x.reshape(rows, length, columns * size)
 
-    given = rules("looking_up", "seq", "embed")
-    return jax.shard_map(local, in_specs=given, out_specs=own, check_vma=False)(x)
+    given = rules("looking_up", "residual", "embed")
+    return jax.shard_map(local, in_specs=given, out_specs=own)(jax.sharding.reshard(x, given))
 
 
 def phases_of(rules: AxisRules) -> list[list[list[int]] | None]:

@@ -82,21 +82,34 @@ def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]
 def search(
     config: Config, devices: int, plan_of: Callable[[Config], Plan], tell: Callable[[str], None]
 ) -> list[dict]:
-    """Returns every mesh and policy with the fewest microbatches that fit, the fastest first by the
-    roofline's longest part; `batch_size` stays, as it belongs to the recipe."""
+    """Returns every mesh and policy with the fewest microbatches that fit, and the best of them with
+    the batch doubled as long as it fits, the most tokens a second by the roofline's longest part
+    first. A larger `batch_size` is another recipe: the learning rate may want to change with it."""
     found = []
     for change, accums in candidates(config, devices):
-        name = " ".join(f"{field.split('.')[-1]}={value}" for field, value in change.items())
-        for accum in accums:
-            try:
-                plan = plan_of(changed(config, change | {"grad_accum": accum}))
-            except BadInput:
-                continue
-            if plan["fits"]:
-                seconds = max(plan["roofline_seconds"].values())
-                tell(f"{name} grad_accum={accum}: {seconds:.3f} s, bound by {plan['bound_by']}")
-                found.append({"change": change | {"grad_accum": accum}, "seconds": seconds, **plan})
-                break
-        else:
-            tell(f"{name}: does not fit")
-    return sorted(found, key=lambda row: row["seconds"])
+        rows = (_tried(config, change | {"grad_accum": n}, plan_of, tell) for n in accums)
+        found += [row for row in [next(filter(None, rows), None)] if row]
+    found.sort(key=lambda row: row["seconds"])
+    for doublings in range(1, 5 if found else 1):
+        batch = {"batch_size": config.batch_size * 2**doublings}
+        row = _tried(config, found[0]["change"] | batch, plan_of, tell)
+        if row is None:
+            break
+        found.append(row)
+    size = config.batch_size
+    return sorted(found, key=lambda row: row["seconds"] / row["change"].get("batch_size", size))
+
+
+def _tried(config: Config, change: Change, plan_of, tell) -> dict | None:
+    """Returns the plan of a change that fits, with `change` and `seconds`; None if it does not."""
+    name = " ".join(f"{field.split('.')[-1]}={value}" for field, value in change.items())
+    try:
+        plan = plan_of(changed(config, change))
+    except BadInput:
+        return None  # these devices do not divide that
+    if not plan["fits"]:
+        tell(f"{name}: does not fit")
+        return None
+    seconds = max(plan["roofline_seconds"].values())
+    tell(f"{name}: {seconds:.3f} s, bound by {plan['bound_by']}")
+    return {"change": change, "seconds": seconds, **plan}

@@ -129,13 +129,17 @@ def test_the_network_s_time():
 
 def test_the_search_ranks_what_fits():
     config, told = changed(Config(), {"batch_size": 16}), []
-    plan_of = fake(lambda c: c.grad_accum >= 2 or c.model.remat == "full")
+    plan_of = fake(lambda c: c.batch_size <= 64 and (c.grad_accum >= 2 or c.model.remat == "full"))
     found = search(config, 8, plan_of, told.append)
-    assert [row["seconds"] for row in found] == sorted(row["seconds"] for row in found)
+    batch = [row["change"].get("batch_size", 16) for row in found]
+    each = [row["seconds"] / size for row, size in zip(found, batch, strict=True)]
+    assert each == sorted(each) and batch[:2] == [64, 32] and batch[2:] == [16] * (len(found) - 2)
     assert {row["change"]["mesh.tensor"] for row in found} >= {1, 2}
-    best = found[0]["change"]
-    assert found[0]["seconds"] == 2 and (best["grad_accum"], best["model.remat"]) in ((1, "full"), (2, "none"))
+    best = found[2]["change"]
+    assert found[2]["seconds"] == 2 and (best["grad_accum"], best["model.remat"]) in ((1, "full"), (2, "none"))
+    assert found[0]["change"] == best | {"batch_size": 64}
     assert sum("bound by" in line for line in told) == len(found)
+    assert any("batch_size=128: does not fit" in line for line in told)
 
 
 def planned(*args: str, timeout: int = 400) -> tuple[dict, str]:
@@ -194,9 +198,9 @@ def test_fsdp_gathers_each_weight_twice_and_scatters_its_gradient():
     whole = 2 * parameters  # bytes in bfloat16
     ways = ("all-gather", "collective-permute")  # small ones may go as a chain of permutes
     given = sum(rows[way]["bytes"] for way in ways if way in rows)
-    assert 1.9 * whole < given < 2.1 * whole, "once forward, once backward"
-    assert 1.2 * whole < rows["reduce-scatter"]["bytes"] < 1.35 * whole, "two phases: 1 + 1/4"
-    assert rows["all-reduce"]["bytes"] < 0.1 * whole
+    assert 2.3 * whole < given < 2.6 * whole, "once forward, once backward, in two phases: 1 + 1/4"
+    assert 1.2 * whole < rows["reduce-scatter"]["bytes"] < 1.35 * whole, "two phases"
+    assert rows["all-reduce"]["bytes"] < 0.001 * whole
 
 
 @pytest.mark.tpu_compile

@@ -13,7 +13,7 @@ from jaxgpt.config import BadInput, Config, MeshConfig
 from jaxgpt.data.mixture import Turns
 from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.windows import Contiguous
-from jaxgpt.parallel.fsdp import summed, torus_phases
+from jaxgpt.parallel.fsdp import gathered, summed, torus_phases, traded
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.planning.program import Program
@@ -91,7 +91,28 @@ def test_everything_at_once_on_a_mesh_equals_one_device(everything_on_one, shape
     assert_same(ten_steps(everything(shape, **mesh)), everything_on_one)
 
 
-@pytest.mark.parametrize("phases", [(2, 4), (4, 2), (2, 2, 2)])
+PHASES = pytest.mark.parametrize("phases", [(2, 4), (4, 2), (2, 2, 2)])
+
+
+@PHASES
+def test_gathers_and_trades_in_phases_move_and_nothing_else(phases):
+    """Weights come together in order; each device gets all columns of its rows, and gives back theirs."""
+    rules = AxisRules(phases=phases)
+    weight, x = (np.random.default_rng(0).normal(size=shape) for shape in ((3, 16), (16, 5, 32)))
+    with jax.set_mesh(mesh_of(tiny_config((1, 8, 1)))):
+        found = jax.jit(lambda a: gathered(a, rules))(jax.device_put(weight, jax.P(None, "fsdp")))
+        assert found.sharding.is_fully_replicated
+        np.testing.assert_array_equal(found, weight.astype(found.dtype))
+        columns = jax.device_put(x, jax.P("data", None, "fsdp"))
+        rows, back = jax.jit(lambda a: jax.vjp(lambda a: traded(a, rules), a))(columns)
+        assert rows.sharding.spec == jax.P(("data", "fsdp"), None, None)
+        np.testing.assert_array_equal(rows, columns)
+        (returned,) = jax.jit(back)(rows)
+        assert returned.sharding == columns.sharding
+        np.testing.assert_array_equal(returned, columns)
+
+
+@PHASES
 def test_sums_in_phases_are_sums(phases):
     config = tiny_config((1, 8, 1))
     own = np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
