@@ -34,14 +34,6 @@ ROOT = Path(__file__).parent.parent
 CORPUS = (ROOT / "LICENSE").read_text()  # real English that every checkout has
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With `--dist loadgroup` one worker takes all that uses libtpu, which takes no second process."""
-    for item in items:
-        if item.get_closest_marker("tpu_compile"):
-            item.add_marker(pytest.mark.xdist_group("libtpu"))
-
-
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's prepared corpora."""

@@ -105,7 +105,7 @@ def collected(a: jax.Array, dim: int, rules: AxisRules) -> jax.Array:
     One phase for each axis of the torus: over more than one at once, a TPU's compiler sums arrays
     that are zero but for a part, of all shapes on some tori, of some on others.
     """
-    for groups in reversed(phases_of(rules)):
+    for _, groups in reversed(phases_of(rules)):
         a = jax.lax.all_gather(a, "fsdp", axis=dim, tiled=True, axis_index_groups=groups)
     return a
 
@@ -114,20 +114,22 @@ def scattered(a: jax.Array, dim: int, rules: AxisRules) -> jax.Array:
     """Returns, inside `shard_map`, this device's part of axis `dim` of the sum over `fsdp`.
 
     One phase for each axis of the torus: over more than one at once, a TPU's compiler would sum
-    whole arrays and cut.
+    whole arrays and cut. The parts are an axis of their own: cut from one, square matrices go as
+    padded sums and permutes.
     """
     a = jnp.moveaxis(a, dim, 0)
-    for groups in phases_of(rules):
-        parts = len(groups[0]) if groups else jax.sharding.get_abstract_mesh().shape["fsdp"]
+    for parts, groups in phases_of(rules):
         a = a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
         a = jax.lax.psum_scatter(a, "fsdp", scatter_dimension=0, axis_index_groups=groups)
     return jnp.moveaxis(a, 0, dim)
 
 
 def traded(x: jax.Array, rules: AxisRules) -> jax.Array:
-    """Returns [B, T, D], each device's columns of the rows of all devices of `fsdp`, as the residual
-    stream, each device's rows: an all-to-all, in one phase for each axis of the torus, as over more than one at once a
-    TPU's compiler is half a minute at it."""
+    """Returns [B, T, D], of which each device has its columns of the rows of all devices of `fsdp`,
+    as the residual stream: all columns of its own rows. An all-to-all.
+
+    One phase for each axis of the torus: at 256 chips at once a TPU's compiler sits half a minute.
+    """
     size = jax.sharding.get_abstract_mesh().shape["fsdp"]
     phases, own = phases_of(rules), rules("batch", "residual", None)
     if not rules.split_batch:  # every device has all rows
@@ -135,9 +137,8 @@ def traded(x: jax.Array, rules: AxisRules) -> jax.Array:
 
     def local(x):
         rows, (*_, length, columns) = x.shape[0] // size, x.shape
-        counts = [len(groups[0]) if groups else size for groups in phases]
-        x = x.reshape(*counts, rows, length, columns)
-        for at, groups in reversed(list(enumerate(phases))):
+        x = x.reshape(*(parts for parts, _ in phases), rows, length, columns)
+        for at, (_, groups) in reversed(list(enumerate(phases))):
             x = jax.lax.all_to_all(
                 x, "fsdp", split_axis=at, concat_axis=x.ndim - 1, tiled=True, axis_index_groups=groups
             )
@@ -147,14 +148,15 @@ def traded(x: jax.Array, rules: AxisRules) -> jax.Array:
     return jax.shard_map(local, in_specs=given, out_specs=own)(jax.sharding.reshard(x, given))
 
 
-def phases_of(rules: AxisRules) -> list[list[list[int]] | None]:
-    """Returns the groups of devices of `fsdp` that trade in each phase of a scatter (of a gather, in
-    the reverse order): those in a row along one axis of the torus; None: all of them at once."""
+def phases_of(rules: AxisRules) -> list[tuple[int, list[list[int]] | None]]:
+    """Returns the phases of a scatter over `fsdp` (of a gather, in the reverse order): how many
+    devices trade, and the groups that do, each along one axis of the torus; None: all at once."""
     size = jax.sharding.get_abstract_mesh().shape["fsdp"]
-    phases = rules.phases if math.prod(rules.phases) == size else (size,)
-    numbers = np.arange(size).reshape(phases)
-    rows = (np.moveaxis(numbers, axis, -1).reshape(-1, n) for axis, n in enumerate(phases))
-    return [None] if len(phases) == 1 else [groups.tolist() for groups in rows]
+    if len(rules.phases) == 1 or math.prod(rules.phases) != size:
+        return [(size, None)]
+    numbers = np.arange(size).reshape(rules.phases)
+    rows = (np.moveaxis(numbers, axis, -1).reshape(-1, n) for axis, n in enumerate(rules.phases))
+    return [(groups.shape[1], groups.tolist()) for groups in rows]
 
 
 def torus_phases(mesh) -> tuple[int, ...]:
