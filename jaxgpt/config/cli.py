@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from logging import CRITICAL, getLogger
@@ -42,6 +44,9 @@ def _help(values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
+GRACE = 10.0  # seconds for threads to end by themselves after an error
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command and leaves the process with the contract's exit code."""
     logging.set_verbosity(logging.FATAL)  # what libraries log of an error, they also raise
@@ -65,9 +70,22 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         code = 0
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (1, 2) and jax.distributed.is_initialized():
-        os._exit(code)  # the interpreter's own end would wait for the other processes
+    if code in (1, 2) and (jax.distributed.is_initialized() or _is_held()):
+        os._exit(code)  # the interpreter's own end would wait for other processes, or threads
     sys.exit(code)
+
+
+def _is_held() -> bool:
+    """Says whether threads would keep a command from ending: those of a save that failed wait many
+    minutes for signals that nobody sends. Threads of a save that goes well end within `GRACE`."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    if program is None or not program.name.startswith("jaxgpt."):
+        return False  # the process is not ours to end
+    threads = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    until = time.monotonic() + GRACE
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return any(thread.is_alive() for thread in threads)
 
 
 def _no_closed_loops(found) -> None:

@@ -7,7 +7,9 @@ import resource
 import struct
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import orbax.checkpoint as ocp
 import pytest
@@ -15,6 +17,7 @@ from tensorboardX.proto import event_pb2
 
 from jaxgpt import prepare, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.config import cli
 from jaxgpt.metrics import rows as rows_module
 from tests.conftest import xla_flags
 from tests.parallel.processes import finish, rows, wait_for_step
@@ -107,6 +110,25 @@ def test_a_workdir_that_turns_unwritable(run, tmp_path):
     folder.unlink()
     (tmp_path / "w/away").rename(folder)
     goes_on(run, tmp_path)
+
+
+def test_threads_of_a_failed_save_do_not_hold_the_process(monkeypatch):
+    """Orbax's may wait for minutes; a program that is not ours is left alone."""
+    monkeypatch.setattr(cli, "GRACE", 0.2)
+    done = threading.Event()
+    stuck = threading.Thread(target=done.wait)
+    stuck.start()
+    try:
+        assert not cli._is_held()
+        ours = SimpleNamespace(__spec__=SimpleNamespace(name="jaxgpt.train"))
+        monkeypatch.setitem(sys.modules, "__main__", ours)
+        monkeypatch.setattr(threading, "enumerate", lambda: [threading.main_thread(), stuck])
+        assert cli._is_held()
+        done.set()
+        assert not cli._is_held()
+    finally:
+        done.set()
+        stuck.join()
 
 
 def plotted(workdir) -> dict[str, list[int]]:
