@@ -11,11 +11,19 @@ from jaxgpt.config import Config, OptimConfig, presets
 def get_config() -> Config:
     return presets.long_run(
         presets.llama(
-            num_layers=24, num_heads=16, num_kv_heads=8, embed_dim=1024, mlp_dim=2816,
-            norm_eps=1e-6, rope_theta=10_000.0, tie_embeddings=True, qk_norm=True, remat="dots",
+            num_layers=24,
+            num_heads=16,
+            num_kv_heads=8,
+            embed_dim=1024,
+            mlp_dim=2816,
+            norm_eps=1e-6,
+            rope_theta=10_000.0,
+            tie_embeddings=True,
+            qk_norm=True,
+            remat="dots",
         ),
         OptimConfig(
             name="muon", learning_rate=1e-3, b1=0.95, schedule="wsd", warmup_steps=500, z_loss=1e-4
         ),
         grad_accum=16,
-    )  # fmt: skip
+    )

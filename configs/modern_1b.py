@@ -11,10 +11,16 @@ from jaxgpt.config import Config, OptimConfig, presets
 def get_config() -> Config:
     return presets.long_run(
         presets.llama(
-            num_layers=16, num_heads=32, num_kv_heads=8, embed_dim=2048, mlp_dim=8192,
-            max_seq_len=4096, tie_embeddings=True, remat="full",
+            num_layers=16,
+            num_heads=32,
+            num_kv_heads=8,
+            embed_dim=2048,
+            mlp_dim=8192,
+            max_seq_len=4096,
+            tie_embeddings=True,
+            remat="full",
         ),
         OptimConfig(learning_rate=3e-4, schedule="wsd", warmup_steps=2000, z_loss=1e-4),
         batch_size=256,
         grad_accum=16,
-    )  # fmt: skip
+    )

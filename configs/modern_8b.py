@@ -10,9 +10,15 @@ from jaxgpt.config import Config, OptimConfig, presets
 def get_config() -> Config:
     return presets.long_run(
         presets.llama(
-            num_layers=32, num_heads=32, num_kv_heads=8, embed_dim=4096, mlp_dim=14336,
-            max_seq_len=4096, vocab_size=128_256, remat="full",
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            embed_dim=4096,
+            mlp_dim=14336,
+            max_seq_len=4096,
+            vocab_size=128_256,
+            remat="full",
         ),
         OptimConfig(learning_rate=3e-4, final_lr_ratio=0.01, warmup_steps=8000),
         batch_size=256,
-    )  # fmt: skip
+    )

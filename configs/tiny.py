@@ -12,10 +12,13 @@ def get_config() -> Config:
         sample_every=225,
         checkpoint_every=225,
         model=ModelConfig(
-            max_seq_len=256, num_layers=4, num_heads=4, embed_dim=128,
+            max_seq_len=256,
+            num_layers=4,
+            num_heads=4,
+            embed_dim=128,
             scan_layers=False,  # measured on two CPU cores: 15% faster than the scan
         ),
         data=DataConfig(tokenizer="sentencepiece:4096", validation_fraction=0.02),
         optim=OptimConfig(name="muon", learning_rate=1e-2, b1=0.95, warmup_steps=50),
         sample=SampleConfig(prompt="class ", max_new_tokens=150),
-    )  # fmt: skip
+    )

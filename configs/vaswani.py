@@ -12,13 +12,25 @@ from jaxgpt.config import Config, MeshConfig, OptimConfig, presets
 def get_config() -> Config:
     return presets.long_run(
         presets.gpt2(
-            num_layers=6, num_heads=8, embed_dim=512, max_seq_len=512, norm_position="post",
-            position="sinusoidal", activation="relu", scale_embeddings=True, dropout=0.1,
+            num_layers=6,
+            num_heads=8,
+            embed_dim=512,
+            max_seq_len=512,
+            norm_position="post",
+            position="sinusoidal",
+            activation="relu",
+            scale_embeddings=True,
+            dropout=0.1,
         ),
         OptimConfig(
-            learning_rate=512**-0.5 * 4000**-0.5, schedule="rsqrt", warmup_steps=4000, b2=0.98,
-            eps=1e-9, weight_decay=0.0, clip_norm=0.0,
+            learning_rate=512**-0.5 * 4000**-0.5,
+            schedule="rsqrt",
+            warmup_steps=4000,
+            b2=0.98,
+            eps=1e-9,
+            weight_decay=0.0,
+            clip_norm=0.0,
         ),
         batch_size=64,
         mesh=MeshConfig(data=-1),
-    )  # fmt: skip
+    )

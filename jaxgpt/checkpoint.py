@@ -40,8 +40,10 @@ def list_all(checkpoints: Checkpoints, step: int | None) -> None:
     for row in rows:
         loss = "" if row["loss"] is None else f" | validation loss {row['loss']:.4f}"
         state = row["damage"] or "whole"
-        say(f"step {row['step']} | {row['tokens'] or 0:,} tokens{loss} | {row['bytes'] or 0:,} bytes"
-            f" | {state}")  # fmt: skip
+        say(
+            f"step {row['step']} | {row['tokens'] or 0:,} tokens{loss} | {row['bytes'] or 0:,} bytes"
+            f" | {state}"
+        )
     print(json.dumps(rows))
 
 
@@ -60,8 +62,7 @@ def show(checkpoints: Checkpoints, step: int | None) -> None:
     """Prints what one checkpoint (default: the newest whole one) holds, array by array."""
     step = checkpoints.pick(step)
     arrays = {
-        path: [list(leaf.shape), str(leaf.dtype)]
-        for path, leaf in checkpoints.arrays(step).items()
+        path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in checkpoints.arrays(step).items()
     }
     for path, (shape, dtype) in arrays.items():
         say(f"{path}: {dtype}{shape}")

@@ -36,9 +36,10 @@ from jaxgpt.text.chat import saved_template
 from jaxgpt.tokenizer import save_tokenizer
 
 DTYPES = {
-    "float32": np.dtype("<f4"), "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}  # fmt: skip
+}
 # float32 comes back as it was; the others are rounded once
 LARGEST_DIFFERENCE = {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.5}
 PROBE_TOKENS = 64
@@ -90,10 +91,12 @@ def import_folder(source: Path, workdir: Path) -> None:
         (scratch / "config.json").write_text(to_json(config))
         meta = {"tokens": 0, "seconds": 0.0, "data_fingerprint": "", "imported": str(source)}
         save_weights(scratch, params, meta)
-    say(f"imported  {count_parameters(params, config.model):,} parameters of {folder.family.name}"
+    say(
+        f"imported  {count_parameters(params, config.model):,} parameters of {folder.family.name}"
         f" from {source} into {workdir}\n"
         f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='Once upon a time'\n"
-        f"          python -m jaxgpt.train --config=FILE --config.init_from={workdir}")  # fmt: skip
+        f"          python -m jaxgpt.train --config=FILE --config.init_from={workdir}"
+    )
 
 
 def export_folder(workdir: str, step: int | None, target: Path, dtype: str) -> None:
@@ -141,11 +144,23 @@ def check_export(
         if differing := [
             field.name
             for field in dataclasses.fields(ModelConfig)
-            if field.name not in ("dtype", "param_dtype", "attention", "remat", "scan_layers",
-                                  "dropout", "lora_alpha", "lora_targets", "lora_dora",
-                                  "qkv_bias", "rope_theta", "rope_original_len")
+            if field.name
+            not in (
+                "dtype",
+                "param_dtype",
+                "attention",
+                "remat",
+                "scan_layers",
+                "dropout",
+                "lora_alpha",
+                "lora_targets",
+                "lora_dora",
+                "qkv_bias",
+                "rope_theta",
+                "rope_original_len",
+            )
             and getattr(theirs, field.name) != getattr(cfg, field.name)
-        ]:  # fmt: skip
+        ]:
             raise BadInput(f"the export does not read back: {', '.join(differing)} differ; refused")
         other = ModelSpec(theirs, "xla").for_decoding()
         abstract = jax.eval_shape(other.init, jax.random.key(0))

@@ -77,7 +77,9 @@ def check_flags(values: flags.FlagValues) -> None:
         raise BadInput(f"--stride={values.stride} must be at least 0")
     if values.watch_every <= 0:
         raise BadInput(f"--watch_every={values.watch_every} must be above 0")
-    given = [name for name in ("step", "all_steps", "watch") if values[name].value not in (None, False)]
+    given = [
+        name for name in ("step", "all_steps", "watch") if values[name].value not in (None, False)
+    ]
     if len(given) > 1:
         raise BadInput(f"--{given[0]} and --{given[1]} do not go together")
     if values.watch and values.coordinator:
@@ -143,17 +145,25 @@ def loss_of(trained: Trained, values: flags.FlagValues):
     split = open_split(trained, values.data, values.split)
     with jax.set_mesh(trained.mesh):
         measure = Perplexity(
-            make_eval_step(trained.spec), batch_sharding(trained), split,
-            trained.config.model.max_seq_len, trained.config.batch_size, values.stride,
-        )  # fmt: skip
+            make_eval_step(trained.spec),
+            batch_sharding(trained),
+            split,
+            trained.config.model.max_seq_len,
+            trained.config.batch_size,
+            values.stride,
+        )
 
     def measured(params: dict) -> dict:
         found = measure(params)
-        say(f"{name}: loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f},"
-            f" {found['bits_per_byte']:.4f} bits/byte")  # fmt: skip
+        say(
+            f"{name}: loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f},"
+            f" {found['bits_per_byte']:.4f} bits/byte"
+        )
         for source, row in found.get("sources", {}).items():
-            say(f"  {source}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f},"
-                f" {row['tokens']:,} tokens")  # fmt: skip
+            say(
+                f"  {source}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f},"
+                f" {row['tokens']:,} tokens"
+            )
         return {"split": name} | found
 
     return measured
@@ -179,9 +189,12 @@ def task_of(trained: Trained, spec: str):
         raise BadInput(f"--task={spec} holds no example")
     with jax.set_mesh(trained.mesh):
         choices = Choices(
-            make_eval_step(trained.spec), batch_sharding(trained), trained.tokenizer,
-            cfg.model.max_seq_len, cfg.batch_size,
-        )  # fmt: skip
+            make_eval_step(trained.spec),
+            batch_sharding(trained),
+            trained.tokenizer,
+            cfg.model.max_seq_len,
+            cfg.batch_size,
+        )
 
     def measured(params: dict) -> dict:
         if name == "questions":

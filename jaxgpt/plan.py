@@ -28,7 +28,9 @@ GIB = 2**30
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     define_config_flag(values, argv)
-    flags.DEFINE_string("topology", "", "v5e:2x4, h200, h200:8...; default: here", flag_values=values)
+    flags.DEFINE_string(
+        "topology", "", "v5e:2x4, h200, h200:8...; default: here", flag_values=values
+    )
     flags.DEFINE_bool("search", False, "try other meshes and policies", flag_values=values)
     flags.DEFINE_float("price", 0.0, "dollars per device and hour", flag_values=values)
     config = config_of(parse(values, argv, __doc__))
@@ -41,7 +43,9 @@ def main(argv: list[str]) -> None:
     with compiler(values.topology):
         devices, chip = devices_of(values.topology)
         if values.search and chip is None:
-            raise BadInput("--search ranks by the devices' speed, which is unknown here: give --topology")
+            raise BadInput(
+                "--search ranks by the devices' speed, which is unknown here: give --topology"
+            )
         plan_of = partial(make_plan, devices=devices, chip=chip)
         say(f"compile   the train step for {values.topology or 'the devices here'}")
         plan = {"topology": values.topology or devices[0].device_kind} | plan_of(config)
@@ -87,7 +91,9 @@ def table(plan: dict) -> list[str]:
     if not plan["fits"]:
         lines.append(f"fits      NO, by {plan['over_by'] / GIB:.2f} GiB a device")
         if found := plan.get("suggestion"):
-            change = " ".join(f"--config.{field}={value}" for field, value in found["change"].items())
+            change = " ".join(
+                f"--config.{field}={value}" for field, value in found["change"].items()
+            )
             total = found["bytes_per_device"]["total"] / GIB
             lines.append(f"try       {change} ({total:.2f} GiB)")
     if plan["compiled_flops_per_step"]:

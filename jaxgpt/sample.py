@@ -85,7 +85,9 @@ def check_flags(values: flags.FlagValues) -> Request:
     if values.num_beams and (values.stream or values.interactive or values.prompt_file):
         raise BadInput("--num_beams goes with --prompt alone: a search has no text until its end")
     if values.num_beams and values.num_samples > values.num_beams:
-        raise BadInput(f"--num_samples={values.num_samples} are more than --num_beams={values.num_beams}")
+        raise BadInput(
+            f"--num_samples={values.num_samples} are more than --num_beams={values.num_beams}"
+        )
     if "" in values.stop:
         raise BadInput("--stop must not be empty")
     sampling = Sampling(
@@ -119,7 +121,9 @@ def show_stream(decoder: Decoder, trained: Trained, requests: list[Request]) -> 
 
 def interact(decoder: Decoder, trained: Trained, request: Request) -> None:
     """Continues each line of standard input until it ends (Ctrl-D); lines do not see each other."""
-    say(f"step {trained.step} of {trained.checkpoints.folder.parent}: type a line to continue, Ctrl-D ends")
+    say(
+        f"step {trained.step} of {trained.checkpoints.folder.parent}: type a line to continue, Ctrl-D ends"
+    )
     while True:
         say("> ", end="")
         line = sys.stdin.readline()
@@ -167,9 +171,11 @@ def continue_rows(
 def described(text: Continuation) -> dict:
     """Returns a continuation as JSON."""
     return {
-        "text": text.text, "finish_reason": text.finish, "tokens": text.tokens,
+        "text": text.text,
+        "finish_reason": text.finish,
+        "tokens": text.tokens,
         "logprobs": text.scores,
-    }  # fmt: skip
+    }
 
 
 def search(decoder: Decoder, trained: Trained, request: Request, values: flags.FlagValues) -> None:

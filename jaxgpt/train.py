@@ -113,8 +113,10 @@ def carry_on(
         say(f"finished  {workdir} stopped early after step {int(state.step)}; {best_of(clock)}")
         return 0
     if state.step:
-        say(f"resume    from checkpoint {int(state.step)}"
-            + (f" with {'; '.join(changes)}" if changes else ""))  # fmt: skip
+        say(
+            f"resume    from checkpoint {int(state.step)}"
+            + (f" with {'; '.join(changes)}" if changes else "")
+        )
     began = time.perf_counter()
     train_step = training.compile_step()
     say(f"compile   the train step took {duration(time.perf_counter() - began)}")
@@ -126,11 +128,13 @@ def carry_on(
         last = loop.last_validation
         early = "" if last["step"] == config.num_steps else f" (stopped early; {best_of(clock)})"
         loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats/token"
-        say(f"done      validation loss {loss} after"
+        say(
+            f"done      validation loss {loss} after"
             f" {last['step']} steps{early} in {duration(clock.now())}; everything is in {workdir}\n"
             f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='def '\n"
             f"          python -m jaxgpt.evaluate --workdir={workdir}\n"
-            f"          tensorboard --logdir={workdir}/tensorboard")  # fmt: skip
+            f"          tensorboard --logdir={workdir}/tensorboard"
+        )
     return code
 
 
@@ -209,8 +213,10 @@ def is_finished(workdir: epath.Path, config: Config) -> bool:
     done = checkpoints.latest() or 0
     if done < config.num_steps or checkpoints.damage(done):
         return False
-    say(f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
-        " raise --config.num_steps to train on")  # fmt: skip
+    say(
+        f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
+        " raise --config.num_steps to train on"
+    )
     return True
 
 
@@ -248,7 +254,11 @@ def trained_share(config: Config, params: dict) -> str:
     mask = trainable(params, config.optim.freeze, config.model.lora_rank)
     sizes = [leaf.size for leaf in jax.tree.leaves(split(params, mask)[0])]
     every = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return "" if sum(sizes) == every else f" ({sum(sizes):,} of them trained, {sum(sizes) / every:.2%})"
+    return (
+        ""
+        if sum(sizes) == every
+        else f" ({sum(sizes):,} of them trained, {sum(sizes) / every:.2%})"
+    )
 
 
 def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:

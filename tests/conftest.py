@@ -74,8 +74,10 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     """A host batch of random tokens, [grad_accum, batch, seq_len]."""
     rng = np.random.default_rng(seed)
     shape = (
-        config.grad_accum, config.batch_size // config.grad_accum, config.model.max_seq_len + 1,
-    )  # fmt: skip
+        config.grad_accum,
+        config.batch_size // config.grad_accum,
+        config.model.max_seq_len + 1,
+    )
     ids = rng.integers(0, config.model.vocab_size, shape).astype(np.int32)
     return {"inputs": ids[..., :-1], "targets": ids[..., 1:]}
 

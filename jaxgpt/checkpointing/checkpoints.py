@@ -37,7 +37,9 @@ class Checkpoints:
             epath.Path(self.folder).absolute(),
             item_handlers=_handlers(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.PreserveAll() if read_only else _kept(keep, keep_every),
+                preservation_policy=policies.PreserveAll()
+                if read_only
+                else _kept(keep, keep_every),
                 create=not read_only,
                 read_only=read_only,
                 enable_async_checkpointing=not read_only,
@@ -158,7 +160,9 @@ class Checkpoints:
             lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
             whole = next((s for s in reversed(self.steps()) if not self.damage(s)), None)
             rest = f"the newest whole one is {whole}" if whole is not None else "there is none yet"
-            why = lines[0] if len(lines[0]) < 300 else f"... {lines[0][-250:]}"  # its end has the reason
+            why = (
+                lines[0] if len(lines[0]) < 300 else f"... {lines[0][-250:]}"
+            )  # its end has the reason
             raise BadInput(
                 f"checkpoint {self.saving} cannot be written to {self.folder}: {why}; {rest}"
             ) from e
@@ -203,9 +207,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """Returns what was saved beside the state."""
-        return self.manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def restore_params(self, step: int, abstract_params: dict, name: str = "params") -> dict:
         """Returns the state's `params` or `ema` alone, without reading the rest."""

@@ -12,6 +12,13 @@ from jaxgpt.config.schema import (
 )
 
 __all__ = [
-    "BadInput", "Config", "DataConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PeerLost",
-    "SampleConfig", "presets",
-]  # fmt: skip
+    "BadInput",
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PeerLost",
+    "SampleConfig",
+    "presets",
+]

@@ -76,12 +76,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def _is_held() -> bool:
-    """Says whether threads would keep a command from ending: those of a save that failed wait many
-    minutes for signals that nobody sends. Threads of a save that goes well end within `GRACE`."""
+    """Says whether Orbax would keep a command from ending: the threads of a save that failed wait many
+    minutes for signals that nobody sends. Those of a save that goes well end within `GRACE`."""
     program = getattr(sys.modules["__main__"], "__spec__", None)
     if program is None or not program.name.startswith("jaxgpt."):
         return False  # the process is not ours to end
-    threads = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    threads = [t for t in threading.enumerate() if type(t).__module__.startswith("orbax.")]
     until = time.monotonic() + GRACE
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))

@@ -18,10 +18,25 @@ from jaxgpt.config.validate import check_types, validate
 
 # What a rerun may change (the contract's resume rules).
 MAY_CHANGE = {
-    "num_steps", "num_epochs", "early_stop", "log_every", "eval_every", "sample_every", "checkpoint_every",
-    "keep_checkpoints", "keep_every", "max_bad_steps", "max_rollbacks", "mesh.data", "mesh.fsdp", "mesh.tensor", "grad_accum",
-    "model.attention", "model.remat", "model.scan_layers",
-}  # fmt: skip
+    "num_steps",
+    "num_epochs",
+    "early_stop",
+    "log_every",
+    "eval_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "max_bad_steps",
+    "max_rollbacks",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "grad_accum",
+    "model.attention",
+    "model.remat",
+    "model.scan_layers",
+}
 
 
 def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
@@ -35,9 +50,13 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
             check_known(match[1], known, "--config.")
     config_flags.DEFINE_config_dataclass(
-        "config", Config(), "config file, for example configs/tiny.py; any field can be set with"
-        " --config.FIELD=VALUE", flag_values=values, sys_argv=argv, parse_fn=load_file,
-    )  # fmt: skip
+        "config",
+        Config(),
+        "config file, for example configs/tiny.py; any field can be set with --config.FIELD=VALUE",
+        flag_values=values,
+        sys_argv=argv,
+        parse_fn=load_file,
+    )
 
 
 def config_of(values: flags.FlagValues) -> Config:

@@ -15,13 +15,21 @@ def llama(
     """Returns Llama 3's architecture (arXiv:2407.21783, section 3.2) in bfloat16: RoPE, RMSNorm,
     SwiGLU, grouped-query attention, no biases, separate output embedding."""
     sizes = dict(
-        num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads,
-        embed_dim=embed_dim, mlp_dim=mlp_dim,
-    )  # fmt: skip
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        embed_dim=embed_dim,
+        mlp_dim=mlp_dim,
+    )
     family = dict(
-        norm="rmsnorm", position="rope", rope_theta=500_000.0, activation="swiglu", bias=False,
-        tie_embeddings=False, dtype="bfloat16",
-    )  # fmt: skip
+        norm="rmsnorm",
+        position="rope",
+        rope_theta=500_000.0,
+        activation="swiglu",
+        bias=False,
+        tie_embeddings=False,
+        dtype="bfloat16",
+    )
     return ModelConfig(**sizes, **family | fields)
 
 
@@ -31,8 +39,14 @@ def long_run(model: ModelConfig, optim: OptimConfig, **fields) -> Config:
     Parameters and optimizer state are split over all devices (`mesh.fsdp`).
     """
     habits = dict(
-        num_steps=100_000, batch_size=512, log_every=10, eval_every=1000, eval_batches=100,
-        sample_every=1000, checkpoint_every=1000, mesh=MeshConfig(data=1, fsdp=-1),
+        num_steps=100_000,
+        batch_size=512,
+        log_every=10,
+        eval_every=1000,
+        eval_batches=100,
+        sample_every=1000,
+        checkpoint_every=1000,
+        mesh=MeshConfig(data=1, fsdp=-1),
         data=DataConfig(source="builtin", tokenizer="sentencepiece:32000"),
-    )  # fmt: skip
+    )
     return Config(model=model, optim=optim, **habits | fields)

@@ -9,7 +9,14 @@ CHOICES = {
     "model.position": ("learned", "sinusoidal", "rope", "none"),
     "model.rope_scaling": ("none", "linear", "llama3"),
     "model.activation": (
-        "gelu", "gelu_tanh", "relu", "leaky_relu", "relu2", "silu", "swiglu", "geglu",
+        "gelu",
+        "gelu_tanh",
+        "relu",
+        "leaky_relu",
+        "relu2",
+        "silu",
+        "swiglu",
+        "geglu",
     ),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.param_dtype": ("float32", "bfloat16"),
@@ -19,27 +26,63 @@ CHOICES = {
     "data.chat_template": ("plain", "chatml"),
     "optim.name": ("adamw", "muon", "lion", "adafactor", "sgd"),
     "optim.schedule": ("cosine", "wsd", "linear", "constant", "rsqrt"),
-}  # fmt: skip
+}
 CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 AT_LEAST = {
-    "num_steps": 1, "batch_size": 1, "grad_accum": 1, "log_every": 1, "keep_checkpoints": 1,
-    "eval_every": 0, "eval_batches": 0, "sample_every": 0, "checkpoint_every": 0,
-    "keep_every": 0, "max_bad_steps": 1, "max_rollbacks": 0, "num_epochs": 0, "early_stop": 0, "model.lora_rank": 0, "model.vocab_size": 0, "model.max_seq_len": 1, "model.num_layers": 1, "model.num_heads": 1,
-    "model.embed_dim": 1, "model.mlp_dim": 0, "model.num_kv_heads": 0, "model.head_dim": 0,
-    "model.window": 0, "model.full_attention_every": 0, "model.logit_softcap": 0,
-    "model.mup_base_width": 0, "model.rope_factor": 1, "model.rope_original_len": 1, "optim.warmup_steps": 0, "optim.weight_decay": 0,
-    "optim.clip_norm": 0, "optim.z_loss": 0, "optim.final_lr_ratio": 0,
-    "sample.max_new_tokens": 0, "sample.temperature": 0, "sample.top_k": 0, "seed": 0,
-}  # fmt: skip
+    "num_steps": 1,
+    "batch_size": 1,
+    "grad_accum": 1,
+    "log_every": 1,
+    "keep_checkpoints": 1,
+    "eval_every": 0,
+    "eval_batches": 0,
+    "sample_every": 0,
+    "checkpoint_every": 0,
+    "keep_every": 0,
+    "max_bad_steps": 1,
+    "max_rollbacks": 0,
+    "num_epochs": 0,
+    "early_stop": 0,
+    "model.lora_rank": 0,
+    "model.vocab_size": 0,
+    "model.max_seq_len": 1,
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "model.embed_dim": 1,
+    "model.mlp_dim": 0,
+    "model.num_kv_heads": 0,
+    "model.head_dim": 0,
+    "model.window": 0,
+    "model.full_attention_every": 0,
+    "model.logit_softcap": 0,
+    "model.mup_base_width": 0,
+    "model.rope_factor": 1,
+    "model.rope_original_len": 1,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_norm": 0,
+    "optim.z_loss": 0,
+    "optim.final_lr_ratio": 0,
+    "sample.max_new_tokens": 0,
+    "sample.temperature": 0,
+    "sample.top_k": 0,
+    "seed": 0,
+}
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 OPEN_INTERVALS = {
-    "optim.learning_rate": (0, float("inf")), "optim.eps": (0, 1), "model.norm_eps": (0, 1),
-    "model.rope_theta": (1, float("inf")), "model.lora_alpha": (0, float("inf")),
+    "optim.learning_rate": (0, float("inf")),
+    "optim.eps": (0, 1),
+    "model.norm_eps": (0, 1),
+    "model.rope_theta": (1, float("inf")),
+    "model.lora_alpha": (0, float("inf")),
     "optim.decay_fraction": (0, 1),
-}  # fmt: skip
+}
 HALF_OPEN = {
-    "model.dropout": (0, 1), "optim.b1": (0, 1), "optim.b2": (0, 1), "optim.ema_decay": (0, 1),
-}  # fmt: skip
+    "model.dropout": (0, 1),
+    "optim.b1": (0, 1),
+    "optim.b2": (0, 1),
+    "optim.ema_decay": (0, 1),
+}
 
 
 def validate(config: Config) -> None:
@@ -89,7 +132,9 @@ def _check_model(config: Config) -> None:
     if model.position == "rope" and sizes.head_dim % 2:
         raise BadInput(f"model.position='rope' needs an even head width, not {sizes.head_dim}")
     if model.position == "sinusoidal" and model.embed_dim % 2:
-        raise BadInput(f"model.position='sinusoidal' needs an even embed_dim, not {model.embed_dim}")
+        raise BadInput(
+            f"model.position='sinusoidal' needs an even embed_dim, not {model.embed_dim}"
+        )
     if model.rope_scaling != "none" and model.position != "rope":
         raise BadInput(f"model.rope_scaling={model.rope_scaling!r} needs model.position='rope'")
     every = model.full_attention_every
@@ -126,7 +171,9 @@ def _check_batch_and_mesh(config: Config) -> None:
     sizes = {"mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp, "mesh.tensor": mesh.tensor}
     for name, size in sizes.items():
         if size != -1 and size < 1:
-            raise BadInput(f"{name}={size} must be a positive number of devices, or -1 for the rest")
+            raise BadInput(
+                f"{name}={size} must be a positive number of devices, or -1 for the rest"
+            )
     if list(sizes.values()).count(-1) > 1:
         raise BadInput("at most one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
     check_divisible(config, max(mesh.data, 1), max(mesh.fsdp, 1), max(mesh.tensor, 1))
@@ -148,8 +195,12 @@ def check_divisible(config: Config, data: int, fsdp: int, tensor: int) -> None:
         ("model.mlp_dim", model.mlp_dim, "tensor", tensor),
         ("model.embed_dim", model.embed_dim, "fsdp", fsdp),
         ("the padded vocabulary", 128, "tensor", tensor),
-        ("model.max_seq_len, as mesh.sequence_activations splits it,",
-         model.max_seq_len if config.mesh.sequence_activations else 0, "tensor", tensor),
+        (
+            "model.max_seq_len, as mesh.sequence_activations splits it,",
+            model.max_seq_len if config.mesh.sequence_activations else 0,
+            "tensor",
+            tensor,
+        ),
     ):
         if size % devices:
             raise BadInput(f"{name} = {size} cannot be divided over mesh.{axis}={devices} devices")
@@ -158,7 +209,7 @@ def check_divisible(config: Config, data: int, fsdp: int, tensor: int) -> None:
 def _check_data(config: Config) -> None:
     data = config.data
     names = {name.strip() for name in data.special_tokens.split(",")}
-    if data.chat_template == "chatml" and not CHATML_TOKENS <= names:
+    if data.chat_template == "chatml" and not names >= CHATML_TOKENS:
         raise BadInput(
             "data.chat_template=chatml needs"
             f" data.special_tokens='{','.join(sorted(CHATML_TOKENS, reverse=True))}'"

@@ -50,9 +50,11 @@ class Stream:
         if not self.shuffle:
             return within
         return grain.experimental.index_shuffle(
-            within, max_index=count - 1, seed=_epoch_seed(self.seed, epoch, source),
+            within,
+            max_index=count - 1,
+            seed=_epoch_seed(self.seed, epoch, source),
             rounds=SHUFFLE_ROUNDS,
-        )  # fmt: skip
+        )
 
     def places(self, k: int, rows: np.ndarray | None = None) -> np.ndarray:
         """Returns the places of batch k's rows, [grad_accum, rows]; see `batch`."""
@@ -114,9 +116,13 @@ def training_stream(split: Split, config: Config) -> Stream:
         sources.append(source)
     turns = Turns(tuple(part.weight for part in split.parts))
     return Stream(
-        tuple(sources), turns, config.batch_size, config.grad_accum, config.seed,
+        tuple(sources),
+        turns,
+        config.batch_size,
+        config.grad_accum,
+        config.seed,
         config.data.shuffle,
-    )  # fmt: skip
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +187,13 @@ def evaluation_windows(num_tokens: int, seq_len: int, stride: int) -> int:
 
 
 def evaluation_batch(
-    tokens: np.ndarray, seq_len: int, batch_size: int, k: int, mask: np.ndarray | None = None,
+    tokens: np.ndarray,
+    seq_len: int,
+    batch_size: int,
+    k: int,
+    mask: np.ndarray | None = None,
     stride: int = 0,
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> dict[str, np.ndarray]:
     """Returns windows k*batch_size .. of a split, in order, int32 [1, batch_size, seq_len].
 
     Windows are `stride` tokens apart (0: seq_len). A target counts in the first window that has

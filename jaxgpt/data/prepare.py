@@ -45,7 +45,6 @@ class Prepared:
         """What cleaning left out: `{rule: {"documents", "examples"}}`."""
         return read_meta(self.folder)["dropped"]
 
-
     @property
     def summary(self) -> dict:
         """What there is to say about it, as JSON."""
@@ -54,7 +53,11 @@ class Prepared:
             entry = read_meta(self.folder)["splits"][name]
             found |= {f"{name} {what}": entry[what] for what in ("documents", "tokens", "bytes")}
         dropped = {rule: entry["documents"] for rule, entry in self.dropped.items()}
-        return found | {"vocabulary": self.tokenizer.vocab_size} | ({"dropped": dropped} if dropped else {})
+        return (
+            found
+            | {"vocabulary": self.tokenizer.vocab_size}
+            | ({"dropped": dropped} if dropped else {})
+        )
 
 
 def cache_folder(cfg: DataConfig) -> Path:
@@ -88,13 +91,15 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     if cfg.validation_source:
         held_out = open_sources(cfg.validation_source, cfg, cache, given)
     key = _hash(
-        str(FORMAT), *[f"{s.weight} {_identity(s)}" for s in sources],
+        str(FORMAT),
+        *[f"{s.weight} {_identity(s)}" for s in sources],
         *[f"validation {s.identity()}" for s in held_out],
         "" if held_out else str(cfg.validation_fraction),
         identity(cfg.clean) if cfg.clean else "",
         f"{cfg.tokenizer} sentencepiece {version('sentencepiece')} {cfg.special_tokens}"
-        if given is None else fingerprint(given),
-    )  # fmt: skip
+        if given is None
+        else fingerprint(given),
+    )
     folder = Path(out) if out else cache / key
     if (folder / META).exists() and read_meta(folder)["key"] != key:
         raise BadInput(f"{folder} already holds another prepared corpus; choose another --out")
@@ -112,9 +117,7 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, train, validation, load_tokenizer(folder / "tokenizer"))
 
 
-def prepare_whole(
-    source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Path
-) -> Split:
+def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Path) -> Split:
     """Returns the whole of `source` as one split, for evaluation with a trained tokenizer.
 
     Raises:
@@ -216,7 +219,9 @@ def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Sour
     bar.close()
     if not spool.stat().st_size:
         counts = ", ".join(f"{rule} {e['documents']}" for rule, e in report.rules.items())
-        raise BadInput(f"data.clean drops every document of {source.spec} ({counts or 'it has none'})")
+        raise BadInput(
+            f"data.clean drops every document of {source.spec} ({counts or 'it has none'})"
+        )
     return dataclasses.replace(source, documents=partial(_read_spool, spool))
 
 

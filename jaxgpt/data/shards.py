@@ -192,7 +192,9 @@ def read_meta(folder: Path) -> dict:
             f"{folder} holds no token shards ({META}: {e}); write some with jaxgpt.prepare --out"
         ) from e
     if meta.get("format") != FORMAT:
-        raise BadInput(f"{folder} has shard format {meta.get('format')}, not {FORMAT}; prepare again")
+        raise BadInput(
+            f"{folder} has shard format {meta.get('format')}, not {FORMAT}; prepare again"
+        )
     return meta
 
 
@@ -211,21 +213,35 @@ def read_split(folder: Path, name: str) -> Split:
     parts, first = [], 0
     for part in entry["parts"]:
         end = first + part["tokens"]
-        parts.append(Part(part["source"], Fraction(part["weight"]), first, end,
-                          part["documents"], part["bytes"]))  # fmt: skip
+        parts.append(
+            Part(
+                part["source"],
+                Fraction(part["weight"]),
+                first,
+                end,
+                part["documents"],
+                part["bytes"],
+            )
+        )
         first = end
     learnt = entry.get("learnt")
     mask = np.memmap(folder / f"{name}.mask", np.uint8, "r") if learnt else None
     return Split(
-        folder, name,
+        folder,
+        name,
         np.memmap(folder / f"{name}.bin", dtype, "r"),
         np.memmap(folder / f"{name}.documents", "<u8", "r"),
         np.memmap(folder / f"{name}.origins", "<u4", "r").reshape(-1, 2),
-        meta["files"], entry["documents"], entry["bytes"], meta["end_of_text"],
-        entry["sha256"], tuple(parts), mask,
+        meta["files"],
+        entry["documents"],
+        entry["bytes"],
+        meta["end_of_text"],
+        entry["sha256"],
+        tuple(parts),
+        mask,
         learnt["tokens"] if learnt else entry["tokens"] - 1,
         learnt["bytes"] if learnt else entry["bytes"],
-    )  # fmt: skip
+    )
 
 
 def verify(folder: Path, checksums: dict) -> None:
@@ -249,7 +265,9 @@ def verify(folder: Path, checksums: dict) -> None:
             with open(file, "rb") as stream:
                 for number, crc in enumerate(expected["crc32"]):
                     if zlib.crc32(stream.read(CRC_BLOCK)) != crc:
-                        place = f"between bytes {number * CRC_BLOCK:,} and {(number + 1) * CRC_BLOCK:,}"
+                        place = (
+                            f"between bytes {number * CRC_BLOCK:,} and {(number + 1) * CRC_BLOCK:,}"
+                        )
                         raise BadInput(f"{file} is damaged {place}: its checksum differs; {remedy}")
             fresh[name] = stamp
     if fresh != known and os.access(folder, os.W_OK):
@@ -267,8 +285,9 @@ def write_once(folder: Path, locks: Path, write: Callable[[Path], None]) -> None
       BadInput: if nothing can be written there (no permission, disk full, a path below a file).
     """
     try:
-        with _locked(locks / f"{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]}",
-                     folder) as exclusive:  # fmt: skip
+        with _locked(
+            locks / f"{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]}", folder
+        ) as exclusive:
             if (folder / META).exists():
                 return
             if exclusive:

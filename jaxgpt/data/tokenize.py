@@ -60,9 +60,11 @@ def _encode(batch: list[Piece], tokenizer: Tokenizer) -> list[tuple]:
     if batch[0].tokens is not None:
         return [(piece.tokens, None) for piece in batch]
     texts = [
-        part.text for piece in batch for part in piece.parts or (Part(piece.text),)
+        part.text
+        for piece in batch
+        for part in piece.parts or (Part(piece.text),)
         if not part.special
-    ]  # fmt: skip
+    ]
     encoded = iter(tokenizer.encode_batch(texts))
     return [_in_parts(p, encoded, tokenizer) if p.parts else (next(encoded), None) for p in batch]
 

@@ -40,8 +40,11 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence, **kw) -> list[tuple[float, bool]]:
         rows = [(context[-self.context :], continuation) for _, context, continuation in requests]
-        return [found for start in range(0, len(rows), self.batch)
-                for found in self._scored(rows[start : start + self.batch])]  # fmt: skip
+        return [
+            found
+            for start in range(0, len(rows), self.batch)
+            for found in self._scored(rows[start : start + self.batch])
+        ]
 
     def _scored(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         width = -(-self.context // COLUMNS) * COLUMNS
@@ -61,9 +64,11 @@ class HarnessModel(TemplateLM):
         found = []
         for request in requests:
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]), prefix_token=self.eot_token_id,
-                max_seq_len=self.context, context_len=1,
-            )  # fmt: skip
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.eot_token_id,
+                max_seq_len=self.context,
+                context_len=1,
+            )
             rows = [(None, *make_disjoint_window(window)) for window in windows]
             found.append(sum(score for score, _ in self._loglikelihood_tokens(rows)))
         return found

@@ -57,8 +57,10 @@ def _lambada(row: dict) -> Item:
 
 
 BENCHMARKS: dict[str, Callable[[dict], Item]] = {
-    "hellaswag": _hellaswag, "arc": _arc, "lambada": _lambada,
-}  # fmt: skip
+    "hellaswag": _hellaswag,
+    "arc": _arc,
+    "lambada": _lambada,
+}
 
 
 def read_items(name: str, files: list[str]) -> list[Item]:
@@ -103,6 +105,7 @@ def last_words(items: Sequence[Item], choices: Choices, params: dict, greedy: Ca
         word = choices.tokenizer.encode(item.choices[0])
         right += np.array_equal(greedy(item.prompt, len(word)), word)
     return {
-        "examples": len(items), "accuracy": right / len(items),
+        "examples": len(items),
+        "accuracy": right / len(items),
         "perplexity": math.exp(min(-float(scores.mean()), 700)),
-    }  # fmt: skip
+    }

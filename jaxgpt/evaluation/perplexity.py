@@ -25,9 +25,14 @@ class Perplexity:
     """
 
     def __init__(
-        self, eval_step, sharding: NamedSharding, split: Split, seq_len: int, batch: int,
+        self,
+        eval_step,
+        sharding: NamedSharding,
+        split: Split,
+        seq_len: int,
+        batch: int,
         stride: int = 0,
-    ):  # fmt: skip
+    ):
         if split.num_targets < 1:
             raise BadInput("the split to evaluate holds no token")
         if not 0 <= stride <= seq_len:

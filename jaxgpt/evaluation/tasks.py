@@ -35,11 +35,16 @@ class Choices:
         for start in range(0, len(rows), self.batch):
             some = rows[start : start + self.batch]
             shape = (1, self.batch, self.seq_len)
-            host = {"inputs": np.zeros(shape, np.int32), "targets": np.full(shape, IGNORE, np.int32)}
+            host = {
+                "inputs": np.zeros(shape, np.int32),
+                "targets": np.full(shape, IGNORE, np.int32),
+            }
             for i, (inputs, targets) in enumerate(some):
                 host["inputs"][0, i, : len(inputs)] = inputs
                 host["targets"][0, i, : len(targets)] = targets
-            device = {n: put(a, np.arange(self.batch), self.sharding, shape) for n, a in host.items()}
+            device = {
+                n: put(a, np.arange(self.batch), self.sharding, shape) for n, a in host.items()
+            }
             nats = np.asarray(jax.device_get(self.eval_step(params, device)), np.float64)
             found += (-nats[: len(some)].sum(axis=-1)).tolist()
         return np.array(found)
@@ -55,9 +60,7 @@ class Choices:
         return whole[:-1], targets
 
 
-def classification(
-    task: str, examples: Sequence[Example], choices: Choices, params: dict
-) -> dict:
+def classification(task: str, examples: Sequence[Example], choices: Choices, params: dict) -> dict:
     """Returns `examples`, `accuracy` and `confusion` ({right: {given: count}}).
 
     The answer given is the label of the largest likelihood.
@@ -84,7 +87,11 @@ def questions(examples: Sequence[Example], answer: Callable[[str], str]) -> dict
         right = [normalised(a) for a in example.answers]
         exact += any(given == a for a in right)
         f1 += max(overlap(given, a) for a in right)
-    return {"examples": len(examples), "exact_match": exact / len(examples), "f1": f1 / len(examples)}
+    return {
+        "examples": len(examples),
+        "exact_match": exact / len(examples),
+        "f1": f1 / len(examples),
+    }
 
 
 def normalised(text: str) -> list[str]:

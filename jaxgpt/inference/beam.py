@@ -13,7 +13,12 @@ from jaxgpt.model.cache import empty
 
 
 def beam_search(
-    decoder: Decoder, prompt: np.ndarray, new: int, beams: int, end: int, length_penalty: float = 1.0
+    decoder: Decoder,
+    prompt: np.ndarray,
+    new: int,
+    beams: int,
+    end: int,
+    length_penalty: float = 1.0,
 ) -> list[tuple[np.ndarray, float]]:
     """Returns `beams` continuations of at most `new` tokens, the best first, each with its score:
     the sum of log-probabilities over the length to the power of `length_penalty` (arXiv:1609.08144,
@@ -51,14 +56,27 @@ def _search(spec: ModelSpec, new: int, end: int, params: dict, rows: Rows):
         recent = jax.tree.map(partial(_rows_of, at=parent), recent)  # the prompt is the same in all
         tokens = tokens[parent].at[:, at].set(token)
         lengths = lengths[parent] + ~was_ended
-        return (recent, token, position + 1, sums, was_ended | (token == end), tokens, lengths), None
+        return (
+            recent,
+            token,
+            position + 1,
+            sums,
+            was_ended | (token == end),
+            tokens,
+            lengths,
+        ), None
 
     first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # all beams are one at the start
     zeros = jnp.zeros(beams, jnp.int32)
     carry = (
-        empty(spec.cfg, beams, new, spec.rules), rows.token, rows.position, first, zeros > 0,
-        jnp.zeros((beams, new), jnp.int32), zeros,
-    )  # fmt: skip
+        empty(spec.cfg, beams, new, spec.rules),
+        rows.token,
+        rows.position,
+        first,
+        zeros > 0,
+        jnp.zeros((beams, new), jnp.int32),
+        zeros,
+    )
     (*_, sums, _, tokens, lengths), _ = jax.lax.scan(step, carry, jnp.arange(new))
     return tokens, sums, lengths
 

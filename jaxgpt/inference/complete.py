@@ -75,7 +75,9 @@ class Continuation:
             return whole
         whole = whole.removesuffix(HALF)
         for held in range(max(map(len, self.request.stop), default=1) - 1, 0, -1):
-            if any(stop.startswith(whole[-held:]) for stop in self.request.stop if held < len(stop)):
+            if any(
+                stop.startswith(whole[-held:]) for stop in self.request.stop if held < len(stop)
+            ):
                 return whole[:-held]
         return whole
 
@@ -104,13 +106,20 @@ def complete(
             return
 
 
-def completed(decoder: Decoder, tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Continuation]:
+def completed(
+    decoder: Decoder, tokenizer: Tokenizer, requests: Sequence[Request]
+) -> list[Continuation]:
     """Returns every request's finished continuation.
 
     Raises:
       BadInput: see `complete`.
     """
-    return [text for _, text in sorted({i: text for i, _, text in complete(decoder, tokenizer, requests)}.items())]
+    return [
+        text
+        for _, text in sorted(
+            {i: text for i, _, text in complete(decoder, tokenizer, requests)}.items()
+        )
+    ]
 
 
 def request_of(row: dict, default: Request, where: str) -> Request:
@@ -121,7 +130,10 @@ def request_of(row: dict, default: Request, where: str) -> Request:
       BadInput: if a field is missing, ill-typed or out of range; the message starts with `where`.
     """
     kinds = {"prompt": str, "max_new_tokens": int, "seed": int, "stop": (str, list)}
-    kinds |= {field.name: int if field.type is int else (int, float) for field in dataclasses.fields(Sampling)}
+    kinds |= {
+        field.name: int if field.type is int else (int, float)
+        for field in dataclasses.fields(Sampling)
+    }
     if "prompt" not in row:
         raise BadInput(f"{where} has no field 'prompt'")
     given = {name: row[name] for name in kinds if name in row}

@@ -87,8 +87,9 @@ class Decoder:
         padded = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
-        return _prefill(self.spec, _up(room, BUCKET), self.params, padded, lengths, keys,
-                        Samplings.of(sampling))  # fmt: skip
+        return _prefill(
+            self.spec, _up(room, BUCKET), self.params, padded, lengths, keys, Samplings.of(sampling)
+        )
 
     def more(
         self, rows: Rows, count: int = CHUNK, reach: int = 0
@@ -186,14 +187,21 @@ def _laid_out(spec: ModelSpec, params: dict) -> dict:
     def cast(path, p):
         return p.astype(dtype) if path[-1].key == "kernel" else p
 
-    return split_layers(params | {"blocks": jax.tree_util.tree_map_with_path(cast, params["blocks"])})
+    return split_layers(
+        params | {"blocks": jax.tree_util.tree_map_with_path(cast, params["blocks"])}
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
-    spec: ModelSpec, room: int, params: dict, prompts: Int[Array, "B P"], lengths: Int[Array, "B"],
-    keys: Key[Array, "B"], sampling: Samplings,
-) -> Rows:  # fmt: skip
+    spec: ModelSpec,
+    room: int,
+    params: dict,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    keys: Key[Array, "B"],
+    sampling: Samplings,
+) -> Rows:
     """Padding is not put into the cache, nor is the last token, with which decoding begins."""
     batch, width = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)

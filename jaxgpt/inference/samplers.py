@@ -55,11 +55,16 @@ class Samplings:
     @classmethod
     def of(cls, rows: Sequence[Sampling]) -> "Samplings":
         """Returns the rows' numbers as NumPy arrays."""
-        fields = {field.name: [getattr(row, field.name) for row in rows] for field in dataclasses.fields(cls)}
-        return cls(**{
-            name: np.asarray(values, np.int32 if name == "top_k" else np.float32)
-            for name, values in fields.items()
-        })  # fmt: skip
+        fields = {
+            field.name: [getattr(row, field.name) for row in rows]
+            for field in dataclasses.fields(cls)
+        }
+        return cls(
+            **{
+                name: np.asarray(values, np.int32 if name == "top_k" else np.float32)
+                for name, values in fields.items()
+            }
+        )
 
 
 def penalise_repetition(
@@ -104,7 +109,9 @@ def _keep_least(logits: Float[Array, "B V"], enough: Callable) -> Float[Array, "
     lowest = jnp.iinfo(jnp.int32).min
 
     def narrow(i, least):
-        step = jnp.where(i == 0, lowest, jnp.int32(1) << (31 - i).astype(jnp.int32))  # lowest: wraps
+        step = jnp.where(
+            i == 0, lowest, jnp.int32(1) << (31 - i).astype(jnp.int32)
+        )  # lowest: wraps
         tried = least + step
         return jnp.where(enough(order >= tried[:, None]), tried, least)
 
@@ -140,10 +147,7 @@ def filtered(
 
 
 def draw(
-    logits: Float[Array, "B V"],
-    keys: Key[Array, "B"],
-    rows: Samplings,
-    seen: Bool[Array, "B V"],
+    logits: Float[Array, "B V"], keys: Key[Array, "B"], rows: Samplings, seen: Bool[Array, "B V"]
 ) -> Int[Array, "B"]:
     """Returns one token per row, each row with its own key; ids of logit -inf are never drawn."""
     logits = filtered(logits, rows, seen)
@@ -155,9 +159,12 @@ def draw(
     drawn = jax.lax.cond(jnp.all(greedy), best, lambda logits: invert(logits, keys), logits)
     mixed = jnp.any(greedy) & ~jnp.all(greedy)
     return jax.lax.cond(
-        mixed, lambda logits, drawn: jnp.where(greedy, best(logits), drawn),
-        lambda logits, drawn: drawn, logits, drawn,
-    )  # fmt: skip
+        mixed,
+        lambda logits, drawn: jnp.where(greedy, best(logits), drawn),
+        lambda logits, drawn: drawn,
+        logits,
+        drawn,
+    )
 
 
 def invert(logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:

@@ -49,9 +49,11 @@ def open_trained(workdir: str, step: int | None) -> Trained:
     step = checkpoints.pick(step)
     devices = jax.devices()
     config = dataclasses.replace(
-        config, mesh=MeshConfig(data=-1), grad_accum=1,
+        config,
+        mesh=MeshConfig(data=-1),
+        grad_accum=1,
         batch_size=-(-config.batch_size // config.grad_accum // len(devices)) * len(devices),
-    )  # fmt: skip
+    )
     mesh, model = make_mesh(config, devices), config.model
     attention = choose_kernel(
         "auto", devices[0].platform, model.dtype, model.with_sizes().head_dim, model.dropout

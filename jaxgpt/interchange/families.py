@@ -95,9 +95,11 @@ def _block(name: str, path: str, turned: bool = False, *more: str) -> Rule:
 
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 GPT2_FIXED = {
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False, "add_cross_attention": False,
-}  # fmt: skip
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
 
 
 def _gpt2_model(hf: dict) -> ModelConfig:
@@ -106,35 +108,56 @@ def _gpt2_model(hf: dict) -> ModelConfig:
     if activation not in GPT2_ACTIVATIONS:
         raise BadInput(f"config.json: activation_function={activation!r} is not supported")
     return ModelConfig(
-        vocab_size=hf["vocab_size"], max_seq_len=hf.get("n_positions", hf.get("n_ctx")),
-        num_layers=hf["n_layer"], num_heads=hf["n_head"], embed_dim=hf["n_embd"],
-        mlp_dim=hf.get("n_inner") or 4 * hf["n_embd"], activation=GPT2_ACTIVATIONS[activation],
+        vocab_size=hf["vocab_size"],
+        max_seq_len=hf.get("n_positions", hf.get("n_ctx")),
+        num_layers=hf["n_layer"],
+        num_heads=hf["n_head"],
+        embed_dim=hf["n_embd"],
+        mlp_dim=hf.get("n_inner") or 4 * hf["n_embd"],
+        activation=GPT2_ACTIVATIONS[activation],
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         tie_embeddings=hf.get("tie_word_embeddings", True),
-    )  # fmt: skip
+    )
 
 
 def _gpt2_config(cfg: ModelConfig) -> dict:
     names = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}
     return {
-        "model_type": "gpt2", "vocab_size": cfg.vocab_size, "n_positions": cfg.max_seq_len,
-        "n_ctx": cfg.max_seq_len, "n_layer": cfg.num_layers, "n_head": cfg.num_heads,
-        "n_embd": cfg.embed_dim, "n_inner": cfg.mlp_dim,
-        "activation_function": names[cfg.activation], "layer_norm_epsilon": cfg.norm_eps,
-        "tie_word_embeddings": cfg.tie_embeddings, "resid_pdrop": cfg.dropout,
-        "embd_pdrop": cfg.dropout, "attn_pdrop": cfg.dropout,
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "vocab_size": cfg.vocab_size,
+        "n_positions": cfg.max_seq_len,
+        "n_ctx": cfg.max_seq_len,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.num_heads,
+        "n_embd": cfg.embed_dim,
+        "n_inner": cfg.mlp_dim,
+        "activation_function": names[cfg.activation],
+        "layer_norm_epsilon": cfg.norm_eps,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "resid_pdrop": cfg.dropout,
+        "embd_pdrop": cfg.dropout,
+        "attn_pdrop": cfg.dropout,
+    }
 
 
 COMMON = {
-    "norm_position": ("pre",), "window": (0,), "logit_softcap": (0.0,), "mup_base_width": (0,),
-    "scale_embeddings": (False,), "lora_rank": (0,),
-}  # fmt: skip
+    "norm_position": ("pre",),
+    "window": (0,),
+    "logit_softcap": (0.0,),
+    "mup_base_width": (0,),
+    "scale_embeddings": (False,),
+    "lora_rank": (0,),
+}
 QKV = tuple(f"attention/{name}" for name in ("query", "key", "value"))
 GPT2 = Family(
-    "gpt2", "GPT2LMHeadModel",
-    COMMON | {
-        "norm": ("layernorm",), "position": ("learned",), "bias": (True,), "qk_norm": (False,),
+    "gpt2",
+    "GPT2LMHeadModel",
+    COMMON
+    | {
+        "norm": ("layernorm",),
+        "position": ("learned",),
+        "bias": (True,),
+        "qk_norm": (False,),
         "activation": tuple(GPT2_ACTIVATIONS.values()),
     },
     (
@@ -144,8 +167,12 @@ GPT2 = Family(
             rule
             for end, suffix in (("kernel", "weight"), ("bias", "bias"))
             for rule in (
-                _block(f"h.{{layer}}.attn.c_attn.{suffix}", *[f"{QKV[0]}/{end}"], False,
-                       *[f"{path}/{end}" for path in QKV[1:]]),
+                _block(
+                    f"h.{{layer}}.attn.c_attn.{suffix}",
+                    *[f"{QKV[0]}/{end}"],
+                    False,
+                    *[f"{path}/{end}" for path in QKV[1:]],
+                ),
                 _block(f"h.{{layer}}.attn.c_proj.{suffix}", f"attention/out/{end}"),
                 _block(f"h.{{layer}}.mlp.c_fc.{suffix}", f"mlp/up/{end}"),
                 _block(f"h.{{layer}}.mlp.c_proj.{suffix}", f"mlp/down/{end}"),
@@ -162,12 +189,19 @@ GPT2 = Family(
         ),
         Rule("lm_head.weight", ("head",)),
     ),
-    _gpt2_model, _gpt2_config, prefix="transformer.",
+    _gpt2_model,
+    _gpt2_config,
+    prefix="transformer.",
     ignored=(".attn.bias", ".attn.masked_bias"),
-)  # fmt: skip
+)
 
-LLAMA_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-               "use_sliding_window": False, "pretraining_tp": 1}  # fmt: skip
+LLAMA_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "pretraining_tp": 1,
+}
 
 
 def _llama_model(hf: dict) -> ModelConfig:
@@ -183,17 +217,26 @@ def _llama_model(hf: dict) -> ModelConfig:
         _require(rope, {"low_freq_factor": 1.0, "high_freq_factor": 4.0})
     heads = hf["num_attention_heads"]
     return ModelConfig(
-        vocab_size=hf["vocab_size"], max_seq_len=hf["max_position_embeddings"],
-        num_layers=hf["num_hidden_layers"], num_heads=heads,
+        vocab_size=hf["vocab_size"],
+        max_seq_len=hf["max_position_embeddings"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads, embed_dim=hf["hidden_size"],
-        mlp_dim=hf["intermediate_size"], norm="rmsnorm", norm_eps=hf.get("rms_norm_eps", 1e-6),
-        position="rope", rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 1e4))),
-        rope_scaling=scaling, rope_factor=float(rope.get("factor", 1.0)),
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        embed_dim=hf["hidden_size"],
+        mlp_dim=hf["intermediate_size"],
+        norm="rmsnorm",
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        position="rope",
+        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 1e4))),
+        rope_scaling=scaling,
+        rope_factor=float(rope.get("factor", 1.0)),
         rope_original_len=rope.get("original_max_position_embeddings", 8192),
-        activation="swiglu", bias=False, tie_embeddings=hf.get("tie_word_embeddings", False),
+        activation="swiglu",
+        bias=False,
+        tie_embeddings=hf.get("tie_word_embeddings", False),
         qk_norm=hf.get("model_type") == "qwen3",
-    )  # fmt: skip
+    )
 
 
 def _llama_config(cfg: ModelConfig) -> dict:
@@ -202,18 +245,29 @@ def _llama_config(cfg: ModelConfig) -> dict:
     if cfg.rope_scaling != "none":
         rope["factor"] = cfg.rope_factor
     if cfg.rope_scaling == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                 "original_max_position_embeddings": cfg.rope_original_len}  # fmt: skip
+        rope |= {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": cfg.rope_original_len,
+        }
     old = {"rope_theta": cfg.rope_theta, "rope_scaling": None if kind == "default" else rope}
     return {
-        "model_type": "qwen3" if cfg.qk_norm else "llama", "vocab_size": cfg.vocab_size,
-        "max_position_embeddings": cfg.max_seq_len, "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim, "hidden_size": cfg.embed_dim,
-        "intermediate_size": cfg.mlp_dim, "rms_norm_eps": cfg.norm_eps, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": cfg.tie_embeddings,
+        "model_type": "qwen3" if cfg.qk_norm else "llama",
+        "vocab_size": cfg.vocab_size,
+        "max_position_embeddings": cfg.max_seq_len,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_size": cfg.embed_dim,
+        "intermediate_size": cfg.mlp_dim,
+        "rms_norm_eps": cfg.norm_eps,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": cfg.tie_embeddings,
         "rope_parameters": rope,
-    } | old  # fmt: skip
+    } | old
 
 
 def _modern(name: str, architecture: str, qk_norm: bool) -> Family:
@@ -223,25 +277,43 @@ def _modern(name: str, architecture: str, qk_norm: bool) -> Family:
     )
     kernels = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out"))
     return Family(
-        name, architecture,
-        COMMON | {
-            "norm": ("rmsnorm",), "position": ("rope",), "bias": (False,), "qkv_bias": (False,),
-            "activation": ("swiglu",), "qk_norm": (qk_norm,),
+        name,
+        architecture,
+        COMMON
+        | {
+            "norm": ("rmsnorm",),
+            "position": ("rope",),
+            "bias": (False,),
+            "qkv_bias": (False,),
+            "activation": ("swiglu",),
+            "qk_norm": (qk_norm,),
         },
         (
             Rule("model.embed_tokens.weight", ("tokens",)),
-            *(_prefixed(_block(f"layers.{{layer}}.self_attn.{short}_proj.weight",
-                               f"attention/{long}/kernel", True)) for short, long in kernels),
-            *(_prefixed(_block(f"layers.{{layer}}.mlp.{n}_proj.weight", f"mlp/{n}/kernel", True))
-              for n in ("gate", "up", "down")),
+            *(
+                _prefixed(
+                    _block(
+                        f"layers.{{layer}}.self_attn.{short}_proj.weight",
+                        f"attention/{long}/kernel",
+                        True,
+                    )
+                )
+                for short, long in kernels
+            ),
+            *(
+                _prefixed(_block(f"layers.{{layer}}.mlp.{n}_proj.weight", f"mlp/{n}/kernel", True))
+                for n in ("gate", "up", "down")
+            ),
             *map(_prefixed, norms if qk_norm else ()),
             _prefixed(_block("layers.{layer}.input_layernorm.weight", "attention_norm/scale")),
             _prefixed(_block("layers.{layer}.post_attention_layernorm.weight", "mlp_norm/scale")),
             Rule("model.norm.weight", ("final_norm/scale",)),
             Rule("lm_head.weight", ("head",)),
         ),
-        _llama_model, _llama_config, ignored=("rotary_emb.inv_freq",),
-    )  # fmt: skip
+        _llama_model,
+        _llama_config,
+        ignored=("rotary_emb.inv_freq",),
+    )
 
 
 def _prefixed(rule: Rule) -> Rule:

@@ -130,9 +130,13 @@ def _files(path: Path) -> list:
 def _openai_config(hparams: dict) -> dict:
     try:
         return {
-            "model_type": "gpt2", "vocab_size": hparams["n_vocab"], "n_positions": hparams["n_ctx"],
-            "n_embd": hparams["n_embd"], "n_head": hparams["n_head"], "n_layer": hparams["n_layer"],
-        }  # fmt: skip
+            "model_type": "gpt2",
+            "vocab_size": hparams["n_vocab"],
+            "n_positions": hparams["n_ctx"],
+            "n_embd": hparams["n_embd"],
+            "n_head": hparams["n_head"],
+            "n_layer": hparams["n_layer"],
+        }
     except KeyError as e:
         raise BadInput(f"hparams.json lacks {e}") from e
 

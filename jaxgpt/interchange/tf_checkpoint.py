@@ -38,8 +38,11 @@ class TfCheckpoint:
     def _add(self, name: str, entry: dict, data_size: int) -> None:
         if entry.get(1) != FLOAT:
             return  # counters and the like
-        shape = [dict(_message(dim)).get(1, 0) for number, dim in _message(entry.get(2, b""))
-                 if number == 2]  # fmt: skip
+        shape = [
+            dict(_message(dim)).get(1, 0)
+            for number, dim in _message(entry.get(2, b""))
+            if number == 2
+        ]
         offset, length = entry.get(4, 0), entry.get(5, 0)
         if length != 4 * math.prod(shape) or offset + length > data_size:
             raise ValueError(f"variable {name} does not lie within the data file")

@@ -52,8 +52,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, templa
     base = tokenizer.base if isinstance(tokenizer, SpecialTokens) else tokenizer
     if base.kind == "sentencepiece":
         base.save(folder)
-        say(f"tokenizer {folder}/sentencepiece.model goes with it: load it with sentencepiece, as"
-            " transformers' own reading of such models splits text differently")  # fmt: skip
+        say(
+            f"tokenizer {folder}/sentencepiece.model goes with it: load it with sentencepiece, as"
+            " transformers' own reading of such models splits text differently"
+        )
         return
     fast, end = _fast(base)
     if isinstance(tokenizer, SpecialTokens):
@@ -64,9 +66,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, templa
         base.save(folder)
     settings = {
         "tokenizer_class": "GPT2Tokenizer" if base.kind == "gpt2" else "PreTrainedTokenizerFast",
-        "model_max_length": max_seq_len, "add_prefix_space": False, "bos_token": end,
-        "eos_token": end, "clean_up_tokenization_spaces": False,
-    } | ({"unk_token": end} if base.kind == "gpt2" else {})  # fmt: skip
+        "model_max_length": max_seq_len,
+        "add_prefix_space": False,
+        "bos_token": end,
+        "eos_token": end,
+        "clean_up_tokenization_spaces": False,
+    } | ({"unk_token": end} if base.kind == "gpt2" else {})
     if template:
         settings["chat_template"] = template
         (folder / "chat_template.jinja").write_text(template, "utf-8")
@@ -88,7 +93,9 @@ def _fast(base: Tokenizer) -> tuple[FastTokenizer, str]:
     else:  # char: what the vocabulary lacks is the replacement character's id
         vocab = {character: i for i, character in enumerate(base.characters)}
         vocab |= {"\N{REPLACEMENT CHARACTER}": base.unknown, END_OF_TEXT: base.end_of_text}
-        fast = FastTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="\N{REPLACEMENT CHARACTER}"))
+        fast = FastTokenizer(
+            models.BPE(vocab=vocab, merges=[], unk_token="\N{REPLACEMENT CHARACTER}")
+        )
         fast.decoder = decoders.Fuse()
     fast.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
     return fast, END_OF_TEXT

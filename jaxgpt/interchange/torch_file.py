@@ -17,11 +17,15 @@ import numpy as np
 from jaxgpt.config import BadInput
 
 STORAGES = {
-    "FloatStorage": np.dtype("<f4"), "HalfStorage": np.dtype("<f2"),
-    "DoubleStorage": np.dtype("<f8"), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype("<i8"), "IntStorage": np.dtype("<i4"), "ByteStorage": np.dtype("u1"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "DoubleStorage": np.dtype("<f8"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
-}  # fmt: skip
+}
 
 
 class _Storage(NamedTuple):

@@ -73,9 +73,11 @@ def write_params(file: Path, family: Family, params: dict, cfg: ModelConfig, dty
     outside = {"lm_head.weight"}  # stands beside the decoder, not in it
     full = {name if name in outside else prefix + name: name for name in named}
     write_safetensors(
-        file, {long: shapes[name] for long, name in full.items()}, np.dtype(dtype),
+        file,
+        {long: shapes[name] for long, name in full.items()},
+        np.dtype(dtype),
         lambda long: read(full[long]),
-    )  # fmt: skip
+    )
 
 
 def _named(rules: list[Rule], num_layers: int) -> Iterator[tuple[str, tuple[Rule, int | None]]]:

@@ -58,7 +58,9 @@ class Bar:
                 share = min(self.done / self.total, 1.0)
                 line += f", {share:.0%} | eta {duration(max(self.total - self.done, 0) / rate)}"
             end = "" if self.terminal else "\n"
-            print(f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True)
+            print(
+                f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True
+            )
 
     def close(self) -> None:
         """Leaves the terminal's line clean."""

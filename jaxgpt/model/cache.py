@@ -62,9 +62,10 @@ def put(recent: KeysValues, new: KeysValues, at: Int[Array, ""]) -> KeysValues:
 def merged(cache: Cache, recent: Cache, rules: AxisRules) -> Cache:
     """Returns the cache with everything of `recent` in its slots, in place of what was there."""
     slots = jnp.where(
-        recent.positions == UNWRITTEN, cache.positions.shape[1],  # past the end: left out
+        recent.positions == UNWRITTEN,
+        cache.positions.shape[1],  # past the end: left out
         recent.positions % cache.positions.shape[1],
-    )  # fmt: skip
+    )
     spec, rows = rules("batch", "kv_heads", None, None), rules("batch", None)
 
     def write(old, new, slots):

@@ -21,6 +21,7 @@ from jaxgpt.ops.cross_entropy import cross_entropy
 from jaxgpt.parallel.fsdp import traded
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
+
 def pre_norm(x, norm, layer):
     """Returns x + layer(norm(x)) (GPT-2, section 2.3) and what else the layer returned."""
     added, rest = layer(norm(x))
@@ -60,7 +61,9 @@ class Block(nnx.Module):
 
         def attend(x):
             x = jax.sharding.reshard(x, self.whole)
-            return dropout(self.attention(x, positions, segments, keys[0]), self.dropout, keys[1]), None
+            return dropout(
+                self.attention(x, positions, segments, keys[0]), self.dropout, keys[1]
+            ), None
 
         return self._run(x, attend, keys[2])[0]
 
@@ -178,9 +181,12 @@ class GPT(nnx.Module):
         x = self.final_norm(x)
         spec = self.rules("vocab", None)
         logits = jnp.einsum(
-            "VD,BD->VB", table.astype(x.dtype), x, out_sharding=spec,
+            "VD,BD->VB",
+            table.astype(x.dtype),
+            x,
+            out_sharding=spec,
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        )
         logits = logits if x.shape[0] == 1 else jax.lax.optimization_barrier(logits)
         return self._finished(logits.T, jnp.arange(table.shape[0]))
 
@@ -191,9 +197,11 @@ class GPT(nnx.Module):
         keys and values. `layers` holds each block's parameters (see `split_layers`): a decoder does
         little for each weight it reads, and a stack of layers would have it copy them first.
         """
-        return self._decode(layers, self._embed(tokens, positions), lambda i, attention, x: (
-            attention.prefill(x, positions)
-        ))  # fmt: skip
+        return self._decode(
+            layers,
+            self._embed(tokens, positions),
+            lambda i, attention, x: attention.prefill(x, positions),
+        )
 
     def extend(
         self,

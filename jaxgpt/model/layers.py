@@ -62,14 +62,25 @@ class Linear(nnx.Module):
     """
 
     SIZES = {
-        "D": "embed_dim", "N": "num_heads", "K": "num_kv_heads", "H": "head_dim", "F": "mlp_dim",
-    }  # fmt: skip
+        "D": "embed_dim",
+        "N": "num_heads",
+        "K": "num_kv_heads",
+        "H": "head_dim",
+        "F": "mlp_dim",
+    }
     AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "mlp"}
 
     def __init__(
-        self, name: str, equation: str, cfg: ModelConfig, rules: AxisRules, *, bias: bool,
-        std: float, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self,
+        name: str,
+        equation: str,
+        cfg: ModelConfig,
+        rules: AxisRules,
+        *,
+        bias: bool,
+        std: float,
+        rngs: nnx.Rngs,
+    ):
         inputs, out = equation.split("->")
         letters = inputs.split(",")[1]
         dtype = jnp.dtype(cfg.param_dtype)

@@ -28,8 +28,12 @@ def add(y, x, equation: str, kernel, adapter: dict, scale: float, out: P) -> Flo
     """Returns y = x W with the addition: y + scale * x A B; under DoRA, each output times its
     magnitude over the norm of its column of W + scale * A B (a constant to the gradient, 4.3)."""
     rows, letters, result = _split(equation)
-    low = rowwise(f"{rows},{letters[: _inputs(equation)]}R->MR", x,
-                  weight(adapter["lora_in"], x.dtype), P(out[0], out[1], None))  # fmt: skip
+    low = rowwise(
+        f"{rows},{letters[: _inputs(equation)]}R->MR",
+        x,
+        weight(adapter["lora_in"], x.dtype),
+        P(out[0], out[1], None),
+    )
     lora_out = weight(adapter["lora_out"], x.dtype)
     y = y + scale * rowwise(f"MR,R{result[1:]}->{result}", low, lora_out, out)
     if adapter.get("magnitude") is None:
@@ -37,9 +41,11 @@ def add(y, x, equation: str, kernel, adapter: dict, scale: float, out: P) -> Flo
     kernel, first = weight(kernel, x.dtype), weight(adapter["lora_in"], jnp.float32)
     axes = tuple(range(_inputs(equation)))
     added = jnp.einsum(
-        f"{letters[: len(axes)]}R,R{result[1:]}->{letters}", first, lora_out.astype(jnp.float32),
+        f"{letters[: len(axes)]}R,R{result[1:]}->{letters}",
+        first,
+        lora_out.astype(jnp.float32),
         out_sharding=jax.typeof(kernel).sharding.spec,
-    )  # fmt: skip
+    )
     whole = kernel.astype(jnp.float32) + scale * added
     norm = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(jnp.square(whole), axis=axes)))
     magnitude = reshard(adapter["magnitude"][...], P(*out[2:]))

@@ -43,6 +43,8 @@ class NothingAdded(nnx.Module):
 
 
 POSITIONS = {
-    "learned": LearnedPositions, "sinusoidal": SinusoidalPositions, "rope": NothingAdded,
+    "learned": LearnedPositions,
+    "sinusoidal": SinusoidalPositions,
+    "rope": NothingAdded,
     "none": NothingAdded,
-}  # fmt: skip
+}

@@ -22,7 +22,9 @@ REMAT = {
     ),
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[RESIDUAL],
-        offload_src="device", offload_dst="pinned_host",
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[RESIDUAL],
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
 }

@@ -64,9 +64,7 @@ def cudnn_attention(
     """
     if places.q_segments is not None:
         mask = visible(places, window)[:, None]
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, implementation="cudnn"
-        )
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
     local = (window - 1, 0) if window else None
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
@@ -98,8 +96,10 @@ def cached_attention(
 
 
 KERNELS: dict[str, Kernel] = {
-    "xla": xla_attention, "cudnn": cudnn_attention, "splash": splash_attention
-}  # fmt: skip
+    "xla": xla_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}
 NATIVE = {"gpu": "cudnn", "tpu": "splash"}  # each platform's flash kernel
 
 
@@ -112,14 +112,18 @@ def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: 
     wanted = NATIVE.get(platform, "xla") if name == "auto" else name
     home = {kernel: platform for platform, kernel in NATIVE.items()}.get(wanted, platform)
     why_not = (
-        "" if wanted == "xla"
-        else f"the devices are {platform}, not {home}" if platform != home
-        else "only 'xla' attention has dropout" if dropout
-        else f"model.dtype={dtype} is not a 16-bit float" if wanted == "cudnn" and dtype == "float32"
+        ""
+        if wanted == "xla"
+        else f"the devices are {platform}, not {home}"
+        if platform != home
+        else "only 'xla' attention has dropout"
+        if dropout
+        else f"model.dtype={dtype} is not a 16-bit float"
+        if wanted == "cudnn" and dtype == "float32"
         else f"heads of width {head_dim} are not a multiple of 8 up to 128"
         if wanted == "cudnn" and (head_dim % 8 or head_dim > 128)
         else ""
-    )  # fmt: skip
+    )
     if why_not and name != "auto":
         raise BadInput(f"model.attention={name} cannot run: {why_not}; set model.attention=auto")
     return "xla" if why_not else wanted

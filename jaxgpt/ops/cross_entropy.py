@@ -39,7 +39,11 @@ def _cross_entropy(x, table, targets, finish, rules):
 
 
 def _forward(x, table, targets, finish, rules):
-    rows, vectors, split = rules("batch", "seq"), rules("batch", "seq", None), rules("vocab", "embed")
+    rows, vectors, split = (
+        rules("batch", "seq"),
+        rules("batch", "seq", None),
+        rules("vocab", "embed"),
+    )
 
     def local(x, table, targets):
         flat, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
@@ -48,24 +52,38 @@ def _forward(x, table, targets, finish, rules):
             high, total, picked = carry
             logits, ids = _logits(flat, *numbered, finish, rules)[:2]
             higher = jnp.maximum(high, jnp.max(logits, axis=-1))
-            total = total * jnp.exp(high - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), axis=-1)
-            return (higher, total, picked + jnp.sum(jnp.where(ids == wanted, logits, 0), axis=-1)), None
+            total = total * jnp.exp(high - higher) + jnp.sum(
+                jnp.exp(logits - higher[:, None]), axis=-1
+            )
+            return (
+                higher,
+                total,
+                picked + jnp.sum(jnp.where(ids == wanted, logits, 0), axis=-1),
+            ), None
 
         none = jnp.zeros(flat.shape[0], jnp.float32)
-        (high, total, picked), _ = jax.lax.scan(part, (none + LOWEST, none, none), _parts(table, flat))
+        (high, total, picked), _ = jax.lax.scan(
+            part, (none + LOWEST, none, none), _parts(table, flat)
+        )
         highest = jax.lax.pmax(high, "tensor")
         lse = highest + jnp.log(jax.lax.psum(total * jnp.exp(high - highest), "tensor"))
         counted = wanted[:, 0] != IGNORE
         nats = jnp.where(counted, lse - jax.lax.psum(picked, "tensor"), 0)
         return nats.reshape(targets.shape), jnp.where(counted, lse, 0).reshape(targets.shape)
 
-    run = jax.shard_map(local, in_specs=(vectors, split, rows), out_specs=(rows, rows), check_vma=False)
+    run = jax.shard_map(
+        local, in_specs=(vectors, split, rows), out_specs=(rows, rows), check_vma=False
+    )
     nats, lse = run(x, table, targets)
     return (nats, lse), (x, table, targets, lse)
 
 
 def _backward(finish, rules, kept, cotangents):
-    rows, vectors, split = rules("batch", "seq"), rules("batch", "seq", None), rules("vocab", "embed")
+    rows, vectors, split = (
+        rules("batch", "seq"),
+        rules("batch", "seq", None),
+        rules("vocab", "embed"),
+    )
 
     def local(x, table, targets, lse, of_nats, of_lse):
         flat, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)

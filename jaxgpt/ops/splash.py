@@ -45,14 +45,23 @@ def splash_attention(
 def _kernel(length: int, heads: int, window: int, interpret: bool):
     block = next(b for b in range(min(BLOCK, length), 0, -LANES) if length % b == 0)
     sizes = kernels.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-        block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     return kernels.make_splash_mha(
-        _mask(length, heads, window), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-        residual_checkpoint_name=RESIDUALS, interpret=interpret,
-    )  # fmt: skip
+        _mask(length, heads, window),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=RESIDUALS,
+        interpret=interpret,
+    )
 
 
 @functools.lru_cache

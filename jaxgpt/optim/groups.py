@@ -8,7 +8,13 @@ import jax
 from jaxgpt.config import BadInput, ModelConfig
 from jaxgpt.model.lora import is_addition
 
-MATRICES = ("kernel", "tokens", "head", "lora_in", "lora_out")  # the last word of a parameter's path
+MATRICES = (
+    "kernel",
+    "tokens",
+    "head",
+    "lora_in",
+    "lora_out",
+)  # the last word of a parameter's path
 VECTORS = ("bias", "scale", "magnitude")
 
 

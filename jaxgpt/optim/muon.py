@@ -55,8 +55,9 @@ def on_whole_matrices(inner: optax.GradientTransformation) -> optax.GradientTran
         found, state = inner.update(whole(updates), state, params and whole(params))
         back = jax.tree.map(
             lambda new, old: jax.sharding.reshard(new, jax.typeof(old).sharding.spec),
-            found, updates,
-        )  # fmt: skip
+            found,
+            updates,
+        )
         return back, state
 
     return optax.GradientTransformation(lambda params: inner.init(whole(params)), update)

@@ -24,8 +24,7 @@ def lion(cfg: OptimConfig) -> optax.GradientTransformation:
 def adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
     """Factored second moments (arXiv:1804.04235, algorithm 4) with update clipping at 1."""
     return optax.chain(
-        optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
-        optax.clip_by_block_rms(1.0),
+        optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30), optax.clip_by_block_rms(1.0)
     )
 
 
@@ -36,8 +35,12 @@ def sgd(cfg: OptimConfig) -> optax.GradientTransformation:
 
 
 DIRECTIONS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
-    "adamw": adamw, "lion": lion, "adafactor": adafactor, "sgd": sgd, "muon": muon_direction,
-}  # fmt: skip
+    "adamw": adamw,
+    "lion": lion,
+    "adafactor": adafactor,
+    "sgd": sgd,
+    "muon": muon_direction,
+}
 
 
 def make_optimizer(

@@ -55,9 +55,11 @@ def _backward(out, rules, kept, of_y):
         return of_x, jax.sharding.reshard(of_whole, spec).astype(kernel.dtype)
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     own = jnp.einsum(
-        "SMI,SMO->SIO", _rows_of_each(x, devices), _rows_of_each(of_y, devices),
+        "SMI,SMO->SIO",
+        _rows_of_each(x, devices),
+        _rows_of_each(of_y, devices),
         out_sharding=P(BATCH_AXES, *without_fsdp(kernel)),
-    )  # fmt: skip
+    )
     return of_x, summed(own, spec, rules).astype(kernel.dtype)
 
 
@@ -140,7 +142,12 @@ def traded(x: jax.Array, rules: AxisRules) -> jax.Array:
         x = x.reshape(*(parts for parts, _ in phases), rows, length, columns)
         for at, (_, groups) in reversed(list(enumerate(phases))):
             x = jax.lax.all_to_all(
-                x, "fsdp", split_axis=at, concat_axis=x.ndim - 1, tiled=True, axis_index_groups=groups
+                x,
+                "fsdp",
+                split_axis=at,
+                concat_axis=x.ndim - 1,
+                tiled=True,
+                axis_index_groups=groups,
             )
         return x.reshape(rows, length, columns * size)
 
@@ -167,13 +174,17 @@ def torus_phases(mesh) -> tuple[int, ...]:
         return (len(devices),)
     coords = np.array([device.coords for device in devices])
     lengths = [len(set(column)) for column in coords.T]
-    order = [d for d in np.argsort([_stride(column) for column in coords.T])[::-1] if lengths[d] > 1]
+    order = [
+        d for d in np.argsort([_stride(column) for column in coords.T])[::-1] if lengths[d] > 1
+    ]
     sizes = tuple(lengths[d] for d in order)
     if math.prod(sizes) != len(devices):
         return (len(devices),)
     places = np.stack(np.unravel_index(np.arange(len(devices)), sizes), axis=1)
     seen = coords[:, order]
-    if any(len({(p, c) for p, c in zip(places[:, i], seen[:, i])}) != n for i, n in enumerate(sizes)):
+    if any(
+        len({(p, c) for p, c in zip(places[:, i], seen[:, i])}) != n for i, n in enumerate(sizes)
+    ):
         return (len(devices),)
     return sizes
 

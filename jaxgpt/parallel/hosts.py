@@ -70,9 +70,11 @@ def join(values: flags.FlagValues) -> None:
     threading.Thread(target=_give_up, args=(met, values.join_timeout, where), daemon=True).start()
     try:
         jax.distributed.initialize(
-            **found, initialization_timeout=values.join_timeout + 60,
-            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
-        )  # fmt: skip
+            **found,
+            initialization_timeout=values.join_timeout + 60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
     except ValueError:  # a TPU that is no part of a slice
         pass
     except RuntimeError as e:
@@ -90,7 +92,9 @@ def _check(coordinator: str, count: int | None, index: int | None) -> dict:
     if count is None or index is None:
         raise BadInput("--coordinator needs --num_processes=N and --process_id=I")
     if not 0 <= index < count:
-        raise BadInput(f"--process_id={index} is not one of 0 .. {count - 1} (--num_processes={count})")
+        raise BadInput(
+            f"--process_id={index} is not one of 0 .. {count - 1} (--num_processes={count})"
+        )
     return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
 
 
@@ -103,9 +107,12 @@ def _on_tpu() -> bool:
 def _give_up(met: threading.Event, seconds: float, where: str) -> None:
     """Ends the process with a line in place of the stack trace with which JAX would abort it."""
     if not met.wait(seconds):
-        print(f"error: not all processes came to {where} within {seconds} s; start them all with the"
-              " same command, each with its own --process_id, and see that the port is open",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"error: not all processes came to {where} within {seconds} s; start them all with the"
+            " same command, each with its own --process_id, and see that the port is open",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(2)
 
 
@@ -207,4 +214,3 @@ class Vote:
         votes = jax.make_array_from_callback((self.size,), self.sharding, lambda index: own[index])
         self.cast.append(self.greatest(votes))
         return int(self.cast.popleft()) if len(self.cast) > VOTE_LAG else 0
-

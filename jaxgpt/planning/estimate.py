@@ -80,10 +80,15 @@ def _compiled(training: Training) -> tuple[Any, Program]:
 
 def _empty(memory: dict, arguments: list[dict]) -> dict:
     return {
-        "fits": False, "over_by": memory["total"] - memory["limit"], "bytes_per_device": memory,
-        "largest": arguments[:LARGEST], "compiled_flops_per_step": None, "collectives": [],
-        "roofline_seconds": None, "bound_by": "memory capacity",
-    }  # fmt: skip
+        "fits": False,
+        "over_by": memory["total"] - memory["limit"],
+        "bytes_per_device": memory,
+        "largest": arguments[:LARGEST],
+        "compiled_flops_per_step": None,
+        "collectives": [],
+        "roofline_seconds": None,
+        "bound_by": "memory capacity",
+    }
 
 
 def _measured(
@@ -148,11 +153,16 @@ def _arguments(training: Training, state) -> list[dict]:
     for path, leaf in leaves:
         spec = getattr(leaf.sharding, "spec", None)
         local = leaf.sharding.shard_shape(leaf.shape) if spec is not None else leaf.shape
-        found.append({
-            "name": _named(path), "kind": "argument", "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype), "sharding": str(tuple(spec or ())),
-            "bytes": math.prod(local) * leaf.dtype.itemsize,
-        })  # fmt: skip
+        found.append(
+            {
+                "name": _named(path),
+                "kind": "argument",
+                "shape": list(leaf.shape),
+                "dtype": str(leaf.dtype),
+                "sharding": str(tuple(spec or ())),
+                "bytes": math.prod(local) * leaf.dtype.itemsize,
+            }
+        )
     return sorted(found, key=lambda a: -a["bytes"])
 
 
@@ -173,22 +183,30 @@ def _temporaries(program: Program) -> list[dict]:
             shape = re.match(r"(\w+)\[([\d,]+)\]", i.type)
             skipped = ("parameter", "get-tuple-element", "bitcast", "while", "constant")
             if shape and VMEM not in i.type and i.opcode not in skipped:
-                found.setdefault(shape[0], {
-                    "name": i.source or i.name, "kind": "temporary",
-                    "shape": [int(n) for n in shape[2].split(",")], "dtype": shape[1],
-                    "sharding": "of one device", "bytes": i.bytes,
-                })  # fmt: skip
+                found.setdefault(
+                    shape[0],
+                    {
+                        "name": i.source or i.name,
+                        "kind": "temporary",
+                        "shape": [int(n) for n in shape[2].split(",")],
+                        "dtype": shape[1],
+                        "sharding": "of one device",
+                        "bytes": i.bytes,
+                    },
+                )
     return sorted(found.values(), key=lambda a: -a["bytes"])[:LARGEST]
 
 
 def _kernel_flops(program: Program, training: Training) -> int:
-    """Splash and cuDNN say nothing of their cost: pairs of positions that see each other, the mean over the
-    layers' windows, times the width of a head, for each product of matrices."""
+    """Splash and cuDNN say nothing of their cost: pairs of positions that see each other, the mean
+    over the layers' windows, times the width of a head, for each product of matrices."""
     cfg, mesh = training.spec.cfg, training.mesh.shape
     rows = training.config.batch_size // training.config.grad_accum
     rows //= mesh["data"] * mesh["fsdp"]
-    seen = [np.minimum(np.arange(1, cfg.max_seq_len + 1), w or cfg.max_seq_len).sum()
-            for w in windows(cfg)]  # fmt: skip
+    seen = [
+        np.minimum(np.arange(1, cfg.max_seq_len + 1), w or cfg.max_seq_len).sum()
+        for w in windows(cfg)
+    ]
     one = 2 * int(np.mean(seen)) * cfg.head_dim * cfg.num_heads // mesh["tensor"] * rows
     total = 0
     for name, times in program.kernels().items():
@@ -208,7 +226,9 @@ def _summed(collectives: list[Collective]) -> list[dict]:
     """The contract's rows: how often in a step, and their bytes together."""
     found: dict[tuple, dict] = {}
     for c in collectives:
-        row = found.setdefault((c.kind, c.axis), {"kind": c.kind, "axis": c.axis, "count": 0, "bytes": 0})
+        row = found.setdefault(
+            (c.kind, c.axis), {"kind": c.kind, "axis": c.axis, "count": 0, "bytes": 0}
+        )
         row["count"] += c.count
         row["bytes"] += c.count * c.bytes
     return sorted(found.values(), key=lambda row: -row["bytes"])

@@ -28,13 +28,34 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 1.41, 40 * 2**20, 164 * 2**10,
-                79 * GIB, 2_039 * 10**9, 12),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 1.98, 50 * 2**20, 228 * 2**10,
-                79 * GIB, 3_352 * 10**9, 18),
-    "h200": Gpu("NVIDIA H200", 9, 132, 128, 1.98, 50 * 2**20, 228 * 2**10,
-                139 * GIB, 4_800 * 10**9, 18),
-}  # fmt: skip
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB",
+        8,
+        108,
+        64,
+        1.41,
+        40 * 2**20,
+        164 * 2**10,
+        79 * GIB,
+        2_039 * 10**9,
+        12,
+    ),
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3",
+        9,
+        132,
+        128,
+        1.98,
+        50 * 2**20,
+        228 * 2**10,
+        79 * GIB,
+        3_352 * 10**9,
+        18,
+    ),
+    "h200": Gpu(
+        "NVIDIA H200", 9, 132, 128, 1.98, 50 * 2**20, 228 * 2**10, 139 * GIB, 4_800 * 10**9, 18
+    ),
+}
 
 
 def described_gpus(name: str, hosts: int, each: int) -> list[jax.Device]:
@@ -45,10 +66,12 @@ def described_gpus(name: str, hosts: int, each: int) -> list[jax.Device]:
     """
     require("jax_plugins.xla_cuda13", "plan-gpu", f"--topology={name}")
     try:
-        return list(topologies.get_topology_desc(
-            "", platform="cuda", topology=f"1x{hosts}x{each}", target_config=target(GPUS[name])
-        ).devices)  # fmt: skip
-    except (RuntimeError, NotImplementedError) as e:
+        return list(
+            topologies.get_topology_desc(
+                "", platform="cuda", topology=f"1x{hosts}x{each}", target_config=target(GPUS[name])
+            ).devices
+        )
+    except RuntimeError as e:
         raise BadInput(
             f"--topology={name}: JAX's plugin for CUDA refuses the description"
             f" ({str(e).splitlines()[0][:200]}); install the plugin of JAX's own version:"
@@ -59,7 +82,8 @@ def described_gpus(name: str, hosts: int, each: int) -> list[jax.Device]:
 def target(gpu: Gpu) -> str:
     """Returns XLA's `GpuTargetConfigProto` of a GPU, as text. Versions are those of CUDA 13."""
     versions = "".join(
-        f'{part}: "13.0.0" ' for part in ("driver_version", "runtime_version", "compile_time_toolkit_version")
+        f'{part}: "13.0.0" '
+        for part in ("driver_version", "runtime_version", "compile_time_toolkit_version")
     )
     extension = "ACCELERATED_FEATURES" if gpu.capability >= 9 else "NONE"
     return f"""

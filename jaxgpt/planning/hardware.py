@@ -18,9 +18,13 @@ from jaxgpt.metrics.throughput import PEAK_FLOPS
 from jaxgpt.planning.gpus import GIB, GPUS, described_gpus
 
 LIBTPU_ENVIRONMENT = {  # or it looks for a metadata server for minutes, and talks
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "", "TPU_WORKER_HOSTNAMES": "",
-    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
-}  # fmt: skip
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "",
+    "TPU_WORKER_HOSTNAMES": "",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +59,29 @@ TPUS = {
     "v6e": Chip(PEAK_FLOPS["TPU v6e"], 1.64e12, 2 * 100e9, int(31.24 * GIB)),
 }
 KINDS = {
-    "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e", "TPU v6e": "v6e",
-}  # fmt: skip
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
 NETWORK_CARD = {"a100": 25e9, "h100": 50e9, "h200": 50e9}  # bytes/s, one a GPU, as in DGX
 
 
 def gpu_chip(name: str) -> Chip:
     """Returns a GPU of `GPUS`; of its memory, the share that JAX takes: 75%, or what
-    XLA_PYTHON_CLIENT_MEM_FRACTION says."""
-    gpu, share = GPUS[name], float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
-    memory, nvlink = int(gpu.memory * share), gpu.links * 25e9
+    XLA_PYTHON_CLIENT_MEM_FRACTION says.
+
+    Raises:
+      BadInput: if that is no number.
+    """
+    gpu, share = GPUS[name], os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+    if not re.fullmatch(r"\d*\.?\d+", share):
+        raise BadInput(
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is not a share of memory, as in 0.92"
+        )
+    memory, nvlink = int(gpu.memory * float(share)), gpu.links * 25e9
     return Chip(PEAK_FLOPS[gpu.kind], float(gpu.bandwidth), nvlink, memory, NETWORK_CARD[name])
 
 

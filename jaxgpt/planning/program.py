@@ -19,13 +19,28 @@ INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 BITS = {"pred": 8, "token": 0}
 COLLECTIVES = (
-    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
     "ragged-all-to-all",
-)  # fmt: skip
+)
 FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional",
-    "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "call",
+    "conditional",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "opt-barrier",
+}
 KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
 FUSIONS = ("fusion", "fusion-start")  # a GPU's may run beside others
 VMEM = "S(1)"  # memory on the chip, in a TPU's layouts
@@ -109,8 +124,11 @@ class Program:
         if known := re.search(r'known_trip_count[\\":{n]+(\d+)', loop.rest):
             return int(known[1])
         condition = self.computations[loop.called("condition")].values()
-        limits = [int(i.rest.split(")")[0]) for i in condition
-                  if i.opcode == "constant" and i.type.startswith(("s32[]", "s64[]", "u32[]"))]  # fmt: skip
+        limits = [
+            int(i.rest.split(")")[0])
+            for i in condition
+            if i.opcode == "constant" and i.type.startswith(("s32[]", "s64[]", "u32[]"))
+        ]
         return max(limits, default=1)
 
     def __iter__(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
@@ -175,7 +193,9 @@ class Program:
             using = users.get(name, [])
             slicing = ("dynamic-slice", "slice", "gather")
             sliced = all(u.opcode in slicing and u.operands[0] == name for u in using)
-            updated = [u for u in using if u.opcode == "dynamic-update-slice" and u.operands[0] == name]
+            updated = [
+                u for u in using if u.opcode == "dynamic-update-slice" and u.operands[0] == name
+            ]
             if using and sliced:
                 total += sum(u.bytes for u in using)
             elif updated:
@@ -251,7 +271,9 @@ def _goes_on(where: dict[str, Instruction]) -> bool:
 def _is_scattered(i: Instruction, where: dict[str, Instruction]) -> bool:
     """Says whether an all-reduce stands in a fusion that keeps its own slice only: so a TPU's
     compiler writes a reduce-scatter."""
-    return any(o.root and o.opcode == "dynamic-slice" and i.name in o.operands for o in where.values())
+    return any(
+        o.root and o.opcode == "dynamic-slice" and i.name in o.operands for o in where.values()
+    )
 
 
 def _is_collective(opcode: str) -> bool:
@@ -276,8 +298,12 @@ def _flops(i: Instruction, where: dict[str, Instruction]) -> int:
 def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
     """TPUs write a product of matrices as a convolution; padding is not multiplied."""
     ins, kernel, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
-    window = {name: re.search(rf"\b{name}=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest)
-              or ["", ""])[1]) for name in ("stride", "pad", "lhs_dilate", "rhs_dilate")}  # fmt: skip
+    window = {
+        name: re.search(
+            rf"\b{name}=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]
+        )
+        for name in ("stride", "pad", "lhs_dilate", "rhs_dilate")
+    }
     steps = 2 * i.shapes[0][out.index("b")] * i.shapes[0][out.index("f")] * rhs[kernel.index("i")]
     spatial = sorted(set(ins) - {"b", "f"})
     for d in spatial:

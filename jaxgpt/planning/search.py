@@ -21,8 +21,11 @@ def changed(config: Config, change: Change) -> Config:
     Raises:
       BadInput: if the copy is no possible run.
     """
-    parts = {f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)
-             if dataclasses.is_dataclass(getattr(config, f.name))}  # fmt: skip
+    parts = {
+        f.name: dataclasses.replace(getattr(config, f.name))
+        for f in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, f.name))
+    }
     copy = dataclasses.replace(config, **parts)
     for field, value in change.items():
         set_field(copy, field, value)
@@ -88,7 +91,8 @@ def search(
     found = []
     for change, accums in candidates(config, devices):
         rows = (_tried(config, change | {"grad_accum": n}, plan_of, tell) for n in accums)
-        found += [row for row in [next(filter(None, rows), None)] if row]
+        if row := next(filter(None, rows), None):
+            found.append(row)
     found.sort(key=lambda row: row["seconds"])
     for doublings in range(1, 5 if found else 1):
         batch = {"batch_size": config.batch_size * 2**doublings}

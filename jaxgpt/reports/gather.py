@@ -12,10 +12,13 @@ from jaxgpt.config.load import read_config
 MAX_POINTS = 1500  # of a curve: more than a screen has pixels
 MAX_SAMPLES = 60
 CURVES = {
-    "loss": ("train", "loss"), "validation": ("validation", "loss"),
-    "learning_rate": ("train", "learning_rate"), "grad_norm": ("train", "grad_norm"),
-    "tokens_per_second": ("train", "tokens_per_second"), "mfu": ("train", "mfu"),
-}  # fmt: skip
+    "loss": ("train", "loss"),
+    "validation": ("validation", "loss"),
+    "learning_rate": ("train", "learning_rate"),
+    "grad_norm": ("train", "grad_norm"),
+    "tokens_per_second": ("train", "tokens_per_second"),
+    "mfu": ("train", "mfu"),
+}
 
 
 def gathered(workdir: str) -> dict:
@@ -43,15 +46,18 @@ def gathered(workdir: str) -> dict:
             for name, value in fields.items()
         },
         "facts": {
-            "step": rows[-1]["step"], "num_steps": config["num_steps"],
-            "seconds": rows[-1]["seconds"], "tokens": train[-1]["tokens"] if train else 0,
-            "best_loss": best and best["loss"], "best_step": best and best["step"],
+            "step": rows[-1]["step"],
+            "num_steps": config["num_steps"],
+            "seconds": rows[-1]["seconds"],
+            "tokens": train[-1]["tokens"] if train else 0,
+            "best_loss": best and best["loss"],
+            "best_step": best and best["step"],
             "best_bits_per_byte": best and best["bits_per_byte"],
             "tokens_per_second": _middle([row["tokens_per_second"] for row in train]),
         },
         "data": meta.get("data", {}),
         "environment": meta.get("environment", {}) | meta.get("versions", {}),
-    }  # fmt: skip
+    }
 
 
 def _rows(file: epath.Path) -> list[dict]:

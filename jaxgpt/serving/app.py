@@ -121,9 +121,13 @@ class Answer:
 
     def _answer(self, choices: list[dict], **more) -> dict:
         return {
-            "id": self.id, "object": "text_completion", "created": self.created,
-            "model": self.model, "choices": choices, **more,
-        }  # fmt: skip
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            **more,
+        }
 
     def _choice(
         self, i: int, text: str, told: slice = slice(None), finish: str | None = None

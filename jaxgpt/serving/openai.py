@@ -15,10 +15,25 @@ MAX_CHOICES = 16  # prompts times n
 MAX_STOPS = 4
 NOTHING = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""}
 KNOWN = {
-    "model", "prompt", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options",
-    "logprobs", "echo", "stop", "seed", "best_of", "user", "top_k", "min_p", "repetition_penalty",
+    "model",
+    "prompt",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "n",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "echo",
+    "stop",
+    "seed",
+    "best_of",
+    "user",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
     *NOTHING,
-}  # fmt: skip
+}
 
 
 class Refused(Exception):
@@ -33,10 +48,12 @@ class Refused(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
-                "message": self.message, "type": kind, "param": self.param or None,
+                "message": self.message,
+                "type": kind,
+                "param": self.param or None,
                 "code": self.code or None,
             }
-        }  # fmt: skip
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +80,9 @@ def understood(body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig)
         raise Refused(400, f"unknown field {unknown[0]!r}", param=unknown[0])
     body = {name: value for name, value in body.items() if value is not None}
     if body.get("model", model) != model:
-        raise Refused(404, f"there is no model {body['model']!r}, only {model!r}", "model_not_found")
+        raise Refused(
+            404, f"there is no model {body['model']!r}, only {model!r}", "model_not_found"
+        )
     for name, nothing in NOTHING.items():
         if body.get(name, nothing) != nothing:
             raise Refused(400, f"{name} is not supported", param=name)
@@ -72,15 +91,15 @@ def understood(body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig)
         raise Refused(400, "best_of is not supported but for the value of n", param="best_of")
     prompts = _prompts(body.get("prompt", ""), tokenizer, cfg)
     if len(prompts) * n > MAX_CHOICES:
-        raise Refused(400, f"{len(prompts)} prompts times n={n} are more than {MAX_CHOICES} choices")
+        raise Refused(
+            400, f"{len(prompts)} prompts times n={n} are more than {MAX_CHOICES} choices"
+        )
     _number(body, "logprobs", 0, 0, 5)
     flags = {name: _flag(body, name) for name in ("stream", "echo")}
     options = body.get("stream_options", {})
     usage = isinstance(options, dict) and options.get("include_usage") is True
     requests = [
-        dataclasses.replace(_request(body, text), number=i)
-        for text, _ in prompts
-        for i in range(n)
+        dataclasses.replace(_request(body, text), number=i) for text, _ in prompts for i in range(n)
     ]
     ids = [tokens for _, tokens in prompts for _ in range(n)]
     for tokens, request in zip(ids, requests, strict=True):
@@ -98,9 +117,21 @@ def understood(body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig)
 
 def _request(body: dict, prompt: str) -> Request:
     names = {"max_tokens": "max_new_tokens"}
-    row = {names.get(k, k): v for k, v in body.items() if k in (
-        "max_tokens", "temperature", "top_p", "stop", "seed", "top_k", "min_p", "repetition_penalty"
-    )}  # fmt: skip
+    row = {
+        names.get(k, k): v
+        for k, v in body.items()
+        if k
+        in (
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "stop",
+            "seed",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+        )
+    }
     row.setdefault("seed", secrets.randbits(32))
     if isinstance(row.get("stop"), list) and len(row["stop"]) > MAX_STOPS:
         raise Refused(400, f"stop has more than {MAX_STOPS} strings", param="stop")
@@ -112,25 +143,29 @@ def _request(body: dict, prompt: str) -> Request:
         raise Refused(400, message, param=message.partition("=")[0]) from e
 
 
-def _prompts(
-    given: object, tokenizer: Tokenizer, cfg: ModelConfig
-) -> list[tuple[str, np.ndarray]]:
+def _prompts(given: object, tokenizer: Tokenizer, cfg: ModelConfig) -> list[tuple[str, np.ndarray]]:
     """Returns text and tokens of each prompt: a string, tokens, or a list of either."""
     if isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int):
         given = [given]
     if not isinstance(given, list) or not given or len(given) > MAX_CHOICES:
         raise Refused(
-            400, f"prompt must be text, tokens, or a list of 1 to {MAX_CHOICES} of either", param="prompt"
+            400,
+            f"prompt must be text, tokens, or a list of 1 to {MAX_CHOICES} of either",
+            param="prompt",
         )
     found = []
     for one in given:
         if isinstance(one, str):
             if any("\ud800" <= c <= "\udfff" for c in one):
-                raise Refused(400, "a prompt is not valid text: it has half a surrogate pair", param="prompt")
+                raise Refused(
+                    400, "a prompt is not valid text: it has half a surrogate pair", param="prompt"
+                )
             found.append((one, prompt_tokens(tokenizer, one)))
         elif isinstance(one, list) and one and all(type(i) is int for i in one):
             if not all(0 <= i < cfg.vocab_size for i in one):
-                raise Refused(400, f"a token is not one of 0 .. {cfg.vocab_size - 1}", param="prompt")
+                raise Refused(
+                    400, f"a token is not one of 0 .. {cfg.vocab_size - 1}", param="prompt"
+                )
             ids = np.array(one, np.int32)
             found.append((tokenizer.decode(ids), ids))
         else:
@@ -141,7 +176,9 @@ def _prompts(
 def _number(body: dict, name: str, default: int, least: int, most: int) -> int:
     value = body.get(name, default)
     if type(value) is not int or not least <= value <= most:
-        raise Refused(400, f"{name}={value!r} must be a whole number from {least} to {most}", param=name)
+        raise Refused(
+            400, f"{name}={value!r} must be a whole number from {least} to {most}", param=name
+        )
     return value
 
 
@@ -153,9 +190,13 @@ def _flag(body: dict, name: str) -> bool:
 
 
 def choice(
-    index: int, text: str, state: Continuation, tokenizer: Tokenizer, logprobs: bool,
+    index: int,
+    text: str,
+    state: Continuation,
+    tokenizer: Tokenizer,
+    logprobs: bool,
     told: slice = slice(None),
-) -> dict:  # fmt: skip
+) -> dict:
     """Returns one of an answer's `choices`; `told` are the tokens that `logprobs` tells of.
 
     `top_logprobs` holds the generated token alone.
@@ -165,11 +206,16 @@ def choice(
         ids, first = state.tokens[told], told.start or 0
         pieces = [tokenizer.decode(np.array([i], np.int32)) for i in ids]
         scores = state.scores[told]
-        before = [len(tokenizer.decode(np.array(state.tokens[:first + k], np.int32))) for k in range(len(ids))]
+        before = [
+            len(tokenizer.decode(np.array(state.tokens[: first + k], np.int32)))
+            for k in range(len(ids))
+        ]
         found["logprobs"] = {
-            "tokens": pieces, "token_logprobs": scores, "text_offset": before,
+            "tokens": pieces,
+            "token_logprobs": scores,
+            "text_offset": before,
             "top_logprobs": [{piece: score} for piece, score in zip(pieces, scores, strict=True)],
-        }  # fmt: skip
+        }
     return found
 
 
@@ -178,5 +224,7 @@ def usage(asked: Asked, states: list[Continuation]) -> dict:
     unique = {id(tokens): len(tokens) for tokens in asked.prompts}
     prompt, completion = sum(unique.values()), sum(len(state.tokens) for state in states)
     return {
-        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion
-    }  # fmt: skip
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }

@@ -43,7 +43,9 @@ def _value(path: str, kind: type, text: str):
     try:
         return kind(text)
     except ValueError as e:
-        raise BadInput(f"--grid: {path}={text} is not a valid value: expected {kind.__name__}") from e
+        raise BadInput(
+            f"--grid: {path}={text} is not a valid value: expected {kind.__name__}"
+        ) from e
 
 
 def choices(grid: dict[str, list], how_many: int, seed: int) -> list[Choice]:

@@ -3,7 +3,6 @@
 A row is {"prompt": ..., "response": ...} or {"messages": [{"role": "user", "content": ...}, ...]}.
 """
 
-import json
 import os
 from collections.abc import Iterator
 
@@ -75,7 +74,9 @@ def _message(message, where: str) -> tuple[str, str]:
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
         raise BadInput(f"{where}: a message needs role and content, both text")
     if message.get("role") not in ROLES:
-        raise BadInput(f"{where}: role {message.get('role')!r} is unknown; one of {', '.join(ROLES)}")
+        raise BadInput(
+            f"{where}: role {message.get('role')!r} is unknown; one of {', '.join(ROLES)}"
+        )
     return message["role"], message["content"]
 
 
@@ -93,9 +94,12 @@ def _chatml(messages: list[tuple[str, str]]) -> list[Part]:
     for role, content in messages:
         learn = role == "assistant" and bool(content)
         parts += [
-            Part(START, special=True), Part(f"{role}\n"), Part(content, learn=learn),
-            Part(END, learn=learn, special=True), Part("\n"),
-        ]  # fmt: skip
+            Part(START, special=True),
+            Part(f"{role}\n"),
+            Part(content, learn=learn),
+            Part(END, learn=learn, special=True),
+            Part("\n"),
+        ]
     return parts
 
 

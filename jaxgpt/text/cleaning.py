@@ -1,12 +1,12 @@
 """`data.clean`: a list of steps, each of which changes a document or drops it.
 
-    html         HTML to the text of its main content (resiliparse); other text stays as it is
-    unicode      NFC; no control characters, no byte-order marks; \\r\\n becomes \\n
-    quality      see `jaxgpt.text.quality`
-    exact_dedup  drops a document equal to an earlier one
-    near_dedup   drops one whose word 5-grams are like an earlier one's: MinHash LSH, Jaccard
-                 similarity of 0.7 or more (arXiv:2107.06499 uses 0.8); near_dedup:0.8 sets it
-    pii          e-mail and public IP addresses become email@example.com, 192.0.2.1, 2001:db8::1
+html         HTML to the text of its main content (resiliparse); other text stays as it is
+unicode      NFC; no control characters, no byte-order marks; \\r\\n becomes \\n
+quality      see `jaxgpt.text.quality`
+exact_dedup  drops a document equal to an earlier one
+near_dedup   drops one whose word 5-grams are like an earlier one's: MinHash LSH, Jaccard
+             similarity of 0.7 or more (arXiv:2107.06499 uses 0.8); near_dedup:0.8 sets it
+pii          e-mail and public IP addresses become email@example.com, 192.0.2.1, 2001:db8::1
 """
 
 import dataclasses

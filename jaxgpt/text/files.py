@@ -60,7 +60,9 @@ def opened(file: str, decompress: bool = True) -> Iterator[BinaryIO]:
     """
     try:
         remote = "://" in file
-        with require("fsspec", "data", file).open(file, "rb") if remote else open(file, "rb") as raw:
+        with (
+            require("fsspec", "data", file).open(file, "rb") if remote else open(file, "rb") as raw
+        ):
             if decompress and file.endswith(".gz"):
                 yield gzip.GzipFile(fileobj=raw)
             elif decompress and file.endswith(".zst"):

@@ -22,9 +22,18 @@ TOKENS_AT_ONCE = 1 << 20
 # Parts of the standard library that are not readable source: tests (17 MB, a language of their
 # own), code-point tables, and bundled or generated files.
 NOT_TEXT = {
-    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings",
-    "ensurepip", "pydoc_data", "lib2to3", "config",
-}  # fmt: skip
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "ensurepip",
+    "pydoc_data",
+    "lib2to3",
+    "config",
+}
 
 
 def read_text(files: list[str]) -> Iterator[Piece]:
@@ -224,7 +233,9 @@ def open_tokens(file: str) -> np.ndarray:
     if len(header) == 3 and int(header[0]) in LLMC_HEADERS:
         dtype, count = np.dtype(LLMC_HEADERS[int(header[0])]), int(header[2])
         if size != LLMC_HEADER_BYTES + count * dtype.itemsize:
-            raise BadInput(f"{file} is damaged: its header says {count} tokens, its length does not")
+            raise BadInput(
+                f"{file} is damaged: its header says {count} tokens, its length does not"
+            )
         return np.memmap(file, dtype, "r", LLMC_HEADER_BYTES)
     if size % 2:
         raise BadInput(f"{file} is not a file of uint16 tokens: it has {size} bytes")

@@ -113,9 +113,7 @@ def _from_files(source, kind, decides, files, read, cache: Path, masked: bool) -
         return f"{kind} {decides} {digest(files, cache / DIGESTS)}"
 
     sizes = (Path(file).stat().st_size for file in files if "://" not in file)
-    return Source(
-        source, partial(read, files), identity, num_bytes=sum(sizes), masked=masked
-    )
+    return Source(source, partial(read, files), identity, num_bytes=sum(sizes), masked=masked)
 
 
 def _open_tfds(source: str, name: str, field: str, cache: Path, data_dir: str) -> Source:

@@ -1,9 +1,9 @@
 """Classification and question answering recast as text: a prompt, and the answer to learn.
 
-    sentiment   {"text", "label"}                       labels: words, or 0 negative, 1 positive
-    entailment  {"premise", "hypothesis", "label"}      words, or 0 entailment, 1 neutral,
-                                                        2 contradiction (SNLI, MNLI)
-    questions   {"context", "question", "answers"}      SQuAD's answers, a list, or one text
+sentiment   {"text", "label"}                       labels: words, or 0 negative, 1 positive
+entailment  {"premise", "hypothesis", "label"}      words, or 0 entailment, 1 neutral,
+                                                    2 contradiction (SNLI, MNLI)
+questions   {"context", "question", "answers"}      SQuAD's answers, a list, or one text
 """
 
 from collections.abc import Callable, Iterator
@@ -48,8 +48,10 @@ def _questions(row: dict) -> tuple[str, tuple[str, ...]]:
 
 
 TASKS: dict[str, Callable[[dict], tuple[str, tuple[str, ...]]]] = {
-    "sentiment": _sentiment, "entailment": _entailment, "questions": _questions,
-}  # fmt: skip
+    "sentiment": _sentiment,
+    "entailment": _entailment,
+    "questions": _questions,
+}
 
 
 def _label(row: dict, task: str) -> str:

@@ -53,11 +53,15 @@ def open_tfds(name: str, field: str, data_dir: str) -> tuple[TfdsSplit, TfdsSpli
         builder = tfds.builder(name, data_dir=data_dir or None)
         on_disk = bool(builder.info.splits) and builder.data_path.exists()
     except tfds.core.registered.DatasetNotFoundError as e:
-        raise BadInput(f"tfds:{name} is not in {where} and TFDS knows no such dataset;"
-                       f" {WAYS_OUT.format(name=name)}") from e  # fmt: skip
+        raise BadInput(
+            f"tfds:{name} is not in {where} and TFDS knows no such dataset;"
+            f" {WAYS_OUT.format(name=name)}"
+        ) from e
     except Exception as e:  # asking the network, code that needs TensorFlow, a broken folder
-        raise BadInput(f"tfds:{name} cannot be opened in {where} ({_first_line(e)});"
-                       f" {WAYS_OUT.format(name=name)}") from e  # fmt: skip
+        raise BadInput(
+            f"tfds:{name} cannot be opened in {where} ({_first_line(e)});"
+            f" {WAYS_OUT.format(name=name)}"
+        ) from e
     if not on_disk:
         raise BadInput(f"tfds:{name} is not in {where}; {WAYS_OUT.format(name=name)}")
     text_fields = [key for key, kind in builder.info.features.items() if _is_text(tfds, kind)]
@@ -72,8 +76,9 @@ def open_tfds(name: str, field: str, data_dir: str) -> tuple[TfdsSplit, TfdsSpli
     try:
         builder.as_data_source(split="train")
     except NotImplementedError as e:
-        raise BadInput(f"tfds:{name} in {where} is not in array_record format;"
-                       f" {WAYS_OUT.format(name=name)}") from e  # fmt: skip
+        raise BadInput(
+            f"tfds:{name} in {where} is not in array_record format; {WAYS_OUT.format(name=name)}"
+        ) from e
     held_out = next((split for split in HELD_OUT if split in splits), None)
     return (
         TfdsSplit(builder, "train", field),

@@ -62,5 +62,7 @@ class CharTokenizer:
             for document in text.documents():
                 found.update(document)
         if len(found) > MOST:
-            raise BadInput(f"data.tokenizer=char found {len(found):,} characters; use sentencepiece:N")
+            raise BadInput(
+                f"data.tokenizer=char found {len(found):,} characters; use sentencepiece:N"
+            )
         return cls("".join(sorted(found)))

@@ -57,8 +57,11 @@ class HfTokenizer:
 
 
 def _end_of_text(folder) -> int:
-    for name, keys in ((SETTINGS, ("end_of_text",)), ("generation_config.json", ("eos_token_id",)),
-                       ("config.json", ("eos_token_id", "bos_token_id"))):  # fmt: skip
+    for name, keys in (
+        (SETTINGS, ("end_of_text",)),
+        ("generation_config.json", ("eos_token_id",)),
+        ("config.json", ("eos_token_id", "bos_token_id")),
+    ):
         if (folder / name).is_file():
             found = json.loads((folder / name).read_text("utf-8"))
             for key in keys:

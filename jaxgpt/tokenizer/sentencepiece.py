@@ -91,10 +91,14 @@ class SentencePieceTokenizer:
                 user_defined_symbols=["\n"],
                 character_coverage=0.9999,
                 max_sentence_length=MAX_LINE_BYTES,
-                unk_id=0, bos_id=1, bos_piece=END_OF_TEXT, eos_id=-1, pad_id=-1,
+                unk_id=0,
+                bos_id=1,
+                bos_piece=END_OF_TEXT,
+                eos_id=-1,
+                pad_id=-1,
                 num_threads=os.cpu_count(),
                 minloglevel=2,
-            )  # fmt: skip
+            )
         except RuntimeError as e:
             raise BadInput(
                 f"data.tokenizer=sentencepiece:{model_type}:{vocab_size} does not fit this corpus"

@@ -23,7 +23,9 @@ class SpecialTokens:
     def __init__(self, base: Tokenizer, names: Sequence[str]):
         names = [name.strip() for name in names]
         if not all(names) or len(set(names)) < len(names):
-            raise BadInput(f"data.special_tokens={','.join(names)}: give different names, none empty")
+            raise BadInput(
+                f"data.special_tokens={','.join(names)}: give different names, none empty"
+            )
         self.base, self.names, self.kind = base, names, base.kind
         self.special = {name: base.vocab_size + i for i, name in enumerate(names)}
         self.vocab_size = base.vocab_size + len(names)

@@ -36,7 +36,6 @@ from jaxgpt.training.state import TrainState
 from jaxgpt.training.step import make_eval_step
 from jaxgpt.training.stop import StopRequest
 
-
 WORST = 1e30  # stands for a validation loss that is not finite: JSON has no infinity
 
 
@@ -98,9 +97,12 @@ class Loop:
         self.run, self.config, self.data = run, config, data
         self.stream = training_stream(data.train, config)
         self.evaluate = Perplexity(
-            make_eval_step(run.spec), run.batch_sharding, data.validation,
-            config.model.max_seq_len, config.batch_size // config.grad_accum,
-        )  # fmt: skip
+            make_eval_step(run.spec),
+            run.batch_sharding,
+            data.validation,
+            config.model.max_seq_len,
+            config.batch_size // config.grad_accum,
+        )
         self.sample = Sampler(run.spec, data.tokenizer, config.sample)
         self.last_validation: dict | None = None
         self.spikes = Spikes()
@@ -142,9 +144,12 @@ class Loop:
         """
         config, start = self.config, int(state.step)
         batches = device_batches(
-            self.stream, self.run.batch_sharding, start, config.num_steps,
+            self.stream,
+            self.run.batch_sharding,
+            start,
+            config.num_steps,
             partial(batch_of, skips=clock.skips),
-        )  # fmt: skip
+        )
         speed = _Speed(start)
         ended = False  # by early stopping
         logged = None  # a row waits until the next step is dispatched, so the device never does
@@ -186,15 +191,19 @@ class Loop:
         earlier.skips = [*clock.skips, (first, e.step - first + 1)]
         earlier.seconds, earlier.rollbacks = clock.now(), clock.rollbacks + 1
         self.report.rewind(restored)
-        say(f"diverged  {e.in_a_row} non-finite steps in a row up to step {e.step}: back to"
-            f" checkpoint {restored}, without {self._batches(e, clock)}")  # fmt: skip
+        say(
+            f"diverged  {e.in_a_row} non-finite steps in a row up to step {e.step}: back to"
+            f" checkpoint {restored}, without {self._batches(e, clock)}"
+        )
         return state, earlier
 
     def _give_up(self, e: Diverged, clock: Clock) -> None:
-        say(f"diverged  {e.in_a_row} non-finite steps in a row up to step {e.step}, after"
+        say(
+            f"diverged  {e.in_a_row} non-finite steps in a row up to step {e.step}, after"
             f" {clock.rollbacks} rollbacks: giving up. The last of them took"
             f" {self._batches(e, clock)}; look at one with python -m jaxgpt.prepare --config=FILE"
-            f" --show={batch_of(e.step, clock.skips)}, or lower optim.learning_rate")  # fmt: skip
+            f" --show={batch_of(e.step, clock.skips)}, or lower optim.learning_rate"
+        )
 
     def _batches(self, e: Diverged, clock: Clock) -> str:
         steps = range(e.step - e.in_a_row + 1, e.step + 1)
@@ -215,22 +224,28 @@ class Loop:
             "tokens_per_second": per_step / step_seconds,
             "step_seconds": step_seconds,
             "mfu": mfu(
-                per_step / step_seconds, self.config.model, devices.flat[0].device_kind,
+                per_step / step_seconds,
+                self.config.model,
+                devices.flat[0].device_kind,
                 devices.size,
             ),
             "seconds": clock.now(),
-        }  # fmt: skip
+        }
         self.report.metrics(row)
         eta = (self.config.num_steps - step) * step_seconds
         if self.report.active:
             say(train_line(row, self.config.num_steps, eta))
         batch = batch_of(step, clock.skips)
         if values["in_a_row"]:
-            say(f"skipped   step {step} (batch {batch}): loss or gradient not finite,"
-                f" {values['in_a_row']:.0f} in a row, {values['skipped']:.0f} in all")  # fmt: skip
+            say(
+                f"skipped   step {step} (batch {batch}): loss or gradient not finite,"
+                f" {values['in_a_row']:.0f} in a row, {values['skipped']:.0f} in all"
+            )
         elif usual := self.spikes(values["loss"]):
-            say(f"spike     loss {values['loss']:.4f} at step {step} (batch {batch}), usually"
-                f" {usual:.4f}")  # fmt: skip
+            say(
+                f"spike     loss {values['loss']:.4f} at step {step} (batch {batch}), usually"
+                f" {usual:.4f}"
+            )
         if values["in_a_row"] >= self.config.max_bad_steps:
             raise Diverged(step, int(values["in_a_row"]))
 
@@ -265,7 +280,9 @@ class Loop:
             "data_fingerprint": self.data.fingerprint,
             "seed": self.config.seed,
             "config": dataclasses.asdict(self.config),
-            "versions": {name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+            "versions": {
+                name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")
+            },
             "environment": environment(self.run.mesh),
             "data": self.data.summary,
         }
@@ -280,9 +297,11 @@ def environment(mesh: Mesh) -> dict:
     return {
         "devices": f"{devices.size} x {devices.flat[0].device_kind}",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        "processes": jax.process_count(), "python": platform.python_version(),
-        "platform": platform.platform(), "jaxgpt": version("jaxgpt"),
-    }  # fmt: skip
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "jaxgpt": version("jaxgpt"),
+    }
 
 
 def _finite(value: float) -> float | None:

@@ -43,7 +43,9 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
     model, platform = config.model.with_sizes(), mesh.devices.flat[0].platform
     kernel = choose_kernel(model.attention, platform, model.dtype, model.head_dim, model.dropout)
     if model.remat == "offload" and platform == "cpu":
-        raise BadInput("model.remat=offload: on a CPU there is no other memory to move to; set none")
+        raise BadInput(
+            "model.remat=offload: on a CPU there is no other memory to move to; set none"
+        )
     split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
     return ModelSpec(model, kernel, AxisRules(split_residual=split, phases=torus_phases(mesh)))
 

@@ -36,10 +36,7 @@ class TrainState:
 
 
 def init_state(
-    spec: ModelSpec,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    params: Any = None,
+    spec: ModelSpec, optimizer: optax.GradientTransformation, config: Config, params: Any = None
 ) -> TrainState:
     """Returns the state before the first step; under `jax.eval_shape`, its shapes and shardings.
 

@@ -55,17 +55,17 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = join(optax.apply_updates(trained, updates), frozen)
         new = TrainState(
-            params, opt_state, state.step + 1, _average(state.ema, params, mask, ema_decay),
-            state.loss_scale, state.bad,
-        )  # fmt: skip
+            params,
+            opt_state,
+            state.step + 1,
+            _average(state.ema, params, mask, ema_decay),
+            state.loss_scale,
+            state.bad,
+        )
         norm = optax.global_norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = _guarded(state, new, good)
-        metrics = {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": schedule(state.step),
-        }
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step)}
         return new, metrics | new.bad
 
     return jax.jit(train_step, donate_argnames="state")
@@ -74,9 +74,11 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
 def token_losses(model: GPT, micro: Micro, dropout_key):
     """Returns (nats, logsumexp) of each target, [B, T], without making all logits at once."""
     x = model.hidden(
-        micro["inputs"], positions=micro.get("positions"), segments=micro.get("segments"),
+        micro["inputs"],
+        positions=micro.get("positions"),
+        segments=micro.get("segments"),
         dropout_key=dropout_key,
-    )  # fmt: skip
+    )
     return model.losses(x, micro["targets"])
 
 

@@ -40,8 +40,10 @@ def verify_resume(argv: list[str], steps: int) -> dict:
         for name in COMPARED:
             one, two = (row.get(step, {}).get(name) for row in rows)
             if one != two:
-                raise BadInput(f"resume is not exact: step {step} has {name} {one} without a kill"
-                               f" and {two} with one")  # fmt: skip
+                raise BadInput(
+                    f"resume is not exact: step {step} has {name} {one} without a kill"
+                    f" and {two} with one"
+                )
     say(f"verified  steps {steps + 1} to {2 * steps} after the kill are identical, bit for bit")
     return {"steps": steps, "compared": list(COMPARED), "identical": True}
 

@@ -21,10 +21,25 @@ from jaxgpt.parallel.mesh import make_mesh
 ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows
 # What may differ between the two models: it changes no function of the weights, or only its domain
 FREE = {
-    "vocab_size", "max_seq_len", "dropout", "dtype", "param_dtype", "attention", "remat",
-    "scan_layers", "tie_embeddings", "lora_rank", "lora_alpha", "lora_targets", "lora_dora",
-    "qkv_bias", "rope_scaling", "rope_factor", "rope_original_len", "rope_theta",
-}  # fmt: skip
+    "vocab_size",
+    "max_seq_len",
+    "dropout",
+    "dtype",
+    "param_dtype",
+    "attention",
+    "remat",
+    "scan_layers",
+    "tie_embeddings",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "lora_dora",
+    "qkv_bias",
+    "rope_scaling",
+    "rope_factor",
+    "rope_original_len",
+    "rope_theta",
+}
 
 
 def check_source(path: str) -> None:

@@ -60,10 +60,14 @@ def measure_prepare(megabytes: int, spec: str) -> dict:
         alone = max(bare(tokenizer, text) for _ in range(3))
     per_core = size / seconds / os.cpu_count()
     return {
-        "tokenizer": spec, "gigabytes": size / 1e9, "seconds": seconds, "peak_mib": peak,
-        "prepare_mb_per_second_per_core": per_core / 1e6, "bare_mb_per_second": alone / 1e6,
+        "tokenizer": spec,
+        "gigabytes": size / 1e9,
+        "seconds": seconds,
+        "peak_mib": peak,
+        "prepare_mb_per_second_per_core": per_core / 1e6,
+        "bare_mb_per_second": alone / 1e6,
         "ratio": per_core / alone,
-    }  # fmt: skip
+    }
 
 
 def measure_loader() -> dict:
@@ -77,9 +81,10 @@ def measure_loader() -> dict:
     found = {}
     for pack in (False, True):
         config = Config(
-            model=ModelConfig(max_seq_len=1024), batch_size=64,
+            model=ModelConfig(max_seq_len=1024),
+            batch_size=64,
             data=DataConfig(tokenizer="sentencepiece:8192", pack=pack),
-        )  # fmt: skip
+        )
         stream = training_stream(prepare(config.data).train, config)
         name = "packed" if pack else "windows"
         count, per_batch = 300, 64 * 1024

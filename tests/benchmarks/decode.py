@@ -26,7 +26,12 @@ def ours(batch: int, new: int):
     from jaxgpt.parallel.mesh import make_mesh
 
     cfg = presets.gpt2(
-        num_layers=12, num_heads=12, embed_dim=768, dtype="float32", vocab_size=50257, max_seq_len=1024
+        num_layers=12,
+        num_heads=12,
+        embed_dim=768,
+        dtype="float32",
+        vocab_size=50257,
+        max_seq_len=1024,
     )
     spec = ModelSpec(cfg, "xla")
     jax.set_mesh(make_mesh(Config(model=cfg), jax.devices()[:1]))
@@ -46,9 +51,15 @@ def theirs(batch: int, new: int):
     def run():
         with torch.inference_mode():
             model.generate(
-                prompts, attention_mask=mask, do_sample=True, temperature=0.8, top_k=200,
-                max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
-            )  # fmt: skip
+                prompts,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=0.8,
+                top_k=200,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                pad_token_id=0,
+            )
 
     return run
 
@@ -70,11 +81,14 @@ def compared(batch: int, new: int, rounds: int) -> dict:
     processes = {
         side: subprocess.Popen(
             [sys.executable, __file__, f"--child={side}", f"--batch={batch}", f"--new={new}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": "."},
         )
         for side in sides
-    }  # fmt: skip
+    }
     first = {side: float(p.stdout.readline()) for side, p in processes.items()}
     best = dict.fromkeys(sides, float("inf"))
     for _ in range(rounds):
@@ -86,10 +100,12 @@ def compared(batch: int, new: int, rounds: int) -> dict:
         process.stdin.close()
         process.wait()
     return {
-        "batch": batch, "new_tokens": new,
+        "batch": batch,
+        "new_tokens": new,
         "tokens_per_second": {side: batch * new / best[side] for side in sides},
-        "ratio": best["theirs"] / best["ours"], "first_call_seconds": first["ours"],
-    }  # fmt: skip
+        "ratio": best["theirs"] / best["ours"],
+        "first_call_seconds": first["ours"],
+    }
 
 
 if __name__ == "__main__":

@@ -46,13 +46,22 @@ def get_config():
 
 
 def started(folder: Path, workdir: str) -> subprocess.Popen:
-    env = os.environ | {"JAXGPT_CACHE": str(folder / "cache"),
-                        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}  # fmt: skip
+    env = os.environ | {
+        "JAXGPT_CACHE": str(folder / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+    }
     with open(folder / "log", "w") as log:  # a pipe that nobody reads would fill and stop the run
         return subprocess.Popen(
-            [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py",
-             f"--workdir={folder}/{workdir}"], env=env, stderr=log,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "jaxgpt.train",
+                f"--config={folder}/c.py",
+                f"--workdir={folder}/{workdir}",
+            ],
+            env=env,
+            stderr=log,
+        )
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -85,8 +94,13 @@ def kills(count: int) -> dict:
             done += 1
         assert started(folder, "killed").wait() == 0, (folder / "log").read_text()[-2000:]
         same = rows(folder / "whole") == rows(folder / "killed")
-    return {"kills": done, "during_a_save": saving, "steps": steps, "identical": same,
-            "seconds": time.monotonic() - began}  # fmt: skip
+    return {
+        "kills": done,
+        "during_a_save": saving,
+        "steps": steps,
+        "identical": same,
+        "seconds": time.monotonic() - began,
+    }
 
 
 def saving(steps: int) -> dict:
@@ -112,10 +126,11 @@ def saving(steps: int) -> dict:
     # a save begins behind step 10k, and may still be written in the two steps after it
     saved = sum(took[i] - usual for i in range(len(took)) if (21 + i) % 10 in (1, 2))
     return {
-        "step_seconds": usual, "share": saved / sum(took),
+        "step_seconds": usual,
+        "share": saved / sum(took),
         "seconds_with_over_without": sum(took) / sum(found["without"][0]),
         "extra_memory_over_state": (most - found["without"][1]) / state,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Peak memory of importing GPT-2 124M, above the interpreter's own, against the file's size.
 
-    python tests/benchmarks/import_memory.py        (extra [parity] makes the folder)
+python tests/benchmarks/import_memory.py        (extra [parity] makes the folder)
 """
 
 import json
@@ -40,10 +40,16 @@ def main() -> None:
         threading.Thread(target=watch, daemon=True).start()
         convert.import_folder(folder, Path(scratch) / "w")
         size = (folder / "model.safetensors").stat().st_size
-        print(json.dumps({
-            "file_mib": size / 2**20, "peak_mib_above_base": (peak[0] - base) / 2**20,
-            "ratio": (peak[0] - base) / size, "seconds": time.perf_counter() - began,
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "file_mib": size / 2**20,
+                    "peak_mib_above_base": (peak[0] - base) / 2**20,
+                    "ratio": (peak[0] - base) / size,
+                    "seconds": time.perf_counter() - began,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

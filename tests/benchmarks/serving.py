@@ -37,7 +37,11 @@ def memory(pid: int) -> float:
 def ask(port: int, number: int) -> int:
     """Sends request `number`, of one kind in eight; returns the answer's status."""
     chance = random.Random(number)
-    body = {"prompt": "x" * chance.randint(1, 60), "max_tokens": chance.randint(1, 60), "seed": number}
+    body = {
+        "prompt": "x" * chance.randint(1, 60),
+        "max_tokens": chance.randint(1, 60),
+        "seed": number,
+    }
     kind = number % 8
     if kind == 0:
         body["max_tokens"] = 10**6  # refused
@@ -60,12 +64,20 @@ def main(requests: int, clients: int) -> None:
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "c.py").write_text(CONFIG)
-        argv = [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py", f"--workdir={folder}/run"]
+        argv = [
+            sys.executable,
+            "-m",
+            "jaxgpt.train",
+            f"--config={folder}/c.py",
+            f"--workdir={folder}/run",
+        ]
         subprocess.run(argv, env=env, check=True, capture_output=True)
         server = subprocess.Popen(
             [sys.executable, "-m", "jaxgpt.serve", f"--workdir={folder}/run", "--port=0"],
-            env=env, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         line = next(line for line in server.stderr if line.startswith("serving "))
         port = int(line.split("://")[1].split("/")[0].split(":")[1])
         numbers, lock, codes, readings = iter(range(requests)), threading.Lock(), {}, []
@@ -92,10 +104,18 @@ def main(requests: int, clients: int) -> None:
         readings.append((requests, round(memory(server.pid), 1)))
         server.terminate()
         server.wait()
-        print(json.dumps({
-            "requests": requests, "clients": clients, "requests_per_second": requests / seconds,
-            "statuses": codes, "memory_mib": readings, "exit_code": server.returncode,
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "requests": requests,
+                    "clients": clients,
+                    "requests_per_second": requests / seconds,
+                    "statuses": codes,
+                    "memory_mib": readings,
+                    "exit_code": server.returncode,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

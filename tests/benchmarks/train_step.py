@@ -50,10 +50,16 @@ def jax_turn(shape: dict, batch: int):
 def torch_turn(shape: dict, batch: int):
     """Returns a function that takes STEPS steps."""
     config = GPT2Config(
-        vocab_size=shape["vocab_size"], n_positions=shape["max_seq_len"],
-        n_layer=shape["num_layers"], n_head=shape["num_heads"], n_embd=shape["embed_dim"],
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=shape["vocab_size"],
+        n_positions=shape["max_seq_len"],
+        n_layer=shape["num_layers"],
+        n_head=shape["num_heads"],
+        n_embd=shape["embed_dim"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        attn_implementation="sdpa",
+    )
     model = GPT2LMHeadModel(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
     ids = torch.randint(0, shape["vocab_size"], (batch, shape["max_seq_len"] + 1))
@@ -85,8 +91,10 @@ def main() -> None:
             seconds[who].append(time.perf_counter() - began)
     tokens = STEPS * batch * shape["max_seq_len"]
     speed = {who: tokens / statistics.median(found) for who, found in seconds.items()}
-    print(f"{name}, batch {batch}: jaxgpt {speed['jaxgpt']:,.0f} tok/s, torch {torch.__version__}"
-          f" {speed['torch']:,.0f} tok/s, ratio {speed['jaxgpt'] / speed['torch']:.2f}")  # fmt: skip
+    print(
+        f"{name}, batch {batch}: jaxgpt {speed['jaxgpt']:,.0f} tok/s, torch {torch.__version__}"
+        f" {speed['torch']:,.0f} tok/s, ratio {speed['jaxgpt'] / speed['torch']:.2f}"
+    )
 
 
 if __name__ == "__main__":

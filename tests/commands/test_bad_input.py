@@ -31,14 +31,20 @@ def folder(tmp_path):
 
 CASES = {
     "unknown field": (["model.layers=3"], "unknown config field --config.model.layers"),
-    "wrong type": (["num_steps=many"], "--config.num_steps=many is not a valid value: expected int"),
+    "wrong type": (
+        ["num_steps=many"],
+        "--config.num_steps=many is not a valid value: expected int",
+    ),
     "heads": (["model.num_heads=3"], "model.embed_dim=16 is not divisible by model.num_heads=3"),
     "mesh and batch": (["batch_size=9"], "make batch_size a multiple of 8"),
     "accumulation": (["grad_accum=5"], "batch_size=8 is not divisible by grad_accum=5"),
     "missing file": (["data.source=text:nowhere/*"], "no file matches nowhere/*"),
     "empty corpus": (["data.source=text:{}/empty.txt"], "is empty"),
     "not UTF-8": (["data.source=text:{}/latin.txt"], "latin.txt is not UTF-8 (byte 3"),
-    "broken jsonl": (["data.source=jsonl:{}/broken.jsonl"], "broken.jsonl, line 2 is not valid JSON"),
+    "broken jsonl": (
+        ["data.source=jsonl:{}/broken.jsonl"],
+        "broken.jsonl, line 2 is not valid JSON",
+    ),
     "no text": (["data.source=jsonl:{}/other.jsonl"], "other.jsonl, line 1 has no text field"),
     "source": (["data.source=ftp:x"], "data source 'ftp:x' is unknown"),
     "tokenizer": (["data.tokenizer=words"], "data.tokenizer='words' is unknown"),
@@ -47,7 +53,7 @@ CASES = {
     "vocab_size": (["model.vocab_size=9"], "smaller than the tokenizer's 257"),
     "kernel": (["model.attention=cudnn", "model.dtype=bfloat16"], "the devices are cpu, not gpu"),
     "prompt": (["sample.prompt=a prompt beyond sixteen"], "sample.prompt has 23 tokens"),
-}  # fmt: skip
+}
 
 
 def assert_one_error_line(code: int, out: str, err: str, message: str):
@@ -89,7 +95,9 @@ def test_help_in_a_process_of_its_own():
     """The contract's exit codes as a shell sees them."""
     argv = [sys.executable, "-m", "jaxgpt.train"]
     helped = subprocess.run([*argv, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert helped.returncode == 0 and "--workdir" in helped.stdout and "Train a GPT" in helped.stdout
+    assert (
+        helped.returncode == 0 and "--workdir" in helped.stdout and "Train a GPT" in helped.stdout
+    )
     env = os.environ | {"XLA_FLAGS": xla_flags(1)}
     bad = subprocess.run([*argv, "--confg=x"], cwd=ROOT, capture_output=True, text=True, env=env)
     assert_one_error_line(bad.returncode, bad.stdout, bad.stderr, "confg")

@@ -56,7 +56,10 @@ def losses(workdir) -> dict[int, float]:
 
 def start(config_file, workdir, *args, devices=1) -> subprocess.Popen:
     """The real command in a process of its own."""
-    env = os.environ | {"XLA_FLAGS": xla_flags(devices), "JAXGPT_CACHE": str(config_file.parent / "cache")}
+    env = os.environ | {
+        "XLA_FLAGS": xla_flags(devices),
+        "JAXGPT_CACHE": str(config_file.parent / "cache"),
+    }
     argv = [sys.executable, "-m", "jaxgpt.train", f"--config={config_file}", f"--workdir={workdir}"]
     return subprocess.Popen(
         [*argv, *args], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -77,33 +80,67 @@ def test_train_evaluate_sample(command, config_file, tmp_path):
     argv = (f"--config={config_file}", f"--workdir={workdir}")
     code, out, err = command(train.main, *argv)
     assert (code, out) == (0, ""), err
-    for said in ("devices   8 x", "parameters", "validation tokens", "attention xla", "compile",
-                 "tok/s", "eta", "--- sample at step 12 ---", "jaxgpt.sample --workdir"):  # fmt: skip
+    for said in (
+        "devices   8 x",
+        "parameters",
+        "validation tokens",
+        "attention xla",
+        "compile",
+        "tok/s",
+        "eta",
+        "--- sample at step 12 ---",
+        "jaxgpt.sample --workdir",
+    ):
         assert said in err
     assert sorted(p.name for p in workdir.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "tokenizer"
-    ]  # fmt: skip
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tensorboard",
+        "tokenizer",
+    ]
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [8, 12]
     found = rows(workdir)
     assert [row["step"] for row in found] == list(range(1, 13))
     assert list(found[0]) == [
-        "step", "split", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
-        "step_seconds", "mfu", "seconds",
-    ]  # fmt: skip
+        "step",
+        "split",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "mfu",
+        "seconds",
+    ]
     assert [row["tokens"] for row in found] == [16 * 32 * k for k in range(1, 13)]
     assert found[0]["learning_rate"] == pytest.approx(1.5e-3) and found[0]["mfu"] is None
     assert found[-1]["loss"] < found[0]["loss"] - 0.5
     validation = rows(workdir, "validation")
     assert [row["step"] for row in validation] == [6, 12]
     assert list(validation[0]) == [
-        "step", "split", "loss", "perplexity", "bits_per_byte", "seconds"
-    ]  # fmt: skip
+        "step",
+        "split",
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "seconds",
+    ]
 
     code, out, err = command(evaluate.main, f"--workdir={workdir}")
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and list(result) == [
-        "step", "split", "loss", "perplexity", "bits_per_byte", "tokens", "bytes", "seconds"
-    ]  # fmt: skip
+        "step",
+        "split",
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "tokens",
+        "bytes",
+        "seconds",
+    ]
     assert (result["step"], result["split"]) == (12, "validation")
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert result[name] == pytest.approx(validation[-1][name], rel=1e-6)
@@ -195,8 +232,13 @@ def test_kill_9_and_resume_bit_for_bit(config_file, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(config_file, tmp_path, number):
     workdir = tmp_path / "w"
-    process = start(config_file, workdir, "--config.num_steps=100000", "--config.eval_every=0",
-                    "--config.checkpoint_every=0")  # fmt: skip
+    process = start(
+        config_file,
+        workdir,
+        "--config.num_steps=100000",
+        "--config.eval_every=0",
+        "--config.checkpoint_every=0",
+    )
     metrics = workdir / "metrics.jsonl"
     wait_for(process, lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
     process.send_signal(number)
@@ -220,9 +262,15 @@ def test_resume_rules(command, config_file, tmp_path):
         code, out, err = command(train.main, *argv, change)
         assert (code, out) == (2, "") and named in err and err.count("\n") == 1
     code, _, err = command(
-        train.main, *argv, "--config.num_steps=6", "--config.mesh.data=2", "--config.mesh.fsdp=2",
-        "--config.mesh.tensor=2", "--config.grad_accum=1", "--config.model.remat=full",
-    )  # fmt: skip
+        train.main,
+        *argv,
+        "--config.num_steps=6",
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+        "--config.grad_accum=1",
+        "--config.model.remat=full",
+    )
     assert code == 0 and "num_steps: 4 -> 6" in err, err
     assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
     assert json.loads((workdir / "config.json").read_text())["num_steps"] == 6
@@ -237,8 +285,13 @@ def test_packed_training_counts_real_targets_and_minds_its_tokenizer(
     workdir = tmp_path / "w"
     for i in range(40):  # documents that leave padding
         (corpus / f"{i}.txt").write_text(f"number {i:03} of forty")
-    argv = (f"--config={config_file}", f"--workdir={workdir}", "--config.data.pack=true",
-            "--config.num_steps=4", "--config.optim.ema_decay=0")  # fmt: skip
+    argv = (
+        f"--config={config_file}",
+        f"--workdir={workdir}",
+        "--config.data.pack=true",
+        "--config.num_steps=4",
+        "--config.optim.ema_decay=0",
+    )
     code, _, err = command(train.main, *argv)
     assert code == 0, err
     config = read_config(epath.Path(workdir))
@@ -255,8 +308,9 @@ def test_a_second_trainer_is_refused(command, config_file, tmp_path):
     workdir = tmp_path / "w"
     process = start(config_file, workdir, "--config.num_steps=2000")
     wait_for(process, lambda: (workdir / "metrics.jsonl").exists())
-    code, _, err = command(train.main, f"--config={config_file}", f"--workdir={workdir}",
-                           "--config.num_steps=2000")  # fmt: skip
+    code, _, err = command(
+        train.main, f"--config={config_file}", f"--workdir={workdir}", "--config.num_steps=2000"
+    )
     assert code == 2 and f"another process trains in {workdir} now" in err
     process.kill()
     process.wait()
@@ -274,24 +328,38 @@ def test_verify_resume(command, config_file, tmp_path, monkeypatch):
     assert code == 2 and "must be at least 1" in err
 
     honest = verify_module._rows
-    monkeypatch.setattr(verify_module, "_rows", lambda folder: {
-        step: row | {"loss": row["loss"] + (step == 9 and folder.name == "killed") * 1e-7}
-        for step, row in honest(folder).items()
-    })  # fmt: skip
+    monkeypatch.setattr(
+        verify_module,
+        "_rows",
+        lambda folder: {
+            step: row | {"loss": row["loss"] + (step == 9 and folder.name == "killed") * 1e-7}
+            for step, row in honest(folder).items()
+        },
+    )
     code, _, err = command(train.main, *argv, "--verify_resume=6")
     assert code == 2 and "resume is not exact: step 9 has loss" in err
 
 
 def test_elastic_restore_over_meshes(command, config_file, tmp_path):
     """8 devices, then 4, then 1, then 8: the losses are those of the run that stayed on 8."""
-    still = ("--config.model.dropout=0", "--config.optim.schedule=constant", "--config.eval_every=0")
+    still = (
+        "--config.model.dropout=0",
+        "--config.optim.schedule=constant",
+        "--config.eval_every=0",
+    )
     for devices, until in ((8, 11), (4, 22), (1, 33), (8, 44)):
-        process = start(config_file, tmp_path / "w", *still, f"--config.num_steps={until}",
-                        devices=devices)  # fmt: skip
+        process = start(
+            config_file, tmp_path / "w", *still, f"--config.num_steps={until}", devices=devices
+        )
         _, err = process.communicate()
         assert process.returncode == 0 and f"{devices} x cpu" in err, err
-    code, _, err = command(train.main, f"--config={config_file}", *still,
-                           "--config.num_steps=44", f"--workdir={tmp_path}/stayed")  # fmt: skip
+    code, _, err = command(
+        train.main,
+        f"--config={config_file}",
+        *still,
+        "--config.num_steps=44",
+        f"--workdir={tmp_path}/stayed",
+    )
     assert code == 0, err
     stayed, moved = losses(tmp_path / "stayed"), losses(tmp_path / "w")
     assert list(moved) == list(stayed) == list(range(1, 45))

@@ -33,7 +33,13 @@ def workdir(tmp_path_factory):
     for i, name in enumerate(("a0", "a1", "b0", "b1")):
         (folder / f"{name}.txt").write_text(CORPUS[i * 2500 : (i + 1) * 2500])
     (folder / "c.py").write_text(CONFIG.format(corpus=folder))
-    command = [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py", f"--workdir={folder}/run"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxgpt.train",
+        f"--config={folder}/c.py",
+        f"--workdir={folder}/run",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "run"
 
@@ -78,9 +84,19 @@ def test_watch_sees_checkpoints_as_they_come(workdir, tmp_path):
     config, other = workdir.parent / "c.py", tmp_path / "run"
     env = os.environ | {"XLA_FLAGS": xla_flags(1)}
     watcher = subprocess.Popen(
-        [sys.executable, "-m", "jaxgpt.evaluate", f"--workdir={other}", "--watch", "--watch_every=0.1"],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "jaxgpt.evaluate",
+            f"--workdir={other}",
+            "--watch",
+            "--watch_every=0.1",
+        ],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert "waiting   for the first checkpoint" in watcher.stderr.readline()
     trainer = [sys.executable, "-m", "jaxgpt.train", f"--config={config}", f"--workdir={other}"]
     assert subprocess.run(trainer, env=env, capture_output=True).returncode == 0
@@ -94,21 +110,40 @@ def write_rows(file, rows) -> str:
     return str(file)
 
 
-ARC = {"question": "Which is it?", "choices": {"text": ["x", "yz"], "label": ["A", "B"]}, "answerKey": "B"}
+ARC = {
+    "question": "Which is it?",
+    "choices": {"text": ["x", "yz"], "label": ["A", "B"]},
+    "answerKey": "B",
+}
 AI2 = {
-    "question": {"stem": "Q", "choices": [{"text": "x", "label": "1"}, {"text": "y", "label": "2"}]},
+    "question": {
+        "stem": "Q",
+        "choices": [{"text": "x", "label": "1"}, {"text": "y", "label": "2"}],
+    },
     "answerKey": "1",
-}  # fmt: skip
-SWAG = {"ctx": "A man [title] sits", "activity_label": "Sitting", "endings": ["down", "up."], "label": "1"}
+}
+SWAG = {
+    "ctx": "A man [title] sits",
+    "activity_label": "Sitting",
+    "endings": ["down", "up."],
+    "label": "1",
+}
 
 
 @pytest.mark.parametrize(
     ("task", "rows", "choices"),
     [
-        ("arc", [ARC, AI2], [("Question: Which is it?\nAnswer:", " x", " yz"), ("Question: Q\nAnswer:", " x", " y")]),
+        (
+            "arc",
+            [ARC, AI2],
+            [
+                ("Question: Which is it?\nAnswer:", " x", " yz"),
+                ("Question: Q\nAnswer:", " x", " y"),
+            ],
+        ),
         ("hellaswag", [SWAG], [("Sitting: A man. sits", " down", " up.")]),
     ],
-)  # fmt: skip
+)
 def test_multiple_choice_by_likelihood(command, workdir, tmp_path, task, rows, choices):
     """The answer must be that of summing `evaluate`'s own token losses by hand."""
     file = write_rows(tmp_path / "t.jsonl", rows)
@@ -129,7 +164,9 @@ def total_nats(command, workdir, folder, prompt: str, end: str) -> float:
     totals = []
     for text in (prompt, prompt + end):
         (folder / "one.txt").write_text(text)
-        row = last_json(command(evaluate.main, f"--workdir={workdir}", f"--data=text:{folder}/one.txt")[1])
+        row = last_json(
+            command(evaluate.main, f"--workdir={workdir}", f"--data=text:{folder}/one.txt")[1]
+        )
         totals.append(row["loss"] * row["tokens"])
     return totals[1] - totals[0]
 
@@ -137,7 +174,9 @@ def total_nats(command, workdir, folder, prompt: str, end: str) -> float:
 def test_lambada_is_the_last_words_likelihood(command, workdir, tmp_path):
     rows = [{"text": "the licence of this work"}, {"text": "in no event shall"}]
     code, out, err = command(
-        evaluate.main, f"--workdir={workdir}", f"--task=lambada:{write_rows(tmp_path / 't.jsonl', rows)}"
+        evaluate.main,
+        f"--workdir={workdir}",
+        f"--task=lambada:{write_rows(tmp_path / 't.jsonl', rows)}",
     )
     assert code == 0, err
     nats = [total_nats(command, workdir, tmp_path, *cut(row["text"])) for row in rows]
@@ -218,10 +257,20 @@ def test_streaming_stops_beams_and_several(command, workdir):
 
 def test_interactive_continues_line_by_line(workdir):
     process = subprocess.run(
-        [sys.executable, "-m", "jaxgpt.sample", f"--workdir={workdir}", "--interactive",
-         "--max_new_tokens=10", "--temperature=0"],
-        input=f"one\n{'x' * 60}\ntwo\n", capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "jaxgpt.sample",
+            f"--workdir={workdir}",
+            "--interactive",
+            "--max_new_tokens=10",
+            "--temperature=0",
+        ],
+        input=f"one\n{'x' * 60}\ntwo\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("one") and "\ntwo" in process.stdout
     assert "error: a prompt of 60 tokens" in process.stderr, "said, and the next line is taken"
@@ -241,10 +290,20 @@ def test_a_report_stands_alone(command, workdir, tmp_path):
     assert found["facts"]["step"] == 24 and found["facts"]["best_loss"] < 6
     assert found["data"]["train tokens"] > 1000 and found["environment"]["jax"]
     assert found["config"]["optim.learning_rate"] == 3e-3 and len(found["samples"]) == 2
-    code, out, _ = command(report.main, f"--workdir={workdir}", f"--workdir={workdir}",
-                           f"--out={tmp_path}/both.html")  # fmt: skip
-    assert code == 0 and len(json.loads(re.findall(r"const RUNS = (.*);\n", (tmp_path / "both.html").read_text())[0])) == 2
-    for args, message in (((), "--workdir=DIR is required"), ((f"--workdir={tmp_path}",), "no run")):
+    code, out, _ = command(
+        report.main, f"--workdir={workdir}", f"--workdir={workdir}", f"--out={tmp_path}/both.html"
+    )
+    assert (
+        code == 0
+        and len(
+            json.loads(re.findall(r"const RUNS = (.*);\n", (tmp_path / "both.html").read_text())[0])
+        )
+        == 2
+    )
+    for args, message in (
+        ((), "--workdir=DIR is required"),
+        ((f"--workdir={tmp_path}",), "no run"),
+    ):
         code, _, err = command(report.main, *args)
         assert code == 2 and message in err
 
@@ -254,7 +313,9 @@ def test_a_sample_cannot_end_the_reports_script(command, workdir, tmp_path):
 
     shutil.copytree(workdir, tmp_path / "w")
     with (tmp_path / "w/samples.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 24, "prompt": "</script><script>alert(1)", "text": "<b>"}) + "\n")
+        file.write(
+            json.dumps({"step": 24, "prompt": "</script><script>alert(1)", "text": "<b>"}) + "\n"
+        )
     assert command(report.main, f"--workdir={tmp_path}/w")[0] == 0
     text = (tmp_path / "w/report.html").read_text()
     assert text.count("</script>") == 1 and "alert(1)" in text

@@ -52,9 +52,13 @@ def test_json_with_an_unknown_field_or_wrong_type():
 
 def test_overrides(parse_args):
     config = parse_args(
-        "--config.model.num_layers=7", "--config.optim.learning_rate=1",
-        "--config.data.shuffle=false", "--config.data.source=text:a.txt", "--config.seed", "3",
-    )  # fmt: skip
+        "--config.model.num_layers=7",
+        "--config.optim.learning_rate=1",
+        "--config.data.shuffle=false",
+        "--config.data.source=text:a.txt",
+        "--config.seed",
+        "3",
+    )
     assert config.batch_size == 4, "the file's own value stays"
     assert (config.model.num_layers, config.optim.learning_rate) == (7, 1.0)
     assert (config.data.shuffle, config.data.source, config.seed) == (False, "text:a.txt", 3)

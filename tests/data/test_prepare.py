@@ -137,8 +137,11 @@ def test_what_a_killed_prepare_left_is_replaced(corpus, tmp_path):
     assert list(cache.glob(".*.tmp")), "killed in the middle of it"
     data = prepare(DataConfig(source=f"text:{big}", tokenizer="sentencepiece:400"))
     assert not list(cache.glob(".*.tmp"))
-    whole = prepare(DataConfig(source=f"text:{big}", tokenizer="sentencepiece:400",
-                               cache_dir=str(tmp_path / "other")))  # fmt: skip
+    whole = prepare(
+        DataConfig(
+            source=f"text:{big}", tokenizer="sentencepiece:400", cache_dir=str(tmp_path / "other")
+        )
+    )
     assert whole.fingerprint == data.fingerprint
 
 
@@ -190,18 +193,22 @@ def test_cleaning_is_counted_explained_and_in_the_key(command, corpus, tmp_path)
     data = prepare(config(corpus, clean="unicode,exact_dedup"))
     assert data.folder != plain.folder and data.train.documents + data.validation.documents == 4
     assert {rule: entry["documents"] for rule, entry in data.dropped.items()} == {
-        "unicode": 1, "exact_dedup": 1,
-    }  # fmt: skip
+        "unicode": 1,
+        "exact_dedup": 1,
+    }
     assert [e["where"] for e in data.dropped["exact_dedup"]["examples"]] == [str(corpus / "4.txt")]
     assert not list(data.folder.glob("*.spool"))
     (tmp_path / "c.py").write_text(
         "from jaxgpt.config import *\ndef get_config():\n    return Config()\n"
     )
     code, stdout, stderr = command(
-        prepare_command.main, f"--config={tmp_path}/c.py", "--explain",
-        f"--config.data.source=text:{corpus}/*.txt", "--config.data.clean=unicode,exact_dedup",
+        prepare_command.main,
+        f"--config={tmp_path}/c.py",
+        "--explain",
+        f"--config.data.source=text:{corpus}/*.txt",
+        "--config.data.clean=unicode,exact_dedup",
         f"--against=text:{corpus}/0.txt",
-    )  # fmt: skip
+    )
     found = json.loads(stdout.splitlines()[-1])
     assert code == 0 and found["dropped"] == {"unicode": 1, "exact_dedup": 1}
     assert "exact_dedup dropped 1 documents" in stderr and f"{corpus}/4.txt: " in stderr
@@ -242,13 +249,20 @@ def test_the_command_and_shards_as_a_source(command, corpus, tmp_path):
     )
     out = tmp_path / "out"
     code, stdout, _ = command(
-        prepare_command.main, f"--config={tmp_path}/c.py", f"--out={out}",
+        prepare_command.main,
+        f"--config={tmp_path}/c.py",
+        f"--out={out}",
         f"--config.data.source=text:{corpus}/*.txt",
-    )  # fmt: skip
+    )
     found = json.loads(stdout.splitlines()[-1])
     assert code == 0 and list(found) == [
-        "documents", "tokens", "bytes", "dropped", "vocab_size", "cache"
-    ]  # fmt: skip
+        "documents",
+        "tokens",
+        "bytes",
+        "dropped",
+        "vocab_size",
+        "cache",
+    ]
     size = sum(p.stat().st_size for p in corpus.iterdir())
     assert found == dict(
         documents=4, tokens=size + 4, bytes=size, dropped={}, vocab_size=257, cache=str(out)

@@ -35,8 +35,11 @@ def test_a_single_document_is_cut_at_a_line():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.sampled_from("ab\n"), min_size=2, max_size=60), st.floats(0.01, 0.99),
-       st.integers(1, 9))  # fmt: skip
+@given(
+    st.text(st.sampled_from("ab\n"), min_size=2, max_size=60),
+    st.floats(0.01, 0.99),
+    st.integers(1, 9),
+)
 def test_a_single_document_in_pieces_is_cut_where_a_whole_one_is(text, fraction, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE_CHARS", size)

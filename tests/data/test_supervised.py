@@ -26,13 +26,17 @@ from tests.conftest import mesh_of, tiny_config
 
 ROWS = [
     {"prompt": "What is 1+1? ", "response": "2"},
-    {"messages": [
-        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "See you"},
-    ]},
+    {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello!"},
+            {"role": "user", "content": "Bye"},
+            {"role": "assistant", "content": "See you"},
+        ]
+    },
     {"prompt": "Say: ", "response": "yes"},
     {"prompt": "Held ", "response": "out"},
-]  # fmt: skip
+]
 
 
 def written(tmp_path, rows, name="sft.jsonl"):
@@ -56,7 +60,9 @@ def test_only_responses_are_learnt(tmp_path):
     data = prepared(tmp_path)
     assert learnt(data) == ["2|", " Hello!\n", " See you|", "yes"]
     text = bytes(t for t in data.train.tokens if t < 256).decode()
-    assert text == "What is 1+1? 2User: Hi\nAssistant: Hello!\nUser: Bye\nAssistant: See youSay: yes"
+    assert (
+        text == "What is 1+1? 2User: Hi\nAssistant: Hello!\nUser: Bye\nAssistant: See youSay: yes"
+    )
     assert data.train.num_targets == 2 + 8 + 9 + 3 and data.train.target_bytes == 1 + 8 + 8 + 3
 
 
@@ -89,16 +95,20 @@ def test_the_loss_is_the_masked_loss_by_hand(tmp_path):
         state, step = jax.jit(training.init)(), training.compile_step()
         spec = ModelSpec(config.model, "xla")
         micro = {name: jnp.asarray(a[0]) for name, a in batch.items()}
-        run = jax.jit(lambda p: spec.bind(p)(
-            micro["inputs"], positions=micro["positions"], segments=micro["segments"]))  # fmt: skip
+        run = jax.jit(
+            lambda p: spec.bind(p)(
+                micro["inputs"], positions=micro["positions"], segments=micro["segments"]
+            )
+        )
         logits = np.asarray(run(state.params), np.float64)[..., :257]
         _, metrics = step(state, jax.device_put(batch, training.batch_sharding))
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nats = [
         -logp[r, t, target]
-        for r, row in enumerate(micro["targets"]) for t, target in enumerate(row.tolist())
+        for r, row in enumerate(micro["targets"])
+        for t, target in enumerate(row.tolist())
         if target != IGNORE
-    ]  # fmt: skip
+    ]
     assert 0 < len(nats) < micro["targets"].size / 2
     assert float(metrics["loss"]) == pytest.approx(np.mean(nats), abs=1e-5)
 
@@ -131,8 +141,9 @@ def test_the_saved_template_says_the_same(name):
     template = jinja2.Environment().from_string(JINJA[name])
     assert template.render(messages=messages) == "".join(part.text for part in parts)
     asked = template.render(messages=messages[:3], add_generation_prompt=True)
-    whole = "".join(part.text for part in TEMPLATES[name]([
-        (m["role"], m["content"]) for m in messages]))  # fmt: skip
+    whole = "".join(
+        part.text for part in TEMPLATES[name]([(m["role"], m["content"]) for m in messages])
+    )
     assert whole.startswith(asked)
 
 
@@ -161,10 +172,12 @@ def test_fine_tuning_on_a_task_learns_it(command, tmp_path):
     rng = np.random.default_rng(0)
     words = {"positive": ["good", "fine"], "negative": ["bad", "poor"]}
     rows = [
-        {"text": f"{rng.choice(['It', 'This', 'He'])} is {rng.choice(words[label])}",
-         "label": ["negative", "positive"].index(label) if i % 2 else label}
+        {
+            "text": f"{rng.choice(['It', 'This', 'He'])} is {rng.choice(words[label])}",
+            "label": ["negative", "positive"].index(label) if i % 2 else label,
+        }
         for i, label in enumerate(rng.choice(["positive", "negative"], 200))
-    ]  # fmt: skip
+    ]
     written(tmp_path, rows[:160], "train.jsonl")
     test_file = written(tmp_path, rows[160:], "test.jsonl")
     (tmp_path / "c.py").write_text(
@@ -183,8 +196,15 @@ def test_fine_tuning_on_a_task_learns_it(command, tmp_path):
     table = found["confusion"]
     assert set(table) == {"negative", "positive"} and table["negative"]["positive"] == 0
     assert sum(map(sum, (row.values() for row in table.values()))) == 40
-    flipped = [{"text": r["text"], "label": {"positive": "negative", "negative": "positive"}.get(
-        r["label"], 1 - r["label"] if isinstance(r["label"], int) else "")} for r in rows[160:]]  # fmt: skip
+    flipped = [
+        {
+            "text": r["text"],
+            "label": {"positive": "negative", "negative": "positive"}.get(
+                r["label"], 1 - r["label"] if isinstance(r["label"], int) else ""
+            ),
+        }
+        for r in rows[160:]
+    ]
     code, out, _ = command(
         evaluate.main, *argv, f"--task=sentiment:{written(tmp_path, flipped, 'f.jsonl')}"
     )
@@ -201,13 +221,19 @@ def test_fine_tuning_on_a_task_learns_it(command, tmp_path):
 
 
 def test_real_formats_of_the_tasks(tmp_path):
-    rows = [{"premise": "A dog runs", "hypothesis": "An animal moves", "label": 0},
-            {"premise": "A", "hypothesis": "B", "label": "neutral"}]  # fmt: skip
+    rows = [
+        {"premise": "A dog runs", "hypothesis": "An animal moves", "label": 0},
+        {"premise": "A", "hypothesis": "B", "label": "neutral"},
+    ]
     found = list(read_examples("entailment", [str(written(tmp_path, rows))]))
     assert found[0].prompt == "Premise: A dog runs\nHypothesis: An animal moves\nRelation:"
     assert [e.answers for e in found] == [("entailment",), ("neutral",)]
     for task, row, message in (
-        ("entailment", {"premise": "A", "label": 0}, "line 1 is no row of task entailment: KeyError"),
+        (
+            "entailment",
+            {"premise": "A", "label": 0},
+            "line 1 is no row of task entailment: KeyError",
+        ),
         ("sentiment", {"text": "A", "label": 2}, "label 2 is neither a word nor one of 0..1"),
         ("questions", {"context": "A", "question": "B", "answers": []}, "answers must be texts"),
     ):

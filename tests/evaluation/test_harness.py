@@ -35,7 +35,10 @@ def model():
         spec = ModelSpec(config.model, "xla")
         params = jax.tree.map(lambda p: 5 * p, jax.jit(spec.init)(jax.random.key(0)))
         forward = jax.jit(lambda t: jax.nn.log_softmax(spec.for_decoding().bind(params)(t)))
-        yield HarnessModel(spec, params, BYTES, 4), lambda ids: np.asarray(forward(np.array([ids])))[0]
+        yield (
+            HarnessModel(spec, params, BYTES, 4),
+            lambda ids: np.asarray(forward(np.array([ids])))[0],
+        )
 
 
 def asked(*args):
@@ -90,11 +93,16 @@ def test_the_command_runs_a_task_s_own_file(command, tmp_path, corpus):
     rows = [{"q": f"number {i}", "choices": ["one", "two"], "answer": i % 2} for i in range(6)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
-        "task": "local", "dataset_path": "json", "test_split": "train",
+        "task": "local",
+        "dataset_path": "json",
+        "test_split": "train",
         "dataset_kwargs": {"data_files": str(tmp_path / "t.jsonl")},
-        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(task))
     run = f"--workdir={tmp_path}/w"
     code, out, err = command(evaluate.main, run, f"--lm_eval={tmp_path}/t.yaml")

@@ -107,7 +107,8 @@ def our_layout(named: dict[str, np.ndarray], shape: dict, padded_vocab: int) -> 
             "mlp": {
                 "up": {"kernel": stacked("mlp.c_fc.weight"), "bias": stacked("mlp.c_fc.bias")},
                 "down": {
-                    "kernel": stacked("mlp.c_proj.weight"), "bias": stacked("mlp.c_proj.bias"),
+                    "kernel": stacked("mlp.c_proj.weight"),
+                    "bias": stacked("mlp.c_proj.bias"),
                 },
             },
         },

@@ -9,15 +9,26 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 SHAPE = dict(
-    vocab_size=203, hidden_size=30, intermediate_size=44, num_hidden_layers=2,
-    num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6,
-    tie_word_embeddings=False, head_dim=10,
-)  # fmt: skip
+    vocab_size=203,
+    hidden_size=30,
+    intermediate_size=44,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    head_dim=10,
+)
 LENGTH, BATCH, THETA = 37, 3, 500.0
 LLAMA3 = dict(
-    rope_type="llama3", rope_theta=THETA, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    rope_type="llama3",
+    rope_theta=THETA,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
     original_max_position_embeddings=16,
-)  # fmt: skip
+)
 
 
 def make_model(name: str, seed: int):

@@ -20,9 +20,11 @@ def variables() -> dict[str, np.ndarray]:
     shapes |= {"ln_f/g": (dim,), "ln_f/b": (dim,)}
     for i in range(HPARAMS["n_layer"]):
         for name, (wide, out) in {
-            "attn/c_attn": (dim, 3 * dim), "attn/c_proj": (dim, dim),
-            "mlp/c_fc": (dim, 4 * dim), "mlp/c_proj": (4 * dim, dim),
-        }.items():  # fmt: skip
+            "attn/c_attn": (dim, 3 * dim),
+            "attn/c_proj": (dim, dim),
+            "mlp/c_fc": (dim, 4 * dim),
+            "mlp/c_proj": (4 * dim, dim),
+        }.items():
             shapes |= {f"h{i}/{name}/w": (1, wide, out), f"h{i}/{name}/b": (out,)}
         for name in ("ln_1", "ln_2"):
             shapes |= {f"h{i}/{name}/g": (dim,), f"h{i}/{name}/b": (dim,)}

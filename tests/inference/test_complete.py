@@ -20,8 +20,10 @@ BYTES = make_tokenizer("byte")
 
 
 @hypothesis.given(
-    st.text(max_size=30), st.lists(st.integers(1, 5), min_size=1), st.lists(st.text("ab€😀", min_size=1, max_size=3), max_size=2)
-)  # fmt: skip
+    st.text(max_size=30),
+    st.lists(st.integers(1, 5), min_size=1),
+    st.lists(st.text("ab€😀", min_size=1, max_size=3), max_size=2),
+)
 def test_shown_text_is_a_growing_prefix_of_the_end_result(text, sizes, stops):
     ids = list(text.encode())
     growing = Continuation(BYTES, Request("", max(len(ids), 1), stop=tuple(stops)))
@@ -79,7 +81,9 @@ def test_requests_of_all_kinds_side_by_side_are_what_each_is_alone():
 
 def test_a_row_wins_over_the_flags():
     default = Request("", 50, Sampling(0.5, 3), seed=4, stop=("x",))
-    found = request_of({"prompt": "p", "top_k": 7, "seed": 9, "stop": "END", "id": 1}, default, "here")
+    found = request_of(
+        {"prompt": "p", "top_k": 7, "seed": 9, "stop": "END", "id": 1}, default, "here"
+    )
     assert found == Request("p", 50, Sampling(0.5, 7), seed=9, stop=("END",))
     assert request_of({"prompt": "p"}, default, "here").stop == ("x",)
 

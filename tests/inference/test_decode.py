@@ -145,7 +145,9 @@ def all_continuations(forward, prompt, new, vocab, end, penalty):
         grown = {}
         for tokens, total in open_.items():
             logits = forward(jnp.asarray([[*prompt, *tokens]]))[0, -1]
-            for token, score in enumerate(np.asarray(jax.nn.log_softmax(logits), np.float64)[:vocab]):
+            for token, score in enumerate(
+                np.asarray(jax.nn.log_softmax(logits), np.float64)[:vocab]
+            ):
                 (done if token == end else grown)[(*tokens, token)] = total + score
         open_ = grown
     return {t: total / len(t) ** penalty for t, total in (done | open_).items()}

@@ -39,7 +39,9 @@ def prompts_of(batch: int) -> list[np.ndarray]:
     return [rng.integers(0, 517, n).astype(np.int32) for n in rng.integers(1, 40, batch)]
 
 
-def their_tokens(model, prompts: list[np.ndarray], new: int, **how) -> tuple[np.ndarray, np.ndarray]:
+def their_tokens(
+    model, prompts: list[np.ndarray], new: int, **how
+) -> tuple[np.ndarray, np.ndarray]:
     """The new tokens and the best beams' scores; prompts are padded on the left."""
     import torch
 
@@ -48,9 +50,16 @@ def their_tokens(model, prompts: list[np.ndarray], new: int, **how) -> tuple[np.
     for row, seen, prompt in zip(ids, mask, prompts, strict=True):
         row[width - len(prompt) :], seen[width - len(prompt) :] = prompt, 1
     out = model.generate(
-        torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=new, do_sample=False,
-        pad_token_id=0, eos_token_id=None, return_dict_in_generate=True, output_scores=True, **how,
-    )  # fmt: skip
+        torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **how,
+    )
     scores = out.sequences_scores.numpy() if "num_beams" in how else np.zeros(0)
     return out.sequences.numpy()[:, width:], scores
 
@@ -81,6 +90,8 @@ def test_beam_search_finds_their_beams(both, beams):
     for prompt in prompts_of(3):
         with jax.set_mesh(mesh_of(tiny_config())):
             found = beam_search(decoder, prompt, 20, beams, end=-1)
-        want, scores = their_tokens(theirs, [prompt], 20, num_beams=beams, num_return_sequences=beams)
+        want, scores = their_tokens(
+            theirs, [prompt], 20, num_beams=beams, num_return_sequences=beams
+        )
         np.testing.assert_array_equal([tokens for tokens, _ in found], want)
         np.testing.assert_allclose([score for _, score in found], scores, atol=1e-4)

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import BadInput
-from jaxgpt.inference.samplers import (
-    Sampling,
-    Samplings,
-    draw,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-)
+from jaxgpt.inference.samplers import Sampling, Samplings, draw, keep_min_p, keep_top_k, keep_top_p
 
 DRAWS = 20_000
 LOGITS = np.log([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
@@ -129,17 +122,27 @@ def test_every_filter_leaves_the_likeliest():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 9)), jnp.float32)
     best = np.argmax(logits, -1)
     one = jnp.ones(50)
-    for kept in (keep_top_k(logits, jnp.ones(50, int)), keep_top_p(logits, 1e-6 * one),
-                 keep_min_p(logits, one)):  # fmt: skip
+    for kept in (
+        keep_top_k(logits, jnp.ones(50, int)),
+        keep_top_p(logits, 1e-6 * one),
+        keep_min_p(logits, one),
+    ):
         np.testing.assert_array_equal(np.isfinite(kept).sum(-1), 1)
         np.testing.assert_array_equal(np.argmax(kept, -1), best)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -1.0),
-     ("repetition_penalty", 0.0), ("temperature", float("nan"))],
-)  # fmt: skip
+    [
+        ("temperature", -0.1),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -1.0),
+        ("repetition_penalty", 0.0),
+        ("temperature", float("nan")),
+    ],
+)
 def test_values_out_of_range(field, value):
     with pytest.raises(BadInput, match=f"--{field}="):
         Sampling(**{field: value}).check()

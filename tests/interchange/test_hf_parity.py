@@ -127,8 +127,12 @@ def test_the_exported_folder_writes_the_same_greedy_text(command, tmp_path):
         convert.main, "export", f"--workdir={tmp_path}/imported", f"--to={tmp_path}/out"
     )
     assert code == 0, err
-    argv = (f"--workdir={tmp_path}/imported", "--prompt=The é", "--max_new_tokens=30",
-            "--temperature=0")  # fmt: skip
+    argv = (
+        f"--workdir={tmp_path}/imported",
+        "--prompt=The é",
+        "--max_new_tokens=30",
+        "--temperature=0",
+    )
     _, ours, _ = command(sample.main, *argv)
     assert ours.rstrip("\n") == generated(tmp_path / "out", "The é", 30).rstrip("\n")
 

@@ -68,10 +68,20 @@ def model_folder(folder, **model):
 
 @pytest.mark.parametrize(
     "model",
-    [{}, {"tie_embeddings": False, "activation": "gelu"}, LLAMA, LLAMA | {"qk_norm": True},
-     LLAMA | {"tie_embeddings": False, "rope_scaling": "llama3", "rope_factor": 8.0,
-              "rope_original_len": 16}],
-)  # fmt: skip
+    [
+        {},
+        {"tie_embeddings": False, "activation": "gelu"},
+        LLAMA,
+        LLAMA | {"qk_norm": True},
+        LLAMA
+        | {
+            "tie_embeddings": False,
+            "rope_scaling": "llama3",
+            "rope_factor": 8.0,
+            "rope_original_len": 16,
+        },
+    ],
+)
 def test_round_trip_is_bit_identical(command, tmp_path, model):
     cfg, params = model_folder(tmp_path / "hf", **model)
     code, out, err = command(
@@ -111,14 +121,17 @@ def test_bfloat16_stays_and_dtype_can_be_chosen(command, tmp_path):
     cfg, params = model_folder(tmp_path / "hf", **LLAMA)
     narrow = dataclasses.replace(cfg, param_dtype="bfloat16")
     params = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), params)
-    write_params(
-        tmp_path / "hf/model.safetensors", family_of(cfg), params, cfg, ml_dtypes.bfloat16
-    )
+    write_params(tmp_path / "hf/model.safetensors", family_of(cfg), params, cfg, ml_dtypes.bfloat16)
     command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w")
     assert read_config(epath.Path(tmp_path / "w")).model == narrow
     for dtype in ("bfloat16", "float16"):
-        code, _, err = command(convert.main, "export", f"--workdir={tmp_path}/w",
-                               f"--to={tmp_path}/{dtype}", f"--dtype={dtype}")  # fmt: skip
+        code, _, err = command(
+            convert.main,
+            "export",
+            f"--workdir={tmp_path}/w",
+            f"--to={tmp_path}/{dtype}",
+            f"--dtype={dtype}",
+        )
         assert code == 0, err
     one = SafetensorsFile(tmp_path / "hf/model.safetensors")
     two = SafetensorsFile(tmp_path / "bfloat16/model.safetensors")
@@ -198,13 +211,23 @@ def torch_file(path, arrays, evil=None, cut=0):
             ints = b"".join(b"J" + int(n).to_bytes(4, "little") for n in array.shape)
             steps = b"".join(b"J" + n.to_bytes(4, "little") for n in stride)
             lines.append(
-                b"X" + len(name).to_bytes(4, "little") + name.encode()
+                b"X"
+                + len(name).to_bytes(4, "little")
+                + name.encode()
                 + b"ctorch._utils\n_rebuild_tensor_v2\n(("
                 + b"X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
-                + b"X" + len(str(key)).to_bytes(4, "little") + str(key).encode()
-                + b"X\x03\x00\x00\x00cpuJ" + int(array.size).to_bytes(4, "little") + b"tQ"
-                + b"K\x00(" + ints + b"t(" + steps + b"t\x89NtR"
-            )  # fmt: skip
+                + b"X"
+                + len(str(key)).to_bytes(4, "little")
+                + str(key).encode()
+                + b"X\x03\x00\x00\x00cpuJ"
+                + int(array.size).to_bytes(4, "little")
+                + b"tQ"
+                + b"K\x00("
+                + ints
+                + b"t("
+                + steps
+                + b"t\x89NtR"
+            )
         lines.append(evil or b"")
         archive.writestr("archive/data.pkl", b"".join(lines) + b"u.")
     return buffer
@@ -220,7 +243,9 @@ def test_old_torch_files_run_nothing(command, tmp_path):
     found = read_params(open_folder(tmp_path / "hf"), params)
     jax.tree.map(np.testing.assert_array_equal, found, params)
     witness = tmp_path / "witness"
-    evil = f"X\x01\x00\x00\x00xcposix\nsystem\n(X{chr(len(f'touch {witness}'))}\x00\x00\x00".encode()
+    evil = (
+        f"X\x01\x00\x00\x00xcposix\nsystem\n(X{chr(len(f'touch {witness}'))}\x00\x00\x00".encode()
+    )
     torch_file(file, arrays, evil + f"touch {witness}".encode() + b"tR")
     code, out, err = command(
         convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w"
@@ -250,10 +275,12 @@ def rewritten(tmp_path, change):
     [
         (lambda a: a.pop("transformer.h.1.ln_1.bias"), "lacks h.1.ln_1.bias"),
         (lambda a: a.update({"transformer.h.9.x": np.ones(1)}), "holds what gpt2 has not: h.9.x"),
-        (lambda a: a.update({"transformer.wpe.weight": np.ones((3, 32))}),
-         r"tensor wpe.weight has shape \(3, 32\), its config says \(24, 32\)"),
+        (
+            lambda a: a.update({"transformer.wpe.weight": np.ones((3, 32))}),
+            r"tensor wpe.weight has shape \(3, 32\), its config says \(24, 32\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit(tmp_path, change, message):
     _, params = model_folder(tmp_path / "hf")
     rewritten(tmp_path, change)

@@ -19,9 +19,13 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 def bash(script: str, *args: str, env=None, **kw) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", str(LAUNCH / script), *args], env=os.environ | {"RESTART_PAUSE": "0"} | (env or {}),
-        capture_output=True, text=True, timeout=60, **kw,
-    )  # fmt: skip
+        ["bash", str(LAUNCH / script), *args],
+        env=os.environ | {"RESTART_PAUSE": "0"} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **kw,
+    )
 
 
 def stand_in(folder: Path, name: str, body: str) -> dict:
@@ -65,7 +69,9 @@ def test_restart_goes_on_only_where_that_helps(tmp_path, codes, last, starts):
 
 
 def test_restart_hands_a_stop_on_and_ends(tmp_path):
-    body = f"trap 'echo saved >>{tmp_path}/saved; exit 143' TERM; touch {tmp_path}/up;" " sleep 60 & wait"
+    body = (
+        f"trap 'echo saved >>{tmp_path}/saved; exit 143' TERM; touch {tmp_path}/up; sleep 60 & wait"
+    )
     process = subprocess.Popen(["bash", str(LAUNCH / "restart.sh"), "bash", "-c", body])
     while not (tmp_path / "up").exists():
         time.sleep(0.01)
@@ -124,7 +130,12 @@ def test_tpu_pod_makes_the_slice_again_after_a_preemption(tmp_path):
     once = ["create", "scp", "ssh", "ssh", "ssh"]  # install, train, read the exit code
     assert verbs == [*once, "delete", *once]
     assert calls.count("--accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite --spot") == 2
-    assert calls.count(r"--config=configs/small.py --workdir=gs://b/r --config.data.source=text:a\ b\*") == 2
+    assert (
+        calls.count(
+            r"--config=configs/small.py --workdir=gs://b/r --config.data.source=text:a\ b\*"
+        )
+        == 2
+    )
     assert "--zone=z" in calls
 
 

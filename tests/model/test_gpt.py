@@ -11,11 +11,9 @@ from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import fields_of, get_field, set_field
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import Cache, empty, merged
-from jaxgpt.model.gpt import split_layers
-from jaxgpt.model.gpt import count_parameters
+from jaxgpt.model.gpt import count_parameters, split_layers
 from jaxgpt.training.setup import make_training
-from jaxgpt.training.step import make_train_step
-from jaxgpt.training.step import token_losses
+from jaxgpt.training.step import make_train_step, token_losses
 from tests.conftest import mesh_of, random_batch, tiny_config
 
 
@@ -88,10 +86,15 @@ def test_packed_documents_do_not_see_one_another(position):
         np.testing.assert_allclose(together[:, 9:21], model(second), atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", [
-    {"scan_layers": False}, {"remat": "dots"}, {"remat": "full"},
-    {"remat": "full", "scan_layers": False},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"scan_layers": False},
+        {"remat": "dots"},
+        {"remat": "full"},
+        {"remat": "full", "scan_layers": False},
+    ],
+)
 def test_scan_and_remat_change_neither_checkpoint_nor_numbers(variant):
     def loss_and_grads(**fields):
         config = tiny_config(dropout=0.1, **fields)
@@ -114,15 +117,21 @@ def test_scan_and_remat_change_neither_checkpoint_nor_numbers(variant):
 VARIANTS = {
     "gpt2": {},
     "modern": dict(
-        position="rope", norm="rmsnorm", activation="swiglu", bias=False, num_kv_heads=2,
-        qk_norm=True, tie_embeddings=False, head_dim=16,
+        position="rope",
+        norm="rmsnorm",
+        activation="swiglu",
+        bias=False,
+        num_kv_heads=2,
+        qk_norm=True,
+        tie_embeddings=False,
+        head_dim=16,
     ),
     "windows": dict(position="rope", window=5, full_attention_every=2, num_kv_heads=1),
     "vaswani": dict(
         position="sinusoidal", norm_position="post", activation="relu", scale_embeddings=True
     ),
     "bare": dict(position="none", activation="geglu", logit_softcap=5.0, mup_base_width=16),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -139,7 +148,9 @@ def test_cached_extension_equals_the_whole(variant):
         def pieces(params):
             model, layers, found = spec.bind(params), split_layers(params)["blocks"], []
             positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
-            start = Cache(model.prefill(layers, tokens[:, :7], positions[:, :7])[1], positions[:, :7])
+            start = Cache(
+                model.prefill(layers, tokens[:, :7], positions[:, :7])[1], positions[:, :7]
+            )
             cache = merged(empty(spec.cfg, 3, 24, spec.rules), start, spec.rules)
             for first in (7, 12, 17, 22):
                 recent = empty(spec.cfg, 3, 5, spec.rules)
@@ -186,18 +197,44 @@ def test_dtypes():
 
 
 GPT2_CHANGES = {
-    "vocab_size": 300, "max_seq_len": 20, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2,
-    "head_dim": 16, "embed_dim": 64, "mlp_dim": 96, "norm": "rmsnorm", "norm_eps": 1e-3,
-    "norm_position": "post", "position": "rope", "activation": "relu", "bias": False,
-    "tie_embeddings": False, "scale_embeddings": True, "qk_norm": True, "window": 4,
-    "logit_softcap": 30.0, "mup_base_width": 16, "dropout": 0.1, "dtype": "bfloat16",
-    "param_dtype": "bfloat16", "remat": "full", "scan_layers": False,
-}  # fmt: skip
+    "vocab_size": 300,
+    "max_seq_len": 20,
+    "num_layers": 4,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "embed_dim": 64,
+    "mlp_dim": 96,
+    "norm": "rmsnorm",
+    "norm_eps": 1e-3,
+    "norm_position": "post",
+    "position": "rope",
+    "activation": "relu",
+    "bias": False,
+    "tie_embeddings": False,
+    "scale_embeddings": True,
+    "qk_norm": True,
+    "window": 4,
+    "logit_softcap": 30.0,
+    "mup_base_width": 16,
+    "dropout": 0.1,
+    "dtype": "bfloat16",
+    "param_dtype": "bfloat16",
+    "remat": "full",
+    "scan_layers": False,
+}
 MODERN_CHANGES = {
-    "qkv_bias": True, "rope_theta": 500.0, "rope_factor": 4.0, "rope_original_len": 99,
-    "rope_scaling": "linear", "full_attention_every": 1, "lora_rank": 3, "lora_alpha": 8.0,
-    "lora_targets": "out", "lora_dora": True,
-}  # fmt: skip
+    "qkv_bias": True,
+    "rope_theta": 500.0,
+    "rope_factor": 4.0,
+    "rope_original_len": 99,
+    "rope_scaling": "linear",
+    "full_attention_every": 1,
+    "lora_rank": 3,
+    "lora_alpha": 8.0,
+    "lora_targets": "out",
+    "lora_dora": True,
+}
 
 
 def gpt2() -> Config:
@@ -206,8 +243,15 @@ def gpt2() -> Config:
 
 def modern() -> Config:
     """What GPT-2's shape leaves without effect has one here."""
-    config = tiny_config(bias=False, position="rope", rope_scaling="llama3", rope_factor=2.0,
-                         rope_theta=1000.0, rope_original_len=16, window=4)  # fmt: skip
+    config = tiny_config(
+        bias=False,
+        position="rope",
+        rope_scaling="llama3",
+        rope_factor=2.0,
+        rope_theta=1000.0,
+        rope_original_len=16,
+        window=4,
+    )
     config.model.lora_rank = 2
     config.optim.schedule, config.optim.lr_multipliers = "wsd", "lora_in=0.5"
     return config
@@ -221,15 +265,24 @@ def lowered(config: Config) -> str:
 
 
 OPTIM_CHANGES = {
-    "name": "lion", "schedule": "linear", "warmup_steps": 5, "lr_multipliers": ".=0.1",
-    "z_loss": 1e-4, "ema_decay": 0.9, "freeze": "query", "moment_dtype": "bfloat16",
-}  # fmt: skip
+    "name": "lion",
+    "schedule": "linear",
+    "warmup_steps": 5,
+    "lr_multipliers": ".=0.1",
+    "z_loss": 1e-4,
+    "ema_decay": 0.9,
+    "freeze": "query",
+    "moment_dtype": "bfloat16",
+}
 
 
 @pytest.mark.parametrize("base", [gpt2, modern])
 def test_no_field_is_read_by_nobody(base):
     """Perturbing any model or optimizer field changes the lowered train step."""
-    before, untouched = lowered(base()), {"model.attention"}  # it picks a kernel: test_kernel_choice
+    before, untouched = (
+        lowered(base()),
+        {"model.attention"},
+    )  # it picks a kernel: test_kernel_choice
     for path in fields_of(base()):
         room, _, name = path.rpartition(".")
         config = base()

@@ -35,17 +35,24 @@ def case(request):
         num_steps=torch_side.STEPS,
         batch_size=torch_side.BATCH,
         model=ModelConfig(
-            vocab_size=shape["vocab_size"], max_seq_len=shape["n_positions"],
-            num_layers=shape["n_layer"], num_heads=shape["n_head"], embed_dim=shape["n_embd"],
+            vocab_size=shape["vocab_size"],
+            max_seq_len=shape["n_positions"],
+            num_layers=shape["n_layer"],
+            num_heads=shape["n_head"],
+            embed_dim=shape["n_embd"],
         ),
         optim=OptimConfig(
-            learning_rate=torch_side.PEAK, warmup_steps=torch_side.WARMUP,
-            final_lr_ratio=torch_side.FLOOR, weight_decay=torch_side.DECAY,
-            b1=torch_side.ADAMW["betas"][0], b2=torch_side.ADAMW["betas"][1],
-            eps=torch_side.ADAMW["eps"], clip_norm=torch_side.CLIP,
+            learning_rate=torch_side.PEAK,
+            warmup_steps=torch_side.WARMUP,
+            final_lr_ratio=torch_side.FLOOR,
+            weight_decay=torch_side.DECAY,
+            b1=torch_side.ADAMW["betas"][0],
+            b2=torch_side.ADAMW["betas"][1],
+            eps=torch_side.ADAMW["eps"],
+            clip_norm=torch_side.CLIP,
         ),
         mesh=MeshConfig(1, 1, 1),
-    )  # fmt: skip
+    )
     return config, shape, found
 
 
@@ -94,9 +101,7 @@ def test_optimizer_trajectory(case):
     optimizer = make_optimizer(config.optim, config.num_steps, config.model)
     with jax.set_mesh(mesh_of(config)):
         params = jax.tree.map(jnp.asarray, ours(case, "weight/"))
-        state = TrainState(
-            params, optimizer.init(params), jnp.zeros((), jnp.int32), bad=counters()
-        )
+        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), bad=counters())
         step, losses, norms = make_train_step(spec, config), [], []
         for tokens in found["batches"]:
             batch = {"inputs": tokens[None, :, :-1], "targets": tokens[None, :, 1:]}

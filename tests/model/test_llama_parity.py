@@ -20,14 +20,24 @@ def model_config(name: str) -> ModelConfig:
     shape = torch_side.SHAPE
     scaled = dict(rope_scaling="llama3", rope_factor=8.0, rope_original_len=16)
     return ModelConfig(
-        vocab_size=shape["vocab_size"], max_seq_len=shape["max_position_embeddings"],
-        num_layers=shape["num_hidden_layers"], num_heads=shape["num_attention_heads"],
-        num_kv_heads=shape["num_key_value_heads"], head_dim=shape["head_dim"],
-        embed_dim=shape["hidden_size"], mlp_dim=shape["intermediate_size"], norm="rmsnorm",
-        norm_eps=shape["rms_norm_eps"], position="rope", rope_theta=torch_side.THETA,
-        activation="swiglu", bias=False, tie_embeddings=False, qk_norm=name == "qwen3",
+        vocab_size=shape["vocab_size"],
+        max_seq_len=shape["max_position_embeddings"],
+        num_layers=shape["num_hidden_layers"],
+        num_heads=shape["num_attention_heads"],
+        num_kv_heads=shape["num_key_value_heads"],
+        head_dim=shape["head_dim"],
+        embed_dim=shape["hidden_size"],
+        mlp_dim=shape["intermediate_size"],
+        norm="rmsnorm",
+        norm_eps=shape["rms_norm_eps"],
+        position="rope",
+        rope_theta=torch_side.THETA,
+        activation="swiglu",
+        bias=False,
+        tie_embeddings=False,
+        qk_norm=name == "qwen3",
         **(scaled if name == "llama" else {}),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -72,7 +72,9 @@ def test_losses_and_gradients_against_float64(shape, parts, monkeypatch):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     for i, got in enumerate(grads):
         along, h = normal(*got.shape, seed=7 + i), 1e-6
-        moved = [[a + s * h * along if j == i else a for j, a in enumerate((x, table))] for s in (1, -1)]
+        moved = [
+            [a + s * h * along if j == i else a for j, a in enumerate((x, table))] for s in (1, -1)
+        ]
         want = (total64(*moved[0], targets) - total64(*moved[1], targets)) / (2 * h)
         np.testing.assert_allclose(np.sum(np.asarray(got) * along), want, rtol=1e-4)
     assert np.all(np.asarray(grads[0])[targets == IGNORE] == 0)

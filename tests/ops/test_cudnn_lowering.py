@@ -21,8 +21,15 @@ def test_the_train_step_lowers_for_cuda(shape, pack, monkeypatch):
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(fused, "check_compute_capability", lambda *a, **k: True)
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda *a, **k: False)
-    config = tiny_config(shape, dtype="bfloat16", num_kv_heads=2, embed_dim=256, max_seq_len=128,
-                         window=32, position="rope")  # fmt: skip
+    config = tiny_config(
+        shape,
+        dtype="bfloat16",
+        num_kv_heads=2,
+        embed_dim=256,
+        max_seq_len=128,
+        window=32,
+        position="rope",
+    )
     config.data.pack = pack
     with jax.set_mesh(mesh := mesh_of(config)):
         training = Training(config, mesh, ModelSpec(config.model, "cudnn"))

@@ -1,9 +1,7 @@
 """Pure functions against float64 NumPy, value and gradient."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxgpt.ops.norm import layer_norm, rms_norm
 from jaxgpt.ops.rope import rope_frequencies, rotate, sinusoids
@@ -25,9 +23,7 @@ def test_rotation_against_complex_numbers():
     x, positions = normal(2, 3, 1, 8), np.array([[0, 1, 5], [7, 8, 4000]])
     frequencies = rope_frequencies(8, 10_000.0, "none", 1.0, 8192)
     np.testing.assert_allclose(frequencies, [1, 0.1, 0.01, 0.001])
-    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(
-        1j * positions[:, :, None, None] * frequencies
-    )
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * frequencies)
     want = np.concatenate([turned.real, turned.imag], -1)
     got = rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions), tuple(frequencies))
     np.testing.assert_allclose(got, want, atol=1e-3, err_msg="float32 angles up to 4000 radians")

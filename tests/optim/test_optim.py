@@ -23,11 +23,20 @@ def test_ten_steps_equal_optax_adamw(clip_norm):
         learning_rate=0.1, warmup_steps=3, weight_decay=0.3, b1=0.8, b2=0.9, clip_norm=clip_norm
     )
     rng = np.random.default_rng(0)
-    params = {"up": {"kernel": jnp.asarray(rng.normal(size=(3, 4))), "bias": jnp.asarray(rng.normal(size=4))}}
+    params = {
+        "up": {
+            "kernel": jnp.asarray(rng.normal(size=(3, 4))),
+            "bias": jnp.asarray(rng.normal(size=4)),
+        }
+    }
     reference = optax.adamw(
-        make_schedule(cfg, 10), b1=0.8, b2=0.9, eps=cfg.eps, weight_decay=0.3,
+        make_schedule(cfg, 10),
+        b1=0.8,
+        b2=0.9,
+        eps=cfg.eps,
+        weight_decay=0.3,
         mask={"up": {"kernel": True, "bias": False}},
-    )  # fmt: skip
+    )
     ours = make_optimizer(cfg, 10, ModelConfig())
     state, want_state, want = ours.init(params), reference.init(params), params
     for _ in range(10):
@@ -75,23 +84,36 @@ def test_every_parameter_is_covered_by_the_decay_mask():
     assert len(mask) == len(jax.tree.leaves(abstract))
 
 
-NAMES = {"blocks": {"attention": {"query": {"kernel": (2, 6, 3, 2)}, "out": {"kernel": (2, 3, 2, 6)}},
-                    "mlp": {"up": {"kernel": (2, 6, 8), "bias": (2, 8)}}}, "tokens": (9, 6)}  # fmt: skip
+NAMES = {
+    "blocks": {
+        "attention": {"query": {"kernel": (2, 6, 3, 2)}, "out": {"kernel": (2, 3, 2, 6)}},
+        "mlp": {"up": {"kernel": (2, 6, 8), "bias": (2, 8)}},
+    },
+    "tokens": (9, 6),
+}
 
 
 def tree(rng):
     """Random arrays of the shapes that a model with two layers has."""
     shapes = jax.tree.map(lambda s: s, NAMES, is_leaf=lambda s: isinstance(s, tuple))
     return jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes,
+        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32),
+        shapes,
         is_leaf=lambda s: isinstance(s, tuple),
-    )  # fmt: skip
+    )
 
 
 def run_ten(name: str, **fields):
     """Ten steps of ours; the gradients, for a reference to follow; the first parameters."""
-    cfg = OptimConfig(name=name, learning_rate=0.05, warmup_steps=0, schedule="constant",
-                      weight_decay=0.2, clip_norm=0.0, **fields)  # fmt: skip
+    cfg = OptimConfig(
+        name=name,
+        learning_rate=0.05,
+        warmup_steps=0,
+        schedule="constant",
+        weight_decay=0.2,
+        clip_norm=0.0,
+        **fields,
+    )
     rng = np.random.default_rng(3)
     with jax.set_mesh(mesh_of(tiny_config())):
         first = params = tree(rng)
@@ -165,9 +187,12 @@ def test_sgd_against_numpy():
 def test_adafactor_against_optax():
     cfg, first, grads, got = run_ten("adafactor")
     reference = optax.adafactor(
-        learning_rate=0.05, multiply_by_parameter_scale=False, weight_decay_rate=None,
-        clipping_threshold=1.0, momentum=None,
-    )  # fmt: skip
+        learning_rate=0.05,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=None,
+        clipping_threshold=1.0,
+        momentum=None,
+    )
     params, state = first, reference.init(first)
     for g in grads:
         updates, state = reference.update(g, state, params)
@@ -233,13 +258,17 @@ def test_learning_rate_multipliers():
     np.testing.assert_allclose(
         one - bias, 0.5 * (plain["blocks"]["mlp"]["up"]["bias"] - bias), rtol=1e-4, atol=1e-6
     )
-    assert not np.allclose(got["blocks"]["attention"]["query"]["kernel"],
-                           plain["blocks"]["attention"]["query"]["kernel"])  # fmt: skip
+    assert not np.allclose(
+        got["blocks"]["attention"]["query"]["kernel"],
+        plain["blocks"]["attention"]["query"]["kernel"],
+    )
     for text, message in (
-        ("nothing=2", "'nothing' matches no parameter"), ("tokens", "is not PATTERN=FACTOR"),
-        ("tokens=x", "is not PATTERN=FACTOR"), ("(=1", "is not PATTERN=FACTOR"),
+        ("nothing=2", "'nothing' matches no parameter"),
+        ("tokens", "is not PATTERN=FACTOR"),
+        ("tokens=x", "is not PATTERN=FACTOR"),
+        ("(=1", "is not PATTERN=FACTOR"),
         ("tokens=-1", "a factor >= 0"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(BadInput, match=re.escape(message)):
             run_ten("sgd", lr_multipliers=text)
 
@@ -260,7 +289,7 @@ def test_first_moments_in_half_the_bytes(name):
                 keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
                 grads = jax.tree.map(
                     lambda p, key: p + jax.random.normal(key, p.shape), params, keys
-                )  # fmt: skip
+                )
                 updates, state = update(grads, state, params)
                 params = optax.apply_updates(params, updates)
         return params, {str(leaf.dtype) for leaf in jax.tree.leaves(state)}, state

@@ -41,10 +41,13 @@ def start(module: str, count: int, devices: int, *args: str, only=None) -> list[
         subprocess.Popen(
             [sys.executable, "-m", f"jaxgpt.{module}", *args, *met]
             + ([f"--process_id={i}"] if met else []),
-            env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=env,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for i in (range(count) if only is None else only)
-    ]  # fmt: skip
+    ]
 
 
 def finish(children: list[subprocess.Popen], timeout: float = 180) -> tuple[list, list, list]:
@@ -67,7 +70,9 @@ def wait_for_checkpoint(workdir: Path, step: int, children: list[subprocess.Pope
     """Waits until the run's checkpoint of `step` is whole."""
     until = time.monotonic() + 120
     while not (workdir / "checkpoints" / str(step)).exists():
-        assert time.monotonic() < until and all(c.poll() is None for c in children), finish(children)
+        assert time.monotonic() < until and all(c.poll() is None for c in children), finish(
+            children
+        )
         time.sleep(0.01)
 
 
@@ -75,5 +80,7 @@ def wait_for_step(workdir: Path, step: int, children: list[subprocess.Popen]) ->
     """Waits until the run has logged `step`."""
     until = time.monotonic() + 120
     while max(rows(workdir), default=0) < step:
-        assert time.monotonic() < until and all(c.poll() is None for c in children), finish(children)
+        assert time.monotonic() < until and all(c.poll() is None for c in children), finish(
+            children
+        )
         time.sleep(0.01)

@@ -11,7 +11,15 @@ import pytest
 
 from jaxgpt import train
 from tests.conftest import CORPUS, xla_flags
-from tests.parallel.processes import CONFIG, finish, free_port, rows, start, wait_for_checkpoint, wait_for_step
+from tests.parallel.processes import (
+    CONFIG,
+    finish,
+    free_port,
+    rows,
+    start,
+    wait_for_checkpoint,
+    wait_for_step,
+)
 
 SCRIPT = """
 import sys, jax
@@ -43,10 +51,13 @@ def test_processes_compare_what_they_read_and_follow_the_first(values, expected)
     children = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, address, count, str(i), value],
-            env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            env=env,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
         )
         for i, value in enumerate(values)
-    ]  # fmt: skip
+    ]
     codes, _, errors = finish(children)
     assert codes == [2, 2], errors
     assert all(expected in error for error in errors)
@@ -67,9 +78,10 @@ def place(tmp_path_factory):
 
 def flags(folder, workdir: str) -> list[str]:
     return [
-        f"--config={folder}/c.py", f"--workdir={folder / workdir}",
+        f"--config={folder}/c.py",
+        f"--workdir={folder / workdir}",
         f"--config.data.cache_dir={folder}/cache",
-    ]  # fmt: skip
+    ]
 
 
 def test_two_processes_train_like_one_and_again_bit_for_bit(place):

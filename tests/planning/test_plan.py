@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from jaxgpt import plan
-from jaxgpt.config import Config
+from jaxgpt.config import BadInput, Config
 from jaxgpt.config.load import load_file
 from jaxgpt.metrics.throughput import flops_per_token
 from jaxgpt.planning.hardware import TPUS, Chip, gpu_chip, local_chip
@@ -18,9 +18,19 @@ from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
 from tests.conftest import ROOT
 
 KEYS = {
-    "topology", "devices", "parameters", "fits", "bytes_per_device", "largest", "flops_per_step",
-    "compiled_flops_per_step", "collectives", "roofline_seconds", "bound_by", "compile_seconds",
-}  # fmt: skip
+    "topology",
+    "devices",
+    "parameters",
+    "fits",
+    "bytes_per_device",
+    "largest",
+    "flops_per_step",
+    "compiled_flops_per_step",
+    "collectives",
+    "roofline_seconds",
+    "bound_by",
+    "compile_seconds",
+}
 CONFIG = """
 from jaxgpt.config import *
 def get_config():
@@ -42,7 +52,7 @@ def test_the_devices_here(command, file):
     code, out, err = command(plan.main, file)
     assert code == 0, err
     found = json.loads(out)
-    assert KEYS <= set(found) and found["devices"] == 8 and found["fits"]
+    assert set(found) >= KEYS and found["devices"] == 8 and found["fits"]
     memory, cfg = found["bytes_per_device"], load_file(file.split("=")[1]).model
     cfg.vocab_size = 257
     assert found["flops_per_step"] == 16 * 32 * flops_per_token(cfg)
@@ -74,9 +84,16 @@ def test_bad_input(command, file):
 
 def fake(fits):
     def plan_of(config: Config) -> dict:
-        seconds = config.grad_accum + {"none": 0, "dots": 0.5, "full": 1, "offload": 1}[config.model.remat]
-        return {"fits": fits(config), "roofline_seconds": {"compute": seconds, "memory": 0.1},
-                "bound_by": "compute", "bytes_per_device": {"total": 1}}  # fmt: skip
+        seconds = (
+            config.grad_accum
+            + {"none": 0, "dots": 0.5, "full": 1, "offload": 1}[config.model.remat]
+        )
+        return {
+            "fits": fits(config),
+            "roofline_seconds": {"compute": seconds, "memory": 0.1},
+            "bound_by": "compute",
+            "bytes_per_device": {"total": 1},
+        }
 
     return plan_of
 
@@ -113,6 +130,9 @@ def test_a_gpu_s_memory_is_jax_s_share_of_it(monkeypatch):
     half = gpu_chip("h200").hbm
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
     assert gpu_chip("h200").hbm == half * 3 // 2 and half == 139 * 2**30 // 2
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(BadInput, match="MEM_FRACTION=most"):
+        gpu_chip("h200")
 
 
 def test_the_network_s_time():
@@ -136,7 +156,10 @@ def test_the_search_ranks_what_fits():
     assert each == sorted(each) and batch[:2] == [64, 32] and batch[2:] == [16] * (len(found) - 2)
     assert {row["change"]["mesh.tensor"] for row in found} >= {1, 2}
     best = found[2]["change"]
-    assert found[2]["seconds"] == 2 and (best["grad_accum"], best["model.remat"]) in ((1, "full"), (2, "none"))
+    assert found[2]["seconds"] == 2 and (best["grad_accum"], best["model.remat"]) in (
+        (1, "full"),
+        (2, "none"),
+    )
     assert found[0]["change"] == best | {"batch_size": 64}
     assert sum("bound by" in line for line in told) == len(found)
     assert any("batch_size=128: does not fit" in line for line in told)
@@ -146,9 +169,13 @@ def planned(*args: str, timeout: int = 400) -> tuple[dict, str]:
     """The command as a user runs it, in a process of its own."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     found = subprocess.run(
-        [sys.executable, "-m", "jaxgpt.plan", *args], cwd=ROOT, env=env, capture_output=True,
-        text=True, timeout=timeout,
-    )  # fmt: skip
+        [sys.executable, "-m", "jaxgpt.plan", *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout), found.stderr
 
@@ -157,27 +184,37 @@ def planned(*args: str, timeout: int = 400) -> tuple[dict, str]:
 def test_gpt2_on_eight_v5e_chips():
     """Data parallel: splash runs its forward once, five all-reduces at most, no all-gather."""
     found, err = planned(
-        "--config=configs/small.py", "--topology=v5e:2x4", "--config.batch_size=64",
-        "--config.grad_accum=1", "--config.model.vocab_size=50257", "--config.model.remat=dots",
+        "--config=configs/small.py",
+        "--topology=v5e:2x4",
+        "--config.batch_size=64",
+        "--config.grad_accum=1",
+        "--config.model.vocab_size=50257",
+        "--config.model.remat=dots",
         "--price=1.2",
-    )  # fmt: skip
-    assert KEYS <= set(found) and found["fits"] and found["parameters"] == 124_439_808
+    )
+    assert set(found) >= KEYS and found["fits"] and found["parameters"] == 124_439_808
     assert found["attention"] == "splash"
     assert found["bytes_per_device"]["temporaries"] <= 2.5 * 2**30
     assert found["bytes_per_device"]["limit"] == TPUS["v5e"].hbm
     assert {(row["kind"], row["axis"]) for row in found["collectives"]} == {("all-reduce", "data")}
-    assert found["collectives"][0]["count"] <= 12 * 2 + 3, "two in the loop over 12 layers, three beside it"
+    assert found["collectives"][0]["count"] <= 12 * 2 + 3, (
+        "two in the loop over 12 layers, three beside it"
+    )
     assert 0.9 < found["compiled_flops_per_step"] / found["flops_per_step"] < 1.3
-    assert found["bound_by"] in found["roofline_seconds"] and found["dollars_per_billion_tokens"] > 0
+    assert (
+        found["bound_by"] in found["roofline_seconds"] and found["dollars_per_billion_tokens"] > 0
+    )
     assert "Source Location" not in err and len(err.splitlines()) < 30, err
 
 
 @pytest.mark.tpu_compile
 def test_what_does_not_fit_is_an_answer():
     found, err = planned(
-        "--config=configs/small.py", "--topology=v5e:2x4", "--config.batch_size=512",
+        "--config=configs/small.py",
+        "--topology=v5e:2x4",
+        "--config.batch_size=512",
         "--config.grad_accum=1",
-    )  # fmt: skip
+    )
     assert not found["fits"] and found["over_by"] > 2**30
     assert found["suggestion"]["fits"] and found["suggestion"]["change"], err
     assert "fits      NO" in err and "try       --config." in err
@@ -191,9 +228,13 @@ def rows_of(found: dict) -> dict[str, dict]:
 def test_fsdp_gathers_each_weight_twice_and_scatters_its_gradient():
     """On 4 x 4 chips, where a sum over all of `fsdp` at once would be an all-reduce."""
     found, _ = planned(
-        "--config=configs/modern_1b.py", "--topology=v5e:4x4", "--config.batch_size=16",
-        "--config.grad_accum=1", "--config.model.max_seq_len=2048", "--config.model.num_layers=8",
-    )  # fmt: skip
+        "--config=configs/modern_1b.py",
+        "--topology=v5e:4x4",
+        "--config.batch_size=16",
+        "--config.grad_accum=1",
+        "--config.model.max_seq_len=2048",
+        "--config.model.num_layers=8",
+    )
     rows, parameters = rows_of(found), found["parameters"]
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
     whole = 2 * parameters  # bytes in bfloat16
@@ -209,16 +250,24 @@ def test_fsdp_gathers_each_weight_twice_and_scatters_its_gradient():
 def test_tensor_parallelism_sums_twice_a_block(split):
     layers = 4
     found, _ = planned(
-        "--config=configs/modern_1b.py", "--topology=v5e:2x4", "--config.batch_size=8",
-        "--config.grad_accum=1", "--config.model.max_seq_len=1024", "--config.model.remat=none",
-        f"--config.model.num_layers={layers}", "--config.mesh.fsdp=1", "--config.mesh.tensor=8",
+        "--config=configs/modern_1b.py",
+        "--topology=v5e:2x4",
+        "--config.batch_size=8",
+        "--config.grad_accum=1",
+        "--config.model.max_seq_len=1024",
+        "--config.model.remat=none",
+        f"--config.model.num_layers={layers}",
+        "--config.mesh.fsdp=1",
+        "--config.mesh.tensor=8",
         f"--config.mesh.sequence_activations={str(split).lower()}",
-    )  # fmt: skip
+    )
     rows = rows_of(found)
     each = 8 * 1024 * 2048 * 2  # the residual stream, bytes
     assert {row["axis"] for row in found["collectives"]} == {"tensor"}
     sums = rows["all-reduce"]["bytes"] / each
-    if split:  # two gathers and two scatters a block, forward and backward; gathers once more for weights
+    if (
+        split
+    ):  # two gathers and two scatters a block, forward and backward; gathers once more for weights
         moved = sum(rows[kind]["bytes"] for kind in rows if kind != "all-reduce") / each
         assert sums < 0.1 and 8 * layers <= moved + 8 / 8 * layers and moved < 13 * layers
     else:
@@ -229,14 +278,18 @@ def test_tensor_parallelism_sums_twice_a_block(split):
 def test_gpt2_on_described_gpus():
     """Data parallel over two hosts: cuDNN's attention, compiled without a GPU; sums only."""
     found, err = planned(
-        "--config=configs/small.py", "--topology=h200:2x4", "--config.batch_size=64",
-        "--config.grad_accum=1", "--config.model.vocab_size=50257", "--price=4",
-    )  # fmt: skip
-    assert KEYS <= set(found) and found["fits"] and found["parameters"] == 124_439_808
+        "--config=configs/small.py",
+        "--topology=h200:2x4",
+        "--config.batch_size=64",
+        "--config.grad_accum=1",
+        "--config.model.vocab_size=50257",
+        "--price=4",
+    )
+    assert set(found) >= KEYS and found["fits"] and found["parameters"] == 124_439_808
     assert found["devices"] == 8 and found["attention"] == "cudnn"
     memory = found["bytes_per_device"]
     assert 12 * 124_439_808 <= memory["arguments"] < 12.3 * 124_439_808
-    # a layer's inputs of products, 8 sequences: 14 to 20 of B T D, in bfloat16
+    # what 12 layers keep of 8 sequences, in arrays of B T D, in bfloat16
     stream = 12 * 8 * 1024 * 768 * 2
     assert 14 * stream < memory["temporaries"] < 26 * stream
     assert {(row["kind"], row["axis"]) for row in found["collectives"]} == {("all-reduce", "data")}
@@ -244,17 +297,25 @@ def test_gpt2_on_described_gpus():
     summed = 2 * 86e6 + 6 * 50304 * 768
     assert 0.95 * summed < found["collectives"][0]["bytes"] < 1.05 * summed
     assert 0.95 < found["compiled_flops_per_step"] / found["flops_per_step"] < 1.15
-    assert found["bound_by"] in found["roofline_seconds"] and found["dollars_per_billion_tokens"] > 0
+    assert (
+        found["bound_by"] in found["roofline_seconds"] and found["dollars_per_billion_tokens"] > 0
+    )
     assert "cuInit" not in err and len(err.splitlines()) < 30, err
 
 
 @pytest.mark.gpu_compile
 def test_fsdp_on_described_gpus():
     found, _ = planned(
-        "--config=configs/modern_1b.py", "--topology=h100:8", "--config.batch_size=8",
-        "--config.grad_accum=1", "--config.model.max_seq_len=1024", "--config.model.num_layers=4",
-        "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.model.remat=none",
-    )  # fmt: skip
+        "--config=configs/modern_1b.py",
+        "--topology=h100:8",
+        "--config.batch_size=8",
+        "--config.grad_accum=1",
+        "--config.model.max_seq_len=1024",
+        "--config.model.num_layers=4",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=8",
+        "--config.model.remat=none",
+    )
     rows, whole = rows_of(found), 2 * found["parameters"]
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
     assert 1.5 * whole < rows["all-gather"]["bytes"] < 2.1 * whole, "forward and backward"

@@ -117,10 +117,16 @@ def test_axes_of_groups():
         # MNH,NHD->MD as a convolution over the heads
         ("b0f_0io->b0f", "window={size=12}", (96, 12, 64), (12, 64, 7), (96, 1, 7), 12 * 64),
         # a batched product: of every shift only the one that does not stand on padding counts
-        ("0bf_0io->0bf", "window={size=4 stride=3 pad=3_3 lhs_dilate=4 rhs_reversal=1}",
-         (4, 5, 6), (4, 6, 7), (4, 5, 7), 6),
+        (
+            "0bf_0io->0bf",
+            "window={size=4 stride=3 pad=3_3 lhs_dilate=4 rhs_reversal=1}",
+            (4, 5, 6),
+            (4, 6, 7),
+            (4, 5, 7),
+            6,
+        ),
     ],
-)  # fmt: skip
+)
 def test_products_written_as_convolutions(labels, window, lhs, rhs, out, depth):
     def typed(shape):
         return f"f32[{','.join(map(str, shape))}]"
@@ -187,3 +193,30 @@ def test_a_gpu_s_program():
     assert program.collectives(AXES, SIZES) == [Collective("all-reduce", "tensor", (0, 1), 1, one)]
     update, attention = 2 * one + one + 4, 2 * one  # the layer is read, its place read and written
     assert program.hbm_bytes() == update + attention
+
+
+SPREAD = """ENTRY %main (x: bf16[8,4]) -> bf16[8,8] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %start = (bf16[8,4]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%begins
+  %part = bf16[8,4]{1,0} get-tuple-element(%start), index=0
+  %flag = u32[]{:S(2)} get-tuple-element(%start), index=2
+  ROOT %done = bf16[8,8]{1,0} fusion(%part, %flag), kind=kCustom, calls=%ends
+}
+
+%begins (p: bf16[8,4]) -> (bf16[8,4], bf16[8,8], u32[]) {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %gather.1 = bf16[8,8]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={1}
+  ROOT %out = (bf16[8,4]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}) tuple(%p, %gather.1, %p)
+}
+
+%ends (q: bf16[8,4], f: u32[]) -> bf16[8,8] {
+  %q = bf16[8,4]{1,0} parameter(0)
+  %f = u32[]{:S(2)} parameter(1)
+  ROOT %gather.2 = bf16[8,8]{1,0} all-gather(%q), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={1}
+}
+"""
+
+
+def test_a_collective_spread_over_fusions_counts_once():
+    found = Program(SPREAD).collectives(AXES, SIZES)
+    assert found == [Collective("all-gather", "tensor", (0, 1), 1, 2 * 8 * 4 * 2)]

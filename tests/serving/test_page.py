@@ -35,9 +35,10 @@ def complaints(browser) -> list[str]:
 
 
 def sized(browser, width: int) -> None:
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600,
-    })  # fmt: skip
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
 
 
 def fits(browser) -> bool:
@@ -85,7 +86,9 @@ def test_a_report_draws_and_fits(browser, workdir, command, tmp_path, width, dar
     browser.get_log("browser")
     browser.get(f"file://{out}")
     charts = browser.find_elements("css selector", "figure svg path")
-    assert len(charts) >= 4 and all(path.get_attribute("d").count("L") > 0 or "M" in path.get_attribute("d") for path in charts)
+    assert len(charts) >= 4 and all(
+        path.get_attribute("d").count("L") > 0 or "M" in path.get_attribute("d") for path in charts
+    )
     assert fits(browser) and complaints(browser) == []
     assert "learning_rate" in browser.find_element("id", "config").text
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")

@@ -15,7 +15,7 @@ import urllib.request
 import openai
 import pytest
 
-from jaxgpt import serve, train
+from jaxgpt import serve
 from tests.conftest import CORPUS, xla_flags
 
 CONFIG = """
@@ -35,8 +35,10 @@ def start(workdir, *flags: str) -> tuple[subprocess.Popen, str]:
     env = os.environ | {"XLA_FLAGS": xla_flags(1)}
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxgpt.serve", f"--workdir={workdir}", "--port=0", *flags],
-        env=env, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stderr:
         if line.startswith("serving "):
             return process, line.split(" at ")[1].split()[0].rstrip("/")
@@ -51,7 +53,13 @@ def workdir(tmp_path_factory):
         (folder / "corpus" / f"{i}.txt").write_text(CORPUS[i * 2500 : (i + 1) * 2500])
     (folder / "c.py").write_text(CONFIG.format(corpus=folder / "corpus"))
     env = os.environ | {"JAXGPT_CACHE": str(folder / "cache")}
-    command = [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py", f"--workdir={folder}/run"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxgpt.train",
+        f"--config={folder}/c.py",
+        f"--workdir={folder}/run",
+    ]
     subprocess.run(command, env=env, check=True, capture_output=True)
     return folder / "run"
 
@@ -85,7 +93,9 @@ def test_openais_client_completes_streams_and_lists(client, workdir):
     whole = client.completions.create(**asked)
     assert whole.object == "text_completion" and whole.choices[0].finish_reason == "length"
     assert whole.usage.completion_tokens == 24 and whole.usage.prompt_tokens == 11
-    pieces = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    pieces = list(
+        client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
     assert "".join(p.choices[0].text for p in pieces if p.choices) == whole.choices[0].text
     assert len(pieces) > 5 and pieces[-1].usage.completion_tokens == 24
     other = client.completions.create(**asked | {"seed": 4})
@@ -95,11 +105,16 @@ def test_openais_client_completes_streams_and_lists(client, workdir):
 def test_it_says_what_sample_says(client, workdir, command):
     from jaxgpt import sample
 
-    greedy = client.completions.create(model="run", prompt="The licence", max_tokens=40, temperature=0)
+    greedy = client.completions.create(
+        model="run", prompt="The licence", max_tokens=40, temperature=0
+    )
     code, out, err = command(
-        sample.main, f"--workdir={workdir}", "--prompt=The licence", "--max_new_tokens=40",
+        sample.main,
+        f"--workdir={workdir}",
+        "--prompt=The licence",
+        "--max_new_tokens=40",
         "--temperature=0",
-    )  # fmt: skip
+    )
     assert code == 0 and out == f"The licence{greedy.choices[0].text}\n", err
 
 
@@ -110,8 +125,12 @@ def test_choices_logprobs_echo_stop_and_tokens(client):
     assert [choice.text[:2] for choice in found.choices] == ["ab", "ab", "cd", "cd"]
     assert found.choices[0].text != found.choices[1].text
     logprobs = found.choices[0].logprobs
-    assert "".join(logprobs.tokens) == found.choices[0].text[2:] or "\ufffd" in found.choices[0].text
-    assert len(logprobs.token_logprobs) == 20 and all(score <= 0 for score in logprobs.token_logprobs)
+    assert (
+        "".join(logprobs.tokens) == found.choices[0].text[2:] or "\ufffd" in found.choices[0].text
+    )
+    assert len(logprobs.token_logprobs) == 20 and all(
+        score <= 0 for score in logprobs.token_logprobs
+    )
     plain = client.completions.create(**asked, prompt="ab").choices[0].text
     assert client.completions.create(**asked, prompt=[97, 98]).choices[0].text == plain
     cut = client.completions.create(**asked, prompt="ab", stop=[plain[7:9]]).choices[0]
@@ -143,9 +162,17 @@ BAD = {
     "empty list": (b'{"prompt": []}', 400, "prompt must be text, tokens, or a list"),
     "object prompt": (b'{"prompt": {}}', 400, "prompt must be text"),
     "many choices": (b'{"prompt": "a", "n": 1000}', 400, "n=1000 must be a whole number"),
-    "many prompts": (b'{"prompt": %s, "n": 2}' % json.dumps(["a"] * 16).encode(), 400, "more than 16"),
+    "many prompts": (
+        b'{"prompt": %s, "n": 2}' % json.dumps(["a"] * 16).encode(),
+        400,
+        "more than 16",
+    ),
     "best_of": (b'{"prompt": "a", "best_of": 3}', 400, "best_of is not supported"),
-    "penalty": (b'{"prompt": "a", "presence_penalty": 1}', 400, "presence_penalty is not supported"),
+    "penalty": (
+        b'{"prompt": "a", "presence_penalty": 1}',
+        400,
+        "presence_penalty is not supported",
+    ),
     "stops": (b'{"prompt": "a", "stop": ["1","2","3","4","5"]}', 400, "more than 4 strings"),
     "empty stop": (b'{"prompt": "a", "stop": [""]}', 400, "not empty"),
     "huge seed": (b'{"prompt": "a", "seed": 99999999999999999999}', 400, "seed="),
@@ -188,10 +215,15 @@ async def crowd(address: str, asks: list[dict], together: int) -> list[str]:
 
 def asks_of(count: int) -> list[dict]:
     return [
-        {"prompt": CORPUS[37 * i : 37 * i + 1 + i % 40], "max_tokens": 1 + i % 30, "seed": i,
-         "temperature": (0, 0.7, 1.0)[i % 3], "top_p": (1.0, 0.9)[i % 2]}
+        {
+            "prompt": CORPUS[37 * i : 37 * i + 1 + i % 40],
+            "max_tokens": 1 + i % 30,
+            "seed": i,
+            "temperature": (0, 0.7, 1.0)[i % 3],
+            "top_p": (1.0, 0.9)[i % 2],
+        }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def test_64_clients_at_once_get_what_each_gets_alone(server):
@@ -207,8 +239,10 @@ def test_a_client_that_leaves_frees_its_slot(server):
     body = b'{"prompt": "a", "max_tokens": 120, "temperature": 1, "stream": true}'
     for _ in range(20):
         with socket.create_connection((host, int(port))) as lost:
-            lost.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
-                         % (len(body), body))  # fmt: skip
+            lost.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+                % (len(body), body)
+            )
             lost.recv(100)
     until, busy = time.monotonic() + 20, (1, 1)
     while busy != (0, 0) and time.monotonic() < until:
@@ -222,7 +256,9 @@ def test_too_many_are_told_to_wait(workdir):
     process, address = start(workdir, "--slots=1", "--max_waiting=2")
     body = b'{"prompt": "a", "max_tokens": 120, "temperature": 1}'
     codes: list[int] = []
-    threads = [threading.Thread(target=lambda: codes.append(raw(address, body)[0])) for _ in range(20)]
+    threads = [
+        threading.Thread(target=lambda: codes.append(raw(address, body)[0])) for _ in range(20)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -263,7 +299,10 @@ def test_flags_and_ports_that_cannot_be(workdir, command):
         port = taken.getsockname()[1]
         for flags, message in (
             ((f"--workdir={workdir}", f"--port={port}"), f"cannot listen at 127.0.0.1 port {port}"),
-            ((f"--workdir={workdir}", "--host=nowhere.invalid"), "cannot listen at nowhere.invalid"),
+            (
+                (f"--workdir={workdir}", "--host=nowhere.invalid"),
+                "cannot listen at nowhere.invalid",
+            ),
             ((f"--workdir={workdir}", "--slots=0"), "--slots=0 must be from 1"),
             ((), "--workdir=DIR is required"),
             ((f"--workdir={workdir}-not", "--port=0"), "no run"),

@@ -36,8 +36,10 @@ def test_grid():
     assert grid["model.bias"] == [True, False]
     every = choices(grid, 0, 0)
     assert len(every) == 8 and every[0] == {
-        "optim.learning_rate": 1e-4, "batch_size": 16, "model.bias": True
-    }  # fmt: skip
+        "optim.learning_rate": 1e-4,
+        "batch_size": 16,
+        "model.bias": True,
+    }
     drawn = choices(grid, 3, 1)
     assert len(drawn) == 3 and all(c in every for c in drawn)
     assert drawn == choices(grid, 3, 1) != choices(grid, 3, 2)
@@ -93,9 +95,20 @@ def config_file(corpus, tmp_path):
 
 
 def start(config_file, workdir, *args):
-    env = os.environ | {"XLA_FLAGS": xla_flags(1), "JAXGPT_CACHE": str(config_file.parent / "cache")}
-    argv = [sys.executable, "-m", "jaxgpt.sweep", f"--config={config_file}", f"--grid={GRID}",
-            f"--workdir={workdir}", "--config.seed=5", *args]  # fmt: skip
+    env = os.environ | {
+        "XLA_FLAGS": xla_flags(1),
+        "JAXGPT_CACHE": str(config_file.parent / "cache"),
+    }
+    argv = [
+        sys.executable,
+        "-m",
+        "jaxgpt.sweep",
+        f"--config={config_file}",
+        f"--grid={GRID}",
+        f"--workdir={workdir}",
+        "--config.seed=5",
+        *args,
+    ]
     return subprocess.Popen(
         argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -125,9 +138,13 @@ def test_halving_and_jobs(command, config_file, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     monkeypatch.chdir(ROOT)
     code, out, err = command(
-        sweep.main, f"--config={config_file}", "--grid=optim.learning_rate=1e-4,1e-2,1e9",
-        f"--workdir={tmp_path}/s", "--halving=3", "--jobs=2",
-    )  # fmt: skip
+        sweep.main,
+        f"--config={config_file}",
+        "--grid=optim.learning_rate=1e-4,1e-2,1e9",
+        f"--workdir={tmp_path}/s",
+        "--halving=3",
+        "--jobs=2",
+    )
     assert code == 0, err
     found = [line.split() for line in out.splitlines()[1:]]
     assert [row[0] for row in found] == ["9", "3", "3", "3"]
@@ -137,7 +154,8 @@ def test_halving_and_jobs(command, config_file, tmp_path, monkeypatch):
 def test_bad_flags(command, config_file):
     argv = (f"--config={config_file}", "--grid=num_steps=1,2")
     for flag, message in (
-        ("--jobs=0", "--jobs at least 1"), ("--halving=2", "take it out of --grid")
-    ):  # fmt: skip
+        ("--jobs=0", "--jobs at least 1"),
+        ("--halving=2", "take it out of --grid"),
+    ):
         code, out, err = command(sweep.main, *argv, flag)
         assert (code, out) == (2, "") and message in err

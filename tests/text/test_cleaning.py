@@ -6,7 +6,6 @@ import re
 import pytest
 
 from jaxgpt.config import BadInput
-from jaxgpt.text.formats import read_builtin
 from jaxgpt.text.cleaning import (
     Report,
     clean,
@@ -16,6 +15,7 @@ from jaxgpt.text.cleaning import (
     mask_addresses,
 )
 from jaxgpt.text.contamination import contamination
+from jaxgpt.text.formats import read_builtin
 from jaxgpt.text.ngrams import ngram_hashes
 from jaxgpt.text.pieces import Piece
 from jaxgpt.text.quality import quality_fault
@@ -69,9 +69,17 @@ def test_addresses():
         ("an ox is to be of " * 20, "word_length"),
         (PROSE.replace(" the ", " # "), "symbols"),
         (PROSE + " 12345 67890" * 12, "letters"),
-        (PROSE.replace("the", "tne").replace("The", "tne").replace(" to ", " tu ").replace(
-            " of ", " uf ").replace(" and ", " und ").replace("that", "thet").replace(
-            " have ", " hove ").replace("With", "Wath"), "stop_words"),
+        (
+            PROSE.replace("the", "tne")
+            .replace("The", "tne")
+            .replace(" to ", " tu ")
+            .replace(" of ", " uf ")
+            .replace(" and ", " und ")
+            .replace("that", "thet")
+            .replace(" have ", " hove ")
+            .replace("With", "Wath"),
+            "stop_words",
+        ),
         ("\n".join("- " + part for part in PROSE.split(". ")) + ".\n- It was so. ", "bullets"),
         ("\n".join(part + "..." for part in PROSE.split(". ")), "ellipses"),
         (PROSE + " Lorem ipsum dolor sit amet.", "lorem_ipsum"),
@@ -81,7 +89,7 @@ def test_addresses():
         (PROSE + " over the sea" * 20, "top_2gram"),
         (PROSE + " " + PROSE[:160], "repeated_5grams"),
     ],
-)  # fmt: skip
+)
 def test_each_quality_rule(text, fault):
     assert quality_fault(text) == fault
 

@@ -41,7 +41,7 @@ def documents(source, field="text", data_dir=""):
 
 
 def test_text_is_a_document_per_file_in_name_order(tmp_path):
-    (tmp_path / "b.txt").write_bytes("zwei\r\n".encode())
+    (tmp_path / "b.txt").write_bytes(b"zwei\r\n")
     (tmp_path / "a.txt").write_bytes("eins é\n".encode())
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"drei"))
     (tmp_path / "d.txt").write_bytes(b"")
@@ -121,7 +121,9 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
 
 def test_folders_globs_and_zstd(tmp_path):
     (tmp_path / "d/e").mkdir(parents=True)
-    (tmp_path / "d/e/b.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "two"}\n{"text": "3"}'))
+    (tmp_path / "d/e/b.jsonl.zst").write_bytes(
+        zstandard.compress(b'{"text": "two"}\n{"text": "3"}')
+    )
     (tmp_path / "d/a.jsonl").write_text('{"text": "one"}')
     assert documents("jsonl:d") == ["one", "two", "3"]
     assert documents("jsonl:d/**/*.zst") == ["two", "3"]
@@ -147,7 +149,9 @@ def web_archive(file, pages):
     with open(file, "wb") as out:
         writer = WARCWriter(out, gzip=str(file).endswith("gz"))
         for kind, status, content_type, body in pages:
-            headers = StatusAndHeaders(status, [("Content-Type", content_type)], protocol="HTTP/1.1")
+            headers = StatusAndHeaders(
+                status, [("Content-Type", content_type)], protocol="HTTP/1.1"
+            )
             headers = headers if kind == "response" else None
             payload = io.BytesIO(body)
             writer.write_record(
@@ -157,13 +161,16 @@ def web_archive(file, pages):
 
 def test_web_archives(tmp_path):
     latin = "<html><body><p>caf\xe9</p></body></html>"
-    web_archive(tmp_path / "a.warc.gz", [
-        ("response", "200 OK", "text/html; charset=iso-8859-1", latin.encode("latin-1")),
-        ("response", "200 OK", "text/html", b"<meta charset='latin-1'>\xe9"),
-        ("response", "404 Not Found", "text/html", b"gone"),
-        ("response", "200 OK", "image/png", b"\x89PNG"),
-        ("request", "", "", b"GET /"),
-    ])  # fmt: skip
+    web_archive(
+        tmp_path / "a.warc.gz",
+        [
+            ("response", "200 OK", "text/html; charset=iso-8859-1", latin.encode("latin-1")),
+            ("response", "200 OK", "text/html", b"<meta charset='latin-1'>\xe9"),
+            ("response", "404 Not Found", "text/html", b"gone"),
+            ("response", "200 OK", "image/png", b"\x89PNG"),
+            ("request", "", "", b"GET /"),
+        ],
+    )
     web_archive(tmp_path / "b.warc.wet", [("conversion", "", "", "zwei é".encode())])
     assert documents("warc:a.warc.gz") == [latin, "<meta charset='latin-1'>é"]
     assert documents("warc:b.warc.wet") == ["zwei é"]
@@ -193,8 +200,11 @@ def tfds_folder(tmp_path_factory):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = {"text": tfds.features.Text(), "body": tfds.features.Text(),
-                        "label": np.int64}  # fmt: skip
+            features = {
+                "text": tfds.features.Text(),
+                "body": tfds.features.Text(),
+                "label": np.int64,
+            }
             features = tfds.features.FeaturesDict(features)
             return tfds.core.DatasetInfo(builder=self, features=features)
 

@@ -10,13 +10,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
 from jaxgpt.config import BadInput
+from jaxgpt.text.pieces import cut_at
 from jaxgpt.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
+from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.tokenizer.load import check_spec
 from tests.conftest import CORPUS
-from jaxgpt.text.pieces import cut_at
-from jaxgpt.tokenizer.base import TrainingText
-
 
 
 def text_of(text: str) -> TrainingText:
@@ -34,9 +33,10 @@ def gpt2_folder(tmp_path_factory):
     fast = FastTokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=400,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
-    )  # fmt: skip
+    )
     fast.train_from_iterator([CORPUS], trainer)
     model = json.loads(fast.to_str())["model"]
     vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
@@ -168,9 +168,13 @@ def test_a_foreign_model_that_adds_a_space_is_not_cut(tmp_path):
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.split("\n")), model_writer=model, vocab_size=400,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(CORPUS.split("\n")),
+        model_writer=model,
+        vocab_size=400,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     (tmp_path / "m.model").write_bytes(model.getvalue())
     assert not make_tokenizer(f"sentencepiece:{tmp_path}/m.model").cuttable
 

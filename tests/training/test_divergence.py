@@ -45,9 +45,7 @@ def run(command, tmp_path, monkeypatch):
             raw[number * LENGTH * BATCH + 3] = POISON
         (tmp_path / "train.txt").write_bytes(bytes(raw.tolist()))
         (tmp_path / "valid.txt").write_text("abcdefgh " * 20)
-        (tmp_path / "c.py").write_text(
-            CONFIG.format(batch=BATCH, length=LENGTH, folder=tmp_path)
-        )
+        (tmp_path / "c.py").write_text(CONFIG.format(batch=BATCH, length=LENGTH, folder=tmp_path))
         code, _, err = command(
             train.main, f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/{workdir}", *args
         )

@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(command, trained,
     assert code == 2 and "checkpoint 12" in err and "is damaged" in err
     code, _, err = again()
     assert code == 0, err
-    assert f"damaged   checkpoint 12: " in err and "resume    from checkpoint 8" in err
+    assert "damaged   checkpoint 12: " in err and "resume    from checkpoint 8" in err
     assert [p.name for p in (workdir / "checkpoints-damaged").iterdir()] == ["12.0"]
     assert metrics(workdir) == before, "the same numbers, each step once"
     code, out, err = command(checkpoint.main, "verify", f"--workdir={workdir}")
@@ -151,7 +151,9 @@ def test_another_model_is_named_by_its_first_array(tmp_path):
         checkpoints = Checkpoints(tmp_path)
         checkpoints.save(1, jax.jit(small.init)(), {"tokens": 0})
         wide = make_training(tiny_config(mlp_dim=64), mesh)
-        with pytest.raises(BadInput, match=r"array params/blocks/mlp/.* has shape .*, this run's is"):
+        with pytest.raises(
+            BadInput, match=r"array params/blocks/mlp/.* has shape .*, this run's is"
+        ):
             checkpoints.restore(1, wide.abstract_state())
         bare = make_training(tiny_config(bias=False), mesh)
         with pytest.raises(BadInput, match="has an array .*bias, which this run has not"):

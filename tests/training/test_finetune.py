@@ -60,8 +60,11 @@ def test_frozen_parameters_do_not_change_by_a_bit(name):
 
 def test_freezing_nothing_or_all_is_refused():
     params = {"tokens": jnp.ones(2), "blocks": {"kernel": jnp.ones(2)}}
-    for freeze, message in (("x", "'x' matches no parameter"), (".", "leaves no parameter"),
-                            ("(", "holds what is no pattern")):  # fmt: skip
+    for freeze, message in (
+        ("x", "'x' matches no parameter"),
+        (".", "leaves no parameter"),
+        ("(", "holds what is no pattern"),
+    ):
         with pytest.raises(BadInput, match=message):
             trainable(params, freeze, 0)
     mask = trainable(params, "tok", 0)
@@ -75,20 +78,25 @@ def test_lora_trains_its_additions_only_and_merges(shape, dora):
     config = tiny_config(shape, lora_dora=dora, **LORA)
     before, after, losses = run_steps(config, 4)
     assert moved(before, after) == {
-        path for path in flatten(before.params) if path.endswith(("lora_in", "lora_out", "magnitude"))
-    }  # fmt: skip
+        path
+        for path in flatten(before.params)
+        if path.endswith(("lora_in", "lora_out", "magnitude"))
+    }
     adam = jax.tree.leaves(before.opt_state)
     added = [l for p, l in flatten(before.params).items() if "lora" in p or "magnitude" in p]
     assert sum(leaf.size for leaf in adam) <= 2 * sum(leaf.size for leaf in added) + 4
     plain = dataclasses.replace(config.model, lora_rank=0)
     tokens = random_batch(config)["inputs"][0]
     with jax.set_mesh(mesh_of(tiny_config())):
+
         def logits(cfg, params):
             spec = ModelSpec(cfg, "xla")
             return np.asarray(jax.jit(lambda p, t: spec.bind(p)(t))(params, tokens))[..., :203]
 
         one = logits(config.model, after.params)
-        np.testing.assert_allclose(logits(plain, merged(after.params, config.model)), one, atol=1e-5)
+        np.testing.assert_allclose(
+            logits(plain, merged(after.params, config.model)), one, atol=1e-5
+        )
         base = logits(plain, merged(before.params, config.model))
         assert np.abs(one - base).max() > 1e-3
         if not dora:  # B starts at zero: nothing is added yet
@@ -96,8 +104,10 @@ def test_lora_trains_its_additions_only_and_merges(shape, dora):
 
 
 def test_lora_is_the_same_on_a_mesh():
-    losses = [run_steps(tiny_config(shape, lora_dora=True, **LORA), 6)[2]
-              for shape in ((1, 1, 1), (2, 2, 2))]  # fmt: skip
+    losses = [
+        run_steps(tiny_config(shape, lora_dora=True, **LORA), 6)[2]
+        for shape in ((1, 1, 1), (2, 2, 2))
+    ]
     np.testing.assert_allclose(*losses, atol=1e-4)
 
 
@@ -169,10 +179,17 @@ def test_what_init_from_refuses(command, tmp_path, corpus):
 def test_a_larger_vocabulary_a_shorter_context_a_new_head_and_lora(command, tmp_path, corpus):
     _, params = model_folder(tmp_path / "hf")
     code, _, err = started(
-        command, tmp_path, corpus, tmp_path / "hf", "--config.data.special_tokens=<a>,<b>",
-        "--config.model.max_seq_len=16", "--config.model.tie_embeddings=false",
-        "--config.model.lora_rank=2", "--config.model.lora_dora=true", "--config.init_fresh=head",
-    )  # fmt: skip
+        command,
+        tmp_path,
+        corpus,
+        tmp_path / "hf",
+        "--config.data.special_tokens=<a>,<b>",
+        "--config.model.max_seq_len=16",
+        "--config.model.tie_embeddings=false",
+        "--config.model.lora_rank=2",
+        "--config.model.lora_dora=true",
+        "--config.init_fresh=head",
+    )
     assert code == 0 and "of them trained" in err, err
     from etils import epath
 
@@ -205,9 +222,15 @@ def test_patience():
 
 def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corpus):
     """A learning rate that ruins the model: the first validation is the best."""
-    args = ("--config.num_steps=40", "--config.early_stop=2", "--config.keep_checkpoints=1",
-            "--config.optim.learning_rate=3", "--config.optim.schedule=constant",
-            "--config.optim.clip_norm=0", "--config.eval_every=2")  # fmt: skip
+    args = (
+        "--config.num_steps=40",
+        "--config.early_stop=2",
+        "--config.keep_checkpoints=1",
+        "--config.optim.learning_rate=3",
+        "--config.optim.schedule=constant",
+        "--config.optim.clip_norm=0",
+        "--config.eval_every=2",
+    )
     code, _, err = started(command, tmp_path, corpus, "", *args)
     assert code == 0 and "stopped early; the best validation loss was" in err, err
     losses = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]

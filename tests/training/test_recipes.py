@@ -1,7 +1,5 @@
 """What some recipes add to a step: averages, loss scaling, muP, every optimizer on a mesh."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,13 +83,20 @@ def test_every_optimizer_learns_and_is_the_same_on_a_mesh(name):
 @pytest.mark.parametrize(
     "variant",
     [
-        dict(num_kv_heads=2, position="rope", norm="rmsnorm", activation="swiglu", bias=False,
-             qk_norm=True, tie_embeddings=False),
+        dict(
+            num_kv_heads=2,
+            position="rope",
+            norm="rmsnorm",
+            activation="swiglu",
+            bias=False,
+            qk_norm=True,
+            tie_embeddings=False,
+        ),
         dict(window=5, full_attention_every=2, position="rope", logit_softcap=10.0),
         dict(norm_position="post", position="sinusoidal", activation="relu2"),
     ],
     ids=["modern", "windows", "post-norm"],
-)  # fmt: skip
+)
 def test_every_architecture_is_the_same_on_a_mesh(variant):
     one, _ = train(tiny_config(**variant))
     mesh, _ = train(tiny_config((2, 2, 2), **variant))

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from fractions import Fraction
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -45,7 +45,10 @@ def random_documents(shape, seed: int) -> dict[str, np.ndarray]:
     starts[..., 0] = True
     at = np.broadcast_to(np.arange(shape[-1]), shape)
     first = np.maximum.accumulate(np.where(starts, at, 0), axis=-1)
-    return {"segments": np.cumsum(starts, -1).astype(np.int32), "positions": (at - first).astype(np.int32)}
+    return {
+        "segments": np.cumsum(starts, -1).astype(np.int32),
+        "positions": (at - first).astype(np.int32),
+    }
 
 
 def assert_same(a, b):
@@ -68,9 +71,17 @@ def test_ten_steps_on_a_mesh_equal_one_device(one_device, shape):
 def everything(shape, **mesh) -> Config:
     """Packed documents, windows, grouped queries, an untied head, a pattern of layers."""
     config = tiny_config(
-        shape, position="rope", num_heads=8, num_kv_heads=4, window=5, full_attention_every=2,
-        norm="rmsnorm", activation="swiglu", tie_embeddings=False, logit_softcap=9.0,
-    )  # fmt: skip
+        shape,
+        position="rope",
+        num_heads=8,
+        num_kv_heads=4,
+        window=5,
+        full_attention_every=2,
+        norm="rmsnorm",
+        activation="swiglu",
+        tie_embeddings=False,
+        logit_softcap=9.0,
+    )
     config.data.pack, config.optim.z_loss = True, 1e-3
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
 
@@ -83,10 +94,14 @@ def everything_on_one():
 @pytest.mark.parametrize(
     ("shape", "mesh"),
     [
-        ((8, 1, 1), {}), ((1, 8, 1), {}), ((1, 1, 4), {}), ((2, 2, 2), {}),
-        ((1, 1, 4), {"sequence_activations": True}), ((2, 2, 2), {"sequence_activations": True}),
+        ((8, 1, 1), {}),
+        ((1, 8, 1), {}),
+        ((1, 1, 4), {}),
+        ((2, 2, 2), {}),
+        ((1, 1, 4), {"sequence_activations": True}),
+        ((2, 2, 2), {"sequence_activations": True}),
     ],
-)  # fmt: skip
+)
 def test_everything_at_once_on_a_mesh_equals_one_device(everything_on_one, shape, mesh):
     assert_same(ten_steps(everything(shape, **mesh)), everything_on_one)
 
@@ -212,9 +227,12 @@ def curve() -> list[float]:
 def test_golden_curve():
     """To accept an intended change: python -m tests.training.test_sharding"""
     np.testing.assert_allclose(
-        curve(), json.loads(GOLDEN.read_text()), atol=2e-4, rtol=0,
+        curve(),
+        json.loads(GOLDEN.read_text()),
+        atol=2e-4,
+        rtol=0,
         err_msg="if intended: JAX_PLATFORMS=cpu python -m tests.training.test_sharding",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.tpu_compile
@@ -226,9 +244,15 @@ def test_the_train_step_compiles_for_a_tpu_slice(monkeypatch):
         monkeypatch.setenv(name, {"TPU_SKIP_MDS_QUERY": "1"}.get(name, ""))
     devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
     config = tiny_config(
-        (2, 2, 2), dtype="bfloat16", remat="dots", max_seq_len=128, embed_dim=256, position="rope",
-        num_kv_heads=2, window=40,
-    )  # fmt: skip
+        (2, 2, 2),
+        dtype="bfloat16",
+        remat="dots",
+        max_seq_len=128,
+        embed_dim=256,
+        position="rope",
+        num_kv_heads=2,
+        window=40,
+    )
     config = dataclasses.replace(config, grad_accum=2, mesh=MeshConfig(2, 2, 2))
     config.data.pack = True
     with jax.set_mesh(mesh := make_mesh(config, list(devices))):
