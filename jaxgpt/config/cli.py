@@ -1,18 +1,21 @@
 """How every command starts and ends: flags in, one line per error, the contract's exit codes."""
 
+import errno
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from logging import CRITICAL, getLogger
 
-import jax
 from absl import flags, logging
 
-from jaxgpt.config.errors import BadInput, PeerLost
+from jaxgpt.config.encoding import check_setting
+from jaxgpt.config.errors import BadInput, PeerLost, one_line
 from jaxgpt.config.load import wrong_value
 
 
@@ -20,8 +23,11 @@ def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValu
     """Parses `argv` into `values`; prints the help and exits 0 on `--help`.
 
     Raises:
-      BadInput: for an unknown flag, an ill-typed value or a stray positional argument.
+      BadInput: for an unknown flag, an ill-typed value, a stray positional argument, or bytes that
+        are not UTF-8.
     """
+    for arg in argv[1:]:
+        check_setting(arg, f"the argument {arg[:100]}")
     if any(arg in ("-h", "-help", "--help") for arg in argv[1:]):
         print(f"{doc.strip()}\n\nflags:\n{_help(values)}")
         raise SystemExit(0)
@@ -45,6 +51,18 @@ def _help(values: flags.FlagValues) -> str:
 
 
 GRACE = 10.0  # seconds for threads to end by themselves after an error
+# What the system refuses because of the path, the permissions or the space that it was given.
+REFUSED = {
+    errno.EACCES: "",
+    errno.EDQUOT: "; make room and run the same command again",
+    errno.EISDIR: "",
+    errno.ELOOP: "",
+    errno.ENAMETOOLONG: "",
+    errno.ENOSPC: "; make room and run the same command again",
+    errno.ENOTDIR: "",
+    errno.EPERM: "",
+    errno.EROFS: "",
+}
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -55,6 +73,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments: see `check_text`
     try:
         code = main(sys.argv) or 0
     except BadInput as e:
@@ -68,11 +88,40 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except Exception as e:  # the last resort: nobody foresaw this one
+        code, line = unforeseen(e)
+        print(f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (1, 2) and (jax.distributed.is_initialized() or _is_held()):
+    if code in (1, 2) and (_is_distributed() or _is_held()):
         os._exit(code)  # the interpreter's own end would wait for other processes, or threads
     sys.exit(code)
+
+
+def unforeseen(e: Exception) -> tuple[int, str]:
+    """Returns exit code and message of an exception that no check foresaw.
+
+    What the system refuses for its path, permissions or space is bad input (2); the rest is a fault
+    (1), whose traceback goes to a file that the message names.
+    """
+    if isinstance(e, OSError) and e.errno in REFUSED:
+        where = "".join(f"{name}: " for name in (e.filename, e.filename2) if name)
+        return 2, one_line(f"{where}{e.strerror or e}{REFUSED[e.errno]}")
+    what = one_line(f"{type(e).__name__}: {e}")[:500]
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="jaxgpt-", suffix=".txt", delete=False, errors="backslashreplace"
+        ) as file:
+            file.write(f"{sys.argv!a}\n")
+            traceback.print_exception(e, file=file)
+    except OSError as failed:
+        return 1, f"{what} (a fault of jaxgpt; its traceback cannot be written: {failed})"
+    return 1, f"{what} (a fault of jaxgpt; the traceback is in {file.name})"
+
+
+def _is_distributed() -> bool:
+    jax = sys.modules.get("jax")  # if nobody has imported it, nothing is
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _is_held() -> bool:

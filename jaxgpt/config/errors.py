@@ -1,5 +1,7 @@
 """The exceptions that end a command with one line."""
 
+LONGEST = 2000  # characters of a message: an input that is quoted may be of any length
+
 
 class BadInput(Exception):
     """Bad input: the message is one line saying what is wrong, where, and what to do.
@@ -8,8 +10,17 @@ class BadInput(Exception):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(one_line(message))
 
 
 class PeerLost(Exception):
     """Another process of the run has gone; running the command again resumes. Exit code 1."""
+
+
+def one_line(message: object) -> str:
+    """Returns a message as one printable line: control characters and surrogates are escaped, what
+    is longer than `LONGEST` loses its middle."""
+    text = " ".join(str(message).split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -22,7 +22,8 @@ def contamination(evaluation: Iterable[tuple[str, str]], corpus: Iterable[str]) 
     """
     names, grams, lengths = [], [], []
     documents = 0
-    for documents, (name, text) in enumerate(evaluation, start=1):
+    for name, text in evaluation:
+        documents += 1
         n = min(NGRAM, len(word_hashes(text)))
         if n >= SHORTEST:
             names.append((name, n))

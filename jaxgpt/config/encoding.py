@@ -1,0 +1,33 @@
+"""Where text from outside is checked: what is no Unicode text is refused here, by name."""
+
+from jaxgpt.config.errors import BadInput
+
+
+def check_text(text: str, what: str) -> str:
+    """Returns `text` unchanged.
+
+    Python keeps bytes that are not UTF-8 (in arguments, file names and standard input) as lone
+    surrogates, and JSON can spell them: such a text can be neither tokenized nor printed.
+
+    Raises:
+      BadInput: if it holds one; `what` names the text in the message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        code = ord(text[e.start])
+        if 0xDC80 <= code <= 0xDCFF:
+            raise BadInput(
+                f"{what} is not UTF-8 (byte 0x{code - 0xDC00:02x} at character {e.start})"
+            ) from e
+        raise BadInput(
+            f"{what} holds half a surrogate pair (U+{code:04X}) at character {e.start}"
+        ) from e
+    return text
+
+
+def check_setting(text: str, what: str) -> str:
+    """Returns a flag's or a field's `text` unchanged: `check_text`, and no NUL, which ends a path."""
+    if "\0" in text:
+        raise BadInput(f"{what} holds a NUL at character {text.index(chr(0))}")
+    return check_text(text, what)
