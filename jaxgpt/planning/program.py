@@ -330,15 +330,43 @@ def _parsed(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             entry = header[2] if header[1] else entry
         elif found := INSTRUCTION.match(line):
             root, name, type_, opcode, rest = found.groups()
-            here[name] = Instruction(name, type_, opcode, _operands(rest), rest, bool(root))
+            operands = _operands(rest)
+            for operand in operands:
+                _add_element(operand, here)
+            here[name] = Instruction(name, type_, opcode, operands, rest, bool(root))
     return computations, entry
+
+
+def _add_element(name: str, here: dict[str, Instruction]) -> None:
+    """Adds the get-tuple-element that newer HLO writes inside operands: `%state#2` is element 2 of
+    the tuple `%state`, `%state#2#0` element 0 of that one."""
+    whole, _, index = name.rpartition("#")
+    if not whole or name in here:
+        return
+    _add_element(whole, here)
+    rest = f"%{whole}), index={index}"
+    type_ = _elements(here[whole].type)[int(index)]
+    here[name] = Instruction(name, type_, "get-tuple-element", (whole,), rest, False)
+
+
+def _elements(type_: str) -> list[str]:
+    """Returns the types of a tuple's elements: `(s32[], bf16[8,64]{1,0:T(8,128)})` has two."""
+    inside = type_[1:-1]
+    depth = itertools.accumulate((c in "([{") - (c in ")]}") for c in inside)
+    commas = [
+        at
+        for at, (c, level) in enumerate(zip(inside, depth, strict=True))
+        if c == "," and not level
+    ]
+    pairs = itertools.pairwise([-1, *commas, len(inside)])
+    return [re.sub(r"/\*.*?\*/", "", inside[start + 1 : end]).strip() for start, end in pairs]
 
 
 def _operands(rest: str) -> tuple[str, ...]:
     """Returns the names up to the bracket that closes the operands."""
     depth = itertools.accumulate((c == "(") - (c == ")") for c in rest)
     end = next((at for at, level in enumerate(depth) if level < 0), len(rest))
-    return tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
+    return tuple(re.findall(r"%([\w.\-]+(?:#\d+)*)", rest[:end]))
 
 
 def _dims(match: re.Match) -> tuple[int, ...]:
