@@ -33,10 +33,11 @@ from jaxgpt.config.load import (
     read_config,
     to_json,
 )
+from jaxgpt.config.stores import is_object_store
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, prepare
 from jaxgpt.metrics.progress import duration
-from jaxgpt.metrics.rows import Reporter, is_object_store
+from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.optim.groups import split, trainable
 from jaxgpt.parallel import hosts

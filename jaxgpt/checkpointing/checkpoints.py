@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+from orbax.checkpoint.path import atomicity
 
 from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import say
+from jaxgpt.config.stores import is_object_store
 from jaxgpt.parallel.hosts import is_peer_lost, on_first
 
 SET_ASIDE = "checkpoints-damaged"
@@ -44,14 +46,20 @@ class Checkpoints:
                 read_only=read_only,
                 enable_async_checkpointing=not read_only,
                 async_options=None if read_only else sealed,
+                temporary_path_class=_way_to_finish(workdir),
             ),
         )
 
     def _seal(self) -> None:
-        """Writes the manifest into a checkpoint that is whole but has not its name yet."""
+        """Writes the manifest of a checkpoint whose files are written but which does not count yet."""
         if jax.process_index() == 0:
-            (unnamed,) = self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*")
-            write_manifest(unnamed)
+            write_manifest(self._unfinished())
+
+    def _unfinished(self) -> epath.Path:
+        """Returns the folder of the save under way: on a file system it has a temporary name; on an
+        object store it has its final name and lacks Orbax's commit file."""
+        named = self.folder / str(self.saving)
+        return next(self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*"), named)
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, whole or not, ascending."""
@@ -139,9 +147,9 @@ class Checkpoints:
         slept. Where the state is gone, later checkpoints hold what this one would have.
         """
         say(f"unsaved   checkpoint {self.saving}: {why}")
-        for half in self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*"):
-            _remove(half)
         self.manager.reload()
+        if self.saving not in self.steps():
+            _remove(self._unfinished())
         if self.snapshot is not None:
             self.again()
             self.manager.wait_until_finished()
@@ -229,6 +237,14 @@ class Checkpoints:
         """
         self._wait()
         self.manager.close()
+
+
+def _way_to_finish(workdir) -> type:
+    """Returns how a save ends: a folder takes its final name, which is atomic on a file system; an
+    object store, which copies file by file to rename, gets a commit file at the end."""
+    if is_object_store(workdir):
+        return atomicity.CommitFileTemporaryPath
+    return atomicity.AtomicRenameTemporaryPath
 
 
 def _remove(folder: epath.Path) -> None:

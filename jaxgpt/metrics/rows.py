@@ -1,7 +1,6 @@
 """`metrics.jsonl`, `samples.jsonl` and TensorBoard: each step once, in order, over any resume."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ from etils import epath
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.files import write_whole
+from jaxgpt.config.stores import is_object_store
 from jaxgpt.metrics.board import Board
 
 NOT_PLOTTED = {"step", "split", "seconds"}
@@ -49,11 +49,6 @@ class RowFile:
         self.sync()
         if self.file:
             self.file.close()
-
-
-def is_object_store(path) -> bool:
-    """Says whether `path` is a URL, like `gs://bucket/run`, rather than a file system's path."""
-    return "://" in os.fspath(path)
 
 
 def _keeps(line: str, last_step: int) -> bool:

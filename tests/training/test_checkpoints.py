@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxgpt.checkpointing import checkpoints as module
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput
 from jaxgpt.training.setup import make_training
@@ -36,3 +37,31 @@ def test_saving_is_not_disturbed_by_the_next_steps(tmp_path):
         assert reader.pick(None) == 4 and reader.pick(2) == 2
         with pytest.raises(BadInput, match=r"holds no checkpoint 3, only \[2, 4\]"):
             reader.pick(3)
+
+
+def test_where_nothing_can_be_renamed_the_manifest_comes_before_the_commit_file(
+    tmp_path, monkeypatch
+):
+    """On object stores a save writes into its final folder and ends with a commit file."""
+    monkeypatch.setattr(module, "is_object_store", lambda path: True)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    written, write = [], module.write_manifest
+
+    def observed(folder):
+        written.append((folder.name, (folder / "commit_success.txt").exists()))
+        write(folder)
+
+    monkeypatch.setattr(module, "write_manifest", observed)
+    state = {"a": jax.numpy.arange(3.0)}
+    for step in (1, 2):
+        checkpoints.save(step, state, {"tokens": step})
+    checkpoints.close()
+    assert written == [("1", False), ("2", False)]
+    (tmp_path / "checkpoints/2/commit_success.txt").unlink()  # as if killed before it was written
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.whole() == [1]
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.newest_whole() == 1
+    again.save(2, state, {"tokens": 2})
+    again.close()
+    assert Checkpoints(tmp_path, read_only=True).whole() == [1, 2]
