@@ -3,7 +3,7 @@
 Cleans and tokenizes the config's data source and writes token shards, into the cache or into
 --out, from where `--config.data.source=shards:DIR` reads them. The last line on stdout is JSON.
 
---explain shows examples of what each cleaning rule dropped; --show=K prints batch K (which trains
+--explain shows examples of what each cleaning rule dropped or masked; --show=K prints batch K (which trains
 step K + 1) as text; --against=SOURCE looks for an evaluation set's n-grams in the training part.
 """
 
@@ -17,7 +17,7 @@ from jaxgpt.config import Config
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.load import config_of, define_config_flag
 from jaxgpt.data.pipeline import training_stream
-from jaxgpt.data.prepare import Prepared, cache_folder, prepare
+from jaxgpt.data.prepare import Prepared, cache_folder, check_shards, prepare
 from jaxgpt.data.show import show_batch
 from jaxgpt.text.contamination import contamination
 from jaxgpt.text.pieces import whole
@@ -28,11 +28,12 @@ def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     define_config_flag(values, argv)
     flags.DEFINE_string("out", "", "folder to write to; default: the cache", flag_values=values)
-    flags.DEFINE_bool("explain", False, "show examples of what was dropped", flag_values=values)
+    flags.DEFINE_bool("explain", False, "show examples of what cleaning did", flag_values=values)
     flags.DEFINE_integer("show", None, "print this batch as text", flag_values=values)
     flags.DEFINE_string("against", "", "an evaluation set to look for", flag_values=values)
     config = config_of(parse(values, argv, __doc__))
     data = prepare(config.data, values.out)
+    check_shards(config.data, data)
     if values.explain:
         explain(data)
     if config.data.pack or values.show is not None:
@@ -49,19 +50,31 @@ def main(argv: list[str]) -> None:
         "vocab_size": data.tokenizer.vocab_size,
         "cache": str(data.folder),
     }
+    if data.masked:
+        counts["masked"] = {kind: entry["masks"] for kind, entry in data.masked.items()}
     if values.against:
         counts["against"] = compare(config, data, values.against)
     print(json.dumps(counts))
 
 
 def explain(data: Prepared) -> None:
-    """Says how many documents each rule dropped, with the first few."""
-    if not data.dropped:
-        say("explain   nothing was dropped")
+    """Says how many documents each rule dropped or masked, with the first few."""
+    if not data.dropped and not data.masked:
+        say("explain   nothing was dropped or masked")
     for rule, entry in data.dropped.items():
         say(f"explain   {rule} dropped {entry['documents']:,} documents, for example")
-        for example in entry["examples"]:
-            say(f"          {example['where']}: {' '.join(example['text'].split())}")
+        _examples(entry)
+    for kind, entry in data.masked.items():
+        say(
+            f"explain   pii masked {entry['masks']:,} {kind} addresses in"
+            f" {entry['documents']:,} documents, which now read"
+        )
+        _examples(entry)
+
+
+def _examples(entry: dict) -> None:
+    for example in entry["examples"]:
+        say(f"          {example['where']}: {' '.join(example['text'].split())}")
 
 
 def compare(config: Config, data: Prepared, source: str) -> dict:

@@ -35,7 +35,7 @@ from jaxgpt.config.load import (
 )
 from jaxgpt.config.stores import is_object_store
 from jaxgpt.data.pipeline import training_stream
-from jaxgpt.data.prepare import Prepared, prepare
+from jaxgpt.data.prepare import Prepared, check_shards, prepare
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.gpt import count_parameters
@@ -75,6 +75,8 @@ def run_in(workdir: epath.Path, config: Config) -> int:
     if not config.num_epochs and is_finished(workdir, config):
         return 0
     data = prepare(config.data)
+    if not (workdir / "config.json").exists():
+        check_shards(config.data, data)  # runs from before keep the shards' own
     config = resolve_epochs(config, data)
     if config.num_epochs and is_finished(workdir, config):
         return 0

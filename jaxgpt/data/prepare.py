@@ -20,7 +20,7 @@ from jaxgpt.text.pieces import Documents, Piece, num_bytes
 from jaxgpt.text.sources import Source, open_sources
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
-from jaxgpt.tokenizer.load import check_spec, fingerprint, is_trained
+from jaxgpt.tokenizer.load import check_spec, describes, fingerprint, is_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Prepared:
         return read_meta(self.folder)["dropped"]
 
     @property
+    def masked(self) -> dict[str, dict]:
+        """What cleaning replaced: `{kind: {"masks", "documents", "examples"}}`."""
+        return read_meta(self.folder).get("masked", {})
+
+    @property
     def summary(self) -> dict:
         """What there is to say about it, as JSON."""
         found = {}
@@ -53,10 +58,12 @@ class Prepared:
             entry = read_meta(self.folder)["splits"][name]
             found |= {f"{name} {what}": entry[what] for what in ("documents", "tokens", "bytes")}
         dropped = {rule: entry["documents"] for rule, entry in self.dropped.items()}
+        masked = {kind: entry["masks"] for kind, entry in self.masked.items()}
         return (
             found
             | {"vocabulary": self.tokenizer.vocab_size}
             | ({"dropped": dropped} if dropped else {})
+            | ({"masked": masked} if masked else {})
         )
 
 
@@ -117,6 +124,28 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, train, validation, load_tokenizer(folder / "tokenizer"))
 
 
+def check_shards(cfg: DataConfig, data: Prepared) -> None:
+    """Compares `data.tokenizer` with the tokenizer that comes with `shards:`.
+
+    Says so if the default gives way to another.
+
+    Raises:
+      BadInput: if the field names another one.
+    """
+    if not cfg.source.startswith("shards:") or describes(
+        cfg.tokenizer, cfg.special_tokens, data.tokenizer
+    ):
+        return
+    held = f"{data.tokenizer.kind} of {data.tokenizer.vocab_size:,} ids"
+    if (cfg.tokenizer, cfg.special_tokens) != (DataConfig.tokenizer, DataConfig.special_tokens):
+        more = f" with data.special_tokens={cfg.special_tokens}" if cfg.special_tokens else ""
+        raise BadInput(
+            f"data.tokenizer={cfg.tokenizer}{more} is not the tokenizer that {cfg.source} was"
+            f" prepared with ({held}); leave the field out, or prepare the text again with yours"
+        )
+    say(f"data      the tokenizer is that of {cfg.source}: {held}")
+
+
 def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Path) -> Split:
     """Returns the whole of `source` as one split, for evaluation with a trained tokenizer.
 
@@ -136,7 +165,7 @@ def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Pat
         masked = any(s.masked for s in sources)
         entry, checksums = write_split(scratch, "whole", parts, tokenizer, files, bar, masked)
         bar.close()
-        _write_meta(scratch, tokenizer, key, files, {}, {"whole": entry}, checksums)
+        _write_meta(scratch, tokenizer, key, files, Report(), {"whole": entry}, checksums)
 
     write_once(cache / key, cache / "locks", write)
     return read_split(cache / key, "whole")
@@ -176,7 +205,7 @@ def _write(
     bar.close()
     for spool in scratch.glob("*.spool"):
         spool.unlink()
-    _write_meta(scratch, tokenizer, key, files, report.rules, splits, checksums)
+    _write_meta(scratch, tokenizer, key, files, report, splits, checksums)
 
 
 def _parts(sources, own, held_out, fraction: float):
@@ -243,7 +272,7 @@ def _texts(documents: Documents):
     return lambda: (piece.text for piece in documents())
 
 
-def _write_meta(folder, tokenizer, key, files, dropped, splits, checksums) -> None:
+def _write_meta(folder, tokenizer, key, files, report: Report, splits, checksums) -> None:
     """Writes meta.json, which declares the folder whole."""
     meta = {
         "format": FORMAT,
@@ -252,7 +281,8 @@ def _write_meta(folder, tokenizer, key, files, dropped, splits, checksums) -> No
         "end_of_text": tokenizer.end_of_text,
         "key": key,
         "files": list(files),
-        "dropped": dropped,
+        "dropped": report.rules,
+        "masked": report.masked,
         "splits": splits,
         "checksums": checksums,
     }

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,10 @@ def write_split(
 
 
 def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, tuple]]:
-    """Yields each piece with (ids, which of them are learnt; None = all); a batch is tokenized while the next is read."""
+    """Yields each piece with (ids, which of them are learnt; None = all).
+
+    A batch is tokenized while the next is read.
+    """
     previous = None
     with ThreadPoolExecutor(1) as ahead:
         for batch in _batches(_cut(pieces, tokenizer)):
@@ -80,9 +84,14 @@ def _in_parts(piece: Piece, encoded: Iterator[np.ndarray], tokenizer: Tokenizer)
 
 
 def _cut(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Cuts long documents where that changes no token; joins pieces if no place is known to."""
+    """Cuts long documents where that changes no token; joins pieces if no place is known to.
+
+    What is tokenized already stays in its pieces, whatever the tokenizer.
+    """
     if not tokenizer.cuttable:
-        yield from whole(pieces)
+        for tokenized, run in groupby(pieces, lambda piece: piece.tokens is not None):
+            read = iter if tokenized else whole
+            yield from read(run)
         return
     for piece in pieces:
         if not piece.text or piece.parts:

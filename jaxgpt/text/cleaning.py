@@ -6,7 +6,8 @@ quality      see `jaxgpt.text.quality`
 exact_dedup  drops a document equal to an earlier one
 near_dedup   drops one whose word 5-grams are like an earlier one's: MinHash LSH, Jaccard
              similarity of 0.7 or more (arXiv:2107.06499 uses 0.8); near_dedup:0.8 sets it
-pii          e-mail and public IP addresses become email@example.com, 192.0.2.1, 2001:db8::1
+pii          e-mail and public IP addresses become email@example.com, 192.0.2.1, 2001:db8::1;
+             how many is counted by kind
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import hashlib
 import ipaddress
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 
@@ -29,6 +31,7 @@ SHINGLE_WORDS = 5
 PERMUTATIONS = 128
 
 HTML_TAG = re.compile(r"<(!doctype html|html|head|body|div|p|br|table|span|article)\b", re.I)
+EXAMPLE_EMAIL = "email@example.com"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}\b")
 IP = re.compile(
@@ -38,6 +41,16 @@ IP = re.compile(
 
 class Dropped(str):
     """What a step returns instead of text: the name of the rule that drops the document."""
+
+
+class Masked(str):
+    """A text in which a step replaced something: `counts` says how often, by kind."""
+
+    def __new__(cls, text: str, counts: dict[str, int]):
+        """Returns `text` with its counts."""
+        self = super().__new__(cls, text)
+        self.counts = counts
+        return self
 
 
 Step = Callable[[str], str]
@@ -63,18 +76,28 @@ def drop_low_quality(text: str) -> str:
 
 
 def mask_addresses(text: str) -> str:
-    """Returns `text` with addresses replaced by ones that are reserved for documentation."""
-    return IP.sub(_mask_ip, EMAIL.sub("email@example.com", text))
+    """Returns `text` with addresses replaced by ones that are reserved for documentation.
 
+    It is a `Masked` text, with counts of `email` and `ip`, if there were any.
+    """
+    counts: Counter[str] = Counter()
 
-def _mask_ip(match: re.Match) -> str:
-    try:
-        found = ipaddress.ip_address(match[0])
-    except ValueError:  # 1.2.3.999, 12:30:45
-        return match[0]
-    if not found.is_global:  # 127.0.0.1, ::1, 192.168.0.1 lead to nobody
-        return match[0]
-    return "192.0.2.1" if found.version == 4 else "2001:db8::1"
+    def mask_email(match: re.Match) -> str:
+        counts["email"] += match[0] != EXAMPLE_EMAIL
+        return EXAMPLE_EMAIL
+
+    def mask_ip(match: re.Match) -> str:
+        try:
+            found = ipaddress.ip_address(match[0])
+        except ValueError:  # 1.2.3.999, 12:30:45
+            return match[0]
+        if not found.is_global:  # 127.0.0.1, ::1, 192.168.0.1 lead to nobody
+            return match[0]
+        counts["ip"] += 1
+        return "192.0.2.1" if found.version == 4 else "2001:db8::1"
+
+    masked = IP.sub(mask_ip, EMAIL.sub(mask_email, text))
+    return Masked(masked, dict(+counts)) if +counts else text
 
 
 class ExactDedup:
@@ -157,18 +180,35 @@ def identity(spec: str) -> str:
     """Returns what decides on the outcome of cleaning besides the text: steps and libraries."""
     names = [part.strip().partition(":")[0] for part in spec.split(",")]
     used = [f"{LIBRARIES[n]} {version(LIBRARIES[n])}" for n in names if n in LIBRARIES]
-    return f"{spec} {unicodedata.unidata_version if 'unicode' in names else ''} {used}"
+    counted = " counted" if "pii" in names else ""  # caches from before did not count masks
+    return f"{spec} {unicodedata.unidata_version if 'unicode' in names else ''} {used}{counted}"
 
 
 @dataclasses.dataclass
 class Report:
-    """What cleaning dropped: `{rule: {"documents": 3, "examples": [{"where", "text"}, ...]}}`."""
+    """What cleaning did.
+
+    `rules` says what it dropped: `{rule: {"documents": 3, "examples": [{"where", "text"}, ...]}}`;
+    `masked` what it replaced in the documents that it kept: `{kind: {"masks": 5, "documents": 2,
+    "examples"}}`, the examples as they read afterwards.
+    """
 
     rules: dict[str, dict] = dataclasses.field(default_factory=dict)
+    masked: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     def add(self, rule: str, piece: Piece) -> None:
         """Counts a dropped document and keeps the first few."""
-        entry = self.rules.setdefault(rule, {"documents": 0, "examples": []})
+        self._count(self.rules.setdefault(rule, {"documents": 0, "examples": []}), piece)
+
+    def add_masks(self, counts: dict[str, int], piece: Piece) -> None:
+        """Counts what was replaced in a document, and keeps the first few such documents."""
+        for kind, count in counts.items():
+            entry = self.masked.setdefault(kind, {"masks": 0, "documents": 0, "examples": []})
+            entry["masks"] += count
+            self._count(entry, piece)
+
+    @staticmethod
+    def _count(entry: dict, piece: Piece) -> None:
         entry["documents"] += 1
         if len(entry["examples"]) < EXAMPLES:
             text = piece.text[:EXAMPLE_CHARS]
@@ -180,11 +220,15 @@ def clean(
 ) -> Iterator[Piece]:
     """Yields what the steps leave of the documents; a document that ends up empty is dropped."""
     for piece in whole(pieces):
-        text = piece.text
+        text, masks = piece.text, Counter()
         for name, step in steps:
-            text = step(text)
+            before, text = text, step(text)
+            if isinstance(text, Masked) and text is not before:
+                masks.update(text.counts)
             if isinstance(text, Dropped) or not text.strip():
                 report.add(text if isinstance(text, Dropped) else name, piece)
                 break
         else:
-            yield piece._replace(text=text)
+            kept = piece._replace(text=str(text))
+            report.add_masks(masks, kept)
+            yield kept

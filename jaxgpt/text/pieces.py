@@ -95,7 +95,9 @@ def whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
 def _joined(pieces: list[Piece]) -> Piece:
     if len(pieces) == 1:
         return pieces[0]
-    return pieces[0]._replace(text="".join(piece.text for piece in pieces))
+    tokenized = pieces[0].tokens is not None
+    tokens = np.concatenate([piece.tokens for piece in pieces]) if tokenized else None
+    return pieces[0]._replace(text="".join(piece.text for piece in pieces), tokens=tokens)
 
 
 def num_bytes(text: str) -> int:

@@ -90,6 +90,22 @@ def make_tokenizer(
     raise BadInput(f"data.tokenizer={spec!r} is unknown: {HELP}")
 
 
+def describes(spec: str, special_tokens: str, tokenizer: Tokenizer) -> bool:
+    """Says whether `spec` with `special_tokens` may have made `tokenizer`.
+
+    One that is trained is known by its kind and size alone.
+
+    Raises:
+      BadInput: if `spec` is unknown or a file is missing.
+    """
+    if not is_trained(spec):
+        return fingerprint(make_tokenizer(spec, (), special_tokens)) == fingerprint(tokenizer)
+    names = [name.strip() for name in special_tokens.split(",")] if special_tokens else []
+    if names != getattr(tokenizer, "names", []) or tokenizer.kind != spec.partition(":")[0]:
+        return False
+    return spec == "char" or vocabulary_size(spec, special_tokens) == tokenizer.vocab_size
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder) -> None:
     """Writes `tokenizer` into `folder`; the kind file comes last and makes it whole."""
     folder = epath.Path(folder)

@@ -11,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers
 
 from jaxgpt import prepare as prepare_command
+from jaxgpt import train as train_command
 from jaxgpt.config import BadInput, DataConfig
 from jaxgpt.data import prepare as module
 from jaxgpt.data import shards
 from jaxgpt.data.prepare import prepare, prepare_whole
 from jaxgpt.data.shards import write_once
+from jaxgpt.text import formats
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import CORPUS
 
@@ -217,6 +221,70 @@ def test_cleaning_is_counted_explained_and_in_the_key(command, corpus, tmp_path)
         prepare(DataConfig(source=f"text:{corpus}/5.txt", clean="unicode"))
 
 
+def test_masks_are_counted_and_shown(command, tmp_path):
+    """`clean=pii` drops nothing, and does not say that nothing was done."""
+    rows = ["write to ann@x.org or bob@y.org", "no address", "8.8.8.8 and cy@z.org", "8.8.4.4"]
+    for number, text in enumerate(rows):
+        (tmp_path / f"{number}.txt").write_text(text)
+    (tmp_path / "c.py").write_text(
+        "from jaxgpt.config import *\ndef get_config():\n    return Config()\n"
+    )
+    argv = (f"--config={tmp_path}/c.py", "--explain", f"--config.data.source=text:{tmp_path}/*.txt")
+    for again in ("written", "from the cache"):
+        code, out, err = command(prepare_command.main, *argv, "--config.data.clean=pii")
+        found = json.loads(out.splitlines()[-1])
+        assert code == 0 and found["dropped"] == {}, again
+        assert found["masked"] == {"email": 3, "ip": 2}
+        assert "nothing was dropped" not in err
+        assert "pii masked 3 email addresses in 2 documents" in err
+        assert "pii masked 2 ip addresses in 2 documents" in err
+        assert "0.txt: write to email@example.com or email@example.com" in err
+        assert "ann@x.org" not in err
+    (tmp_path / "4.txt").write_text(rows[0])  # masked first, then dropped: not counted as masked
+    _, out, _ = command(prepare_command.main, *argv, "--config.data.clean=pii,exact_dedup")
+    found = json.loads(out.splitlines()[-1])
+    assert (found["masked"], found["dropped"]) == ({"email": 3, "ip": 2}, {"exact_dedup": 1})
+    _, out, err = command(prepare_command.main, *argv)
+    assert "nothing was dropped or masked" in err
+    assert "masked" not in json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "special", "refused"),
+    [
+        ("sentencepiece:400", "sentencepiece:400", "", False),
+        ("sentencepiece:400", "sentencepiece:410", "", True),
+        ("sentencepiece:400", "char", "", True),
+        ("sentencepiece:400", "byte", "", False),  # the default: the shards' own is taken, and said
+        ("byte", "byte", "", False),
+        ("byte", "byte", "<a>", True),
+        ("byte", "sentencepiece:400", "", True),
+        ("char", "char", "", False),
+    ],
+)
+def test_a_tokenizer_that_contradicts_the_shards(
+    command, corpus, tmp_path, made, asked, special, refused
+):
+    """`shards:` bring their tokenizer; naming another one is refused, in `prepare` and `train`."""
+    prepare(config(corpus, tokenizer=made), str(tmp_path / "out"))
+    (tmp_path / "c.py").write_text(
+        "from jaxgpt.config import *\ndef get_config():\n"
+        f"    return Config(data=DataConfig(source='shards:{tmp_path}/out', tokenizer='{asked}',"
+        f" special_tokens='{special}'))\n"
+    )
+    code, out, err = command(prepare_command.main, f"--config={tmp_path}/c.py")
+    if not refused:
+        assert code == 0, err
+        assert ("the tokenizer is that of shards:" in err) == (made != asked)
+        return
+    names = rf"data\.tokenizer={asked}.* is not the tokenizer that shards:.*/out was prepared with"
+    assert code == 2 and re.search(rf"error: {names} \({made.partition(':')[0]} of ", err), err
+    code, _, err = command(
+        train_command.main, f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w"
+    )
+    assert code == 2 and re.search(names, err) and not (tmp_path / "w/config.json").exists(), err
+
+
 def test_a_mixture_keeps_its_sources_apart(corpus, tmp_path):
     source = f"3*text:{corpus}/0.txt,1*text:{corpus}/[123].txt"
     data = prepare(DataConfig(source=source, validation_fraction=0.3))
@@ -236,6 +304,36 @@ def test_tokens_are_taken_as_they_are(tmp_path):
     assert (data.train.documents, data.train.bytes) == (45, 135)
     with pytest.raises(BadInput, match="data.clean cleans text"):
         prepare(DataConfig(source=f"bin:{tmp_path}/a.bin", clean="unicode"))
+
+
+@pytest.fixture(scope="module")
+def uncuttable(tmp_path_factory) -> Path:
+    """A tokenizer.json of four words: `hf:` tokenizers are not cut, their pattern is not known."""
+    folder = tmp_path_factory.mktemp("hf")
+    vocab = {"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3}
+    fast = FastTokenizer(models.WordLevel(vocab, unk_token="a"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text('{"eos_token_id": 0}')
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["byte", "hf"])
+def test_token_documents_longer_than_a_piece_are_whole(kind, uncuttable, tmp_path, monkeypatch):
+    """Every token of a long document is kept, in order, whether its tokenizer may cut or not."""
+    monkeypatch.setattr(formats, "TOKENS_AT_ONCE", 64)
+    tokenizer = f"hf:{uncuttable}" if kind == "hf" else "byte"
+    end = 0 if kind == "hf" else 256
+    long = 1 + np.arange(1000) % 3
+    documents = [long, [1, 2], long[:64], long[1:130]]
+    np.concatenate([[end, *d] for d in documents]).astype("<u2").tofile(tmp_path / "a.bin")
+    data = prepare(
+        DataConfig(source=f"bin:{tmp_path}/a.bin", tokenizer=tokenizer, validation_fraction=0.05)
+    )
+    expected = np.concatenate([[end, *d] for d in documents[:3]])
+    np.testing.assert_array_equal(data.train.tokens, expected)
+    np.testing.assert_array_equal(data.validation.tokens, [end, *documents[3]])
+    assert data.train.starts.tolist() == [0, 1001, 1004]
 
 
 def test_whole_source_for_evaluation(corpus, tmp_path):

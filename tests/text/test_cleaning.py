@@ -56,6 +56,8 @@ def test_addresses():
     assert mask_addresses(text) == (
         "mail email@example.com or 192.0.2.1, not 127.0.0.1, 12:30:45, 1.2.3.999 or 2001:db8::1."
     )
+    assert mask_addresses(text).counts == {"email": 1, "ip": 2}
+    assert type(mask_addresses("to email@example.com or 192.0.2.1")) is str, "nothing was replaced"
     assert mask_addresses("std::vector, ::1 and version 1.2.3.4.5") == (
         "std::vector, ::1 and version 1.2.3.4.5"
     )
