@@ -1,42 +1,229 @@
-"""Writing a file, or a folder, in one piece."""
+"""Reading and writing whole files: the small JSON files that jaxgpt keeps, and folders."""
 
+import contextlib
+import hashlib
+import json
+import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from jaxgpt.config.errors import BadInput
+
+DEEPEST = 100  # nested levels of a JSON value; ours have at most six
+NUMBERS = 1 << 63  # integers are below it in magnitude
+NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number"}
+NAMES |= {bool: "true or false", type(None): "null"}
+
+
+class Damaged(BadInput):
+    """A stored file that is not what was written: `path` and `why`."""
+
+    def __init__(self, path: os.PathLike, why: str, remedy: str = ""):
+        super().__init__(f"{path} is damaged: {why}" + (f"; {remedy}" if remedy else ""))
+        self.path, self.why = path, why
+
+
+class Missing(Damaged):
+    """A stored file that is not there."""
+
+    def __init__(self, path: os.PathLike, remedy: str = ""):
+        BadInput.__init__(self, f"{path} is missing" + (f"; {remedy}" if remedy else ""))
+        self.path, self.why = path, "is missing"
+
+
+def read_json(path: os.PathLike, schema: Any = object, remedy: str = "") -> Any:
+    """Returns the value of a JSON file that jaxgpt wrote, checked against `schema` (`parse_json`).
+
+    `remedy` ends the error's message: what to do about it.
+
+    Raises:
+      Missing: if there is no such file.
+      Damaged: if it cannot be read, is not UTF-8 JSON or does not fit `schema`. Both are
+        `BadInput`, so a damaged workdir needs no `except`; a cache catches it and is rebuilt.
+    """
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise Damaged(path, "it is not a file", remedy)
+        return parse_json(epath.Path(path).read_bytes(), schema)
+    except FileNotFoundError as e:
+        raise Missing(path, remedy) from e
+    except OSError as e:
+        raise Damaged(path, f"it cannot be read ({e.strerror or e})", remedy) from e
+    except ValueError as e:
+        raise Damaged(path, str(e), remedy) from e
+
+
+def parse_json(raw: bytes, schema: Any = object) -> Any:
+    """Returns the JSON value that `raw` spells, checked against `schema`, which is one of
+
+    - a type, or types joined by `|`: the value is of it; `float` takes integers too, `int` no
+      bool, and both only what is finite and fits 64 bits; `object` takes anything;
+    - `{"name": schema, "name?": schema}`: an object with these fields, those with `?` optional;
+    - `{str: schema}`: an object whose every value fits;
+    - `[schema]`: a list whose every item fits;
+    - `(schema, schema)`: a list of as many items, each of which fits its own.
+
+    Raises:
+      ValueError: saying what is wrong and where, for anything else, also for lone surrogates,
+        nesting beyond `DEEPEST` and integers of thousands of digits.
+    """
+    try:
+        value = json.loads(raw.decode())
+        _check_text(value)
+    except RecursionError as e:
+        raise ValueError(f"it is nested more than {DEEPEST} deep") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"it is not UTF-8 (byte {e.start:,})") from e
+    except UnicodeEncodeError as e:
+        raise ValueError("it holds half of a surrogate pair") from e
+    except ValueError as e:
+        raise ValueError(f"it is not valid JSON ({e})") from e
+    if fault := _misfit(value, schema, ""):
+        raise ValueError(fault)
+    return value
+
+
+def _check_text(value: Any) -> None:
+    """Raises what `parse_json` names if `value` is too deep or holds a lone surrogate."""
+    level = [value]
+    for _ in range(DEEPEST):
+        objects = [v for v in level if isinstance(v, dict)]
+        keys = [key for v in objects for key in v]
+        "".join(text for text in level + keys if isinstance(text, str)).encode()
+        below = [v.values() for v in objects] + [v for v in level if isinstance(v, list)]
+        level = [child for values in below for child in values]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _misfit(value: Any, schema: Any, where: str) -> str:
+    """Returns what of `value`, which stands at `where`, does not fit `schema`, '' if all does."""
+    here = where.removeprefix(".") or "it"
+    if isinstance(schema, dict) and isinstance(value, dict):
+        if str in schema:
+            pairs = [(name, schema[str]) for name in value]
+        else:
+            pairs = [(name.removesuffix("?"), inner) for name, inner in schema.items()]
+        for name, inner in pairs:
+            if name not in value:
+                if f"{name}?" in schema:
+                    continue
+                return f"{here} has no {name}"
+            if fault := _misfit(value[name], inner, f"{where}.{name[:80]}"):
+                return fault
+        return ""
+    if isinstance(schema, list | tuple) and isinstance(value, list):
+        if isinstance(schema, tuple) and len(schema) != len(value):
+            return f"{here} has {len(value)} items, not {len(schema)}"
+        inners = schema if isinstance(schema, tuple) else schema * len(value)
+        faults = (_misfit(v, s, f"{where}[{i}]") for i, (v, s) in enumerate(zip(value, inners)))
+        return next(filter(None, faults), "")
+    wanted = dict if isinstance(schema, dict) else schema
+    wanted = list if isinstance(schema, list | tuple) else wanted
+    kinds = getattr(wanted, "__args__", (wanted,))
+    if object in kinds or type(value) in kinds or (type(value) is int and float in kinds):
+        big = type(value) in (int, float) and object not in kinds
+        if big and not (math.isfinite(value) and (type(value) is float or abs(value) < NUMBERS)):
+            return f"{here} is no number of 64 bits"
+        return ""
+    return f"{here} is {NAMES[type(value)]}, not {' or '.join(NAMES[kind] for kind in kinds)}"
 
 
 @contextmanager
 def whole_folder(target: Path, flag: str) -> Iterator[Path]:
     """Yields an empty folder beside `target` that takes its name if the body succeeds.
 
+    What a killed process left of the same folder is removed first.
+
     Raises:
       BadInput: now, if `target` holds something (`flag` names another); at the end, if it cannot
         be written. Nothing is left behind then.
     """
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        raise BadInput(f"{target} exists already; choose another {flag}")
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        if target.is_dir():
-            target.rmdir()
-        scratch.rename(target)
+        if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+            raise BadInput(f"{target} exists already; choose another {flag}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        scratch = scratch_for(target)
+        try:
+            scratch.mkdir()
+            yield scratch
+            if target.is_dir():
+                target.rmdir()
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as e:
         raise BadInput(f"cannot write {target}: {e}") from e
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_whole(path: os.PathLike, text: str) -> None:
-    """Writes `text` so that a reader, or a kill at any instant, finds the old file or the new."""
+    """Writes `text` so that a reader, or a kill at any instant, finds the old file or the new.
+
+    Any number of processes and threads may write the same file: the last one stays. What a killed
+    one left is removed. An object store's writes are whole by themselves.
+
+    Raises:
+      BadInput: if it cannot be written; the old file is still there then.
+    """
     path = epath.Path(path)
-    scratch = path.parent / f".{path.name}.tmp"
-    scratch.write_text(text)
-    scratch.replace(path)
+    try:
+        if "://" in os.fspath(path):
+            path.write_text(text)
+            return
+        remove_leftovers(path)
+        scratch = scratch_for(path)
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as e:
+        raise BadInput(
+            f"cannot write {path}: {e.strerror or e}; make room or choose another"
+        ) from e
+
+
+def scratch_for(target: os.PathLike) -> Path:
+    """Returns the path beside `target` at which this thread alone builds it."""
+    own = f"{os.getpid()}.{threading.get_native_id()}.tmp"
+    return Path(target).with_name(f"{_scratch_prefix(target)}{own}")
+
+
+def remove_leftovers(target: os.PathLike) -> None:
+    """Removes what processes of this machine that have ended left at `scratch_for(target)`."""
+    prefix = _scratch_prefix(target)
+    with os.scandir(Path(target).parent) as entries:
+        found = [entry.path for entry in entries if entry.name.startswith(prefix)]
+    for path in found:
+        process = path.rpartition(prefix)[2].partition(".")[0]
+        own = path == str(scratch_for(target))  # the same number as that of a process of old
+        if own or (process.isdigit() and not _is_alive(int(process))):
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _scratch_prefix(target: os.PathLike) -> str:
+    name = os.path.basename(os.fspath(target))
+    if len(os.fsencode(name)) > 80:  # with the rest it must stay below 255 bytes
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}.{os.uname().nodename[:64]}."
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
