@@ -32,8 +32,8 @@ from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
 from jaxgpt.data.shards import Split
 from jaxgpt.evaluation.multiple_choice import BENCHMARKS, last_words, multiple_choice, read_items
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.evaluation.tasks import Choices, classification, questions
-from jaxgpt.inference.decode import Decoder, generate, prompt_tokens, until
+from jaxgpt.evaluation.tasks import Choices, classification, document_start, questions
+from jaxgpt.inference.decode import Decoder, generate, until
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.parallel import hosts
@@ -246,7 +246,7 @@ def greedy_line(trained: Trained, params: dict, most: int = 32):
     decoder, end = Decoder.of(trained.spec, params), tokenizer.end_of_text
 
     def answer(prompt: str) -> str:
-        ids = prompt_tokens(tokenizer, prompt)[-(cfg.max_seq_len - most) :]
+        ids = document_start(tokenizer, tokenizer.encode(prompt), cfg.max_seq_len - most)
         (row,), _ = generate(decoder, [ids], most, Sampling(temperature=0.0), end=end)
         return tokenizer.decode(until(row, end)).split("\n")[0]
 
@@ -254,13 +254,12 @@ def greedy_line(trained: Trained, params: dict, most: int = 32):
 
 
 def greedy_tokens(trained: Trained, params: dict):
-    """Returns the function (prompt, count) -> the likeliest next tokens, after an end-of-text."""
+    """Returns the function (prompt's tokens, count) -> the likeliest next tokens."""
     cfg, tokenizer = trained.config.model, trained.tokenizer
     decoder = Decoder.of(trained.spec, params)
 
-    def answer(prompt: str, count: int):
-        ids = np.array([tokenizer.end_of_text, *tokenizer.encode(prompt)], np.int32)
-        ids = ids[-(cfg.max_seq_len - count) :]
+    def answer(prompt: np.ndarray, count: int) -> np.ndarray:
+        ids = document_start(tokenizer, prompt, cfg.max_seq_len - count)
         return generate(decoder, [ids], count, Sampling(temperature=0.0))[0][0]
 
     return answer

@@ -1,11 +1,13 @@
 """Benchmarks answered by likelihood, from their own jsonl files.
 
-    hellaswag  {"ctx", "activity_label", "endings", "label"}         arXiv:1905.07830
+    hellaswag  {"ctx_a", "ctx_b", "activity_label", "endings",       arXiv:1905.07830
+               "label"}
     arc        {"question", "choices", "answerKey"}, AI2's files     arXiv:1803.05457
                or Hugging Face's
     lambada    {"text"}: its last word                               arXiv:1606.06031
 
-Prompts are those of EleutherAI's evaluation harness.
+Prompts, choices and the border between their tokens are those of EleutherAI's evaluation harness,
+but for the end-of-text token that our models have in front of each document.
 """
 
 import math
@@ -14,10 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxgpt.config import BadInput
 from jaxgpt.evaluation.tasks import Choices
 from jaxgpt.text.formats import json_rows
+from jaxgpt.tokenizer import Tokenizer
 
 
 class Item(NamedTuple):
@@ -29,12 +33,13 @@ class Item(NamedTuple):
 
 
 def _hellaswag(row: dict) -> Item:
-    prompt = _plain(f"{row['activity_label']}: {row['ctx']}")
+    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+    prompt = _plain(f"{row['activity_label']}: {context}")
     return Item(prompt, tuple(f" {_plain(end)}" for end in row["endings"]), int(row["label"]))
 
 
 def _plain(text: str) -> str:
-    """Returns WikiHow's text without its marks."""
+    """Returns WikiHow's text without its marks, `[title]`, `[step]` and so on."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -81,10 +86,28 @@ def read_items(name: str, files: list[str]) -> list[Item]:
     return found
 
 
+def token_pair(
+    tokenizer: Tokenizer, prompt: str, continuation: str
+) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "C"]]:
+    """Returns the tokens of a prompt and of its continuation, as the harness separates them.
+
+    Spaces that end the prompt belong to the continuation, and both are encoded together: of
+    "a " and "b" it scores " b", which is one token in most vocabularies.
+    """
+    kept = prompt.rstrip()
+    whole = tokenizer.encode(prompt + continuation)
+    prompt_ids = tokenizer.encode(kept)
+    return prompt_ids, whole[len(prompt_ids) :]
+
+
 def multiple_choice(items: Sequence[Item], choices: Choices, params: dict) -> dict:
     """Returns `examples`, `accuracy` (the likeliest choice) and `accuracy_norm` (the likeliest by
     character)."""
-    pairs = [(item.prompt, choice) for item in items for choice in item.choices]
+    pairs = [
+        token_pair(choices.tokenizer, item.prompt, choice)
+        for item in items
+        for choice in item.choices
+    ]
     scores, at, right, normed = choices.scores(params, pairs), 0, 0, 0
     for item in items:
         mine = scores[at : at + len(item.choices)]
@@ -98,12 +121,10 @@ def multiple_choice(items: Sequence[Item], choices: Choices, params: dict) -> di
 
 def last_words(items: Sequence[Item], choices: Choices, params: dict, greedy: Callable) -> dict:
     """Returns `examples`, `accuracy` (greedy decoding says the word) and `perplexity` of the word;
-    `greedy(prompt, count)` returns so many tokens."""
-    scores = choices.scores(params, [(item.prompt, item.choices[0]) for item in items])
-    right = 0
-    for item in items:
-        word = choices.tokenizer.encode(item.choices[0])
-        right += np.array_equal(greedy(item.prompt, len(word)), word)
+    `greedy(prompt tokens, count)` returns so many tokens."""
+    pairs = [token_pair(choices.tokenizer, item.prompt, item.choices[0]) for item in items]
+    scores = choices.scores(params, pairs)
+    right = sum(np.array_equal(greedy(prompt, len(word)), word) for prompt, word in pairs)
     return {
         "examples": len(items),
         "accuracy": right / len(items),

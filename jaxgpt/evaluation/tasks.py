@@ -16,6 +16,14 @@ from jaxgpt.text.tasks import LABELS, Example
 from jaxgpt.tokenizer import Tokenizer
 
 
+def document_start(tokenizer: Tokenizer, prompt: np.ndarray, most: int) -> np.ndarray:
+    """Returns an end-of-text token and the prompt's tokens, the last `most` of them all.
+
+    Every document of training begins so: a prompt without it is one that the model never saw.
+    """
+    return np.concatenate([[tokenizer.end_of_text], prompt])[-most:].astype(np.int32)
+
+
 class Choices:
     """Scores continuations of prompts by their log-likelihood."""
 
@@ -25,10 +33,11 @@ class Choices:
         self.eval_step, self.sharding, self.tokenizer = eval_step, sharding, tokenizer
         self.seq_len, self.batch = seq_len, batch
 
-    def scores(self, params: dict, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Returns ln P(continuation | prompt) of each (prompt, continuation) pair.
+    def scores(self, params: dict, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Returns ln P(continuation | prompt) of each pair of tokens (prompt, continuation).
 
-        A prompt too long for the context loses its beginning.
+        The model reads an end-of-text token in front of the prompt, as in training. A prompt too
+        long for the context loses its beginning.
         """
         rows = [self._row(prompt, continuation) for prompt, continuation in pairs]
         found = []
@@ -49,12 +58,11 @@ class Choices:
             found += (-nats[: len(some)].sum(axis=-1)).tolist()
         return np.array(found)
 
-    def _row(self, prompt: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
-        answer = self.tokenizer.encode(continuation)
+    def _row(self, prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(answer) >= self.seq_len:
-            raise BadInput(f"the answer {continuation[:40]!r} is longer than the model's context")
-        room = self.seq_len - len(answer)
-        ids = np.concatenate([[self.tokenizer.end_of_text], self.tokenizer.encode(prompt)])[-room:]
+            text = self.tokenizer.decode(answer[:40])[:40]
+            raise BadInput(f"the answer {text!r} is longer than the model's context")
+        ids = document_start(self.tokenizer, prompt, self.seq_len - len(answer))
         whole = np.concatenate([ids, answer]).astype(np.int32)
         targets = np.where(np.arange(1, len(whole)) >= len(ids), whole[1:], IGNORE)
         return whole[:-1], targets
@@ -68,7 +76,10 @@ def classification(task: str, examples: Sequence[Example], choices: Choices, par
     labels = sorted({example.answers[0] for example in examples} | set(LABELS[task]))
     if not {example.answers[0] for example in examples} - set(LABELS[task]):
         labels = list(LABELS[task])
-    pairs = [(example.prompt, f" {label}") for example in examples for label in labels]
+    encode = choices.tokenizer.encode  # prompt and label apart, as they were learnt
+    answers = [encode(f" {label}") for label in labels]
+    prompts = [encode(example.prompt) for example in examples]
+    pairs = [(prompt, answer) for prompt in prompts for answer in answers]
     scores = choices.scores(params, pairs).reshape(len(examples), len(labels))
     given = [labels[i] for i in scores.argmax(axis=1)]
     confusion = {right: dict.fromkeys(labels, 0) for right in labels}

@@ -123,7 +123,8 @@ AI2 = {
     "answerKey": "1",
 }
 SWAG = {
-    "ctx": "A man [title] sits",
+    "ctx_a": "A man [title]",
+    "ctx_b": "sits",
     "activity_label": "Sitting",
     "endings": ["down", "up."],
     "label": "1",
@@ -141,7 +142,7 @@ SWAG = {
                 ("Question: Q\nAnswer:", " x", " y"),
             ],
         ),
-        ("hellaswag", [SWAG], [("Sitting: A man. sits", " down", " up.")]),
+        ("hellaswag", [SWAG], [("Sitting: A man. Sits", " down", " up.")]),
     ],
 )
 def test_multiple_choice_by_likelihood(command, workdir, tmp_path, task, rows, choices):

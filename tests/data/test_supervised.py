@@ -260,7 +260,8 @@ def test_a_choice_is_scored_by_its_own_tokens_only():
         params = jax.jit(spec.init)(jax.random.key(0))
         sharding = NamedSharding(mesh, spec.rules(None, "batch", "seq"))
         choices = Choices(make_eval_step(spec), sharding, ByteTokenizer(), 12, 2)
-        found = choices.scores(params, pairs)
+        encode = ByteTokenizer().encode
+        found = choices.scores(params, [(encode(a), encode(b)) for a, b in pairs])
         expected = []
         for prompt, answer in pairs:
             ids = np.array([256, *prompt.encode()][-(12 - len(answer)) :] + [*answer.encode()])
