@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this host, again after a fault: launch/gpu_host.sh CONFIG [FLAG...]
 #
-#   launch/gpu_host.sh configs/gpt2_124m.py --workdir=runs/124m --config.batch_size=512
+#   launch/gpu_host.sh configs/small.py --workdir=runs/small --config.batch_size=512
 set -euo pipefail
 
 [ $# -gt 0 ] || { sed -n 's/^# \{0,1\}//; 2,4p' "$0" >&2; exit 2; }

@@ -2,11 +2,12 @@
 # Trains on a Cloud TPU slice, all hosts of it: launch/tpu_pod.sh NAME CONFIG [FLAG...]
 #
 #   ZONE=us-west4-a TYPE=v5litepod-16 launch/tpu_pod.sh my-tpu configs/medium.py \
-#     --workdir=gs://my-bucket/runs/medium --config.data.source=gs://my-bucket/text/*.jsonl
+#     --workdir=gs://my-bucket/runs/medium --config.data.source='jsonl:gs://my-bucket/text/*.jsonl'
 #
-# Makes the slice if there is none (SPOT=1: a spot one), puts this checkout on every host, installs
-# it and trains. After a preemption it makes the slice again and goes on; the workdir must be on a
-# bucket or a shared disk. The slice stays when training is done: delete it.
+# Makes the slice if there is none (SPOT=1: a spot one), puts this checkout on every host (all files
+# that git does not ignore), installs it and trains. After a preemption it makes the slice again and
+# goes on; the workdir must be on a bucket or a shared disk. The slice stays when training is done:
+# delete it.
 # VERSION is the TPU software version, PROJECT the project, if not gcloud's own.
 set -uo pipefail
 
@@ -19,6 +20,7 @@ version=${VERSION:-v2-alpha-tpuv5-lite}
 where=(--zone="$zone")
 [ -n "${PROJECT:-}" ] && where+=(--project="$PROJECT")
 root=$(cd "$(dirname "$0")/.." && pwd)
+git -C "$root" rev-parse || exit 2 # git knows what to pack
 
 tpu() { gcloud compute tpus tpu-vm "$@" "${where[@]}" --quiet; }
 state() { tpu describe "$name" --format='value(state)' 2>/dev/null; }
@@ -35,11 +37,19 @@ make() {
   tpu create "$name" --accelerator-type="$type" --version="$version" "${spot[@]}"
 }
 
+# Lists the checkout's files, each ended by a NUL: new ones too, but no virtual environment and no runs.
+files() {
+  git -C "$root" ls-files -z --cached --others --exclude-standard |
+    while IFS= read -r -d '' file; do
+      if [ -e "$root/$file" ]; then printf '%s\0' "$file"; fi
+    done
+}
+
 # Puts the checkout on every host and installs it there.
 install() {
   local bundle
   bundle=$(mktemp -d)/jaxgpt.tar.gz
-  tar -C "$root" -czf "$bundle" --exclude=.git --exclude=runs .
+  files | tar -C "$root" -czf "$bundle" --null -T - || return
   tpu scp "$bundle" "$name:jaxgpt.tar.gz" --worker=all &&
     tpu ssh "$name" --worker=all --command="mkdir -p jaxgpt && tar -C jaxgpt -xzf jaxgpt.tar.gz &&
       cd jaxgpt && python3 -m venv ~/venv && ~/venv/bin/pip install -q -e '.[tpu]'"

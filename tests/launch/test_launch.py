@@ -2,14 +2,18 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
+from absl import flags
 
+from jaxgpt.parallel import hosts
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -17,14 +21,12 @@ SHELLCHECK = str(Path(sys.executable).with_name("shellcheck"))
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
-def bash(script: str, *args: str, env=None, **kw) -> subprocess.CompletedProcess:
+def bash(script: str | Path, *args: str, env=None) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", str(LAUNCH / script), *args],
         env=os.environ | {"RESTART_PAUSE": "0"} | (env or {}),
         capture_output=True,
         text=True,
-        timeout=60,
-        **kw,
     )
 
 
@@ -68,15 +70,30 @@ def test_restart_goes_on_only_where_that_helps(tmp_path, codes, last, starts):
     assert int((tmp_path / "n").read_text()) == starts
 
 
+def test_restart_counts_failures_anew_after_a_long_run(tmp_path):
+    env = {"RESTART_HEALTHY": "0"}  # seconds: every run is long
+    found = bash("restart.sh", "bash", "-c", counting(tmp_path, *[1] * 6, 0), env=env)
+    assert (found.returncode, (tmp_path / "n").read_text()) == (0, "7\n"), found.stderr
+
+
+def test_a_run_that_only_waits_for_others_is_not_a_long_one():
+    values = flags.FlagValues()
+    hosts.define_flags(values)
+    values.mark_as_parsed()
+    long = int(re.search(r"RESTART_HEALTHY:-(\d+)", (LAUNCH / "restart.sh").read_text())[1])
+    assert long > 2 * values.join_timeout
+
+
 def test_restart_hands_a_stop_on_and_ends(tmp_path):
     body = (
         f"trap 'echo saved >>{tmp_path}/saved; exit 143' TERM; touch {tmp_path}/up; sleep 60 & wait"
     )
     process = subprocess.Popen(["bash", str(LAUNCH / "restart.sh"), "bash", "-c", body])
     while not (tmp_path / "up").exists():
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 143
+    assert process.wait() == 143
     assert (tmp_path / "saved").read_text() == "saved\n", "once: it was not started again"
 
 
@@ -109,6 +126,7 @@ case "$*" in
 *describe*) cat {folder}/state 2>/dev/null ;;
 *create*) echo READY >{folder}/state ;;
 *delete*) rm -f {folder}/state ;;
+*scp*) cp "$5" {folder}/bundle.tar.gz ;;
 *"cat jaxgpt/exit"*) echo "$(cat {folder}/last)" ;;
 *jaxgpt.train*)
   if [ -e {folder}/preempted ]; then echo 0 >{folder}/last; exit 0; fi
@@ -117,12 +135,29 @@ esac
 """
 
 
-def test_tpu_pod_makes_the_slice_again_after_a_preemption(tmp_path):
+@pytest.fixture
+def tpu_pod(tmp_path) -> Path:
+    """`tpu_pod.sh` in a small checkout, which holds what must not be packed and what must."""
+    checkout = tmp_path / "a checkout"
+    for name in ("launch", "configs", ".venv/bin", "runs/tiny"):
+        (checkout / name).mkdir(parents=True)
+    shutil.copy(LAUNCH / "tpu_pod.sh", checkout / "launch")
+    shutil.copy(ROOT / ".gitignore", checkout)
+    for name in ("configs/deleted.py", ".venv/bin/python", "runs/tiny/config.json"):
+        (checkout / name).write_text("x")
+    for command in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", checkout, *command], check=True)
+    (checkout / "configs/deleted.py").unlink()
+    (checkout / "configs/new é.py").write_text("not added yet")
+    return checkout / "launch/tpu_pod.sh"
+
+
+def test_tpu_pod_makes_the_slice_again_after_a_preemption(tpu_pod, tmp_path):
     (tmp_path / "last").write_text("unknown")
     env = stand_in(tmp_path, "gcloud", GCLOUD.format(folder=tmp_path))
     env |= {"ZONE": "z", "TYPE": "v5litepod-16", "SPOT": "1"}
     flags = ["configs/small.py", "--workdir=gs://b/r", "--config.data.source=text:a b*"]
-    found = bash("tpu_pod.sh", "slice", *flags, env=env)
+    found = bash(tpu_pod, "slice", *flags, env=env)
     assert found.returncode == 0, found.stderr
     assert "the slice is PREEMPTED" in found.stderr
     calls = (tmp_path / "calls").read_text()
@@ -130,18 +165,21 @@ def test_tpu_pod_makes_the_slice_again_after_a_preemption(tmp_path):
     once = ["create", "scp", "ssh", "ssh", "ssh"]  # install, train, read the exit code
     assert verbs == [*once, "delete", *once]
     assert calls.count("--accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite --spot") == 2
-    assert (
-        calls.count(
-            r"--config=configs/small.py --workdir=gs://b/r --config.data.source=text:a\ b\*"
-        )
-        == 2
-    )
+    command = r"--config=configs/small.py --workdir=gs://b/r --config.data.source=text:a\ b\*"
+    assert calls.count(command) == 2
     assert "--zone=z" in calls
+    with tarfile.open(tmp_path / "bundle.tar.gz") as bundle:
+        packed = sorted(bundle.getnames())
+    assert packed == [".gitignore", "configs/new é.py", "launch/tpu_pod.sh"]
 
 
-def test_tpu_pod_stops_at_bad_input(tmp_path):
+def test_tpu_pod_stops_at_bad_input(tpu_pod, tmp_path):
     (tmp_path / "last").write_text("2")
     (tmp_path / "state").write_text("READY")
     env = stand_in(tmp_path, "gcloud", GCLOUD.format(folder=tmp_path)) | {"ZONE": "z", "TYPE": "t"}
-    assert bash("tpu_pod.sh", "slice", "c.py", env=env).returncode == 2
-    assert bash("tpu_pod.sh", "slice", "c.py", env={"TYPE": "t", "ZONE": ""}).returncode != 0
+    assert bash(tpu_pod, "slice", "c.py", env=env).returncode == 2
+    assert bash(tpu_pod, "slice", "c.py", env={"TYPE": "t", "ZONE": ""}).returncode != 0
+    shutil.rmtree(tpu_pod.parent.parent / ".git")
+    env["GIT_CEILING_DIRECTORIES"] = str(tmp_path)
+    found = bash(tpu_pod, "slice", "c.py", env=env)
+    assert found.returncode == 2 and "not a git repository" in found.stderr
