@@ -1,15 +1,18 @@
 """TensorBoard's event files, written in the training thread: where the disk is full, it says so.
 
-tensorboardX's own writer leaves that to a thread of its own that dies of it, and then waits for
-that thread; and it names files by the second, so that a quick restart overwrites the one before.
+The `tensorboard` package's own EventFileWriter leaves that to a thread that dies of it, and names
+files by the second, so that a quick restart overwrites the one before. Its parts that are used here
+need no TensorFlow.
 """
 
+import io
 import time
 
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 FLUSH_EVERY = 10.0  # seconds
 
@@ -18,32 +21,43 @@ class Board:
     """One event file more in `folder`. What older files hold after `last_step` no longer counts.
 
     Files are read in the order of their names, whose numbers grow even if the clock goes back.
+    Without `appends`, as on object stores, events wait for `flush`, which writes the whole file.
     """
 
-    def __init__(self, folder, last_step: int):
+    def __init__(self, folder, last_step: int, appends: bool = True):
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         older = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
         number = max([int(time.time()), *[int(name) + 1 for name in older if name.isdigit()]])
-        self.file = RecordWriter(str(folder / f"events.out.tfevents.{number:010}.jaxgpt"))
+        self.path = folder / f"events.out.tfevents.{number:010}.jaxgpt"
+        self.appends = appends
+        self.file = self.path.open("wb") if appends else io.BytesIO()
+        self.records = RecordWriter(self.file)
         self.flushed = time.monotonic()
         self._add(file_version="brain.Event:2")
-        self._add(step=last_step + 1, session_log=SessionLog(status="START"))
+        self._add(step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """Adds a point of a curve."""
-        self._add(step=step, summary=summary.scalar(tag, value))
+        self._add(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Adds a text, shown as Markdown."""
-        self._add(step=step, summary=summary.text(tag, text))
+        self._add(step=step, summary=text_pb(tag, text))
 
     def _add(self, **fields) -> None:
-        self.file.write(Event(wall_time=time.time(), **fields).SerializeToString())
-        if time.monotonic() > self.flushed + FLUSH_EVERY:
+        self.records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        if self.appends and time.monotonic() > self.flushed + FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes what was added visible to readers."""
+        if self.appends:
             self.file.flush()
-            self.flushed = time.monotonic()
+        else:
+            self.path.write_bytes(self.file.getvalue())
+        self.flushed = time.monotonic()
 
     def close(self) -> None:
-        self.file.flush()
+        self.flush()
         self.file.close()

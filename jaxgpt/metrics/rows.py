@@ -81,7 +81,8 @@ class Reporter:
         with self._writing("metrics.jsonl"):
             self.rows = RowFile(self.workdir / "metrics.jsonl", last_step)
             self.sampled = RowFile(self.workdir / "samples.jsonl", last_step)
-            self.board = Board(self.workdir / "tensorboard", last_step)
+            appends = not is_object_store(self.workdir)
+            self.board = Board(self.workdir / "tensorboard", last_step, appends)
 
     def metrics(self, row: dict) -> None:
         """Writes a row of `metrics.jsonl`; numbers also become TensorBoard scalars."""
@@ -107,6 +108,7 @@ class Reporter:
             with self._writing("metrics.jsonl"):
                 self.rows.sync()
                 self.sampled.sync()
+                self.board.flush()
 
     def rewind(self, last_step: int) -> None:
         """Cuts away what was written after `last_step`; training goes on from there."""

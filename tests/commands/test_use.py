@@ -27,21 +27,53 @@ def get_config():
 """
 
 
+# Imports every command, then trains.
+TRAIN = """
+import importlib, pkgutil
+import jaxgpt
+commands = [importlib.import_module(f"jaxgpt.{found.name}") for found in pkgutil.iter_modules(jaxgpt.__path__)]
+from jaxgpt import train
+from jaxgpt.config.cli import run
+run(train.main)
+"""
+# Stands for a package that is installed, and writes down who imports it.
+STAND_IN = """
+import pathlib, traceback
+with open(pathlib.Path(__file__).parent / "imported", "a") as file:
+    traceback.print_stack(file=file)
+raise ImportError
+"""
+
+
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def trained(tmp_path_factory):
+    """A folder with a finished run in `run`, and `packages` that were installed meanwhile."""
     folder = tmp_path_factory.mktemp("use")
     for i, name in enumerate(("a0", "a1", "b0", "b1")):
         (folder / f"{name}.txt").write_text(CORPUS[i * 2500 : (i + 1) * 2500])
     (folder / "c.py").write_text(CONFIG.format(corpus=folder))
-    command = [
-        sys.executable,
-        "-m",
-        "jaxgpt.train",
-        f"--config={folder}/c.py",
-        f"--workdir={folder}/run",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder / "run"
+    for name in ("torch", "tensorflow"):
+        (folder / "packages" / name).mkdir(parents=True)
+        (folder / "packages" / name / "__init__.py").write_text(STAND_IN)
+    path = f"{folder}/packages{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    subprocess.run(
+        [sys.executable, "-c", TRAIN, f"--config={folder}/c.py", f"--workdir={folder}/run"],
+        env=os.environ | {"PYTHONPATH": path},
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture
+def workdir(trained):
+    return trained / "run"
+
+
+def test_no_command_imports_torch_or_tensorflow(trained):
+    """Where they are installed, that would cost seconds and hundreds of megabytes."""
+    for file in (trained / "packages").glob("*/imported"):
+        raise AssertionError(file.read_text())
 
 
 def last_json(out: str) -> dict:

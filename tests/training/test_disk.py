@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import orbax.checkpoint as ocp
 import pytest
-from tensorboardX.proto import event_pb2
+from tensorboard.compat.proto import event_pb2
 
 from jaxgpt import prepare, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
