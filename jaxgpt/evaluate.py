@@ -5,7 +5,8 @@ of stdout; of a mixture, for each source too. --data=SOURCE takes the whole of S
 --stride=N lets windows overlap, so that each token is predicted from more context.
 
 --all_steps evaluates every checkpoint, one line of JSON each. --watch goes on evaluating new ones as
-they appear, until the run has made its last: the evaluation job beside a training job.
+they appear, until the run ends (after num_steps, early or diverged): the evaluation job beside a
+training job. A run that was killed has not ended; --watch waits for it to go on.
 
 --task=NAME:GLOB answers a task's rows instead: sentiment, entailment (accuracy and confusion
 matrix), questions (exact match and F1), hellaswag, arc (accuracy, and by character), lambada
@@ -22,8 +23,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 from jax.sharding import NamedSharding
 
+from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.extras import require
@@ -39,6 +42,7 @@ from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.parallel import hosts
 from jaxgpt.text.files import expand
 from jaxgpt.text.tasks import TASKS, read_examples
+from jaxgpt.training.end import read_end
 from jaxgpt.training.step import make_eval_step
 
 KNOWN_TASKS = (*TASKS, *BENCHMARKS)
@@ -88,13 +92,14 @@ def check_flags(values: flags.FlagValues) -> None:
 
 def evaluate(values: flags.FlagValues) -> Iterator[dict]:
     """Yields the figures that the flags ask for, of one checkpoint or of several."""
+    rows = rows_of_task(values.task) if values.task else None
     if values.watch:
         wait_for_first(values.workdir, values.watch_every)
     trained = open_trained(values.workdir, values.step)
     if values.lm_eval:
         measure = harness_of(trained, values.lm_eval.split(","), values.limit)
     else:
-        measure = task_of(trained, values.task) if values.task else loss_of(trained, values)
+        measure = task_of(trained, values.task, rows) if rows else loss_of(trained, values)
     steps = [trained.step]
     if values.all_steps:
         steps = trained.checkpoints.whole()
@@ -108,35 +113,55 @@ def evaluate(values: flags.FlagValues) -> Iterator[dict]:
 
 
 def wait_for_first(workdir: str, every: float) -> None:
-    """Waits until `workdir` has a run with a checkpoint."""
-    said = False
+    """Waits until `workdir` has a run with a checkpoint.
+
+    Raises:
+      BadInput: if what is there cannot become one: no folder, a damaged run, or one that ended.
+    """
+    folder, said = epath.Path(workdir), False
     while True:
-        try:
-            return open_trained(workdir, None).checkpoints.close()
-        except BadInput:
-            if not said:
-                say(f"waiting   for the first checkpoint of {workdir}")
-            said = True
-            time.sleep(every)
+        ended = read_end(folder)  # before looking: the checkpoints of a run that ended are there
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(f"{workdir} is a file, not a run's folder")
+        if (folder / "config.json").exists():
+            read_config(folder)
+            if (folder / "checkpoints").exists() and Checkpoints(folder, read_only=True).steps():
+                return
+        if ended:
+            raise BadInput(f"the run in {workdir} ended ({ended}) without a checkpoint")
+        if not said:
+            say(f"waiting   for the first checkpoint of {workdir}")
+        said = True
+        time.sleep(every)
 
 
 def appearing(trained: Trained, every: float) -> Iterator[int]:
-    """Yields each whole checkpoint's step, as they appear, until that of the run's last step.
+    """Yields each whole checkpoint's step, as they appear, until the run has ended.
 
     One that is deleted by the run's retention before its turn is passed over.
     """
     seen: set[int] = set()
     while True:
+        ended = has_ended(trained)  # before looking: its last checkpoint is then seen below
         trained.checkpoints.manager.reload()
         new = [step for step in trained.checkpoints.whole() if step not in seen]
         for step in new:
             seen.add(step)
             if not trained.checkpoints.damage(step):
                 yield step
-        if seen and max(seen) >= read_config(trained.checkpoints.folder.parent).num_steps:
+        if ended:
             return
         if not new:
             time.sleep(every)
+
+
+def has_ended(trained: Trained) -> bool:
+    """Says whether a run makes no more checkpoints: it says so itself, is at its last step (a kill
+    can fall between that checkpoint and the record of the end), or was imported."""
+    folder = trained.checkpoints.folder.parent
+    trained.checkpoints.manager.reload()
+    steps = trained.checkpoints.steps()
+    return bool(read_end(folder)) or 0 in steps or steps[-1] >= read_config(folder).num_steps
 
 
 def loss_of(trained: Trained, values: flags.FlagValues):
@@ -174,8 +199,8 @@ def batch_sharding(trained: Trained) -> NamedSharding:
     return NamedSharding(trained.mesh, trained.spec.rules(None, "batch", "seq"))
 
 
-def task_of(trained: Trained, spec: str):
-    """Returns the function that answers a task's rows with given parameters.
+def rows_of_task(spec: str) -> list:
+    """Returns the rows of NAME:GLOB.
 
     Raises:
       BadInput: if the task is unknown, a file is missing, or a row is malformed.
@@ -183,10 +208,16 @@ def task_of(trained: Trained, spec: str):
     name, _, pattern = spec.partition(":")
     if name not in KNOWN_TASKS or not pattern:
         raise BadInput(f"--task={spec} is unknown: choose {', '.join(KNOWN_TASKS)}, as NAME:GLOB")
-    files, cfg = expand(spec, pattern), trained.config
+    files = expand(spec, pattern)
     rows = read_items(name, files) if name in BENCHMARKS else list(read_examples(name, files))
     if not rows:
         raise BadInput(f"--task={spec} holds no example")
+    return rows
+
+
+def task_of(trained: Trained, spec: str, rows: list):
+    """Returns the function that answers a task's rows with given parameters."""
+    name, cfg = spec.partition(":")[0], trained.config
     with jax.set_mesh(trained.mesh):
         choices = Choices(
             make_eval_step(trained.spec),

@@ -45,7 +45,8 @@ from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.load import fingerprint
-from jaxgpt.training.loop import Clock, Loop, restore_or_init
+from jaxgpt.training.end import forget_end, record_end
+from jaxgpt.training.loop import DIVERGED, Clock, Loop, restore_or_init
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 from jaxgpt.training.verify_resume import verify_resume
 from jaxgpt.training.warm_start import check_model, check_source
@@ -113,6 +114,7 @@ def carry_on(
     hosts.on_first(lambda: write_whole(workdir / "config.json", to_json(config)))
     check_shared(workdir)
     if clock.is_out_of_patience(config.early_stop):
+        hosts.on_first(lambda: record_end(workdir, int(state.step), "early_stop"))
         say(f"finished  {workdir} stopped early after step {int(state.step)}; {best_of(clock)}")
         return 0
     if state.step:
@@ -120,6 +122,7 @@ def carry_on(
             f"resume    from checkpoint {int(state.step)}"
             + (f" with {'; '.join(changes)}" if changes else "")
         )
+    hosts.on_first(lambda: forget_end(workdir))
     began = time.perf_counter()
     train_step = training.compile_step()
     say(f"compile   the train step took {duration(time.perf_counter() - began)}")
@@ -127,6 +130,11 @@ def carry_on(
     code = loop(state, clock, train_step, checkpoints, report)
     clock = loop.clock
     report.close()
+    if code in (0, DIVERGED) and is_first:
+        last_step = loop.checkpoints.latest() or 0
+        early = clock.is_out_of_patience(config.early_stop)
+        reason = "early_stop" if early else "num_steps"
+        record_end(workdir, last_step, "diverged" if code == DIVERGED else reason)
     if code == 0 and is_first:
         last = loop.last_validation
         early = "" if last["step"] == config.num_steps else f" (stopped early; {best_of(clock)})"

@@ -36,6 +36,7 @@ from jaxgpt.training.state import TrainState
 from jaxgpt.training.step import make_eval_step
 from jaxgpt.training.stop import StopRequest
 
+DIVERGED = 3  # the exit code of a run that diverged and could not recover
 WORST = 1e30  # stands for a validation loss that is not finite: JSON has no infinity
 
 
@@ -126,7 +127,7 @@ class Loop:
                     if clock.rollbacks == self.config.max_rollbacks:
                         self._give_up(e, clock)
                         checkpoints.close()
-                        return 3
+                        return DIVERGED
                     state, clock = self._roll_back(e, clock)
             checkpoints.close()
         if stopped_by:

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import checkpoint, train
+from jaxgpt import checkpoint, evaluate, train
 from jaxgpt.training import step as step_module
 from jaxgpt.training.divergence import Spikes, batch_of
+from tests.evaluation.test_watch import no_more_waiting
 
 LENGTH, BATCH = 16, 2
 POISON = 1  # a byte that makes its batch's loss infinite or not a number
@@ -80,7 +81,7 @@ def test_a_bad_stretch_is_rolled_back_and_left_out(run, command, tmp_path):
     assert longer[:16] == losses and [x is None for x in longer] == [x is None for x in whole]
 
 
-def test_it_gives_up_after_so_many_rollbacks(run):
+def test_it_gives_up_after_so_many_rollbacks(run, command, tmp_path, monkeypatch):
     code, err, losses = run(range(6, 40), "--config.max_rollbacks=2")
     assert code == 3, err
     assert err.count("back to checkpoint 4") == 2
@@ -88,6 +89,9 @@ def test_it_gives_up_after_so_many_rollbacks(run):
     assert "after 2 rollbacks: giving up. The last of them took batches 10, 11" in last
     assert "--show=11" in last and "Traceback" not in err
     assert len(losses) == 8 and losses[:6] == [x for x in losses[:6] if x is not None]
+    no_more_waiting(monkeypatch)
+    code, out, err = command(evaluate.main, f"--workdir={tmp_path}/w", "--watch")
+    assert code == 0 and [json.loads(line)["step"] for line in out.splitlines()] == [4], err
 
 
 def test_without_a_checkpoint_it_goes_back_to_the_start(run):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from jaxgpt import convert, evaluate, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
@@ -15,9 +16,11 @@ from jaxgpt.interchange.weights import flatten
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import merged
 from jaxgpt.optim.groups import join, split, trainable
+from jaxgpt.training.end import read_end
 from jaxgpt.training.loop import Clock
 from jaxgpt.training.setup import make_training
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
+from tests.evaluation.test_watch import no_more_waiting
 from tests.interchange.test_import_export import model_folder
 
 LORA = dict(lora_rank=4, lora_targets="query,value,out,up,down", lora_alpha=8.0)
@@ -220,7 +223,7 @@ def test_patience():
     assert clock.is_out_of_patience(2), "as good is not better"
 
 
-def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corpus):
+def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corpus, monkeypatch):
     """A learning rate that ruins the model: the first validation is the best."""
     args = (
         "--config.num_steps=40",
@@ -243,6 +246,17 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corp
     code, _, err = started(command, tmp_path, corpus, "", *args)
     assert code == 0 and f"stopped early after step {max(found)}" in err
     assert (tmp_path / "w/metrics.jsonl").read_text() == before
+    assert read_end(epath.Path(tmp_path / "w")) == "early_stop"
+    no_more_waiting(monkeypatch)
+    code, out, err = command(evaluate.main, f"--workdir={tmp_path}/w", "--watch")
+    assert code == 0 and [json.loads(line)["step"] for line in out.splitlines()] == steps, err
+
+    def begin(workdir, *_):
+        raise BadInput(f"while training the end is {read_end(workdir)!r}")
+
+    monkeypatch.setattr(train, "Reporter", begin)
+    code, _, err = started(command, tmp_path, corpus, "", *args, "--config.early_stop=9")
+    assert code == 2 and "while training the end is ''" in err
 
 
 def test_epochs(command, tmp_path, corpus):
