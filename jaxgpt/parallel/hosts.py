@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.config import BadInput, PeerLost
 from jaxgpt.config.cli import silence
+from jaxgpt.config.errors import one_line
 
 HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
 VOTE_LAG = 2  # steps between a vote and its count: by then it is on the host
@@ -174,23 +175,46 @@ def check_same(value: str, what: str) -> None:
 def on_first(act: Callable[[], Any]) -> Any:
     """Runs `act` on process 0 alone and returns its result, of JSON's types, on every process.
 
+    Whatever `act` raises reaches all processes at once: none waits for one that has given up.
+
     Raises:
       BadInput: on every process, if it does on process 0.
+      SystemExit: likewise, with the same code.
+      PeerLost: on the others, for any other exception, which process 0 itself raises unchanged.
     """
     if jax.process_count() == 1:
         return act()
-    told = b""
+    told, raised = {}, None
     if jax.process_index() == 0:
         try:
-            told = json.dumps({"result": act()}).encode()
+            told = {"result": act()}
+            if len(json.dumps(told, ensure_ascii=False).encode()) > MESSAGE:
+                raise ValueError(f"more than {MESSAGE} bytes to tell the other processes")
         except BadInput as e:
-            told = json.dumps({"error": str(e)[: MESSAGE // 8]}).encode()
+            told, raised = {"error": str(e)[: MESSAGE // 8]}, e
+        except SystemExit as e:
+            told, raised = {"exit": e.code}, e
+        except BaseException as e:
+            what = one_line(f"{type(e).__name__}: {e}")[: MESSAGE // 8]
+            told, raised = {"fault": f"process 0 failed: {what}"}, e
+    text = json.dumps(told, ensure_ascii=False).encode(errors="backslashreplace")
     page = np.zeros(MESSAGE, np.uint8)
-    page[: len(told)] = np.frombuffer(told, np.uint8)
+    page[: len(text)] = np.frombuffer(text, np.uint8)
     heard = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(page))).rstrip(b"\0"))
+    if raised is not None:
+        raise raised
     if "error" in heard:
         raise BadInput(heard["error"])
+    if "exit" in heard:
+        raise SystemExit(heard["exit"])
+    if "fault" in heard:
+        raise PeerLost(heard["fault"])
     return heard["result"]
+
+
+def gathered(array: jax.Array) -> np.ndarray:
+    """Returns the whole of an array that may be split over the processes, to each of them."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 class Vote:

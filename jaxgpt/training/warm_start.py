@@ -16,6 +16,7 @@ from jaxgpt.interchange.weights import flatten, read_params, unflatten
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import is_addition, magnitudes, merged
 from jaxgpt.optim.groups import parse_patterns
+from jaxgpt.parallel import hosts
 from jaxgpt.parallel.mesh import make_mesh
 
 ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows
@@ -104,8 +105,8 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
         found[path] = _fitted(path, source[path], leaf, theirs.vocab_size, config.init_from)
     for path, leaf in wanted.items():
         if path.endswith("/magnitude"):
-            norms = magnitudes(np.asarray(found[path.replace("magnitude", "kernel")]), leaf.shape)
-            found[path] = jax.device_put(norms.astype(leaf.dtype), leaf.sharding)
+            kernel = hosts.gathered(found[path.replace("magnitude", "kernel")])
+            found[path] = _placed(magnitudes(kernel, leaf.shape), leaf)
     return unflatten(found)
 
 
@@ -117,7 +118,7 @@ def _fitted(path: str, value: np.ndarray, leaf: jax.Array, vocab: int, where: st
     value = np.asarray(value)
     if path in ROWS and value.shape[1:] == leaf.shape[1:]:
         rows = vocab if path in ("tokens", "head") else len(value)
-        whole = np.array(leaf)
+        whole = np.array(hosts.gathered(leaf))
         kept = min(rows, len(whole))
         whole[:kept] = value[:kept]
         value = whole
@@ -125,7 +126,13 @@ def _fitted(path: str, value: np.ndarray, leaf: jax.Array, vocab: int, where: st
         raise BadInput(
             f"init_from={where}: {path} has shape {value.shape} there, {leaf.shape} here"
         )
-    return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+    return _placed(value, leaf)
+
+
+def _placed(value: np.ndarray, like: jax.Array) -> jax.Array:
+    """Returns `value`, which every process holds whole, in the dtype and sharding of `like`."""
+    value = value.astype(like.dtype)
+    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
 
 
 def _load(path: str) -> tuple[dict, ModelConfig]:

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from jaxgpt import train
+from jaxgpt.training import step
 from tests.conftest import CORPUS, xla_flags
 from tests.parallel.processes import (
     CONFIG,
@@ -21,17 +23,31 @@ from tests.parallel.processes import (
     wait_for_step,
 )
 
-SCRIPT = """
+SCRIPT = r"""
 import sys, jax
 jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-from jaxgpt.config import BadInput
+from jaxgpt.config import BadInput, PeerLost
 from jaxgpt.config.cli import run
 from jaxgpt.parallel.hosts import check_same, on_first
+FAULTS = [  # what process 0 does, what it raises, what the others raise, what that says
+    (lambda: open("/no/file"), FileNotFoundError, PeerLost, "No such file"),
+    (lambda: 1 / 0, ZeroDivisionError, PeerLost, "ZeroDivisionError"),
+    (lambda: sys.exit(143), SystemExit, SystemExit, "143"),
+    (lambda: "\U0001f600" * 9999, ValueError, PeerLost, "bytes to tell"),
+    (lambda: object(), TypeError, PeerLost, "TypeError"),
+]
 def refuse():
-    raise BadInput(f"as process {jax.process_index()} sees it")
+    raise BadInput(f"as process {jax.process_index()} sees it" + "\U0001f600" * 9999)
 def main(argv):
     check_same("one corpus", "the config")
     assert on_first(lambda: {"from": jax.process_index()}) == {"from": 0}
+    for act, there, elsewhere, message in FAULTS:
+        try:
+            on_first(act)
+            raise AssertionError("a fault of process 0 is one of all")
+        except (there, elsewhere) as e:
+            assert isinstance(e, elsewhere if jax.process_index() else there), e
+            assert message in f"{type(e).__name__}: {e}" or jax.process_index() == 0, e
     check_same(sys.argv[4], "the prepared text")
     on_first(refuse)
 run(main)
@@ -123,6 +139,63 @@ def test_a_killed_process_ends_the_other_and_four_go_on(place):
     found = json.loads(out[0].splitlines()[-1])
     assert found["loss"] == pytest.approx(rows(place / "one", "validation")[24], abs=1e-5)
     assert "{" not in out[1]
+
+
+def test_weights_to_start_from_are_split_over_processes(place, command):
+    """Some tokens have no row in the weights, which are drawn; DoRA's magnitudes are computed."""
+    args = [
+        f"--config.init_from={place / 'one'}",
+        "--config.num_steps=2",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=-1",
+        "--config.model.vocab_size=300",
+        "--config.model.lora_rank=2",
+        "--config.model.lora_dora=true",
+        "--config.optim.freeze=tokens",
+    ]
+    codes, _, errors = finish(start("train", 2, 2, *flags(place, "warm-two"), *args))
+    assert codes == [0, 0], errors
+    assert command(train.main, *flags(place, "warm-one"), *args)[0] == 0
+    assert rows(place / "warm-two") == pytest.approx(rows(place / "warm-one"), rel=1e-5)
+    assert rows(place / "warm-two")[1] < rows(place / "one")[1] - 0.5
+
+
+POISONED = """
+import jax.numpy as jnp
+from jaxgpt.training import step
+honest = step.token_losses
+def poisoned(model, micro, key):
+    nats, lse = honest(model, micro, key)
+    return jnp.where(jnp.any(micro["inputs"] == 1, axis=-1, keepdims=True), jnp.nan, nats), lse
+step.token_losses = poisoned
+"""
+
+
+def test_a_bad_stretch_that_one_process_reads_takes_all_of_them_back(place, command, monkeypatch):
+    """Batches 9 and 10 hold a poisonous byte in their row 5 of 8, which process 1 reads."""
+    (place / "bad").mkdir()
+    text = np.resize(np.frombuffer(b"abcdefgh ", np.uint8), 8 * 32 * 30)
+    for batch in (9, 10):
+        text[batch * 8 * 32 + 5 * 32 + 3] = 1
+    (place / "bad/train.txt").write_bytes(text.tobytes())
+    (place / "bad/valid.txt").write_text("abcdefgh " * 40)
+    config = CONFIG.format(corpus=place / "bad").replace("*.txt", "train.txt")
+    (place / "bad/c.py").write_text(config + POISONED)
+    args = [
+        f"--config={place}/bad/c.py",
+        f"--config.data.cache_dir={place}/cache",
+        f"--config.data.validation_source=text:{place}/bad/valid.txt",
+        "--config.data.shuffle=false",
+        "--config.max_bad_steps=2",
+        "--config.num_steps=14",
+    ]
+    codes, _, errors = finish(start("train", 2, 2, *args, f"--workdir={place}/bad-two"))
+    assert codes == [0, 0] and "back to checkpoint 8, without batches 9, 10" in errors[0], errors
+    monkeypatch.setattr(step, "token_losses", step.token_losses)  # the config replaces it
+    code, _, err = command(train.main, *args, f"--workdir={place}/bad-one")
+    assert code == 0 and "back to checkpoint 8, without batches 9, 10" in err
+    two, one = rows(place / "bad-two"), rows(place / "bad-one")
+    assert len(two) == 14 and two == pytest.approx(one, rel=1e-5)
 
 
 def test_the_death_of_process_0_ends_the_others_too(place):
