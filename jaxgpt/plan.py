@@ -17,7 +17,7 @@ from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.load import config_of, define_config_flag
 from jaxgpt.planning.estimate import make_plan
-from jaxgpt.planning.hardware import compiler, devices_of
+from jaxgpt.planning.hardware import devices_of, use_compilers_alone
 from jaxgpt.planning.search import cheapest_that_fits, search
 from jaxgpt.tokenizer.load import vocabulary_size
 from jaxgpt.training.setup import resolve_vocab
@@ -40,22 +40,23 @@ def main(argv: list[str]) -> None:
         config.data.tokenizer, config.data.special_tokens
     )
     config = resolve_vocab(config, size)
-    with compiler(values.topology):
-        devices, chip = devices_of(values.topology)
-        if values.search and chip is None:
-            raise BadInput(
-                "--search ranks by the devices' speed, which is unknown here: give --topology"
-            )
-        plan_of = partial(make_plan, devices=devices, chip=chip)
-        say(f"compile   the train step for {values.topology or 'the devices here'}")
-        plan = {"topology": values.topology or devices[0].device_kind} | plan_of(config)
-        if not plan["fits"] and not values.search:
-            say("search    the cheapest change that fits")
-            found = cheapest_that_fits(config, plan_of)
-            plan["suggestion"] = found and {"change": found[0], **found[1]}
-        if values.search:
-            tell = lambda text: say(f"search    {text}")  # noqa: E731
-            plan["search"] = search(config, len(devices), plan_of, tell)
+    if values.topology:
+        use_compilers_alone()
+    devices, chip = devices_of(values.topology)
+    if values.search and chip is None:
+        raise BadInput(
+            "--search ranks by the devices' speed, which is unknown here: give --topology"
+        )
+    plan_of = partial(make_plan, devices=devices, chip=chip)
+    say(f"compile   the train step for {values.topology or 'the devices here'}")
+    plan = {"topology": values.topology or devices[0].device_kind} | plan_of(config)
+    if not plan["fits"] and not values.search:
+        say("search    the cheapest change that fits")
+        found = cheapest_that_fits(config, plan_of)
+        plan["suggestion"] = found and {"change": found[0], **found[1]}
+    if values.search:
+        tell = lambda text: say(f"search    {text}")  # noqa: E731
+        plan["search"] = search(config, len(devices), plan_of, tell)
     if values.price:
         plan |= _cost(plan, values.price)
     for line in table(plan):

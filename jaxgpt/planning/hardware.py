@@ -2,12 +2,9 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from jax.experimental import topologies
@@ -24,6 +21,7 @@ LIBTPU_ENVIRONMENT = {  # or it looks for a metadata server for minutes, and tal
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling needs no device, so other processes may have theirs
 }
 
 
@@ -113,7 +111,9 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
             found = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as e:
         reason = str(e).splitlines()[0][:200]
-        raise BadInput(f"--topology={topology}: libtpu knows no such slice ({reason})") from e
+        raise BadInput(
+            f"--topology={topology}: libtpu does not describe this slice: {reason}"
+        ) from e
     return list(found), TPUS[name]
 
 
@@ -124,22 +124,11 @@ def local_chip(kind: str, limit: int | None) -> Chip | None:
     return dataclasses.replace(chip, hbm=limit) if chip and limit else chip
 
 
-@contextlib.contextmanager
-def compiler(topology: str) -> Iterator[None]:
-    """Holds the only place that libtpu has on a machine, waiting for it, and sets its environment;
-    does nothing for the machine's own devices, and needs no place for GPUs."""
-    if not topology:
-        yield
-        return
+def use_compilers_alone() -> None:
+    """Sets the environment in which JAX compiles for devices that are not here, and uses none that
+    are; call it before `devices_of` with a name."""
     os.environ.update(LIBTPU_ENVIRONMENT)
-    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is none of ours
-    if topology.partition(":")[0] in GPUS:
-        yield
-        return
-    place = Path(tempfile.gettempdir()) / f"jaxgpt-libtpu-{os.getuid()}.lock"
-    with open(place, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    jax.config.update("jax_platforms", "cpu")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The plan command: for this machine's devices, and for slices of TPUs without one."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
@@ -165,7 +167,7 @@ def test_the_search_ranks_what_fits():
     assert any("batch_size=128: does not fit" in line for line in told)
 
 
-def planned(*args: str, timeout: int = 400) -> tuple[dict, str]:
+def planned(*args: str) -> tuple[dict, str]:
     """The command as a user runs it, in a process of its own."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     found = subprocess.run(
@@ -174,10 +176,24 @@ def planned(*args: str, timeout: int = 400) -> tuple[dict, str]:
         env=env,
         capture_output=True,
         text=True,
-        timeout=timeout,
     )
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout), found.stderr
+
+
+@pytest.mark.tpu_compile
+def test_another_process_may_use_libtpu():
+    """Here it is this one that holds libtpu's lock, or whoever holds it already."""
+    with open("/tmp/libtpu_lockfile", "a") as lock:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        code = (
+            "from jaxgpt.planning.hardware import *; use_compilers_alone();"
+            " print(len(devices_of('v5e:2x4')[0]))"
+        )
+        argv = [sys.executable, "-c", code]
+        found = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        assert (found.returncode, found.stdout) == (0, "8\n"), found.stderr
 
 
 @pytest.mark.tpu_compile
