@@ -274,7 +274,7 @@ def greedy_line(trained: Trained, params: dict, most: int = 32):
     """Returns the function that answers a prompt with the likeliest line, of `most` tokens."""
     cfg, tokenizer = trained.config.model, trained.tokenizer
     most = min(most, cfg.max_seq_len - 1)
-    decoder, end = Decoder.of(trained.spec, params), tokenizer.end_of_text
+    decoder, end = Decoder.of(trained.spec, params, tokenizer.vocab_size), tokenizer.end_of_text
 
     def answer(prompt: str) -> str:
         ids = document_start(tokenizer, tokenizer.encode(prompt), cfg.max_seq_len - most)
@@ -287,7 +287,7 @@ def greedy_line(trained: Trained, params: dict, most: int = 32):
 def greedy_tokens(trained: Trained, params: dict):
     """Returns the function (prompt's tokens, count) -> the likeliest next tokens."""
     cfg, tokenizer = trained.config.model, trained.tokenizer
-    decoder = Decoder.of(trained.spec, params)
+    decoder = Decoder.of(trained.spec, params, tokenizer.vocab_size)
 
     def answer(prompt: np.ndarray, count: int) -> np.ndarray:
         ids = document_start(tokenizer, prompt, cfg.max_seq_len - count)

@@ -19,14 +19,25 @@ from absl import flags
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
+from jaxgpt.config.encoding import check_text
 from jaxgpt.inference.beam import beam_search
-from jaxgpt.inference.complete import Continuation, Request, complete, completed, request_of
+from jaxgpt.inference.complete import (
+    MOST,
+    Continuation,
+    Request,
+    check_range,
+    check_stops,
+    complete,
+    completed,
+    request_of,
+)
 from jaxgpt.inference.decode import Decoder, check_length, prompt_tokens
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.text.files import expand
 from jaxgpt.text.formats import json_rows
 
+MOST_SAMPLES = 1024  # side by side
 TOGETHER = 8  # prompts of a file that are continued side by side
 STREAMED = 4  # tokens between two looks where somebody is watching
 
@@ -56,7 +67,7 @@ def main(argv: list[str]) -> None:
     rows = read_rows(values.prompt_file, request) if values.prompt_file else []
     trained = open_trained(values.workdir, values.step)
     with jax.set_mesh(trained.mesh):
-        decoder = Decoder.of(trained.spec, trained.params())
+        decoder = Decoder.of(trained.spec, trained.params(), trained.tokenizer.vocab_size)
         if values.interactive:
             interact(decoder, trained, request)
         elif values.prompt_file:
@@ -79,9 +90,13 @@ def check_flags(values: flags.FlagValues) -> Request:
     ways = ("prompt", "prompt_file", "interactive")
     if len(given := [f"--{name}" for name in ways if values[name].value]) > 1:
         raise BadInput(f"{' and '.join(given)} do not go together; choose one")
-    for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("seed", 0), ("num_beams", 0)):
-        if not values[name].value >= least:
-            raise BadInput(f"--{name}={values[name].value} must be at least {least}")
+    for name, least, most in (
+        ("max_new_tokens", 1, MOST),
+        ("num_samples", 1, MOST_SAMPLES),
+        ("seed", 0, MOST),
+        ("num_beams", 0, MOST_SAMPLES),
+    ):
+        check_range(f"--{name}", values[name].value, least, most)
     if values.num_beams and (values.stream or values.interactive or values.prompt_file):
         raise BadInput("--num_beams goes with --prompt alone: a search has no text until its end")
     if values.num_beams and values.num_samples > values.num_beams:
@@ -90,6 +105,7 @@ def check_flags(values: flags.FlagValues) -> Request:
         )
     if "" in values.stop:
         raise BadInput("--stop must not be empty")
+    check_stops(values.stop, "--stop")
     sampling = Sampling(
         values.temperature, values.top_k, values.top_p, values.min_p, values.repetition_penalty
     )
@@ -130,7 +146,8 @@ def interact(decoder: Decoder, trained: Trained, request: Request) -> None:
         if not line:
             return
         try:
-            show_stream(decoder, trained, [dataclasses.replace(request, prompt=line.rstrip("\n"))])
+            line = check_text(line.rstrip("\n"), "the line")
+            show_stream(decoder, trained, [dataclasses.replace(request, prompt=line)])
         except BadInput as e:
             say(f"error: {e}")
 
@@ -187,9 +204,9 @@ def search(decoder: Decoder, trained: Trained, request: Request, values: flags.F
     )
     texts = []
     for tokens, score in found[: values.num_samples]:
-        text = Continuation(tokenizer, request)
-        text.feed(tokens.tolist(), [score] * len(tokens))
-        texts.append(request.prompt + (text.text if text.finish else tokenizer.decode(tokens)))
+        text = Continuation(tokenizer, request, prompt)
+        text.feed([*tokens.tolist(), tokenizer.end_of_text], [score] * (len(tokens) + 1))
+        texts.append(request.prompt + text.text)
     sys.stdout.write("\n---\n".join(texts) + "\n")
 
 

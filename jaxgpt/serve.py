@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     listening = bind(values.host, values.port)
     trained = open_trained(values.workdir, values.step)
     with jax.set_mesh(trained.mesh):
-        decoder = Decoder.of(trained.spec, trained.params())
+        decoder = Decoder.of(trained.spec, trained.params(), trained.tokenizer.vocab_size)
     batcher = Batcher(decoder, trained.mesh, trained.tokenizer, values.slots, values.max_waiting)
     say("compile   the programs of the shortest prompts")
     batcher.warm_up()

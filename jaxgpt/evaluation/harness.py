@@ -26,7 +26,7 @@ class HarnessModel(TemplateLM):
     def __init__(self, spec: ModelSpec, params: dict, tokenizer: Tokenizer, batch: int):
         super().__init__()
         self.spec, self.params, self.batch = spec.for_decoding(), params, batch
-        self.tokenizer, self.decoder = tokenizer, Decoder.of(spec, params)
+        self.tokenizer, self.decoder = tokenizer, Decoder.of(spec, params, tokenizer.vocab_size)
         self.context = spec.cfg.max_seq_len
 
     @property

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.inference.decode import Decoder, Rows, keys_of
+from jaxgpt.inference.decode import Decoder, Rows, check_length, keys_of, only
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import empty
@@ -28,17 +28,20 @@ def beam_search(
     Raises:
       BadInput: where prompt and continuation exceed the context.
     """
+    check_length(len(prompt), new, decoder.cfg)
     same = [prompt] * beams
     rows = decoder.start(same, [Sampling(0.0)] * beams, keys_of([(0, 0)] * beams), new)
-    tokens, sums, lengths = jax.device_get(_search(decoder.spec, new, end, decoder.params, rows))
+    tokens, sums, lengths = jax.device_get(
+        _search(decoder.spec, new, end, decoder.drawable, decoder.params, rows)
+    )
     scores = sums / lengths**length_penalty
     found = [(row[:length], float(score)) for row, length, score in zip(tokens, lengths, scores)]
     found = [(row[:-1] if len(row) and row[-1] == end else row, score) for row, score in found]
     return sorted(found, key=lambda pair: -pair[1])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _search(spec: ModelSpec, new: int, end: int, params: dict, rows: Rows):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _search(spec: ModelSpec, new: int, end: int, drawable: int, params: dict, rows: Rows):
     model, beams = spec.bind(params), rows.token.shape[0]
     table = model.table()
     vocab = spec.cfg.padded_vocab_size
@@ -48,7 +51,7 @@ def _search(spec: ModelSpec, new: int, end: int, params: dict, rows: Rows):
         recent, token, position, sums, ended, tokens, lengths = carry
         x, recent = model.extend(params["blocks"], token, position, rows.cache, recent, at)
         logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
-        scores = jax.nn.log_softmax(logits, axis=-1)
+        scores = only(jax.nn.log_softmax(logits, axis=-1), drawable)
         totals = sums[:, None] + jnp.where(ended[:, None], only_end, scores)
         sums, best = jax.lax.top_k(totals.reshape(-1), beams)
         parent, token = best // vocab, (best % vocab).astype(jnp.int32)

@@ -1,16 +1,17 @@
 """Text in, text out: what people and servers ask of a `Decoder`."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.encoding import check_text
 from jaxgpt.inference.decode import CHUNK, Decoder, check_length, keys_of, prompt_tokens, stream
 from jaxgpt.inference.samplers import Sampling
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer import GrowingText, Tokenizer
 
-HALF = "\ufffd"  # what stands at the end while a character's last bytes are still to come
+LONGEST_STOP = 1000  # characters
+MOST = 2**32 - 1  # of a seed, as of a count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,53 +34,70 @@ class Continuation:
     or "length".
     """
 
-    def __init__(self, tokenizer: Tokenizer, request: Request):
+    def __init__(self, tokenizer: Tokenizer, request: Request, prompt: Iterable = ()):
+        """`prompt` are the ids of `request.prompt`: the text goes on from there."""
         self.tokenizer, self.request = tokenizer, request
+        self.growing = GrowingText(tokenizer, prompt, request.prompt)
+        self.stops = [StopString(stop) for stop in request.stop]
         self.tokens: list[int] = []
         self.scores: list[float] = []
         self.text, self.finish = "", ""
+        self.held = ""  # certain, but perhaps the start of a stop string
 
     def feed(self, tokens: Sequence[int], scores: Sequence[float]) -> str:
         """Takes the next tokens and their log-probabilities; returns the text that they add."""
-        if self.finish:
-            return ""
         before = len(self.text)
         for token, score in zip(tokens, scores, strict=True):
+            if self.finish:
+                break
             if token == self.tokenizer.end_of_text:
-                self.finish = "stop"
+                self._end("stop")
                 break
             self.tokens.append(int(token))
             self.scores.append(float(score))
-            if self._meets_stop():
-                return self.text[before:]
-            if len(self.tokens) == self.request.max_new_tokens:
-                self.finish = "length"
-                break
-        self.text = self._shown(self._decoded())
+            self._show(self.growing.add(token))
+            if not self.finish and len(self.tokens) == self.request.max_new_tokens:
+                self._end("length")
         return self.text[before:]
 
-    def _decoded(self) -> str:
-        return self.tokenizer.decode(np.array(self.tokens, np.int32))
+    def _show(self, new: str) -> None:
+        """Adds `new` to the text, up to the stop string that is complete first."""
+        for at, character in enumerate(new, start=1):
+            found = [len(stop.text) for stop in self.stops if stop.ends_with(character)]
+            if found:
+                whole = self.held + new[:at]
+                self.text += whole[: len(whole) - max(found)]
+                self.finish, self.held = "stop", ""
+                return
+        whole = self.held + new
+        kept = len(whole) - max((stop.matched for stop in self.stops), default=0)
+        self.text, self.held = self.text + whole[:kept], whole[kept:]
 
-    def _meets_stop(self) -> bool:
-        if not self.request.stop:
-            return False
-        whole = self._decoded()
-        found = [at for stop in self.request.stop if (at := whole.find(stop)) >= 0]
-        if found:
-            self.text, self.finish = whole[: min(found)], "stop"
-        return bool(found)
+    def _end(self, finish: str) -> None:
+        self._show(self.growing.rest())
+        if not self.finish:
+            self.text, self.held, self.finish = self.text + self.held, "", finish
 
-    def _shown(self, whole: str) -> str:
-        if self.finish:
-            return whole
-        whole = whole.removesuffix(HALF)
-        for held in range(max(map(len, self.request.stop), default=1) - 1, 0, -1):
-            if any(
-                stop.startswith(whole[-held:]) for stop in self.request.stop if held < len(stop)
-            ):
-                return whole[:-held]
-        return whole
+
+class StopString:
+    """Looks for `text` in characters that come one by one, in a time that does not depend on its
+    length (Knuth, Morris and Pratt 1977). `matched` of its characters are what came last."""
+
+    def __init__(self, text: str):
+        self.text, self.matched = text, 0
+        self.shorter = [0]  # for each start of `text`, the longest start that is its end as well
+        for character in text[1:]:
+            self.shorter.append(self._next(character, self.shorter[-1]))
+
+    def ends_with(self, character: str) -> bool:
+        """Takes a character; says whether it completes the stop string."""
+        self.matched = self._next(character, self.matched)
+        return self.matched == len(self.text)
+
+    def _next(self, character: str, matched: int) -> int:
+        while matched and self.text[matched] != character:
+            matched = self.shorter[matched - 1]
+        return matched + (self.text[matched] == character)
 
 
 def complete(
@@ -91,8 +109,8 @@ def complete(
     Raises:
       BadInput: where a prompt does not fit the context; nothing is generated then.
     """
-    texts = [Continuation(tokenizer, request) for request in requests]
     prompts = [prompt_tokens(tokenizer, request.prompt) for request in requests]
+    texts = [Continuation(tokenizer, *pair) for pair in zip(requests, prompts, strict=True)]
     for prompt, request in zip(prompts, requests, strict=True):
         check_length(len(prompt), request.max_new_tokens, decoder.cfg)
     keys = keys_of([(request.seed, request.number) for request in requests])
@@ -122,9 +140,9 @@ def completed(
     ]
 
 
-def request_of(row: dict, default: Request, where: str) -> Request:
+def request_of(row: dict, default: Request, where: str, least: int = 1) -> Request:
     """Returns the request that a row of JSON describes: `prompt`, and fields that replace those of
-    `default`.
+    `default`. It may ask for no fewer than `least` tokens.
 
     Raises:
       BadInput: if a field is missing, ill-typed or out of range; the message starts with `where`.
@@ -139,18 +157,48 @@ def request_of(row: dict, default: Request, where: str) -> Request:
     given = {name: row[name] for name in kinds if name in row}
     for name, value in given.items():
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
-            raise BadInput(f"{where}: {name}={value!r} is not of the right type")
+            raise BadInput(f"{where}: {name}={_shown(value)} is not of the right type")
+    check_text(given["prompt"], f"{where}: prompt")
     stop = given.pop("stop", list(default.stop))
     stop = tuple([stop] if isinstance(stop, str) else stop)
-    if not all(isinstance(one, str) and one for one in stop):
-        raise BadInput(f"{where}: stop={list(stop)!r} must hold strings that are not empty")
+    check_stops(stop, f"{where}: stop")
     names = [name for name in given if hasattr(default.sampling, name)]
-    fields = {name: type(getattr(default.sampling, name))(given.pop(name)) for name in names}
+    fields = {name: _floated(given.pop(name), kinds[name]) for name in names}
     sampling = dataclasses.replace(default.sampling, **fields)
     sampling.check(f"{where}: ")
     found = dataclasses.replace(default, **given, sampling=sampling, stop=stop)
-    if found.max_new_tokens < 1:
-        raise BadInput(f"{where}: max_new_tokens={found.max_new_tokens} must be at least 1")
-    if not 0 <= found.seed < 2**32:
-        raise BadInput(f"{where}: seed={found.seed} must be from 0 to {2**32 - 1}")
+    check_range(f"{where}: max_new_tokens", found.max_new_tokens, least, MOST)
+    check_range(f"{where}: seed", found.seed, 0, MOST)
     return found
+
+
+def check_stops(stops: Sequence[object], name: str) -> None:
+    """Raises `BadInput`, naming the field, for stop strings that cannot be."""
+    for stop in stops:
+        if not isinstance(stop, str) or not stop:
+            raise BadInput(f"{name}={_shown(list(stops))} must hold strings that are not empty")
+        if len(stop) > LONGEST_STOP:
+            raise BadInput(
+                f"{name} holds a string of {len(stop)} characters; at most {LONGEST_STOP}"
+            )
+        check_text(stop, name)
+
+
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """Raises `BadInput`, naming the field, for a number that is not from `least` to `most`."""
+    if value < least:
+        raise BadInput(f"{name}={_shown(value)} must be at least {least}")
+    if value > most:
+        raise BadInput(f"{name}={_shown(value)} must be from {least} to {most}")
+
+
+def _floated(value: int | float, kind: object) -> int | float:
+    """Returns a number for a field of this kind; one of 400 digits is infinite as a float."""
+    if kind is int or isinstance(value, float):
+        return value
+    return float(value) if abs(value) < 2**63 else math.inf * (1 if value > 0 else -1)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:50]}... ({len(text)} characters)"

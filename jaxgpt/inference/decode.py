@@ -53,11 +53,13 @@ class Decoder:
 
     spec: ModelSpec
     params: dict
+    drawable: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, params: dict) -> "Decoder":
-        """Returns the decoder of a model; `params` are those of training."""
-        return cls(spec.for_decoding(), _laid_out(spec.for_decoding(), params))
+    def of(cls, spec: ModelSpec, params: dict, drawable: int) -> "Decoder":
+        """Returns the decoder of a model; `params` are those of training. Only the first `drawable`
+        ids, the tokenizer's, are ever drawn: the model's vocabulary may be larger."""
+        return cls(spec.for_decoding(), _laid_out(spec.for_decoding(), params), drawable)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -72,13 +74,9 @@ class Decoder:
         new: int,
         slots: int = 0,
     ) -> Rows:
-        """Reads the prompts into a cache with room for `new` tokens more, or of `slots` in all.
-
-        Raises:
-          BadInput: where a prompt and its continuation exceed the context (see `check_length`).
-        """
+        """Reads the prompts into a cache with room for `new` tokens more, or of `slots` in all. What
+        grows beyond the context (see `check_length`) is of no use, and harms no other row."""
         lengths = np.array([len(p) for p in prompts], np.int32)
-        check_length(int(lengths.max()), new, self.cfg)
         width = _bucket(int(lengths.max()), PROMPT)
         room = width + _up(new, CHUNK)
         if slides(self.cfg):
@@ -101,7 +99,7 @@ class Decoder:
         """
         slots = rows.cache.positions.shape[1]
         span = slots if reach <= 0 else min(slots, _bucket(reach, BUCKET))
-        return _more(self.spec, count, span, self.params, rows)
+        return _more(self.spec, count, span, self.drawable, self.params, rows)
 
 
 def slides(cfg: ModelConfig) -> bool:
@@ -145,7 +143,11 @@ def generate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns `new` tokens of each prompt and their log-probabilities, [B, new]; sample b uses key
     (seed, b). It ends early, with fewer, once the token `end` stands in every row.
+
+    Raises:
+      BadInput: where a prompt and its continuation exceed the context.
     """
+    check_length(max(map(len, prompts)), new, decoder.cfg)
     keys = keys_of([(seed, b) for b in range(len(prompts))])
     chunks = list(stream(decoder, prompts, new, [sampling] * len(prompts), keys, end))
     tokens, scores = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
@@ -214,8 +216,8 @@ def _prefill(
     return Rows(cache, last, lengths - 1, seen, keys, sampling)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _more(spec: ModelSpec, count: int, span: int, params: dict, rows: Rows):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def _more(spec: ModelSpec, count: int, span: int, drawable: int, params: dict, rows: Rows):
     model = spec.bind(params)
     table, batch = model.table(), rows.token.shape[0]
     read, fresh = first(rows.cache, span), empty(spec.cfg, batch, count, spec.rules)
@@ -225,7 +227,7 @@ def _more(spec: ModelSpec, count: int, span: int, params: dict, rows: Rows):
         x, recent = model.extend(params["blocks"], token, position, read, recent, at)
         logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
         keys = jax.vmap(jax.random.fold_in)(rows.keys, position + 1)
-        token = draw(logits, keys, rows.sampling, seen)
+        token = draw(only(logits, drawable), keys, rows.sampling, seen)
         score = _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
         seen = seen.at[jnp.arange(batch), token].set(True)
         return (recent, token, position + 1, seen), (token, score)
@@ -235,6 +237,11 @@ def _more(spec: ModelSpec, count: int, span: int, params: dict, rows: Rows):
     cache = merged(rows.cache, recent, spec.rules)
     grown = Rows(cache, token, position, seen, rows.keys, rows.sampling)
     return grown, (tokens.T, scores.T)
+
+
+def only(logits: Float[Array, "B V"], drawable: int) -> Float[Array, "B V"]:
+    """Returns logits that are -inf but for the first `drawable` ids."""
+    return jnp.where(jnp.arange(logits.shape[-1]) < drawable, logits, -jnp.inf)
 
 
 def _at(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:

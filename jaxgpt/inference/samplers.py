@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxgpt.config import BadInput
 
 BLOCK = 128  # ids that are drawn from together
+COLDEST, HOTTEST = 1e-5, 1e6  # temperatures
+LEAST = 1e-6  # of top_p
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +33,15 @@ class Sampling:
     def check(self, prefix: str = "--") -> None:
         """Raises `BadInput`, naming the flag, for a value out of range."""
         for name, good, range_ in (
-            ("temperature", 0 <= self.temperature < np.inf, "at least 0"),
+            (
+                "temperature",
+                0 <= self.temperature <= HOTTEST,
+                f"at least 0 and at most {HOTTEST:.0f}",
+            ),
             ("top_k", 0 <= self.top_k < 2**31, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
         ):
             if not good:
                 raise BadInput(f"{prefix}{name}={getattr(self, name)} must be {range_}")
@@ -54,11 +60,14 @@ class Samplings:
 
     @classmethod
     def of(cls, rows: Sequence[Sampling]) -> "Samplings":
-        """Returns the rows' numbers as NumPy arrays."""
+        """Returns the rows' numbers as NumPy arrays. A temperature below `COLDEST` is 0, its limit,
+        and a `top_p` below `LEAST` that, so that logits stay finite and a token is left."""
         fields = {
             field.name: [getattr(row, field.name) for row in rows]
             for field in dataclasses.fields(cls)
         }
+        fields["temperature"] = [t if t >= COLDEST else 0.0 for t in fields["temperature"]]
+        fields["top_p"] = [max(p, LEAST) for p in fields["top_p"]]
         return cls(
             **{
                 name: np.asarray(values, np.int32 if name == "top_k" else np.float32)

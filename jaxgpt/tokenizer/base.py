@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+HALF = "\ufffd"  # what stands for the bytes of a character that is not complete
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingText:
@@ -33,10 +35,31 @@ class Tokenizer(Protocol):
         """Returns `encode` of each text, on all cores."""
 
     def decode(self, ids: Iterable) -> str:
-        """Returns the text of `ids`; `end_of_text` is dropped, broken UTF-8 becomes U+FFFD."""
+        """Returns the text of `ids`; broken UTF-8 becomes U+FFFD. `end_of_text` and ids that are
+        not the tokenizer's (a model's vocabulary may be larger) are dropped."""
+
+    def settled(self, ids: Iterable) -> str:
+        """Returns the start of `decode(ids)` that no ids behind them can change."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the UTF-8 of one id in the middle of a text; it may be part of a character."""
 
     def save(self, folder: os.PathLike) -> None:
         """Writes the files that `open` needs."""
+
+
+def known(ids: Iterable, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids that stand for text: the tokenizer's own, without `end_of_text`."""
+    end, size = tokenizer.end_of_text, tokenizer.vocab_size
+    return [int(i) for i in ids if 0 <= i < size and i != end]
+
+
+def without_half(text: str) -> str:
+    """Returns `text` without the replacement characters of a UTF-8 character that may still be
+    completed: at its end, one a byte or one for all, so at most three."""
+    for _ in range(3):
+        text = text.removesuffix(HALF)
+    return text
 
 
 class ByteTokenizer:
@@ -54,7 +77,13 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable) -> str:
-        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+        return bytes(known(ids, self)).decode("utf-8", errors="replace")
+
+    def settled(self, ids: Iterable) -> str:
+        return without_half(self.decode(ids))
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes(known([token], self))
 
     def save(self, folder: os.PathLike) -> None:
         pass

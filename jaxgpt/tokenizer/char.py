@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxgpt.config import BadInput
-from jaxgpt.tokenizer.base import TrainingText
+from jaxgpt.tokenizer.base import HALF, TrainingText, known
 
 VOCAB_FILE = "characters.json"
 MOST = 65_000  # beyond, it is no longer a vocabulary of characters
@@ -40,8 +40,14 @@ class CharTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable) -> str:
-        table = self.characters + "\N{REPLACEMENT CHARACTER}"
-        return "".join(table[i] for i in ids if i < len(table))
+        table = self.characters + HALF
+        return "".join(table[i] for i in known(ids, self))
+
+    def settled(self, ids: Iterable) -> str:
+        return self.decode(ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.decode([token]).encode()
 
     def save(self, folder: os.PathLike) -> None:
         (folder / VOCAB_FILE).write_text(json.dumps(self.characters))

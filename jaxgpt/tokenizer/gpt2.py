@@ -9,8 +9,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxgpt.config import BadInput
+from jaxgpt.tokenizer.base import known, without_half
 
 END_OF_TEXT = "<|endoftext|>"
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes written as they are
+_OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
 SPELLINGS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
@@ -43,7 +47,13 @@ class Gpt2Tokenizer:
         return [np.asarray(one.ids, np.int32) for one in found]
 
     def decode(self, ids: Iterable) -> str:
-        return self.fast.decode([int(i) for i in ids if i != self.end_of_text])
+        return self.fast.decode(known(ids, self))
+
+    def settled(self, ids: Iterable) -> str:
+        return without_half(self.decode(ids))
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes_of(self.fast.id_to_token(token))
 
     def save(self, folder: os.PathLike) -> None:
         vocab_file, merges_file = SPELLINGS[0]
@@ -75,6 +85,11 @@ class Gpt2Tokenizer:
             f"{folder} holds no GPT-2 vocabulary: expected vocab.json + merges.txt,"
             " encoder.json + vocab.bpe, or tokenizer.json"
         )
+
+
+def bytes_of(piece: str) -> bytes:
+    """Returns the bytes that a piece of a byte-level vocabulary is written for."""
+    return b"".join(bytes([BYTES[c]]) if c in BYTES else c.encode() for c in piece)
 
 
 def _read_merges(file: os.PathLike) -> list[tuple[str, str]]:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxgpt.config import BadInput
+from jaxgpt.tokenizer.base import known, without_half
+from jaxgpt.tokenizer.gpt2 import bytes_of
 
 FILE, SETTINGS = "tokenizer.json", "end_of_text.json"
 
@@ -25,7 +28,15 @@ class HfTokenizer:
             raise BadInput(f"{where} is not a tokenizer: {e}") from e
         self.fast.encode_special_tokens = True
         self.text, self.end_of_text = text, end_of_text
-        self.vocab_size = max(self.fast.get_vocab(with_added_tokens=True).values()) + 1
+        pieces = self.fast.get_vocab(with_added_tokens=True)
+        fallback = "ByteFallback" in repr(self.fast.decoder)
+        self.bytes = {  # of pieces like <0xE6>
+            id_: int(piece[3:5], 16)
+            for piece, id_ in pieces.items()
+            if fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece)
+        }
+        self.is_byte_level = "ByteLevel" in repr(self.fast.decoder)
+        self.vocab_size = max(pieces.values()) + 1
         if not 0 <= end_of_text < self.vocab_size:
             raise BadInput(f"{where} has no token {end_of_text} to serve as end-of-text")
 
@@ -37,8 +48,20 @@ class HfTokenizer:
         return [np.asarray(one.ids, np.int32) for one in found]
 
     def decode(self, ids: Iterable) -> str:
-        ids = [int(i) for i in ids if int(i) != self.end_of_text and int(i) < self.vocab_size]
-        return self.fast.decode(ids, skip_special_tokens=False)
+        return self.fast.decode(known(ids, self), skip_special_tokens=False)
+
+    def settled(self, ids: Iterable) -> str:
+        ids = known(ids, self)
+        while ids and ids[-1] in self.bytes:  # a run of bytes is decoded as one, or not at all
+            ids.pop()
+        return without_half(self.decode(ids))
+
+    def token_bytes(self, token: int) -> bytes:
+        if token in self.bytes:
+            return bytes([self.bytes[token]])
+        if self.is_byte_level:
+            return bytes_of(self.fast.id_to_token(token) or "")
+        return self.decode([token, token])[len(self.decode([token])) :].encode()
 
     def save(self, folder: os.PathLike) -> None:
         (folder / FILE).write_text(self.text)

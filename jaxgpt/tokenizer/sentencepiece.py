@@ -10,7 +10,7 @@ import numpy as np
 import sentencepiece
 
 from jaxgpt.config import BadInput
-from jaxgpt.tokenizer.base import TrainingText
+from jaxgpt.tokenizer.base import TrainingText, known, without_half
 
 MODEL_FILE = "sentencepiece.model"
 END_OF_TEXT = "<|endoftext|>"
@@ -47,7 +47,15 @@ class SentencePieceTokenizer:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Iterable) -> str:
-        return self.processor.decode([int(i) for i in ids if i != self.end_of_text])
+        return self.processor.decode(known(ids, self))
+
+    def settled(self, ids: Iterable) -> str:
+        return without_half(self.decode(ids))
+
+    def token_bytes(self, token: int) -> bytes:
+        if self.processor.is_byte(token):
+            return bytes([int(self.processor.id_to_piece(token)[3:5], 16)])
+        return self.decode([token, token])[len(self.decode([token])) :].encode()
 
     def save(self, folder: os.PathLike) -> None:
         (folder / MODEL_FILE).write_bytes(self.model)

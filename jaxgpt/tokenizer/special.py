@@ -58,6 +58,16 @@ class SpecialTokens:
                 plain = []
         return "".join([*text, self.base.decode(plain)])
 
+    def settled(self, ids: Iterable) -> str:
+        ids = [int(i) for i in ids]
+        last = max((at for at, i in enumerate(ids) if i >= self.base.vocab_size), default=-1) + 1
+        return self.decode(ids[:last]) + self.base.settled(ids[last:])
+
+    def token_bytes(self, token: int) -> bytes:
+        if token < self.base.vocab_size:
+            return self.base.token_bytes(token)
+        return self.names[token - self.base.vocab_size].encode()
+
     def save(self, folder: os.PathLike) -> None:
         self.base.save(folder)
         (folder / FILE).write_text(json.dumps(self.names))

@@ -22,7 +22,8 @@ from jaxgpt.config.cli import say
 from jaxgpt.data.pipeline import device_batches, training_stream
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.inference.decode import Decoder, generate, prompt_tokens, until
+from jaxgpt.inference.complete import Request, completed
+from jaxgpt.inference.decode import Decoder, prompt_tokens
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
@@ -319,11 +320,11 @@ class Sampler:
 
     def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, cfg: SampleConfig):
         self.spec, self.tokenizer = spec, tokenizer
-        self.prompt = prompt_tokens(tokenizer, cfg.prompt)
-        self.room = min(cfg.max_new_tokens, spec.cfg.max_seq_len - len(self.prompt))
+        self.text, length = cfg.prompt, len(prompt_tokens(tokenizer, cfg.prompt))
+        self.room = min(cfg.max_new_tokens, spec.cfg.max_seq_len - length)
         if self.room < 0:
             raise BadInput(
-                f"sample.prompt has {len(self.prompt)} tokens, more than"
+                f"sample.prompt has {length} tokens, more than"
                 f" model.max_seq_len={spec.cfg.max_seq_len}"
             )
         self.sampling = Sampling(cfg.temperature, cfg.top_k)
@@ -331,9 +332,9 @@ class Sampler:
     def __call__(self, params: dict, seed: int) -> str:
         if not self.room:
             return ""
-        decoder, end = Decoder.of(self.spec, params), self.tokenizer.end_of_text
-        (tokens,), _ = generate(decoder, [self.prompt], self.room, self.sampling, seed, end)
-        return self.tokenizer.decode(until(tokens, end))
+        decoder = Decoder.of(self.spec, params, self.tokenizer.vocab_size)
+        request = Request(self.text, self.room, self.sampling, seed)
+        return completed(decoder, self.tokenizer, [request])[0].text
 
 
 class _Speed:

@@ -35,7 +35,7 @@ def ours(batch: int, new: int):
     )
     spec = ModelSpec(cfg, "xla")
     jax.set_mesh(make_mesh(Config(model=cfg), jax.devices()[:1]))
-    decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)))
+    decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)), spec.cfg.vocab_size)
     prompts = [np.arange(PROMPT, dtype=np.int32) + b for b in range(batch)]
     return lambda: generate(decoder, prompts, new, Sampling(0.8, 200))
 

@@ -257,12 +257,34 @@ def test_a_file_of_prompts(command, workdir, tmp_path):
         ([{"text": "x"}], "line 1 has no field 'prompt'"),
         ([{"prompt": "x" * 60}], "ask for at most 4 new tokens"),
         (["x"], "line 1 is not an object"),
+        ([{"prompt": "\ud800"}], "line 1: prompt holds half a surrogate pair"),
+        ([{"prompt": "x", "temperature": 10**400}], "line 1: temperature=inf must be at least 0"),
+        ([{"prompt": "x", "seed": 2**32}], "line 1: seed=4294967296 must be from 0"),
+        ([{"prompt": "x", "stop": "y" * 10**6}], "a string of 1000000 characters"),
     ):
         file = write_rows(tmp_path / "bad.jsonl", bad)
         code, out, err = command(
             sample.main, f"--workdir={workdir}", f"--prompt_file={file}", "--max_new_tokens=12"
         )
         assert (code, out) == (2, "") and message in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--seed=4294967296", "--seed=4294967296 must be from 0 to 4294967295"),
+        ("--seed=-1", "--seed=-1 must be at least 0"),
+        ("--seed=5e9", "--seed"),
+        (f"--seed={'9' * 400}", "must be from 0"),
+        (f"--stop={'x' * 2000}", "--stop holds a string of 2000 characters; at most 1000"),
+        ("--prompt=\udcff", "is not UTF-8"),
+        ("--temperature=nan", "--temperature=nan must be"),
+        ("--num_samples=1000000000", "--num_samples=1000000000 must be from 1"),
+    ],
+)
+def test_flags_of_sample_out_of_range(command, workdir, flag, says):
+    code, out, err = command(sample.main, f"--workdir={workdir}", flag)
+    assert (code, out) == (2, "") and says in err and err.count("\n") == 1, err
 
 
 def test_streaming_stops_beams_and_several(command, workdir):
@@ -299,14 +321,15 @@ def test_interactive_continues_line_by_line(workdir):
             "--max_new_tokens=10",
             "--temperature=0",
         ],
-        input=f"one\n{'x' * 60}\ntwo\n",
+        input=f"one\n{'x' * 60}\ntwo\n".encode() + b"\xff\xfe\nthree\n",
         capture_output=True,
-        text=True,
-        timeout=120,
+        timeout=600,
     )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("one") and "\ntwo" in process.stdout
-    assert "error: a prompt of 60 tokens" in process.stderr, "said, and the next line is taken"
+    out, err = process.stdout.decode(), process.stderr.decode()
+    assert process.returncode == 0, err
+    assert out.startswith("one") and "\ntwo" in out and "\nthree" in out
+    assert "error: a prompt of 60 tokens" in err, "said, and the next line is taken"
+    assert "error: the line is not UTF-8" in err
 
 
 def test_a_report_stands_alone(command, workdir, tmp_path):

@@ -61,7 +61,7 @@ def test_requests_of_all_kinds_side_by_side_are_what_each_is_alone():
     config = tiny_config(vocab_size=257, max_seq_len=96)
     with jax.set_mesh(mesh_of(config)):
         spec = ModelSpec(config.model, "xla")
-        decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)))
+        decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)), spec.cfg.vocab_size)
         requests = [
             Request("abc", 30, Sampling(1.0, 0), seed=1),
             Request("defghi", 7, Sampling(0.0)),
@@ -98,7 +98,7 @@ def test_a_row_wins_over_the_flags():
         ({"prompt": "", "temperature": -1}, "here: temperature=-1.0 must be at"),
         ({"prompt": "", "temperature": "hot"}, "temperature='hot' is not of the right type"),
         ({"prompt": "", "top_k": 1.5}, "top_k=1.5 is not of the right type"),
-        ({"prompt": "", "seed": -1}, "seed=-1 must be from 0"),
+        ({"prompt": "", "seed": -1}, "seed=-1 must be at least 0"),
         ({"prompt": "", "stop": [""]}, "must hold strings that are not empty"),
         ({"prompt": "", "stop": [3]}, "must hold strings that are not empty"),
     ],

@@ -22,7 +22,9 @@ def model_of(config, scale=10):
     """Larger than GPT-2's init, so that attention decides the next token."""
     spec = ModelSpec(config.model, "xla")
     params = jax.tree.map(lambda p: scale * p, jax.jit(spec.init)(jax.random.key(3)))
-    return Decoder.of(spec, params), jax.jit(lambda t: spec.for_decoding().bind(params)(t))
+    return Decoder.of(spec, params, spec.cfg.vocab_size), jax.jit(
+        lambda t: spec.for_decoding().bind(params)(t)
+    )
 
 
 def plain_greedy(forward, prompt, new):
@@ -118,7 +120,7 @@ def test_a_prompts_padding_counts_as_nothing_said():
         assert logits[0, -1, best] > 0 and best != 0
         table = np.array(params["tokens"])
         table[0] = 3 * table[best]  # id 0 is now three times as strong
-        decoder = Decoder.of(spec, params | {"tokens": jnp.asarray(table)})
+        decoder = Decoder.of(spec, params | {"tokens": jnp.asarray(table)}, spec.cfg.vocab_size)
         (tokens,), _ = generate(decoder, [prompt], 2, Sampling(0.0, repetition_penalty=4.0))
     assert tokens[0] == 0, "not said before: no penalty"
     assert tokens[1] != 0, "said now"

@@ -31,7 +31,7 @@ def both(tmp_path_factory):
         opened = open_folder(folder)
         spec = ModelSpec(opened.model, "xla")
         params = read_params(opened, jax.eval_shape(spec.init, jax.random.key(0)))
-        yield theirs, Decoder.of(spec, params)
+        yield theirs, Decoder.of(spec, params, spec.cfg.vocab_size)
 
 
 def prompts_of(batch: int) -> list[np.ndarray]:
