@@ -9,6 +9,8 @@ import pytest
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.files import Damaged, Missing, read_json, scratch_for, whole_folder, write_whole
+from jaxgpt.text import files as text_files
+from jaxgpt.text.files import digest
 
 SCHEMA = {
     "format": int,
@@ -109,6 +111,33 @@ def test_several_writers_of_one_file(tmp_path, kind):
         assert not faults
     assert read_json(tmp_path / "f.json", (int, int))[1] == 199
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def _hash_often(files, memory, barrier):
+    barrier.wait()
+    for _ in range(50):
+        for file in files:
+            digest([str(file)], memory)
+
+
+def test_several_processes_that_share_a_cache_of_hashes(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "REMEMBERED", 1)
+    fork, memory = multiprocessing.get_context("fork"), tmp_path / "cache" / "digests.json"
+    barrier, workers, files = fork.Barrier(4), [], {}
+    for i in range(4):
+        own = [tmp_path / f"{i}-{k}.txt" for k in range(5)]
+        for file in own:
+            file.write_text(file.name)
+            os.utime(file, (1e9, 1e9))  # what is as new as now is never remembered
+            files[str(file)] = digest([str(file)], tmp_path / "none.json")
+        workers.append(fork.Process(target=_hash_often, args=(own, memory, barrier)))
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert [path.name for path in memory.parent.iterdir()] == ["digests.json"]
+    assert {file: digest([file], memory) for file in files} == files
 
 
 def _dead_process() -> int:
