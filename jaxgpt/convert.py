@@ -115,9 +115,11 @@ def export_folder(workdir: str, step: int | None, target: Path, dtype: str) -> N
             write_params(scratch / "model.safetensors", family, params, cfg, DTYPES[dtype])
         _write_configs(trained, cfg, family, scratch, dtype)
         template = saved_template(Path(workdir) / "tokenizer")
-        write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
+        note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
         check_export(scratch, cfg, trained, params, dtype)
     say(f"exported  step {trained.step} of {workdir} as {family.architecture} into {target}")
+    if note:
+        say(note)
 
 
 def _write_configs(trained: Trained, cfg: ModelConfig, family: Family, folder: Path, dtype: str):

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import BadInput
+from jaxgpt.interchange.protobuf import message, varint
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER_BYTES = 48
 FLOAT = 1  # DT_FLOAT
+LONGEST_INDEX, LONGEST_NAME = 100 << 20, 1000
 
 
 class TfCheckpoint:
@@ -25,10 +27,12 @@ class TfCheckpoint:
         self.places: dict[str, int] = {}
         self.shapes: dict[str, tuple] = {}
         try:
-            size = self.data.stat().st_size
+            self.size = size = self.data.stat().st_size
+            if index.stat().st_size > LONGEST_INDEX:
+                raise ValueError(f"its index has more than {LONGEST_INDEX} bytes")
             for key, value in _table(index.read_bytes()):
                 if key:  # the empty key holds the header
-                    self._add(key.decode(), dict(_message(value)), size)
+                    self._add(key.decode(), dict(message(value)), size)
         except OSError as e:
             raise BadInput(f"the TensorFlow checkpoint in {folder} cannot be read: {e}") from e
         except (ValueError, IndexError, KeyError, TypeError) as e:
@@ -39,8 +43,8 @@ class TfCheckpoint:
         if entry.get(1) != FLOAT:
             return  # counters and the like
         shape = [
-            dict(_message(dim)).get(1, 0)
-            for number, dim in _message(entry.get(2, b""))
+            dict(message(dim)).get(1, 0)
+            for number, dim in message(entry.get(2, b""))
             if number == 2
         ]
         offset, length = entry.get(4, 0), entry.get(5, 0)
@@ -62,11 +66,15 @@ def _table(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
     at = len(raw) - FOOTER_BYTES
     handle = []  # of the meta index, then of the index: an offset and a size each
     for _ in range(4):
-        number, at = _varint(raw, at)
+        number, at = varint(raw, at)
         handle.append(number)
+    previous = 0  # the end of the block before: none is read twice
     for _, value in _block(raw, *handle[2:]):
-        offset, place = _varint(value, 0)
-        size, _ = _varint(value, place)
+        offset, place = varint(value, 0)
+        size, _ = varint(value, place)
+        if offset < previous:
+            raise ValueError("the index's blocks overlap")
+        previous = offset + size
         yield from _block(raw, offset, size)
 
 
@@ -77,38 +85,11 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     restarts = int.from_bytes(block[-4:], "little")
     end, at, key = len(block) - 4 * (restarts + 1), 0, b""
     while at < end:
-        shared, at = _varint(block, at)
-        unshared, at = _varint(block, at)
-        length, at = _varint(block, at)
+        shared, at = varint(block, at)
+        unshared, at = varint(block, at)
+        length, at = varint(block, at)
+        if shared + unshared > LONGEST_NAME:
+            raise ValueError("a name is too long")
         key = key[:shared] + block[at : at + unshared]
         yield key, block[at + unshared : at + unshared + length]
         at += unshared + length
-
-
-def _message(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yields the (field number, value) pairs of a protocol buffer."""
-    at = 0
-    while at < len(raw):
-        tag, at = _varint(raw, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(raw, at)
-        elif kind in (1, 5):
-            width = 8 if kind == 1 else 4
-            value, at = int.from_bytes(raw[at : at + width], "little"), at + width
-        elif kind == 2:
-            length, at = _varint(raw, at)
-            value, at = raw[at : at + length], at + length
-        else:
-            raise ValueError(f"a field of wire type {kind}")
-        yield tag >> 3, value
-
-
-def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = raw[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at

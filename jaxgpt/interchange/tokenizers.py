@@ -7,11 +7,15 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxgpt.config import BadInput
-from jaxgpt.config.cli import say
+from jaxgpt.config.files import parse_json
+from jaxgpt.interchange.sentencepiece import fast_tokenizer
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer.gpt2 import END_OF_TEXT, Gpt2Tokenizer
 from jaxgpt.tokenizer.hf import HfTokenizer
+from jaxgpt.tokenizer.sentencepiece import MODEL_FILE
 from jaxgpt.tokenizer.special import SpecialTokens
+
+TOKENIZER = {"model?": dict | None, "pre_tokenizer?": dict | None, "added_tokens?": list | None}
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -30,9 +34,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def _is_gpt2(file: Path) -> bool:
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as e:
-        raise BadInput(f"{file} cannot be read as JSON: {e}") from e
+        found = parse_json(file.read_bytes(), TOKENIZER)
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{file} cannot be read as a tokenizer: {e}") from e
     splitter, added = found.get("pre_tokenizer") or {}, found.get("added_tokens") or []
     return (
         (found.get("model") or {}).get("type") == "BPE"
@@ -40,30 +44,28 @@ def _is_gpt2(file: Path) -> bool:
         and splitter.get("type") == "ByteLevel"
         and splitter.get("use_regex", True)
         and not splitter.get("add_prefix_space")
-        and {token["content"] for token in added} <= {END_OF_TEXT}
+        and all(isinstance(t, dict) and t.get("content") == END_OF_TEXT for t in added)
     )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, template: str) -> None:
-    """Writes what `AutoTokenizer` reads; a SentencePiece model is written as it is, and said so.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, template: str) -> str:
+    """Writes what `AutoTokenizer` reads, and a SentencePiece model itself beside it.
 
-    `template` is a chat template (Jinja), '' for none.
+    Returns '', or what to know about the result. `template` is a chat template (Jinja), '' for none.
     """
     base = tokenizer.base if isinstance(tokenizer, SpecialTokens) else tokenizer
-    if base.kind == "sentencepiece":
+    if base.kind in ("gpt2", "sentencepiece"):
         base.save(folder)
-        say(
-            f"tokenizer {folder}/sentencepiece.model goes with it: load it with sentencepiece, as"
-            " transformers' own reading of such models splits text differently"
-        )
-        return
     fast, end = _fast(base)
+    if fast is None:
+        return (
+            "tokenizer its SentencePiece model cannot be a tokenizer.json: transformers would split"
+            f" text differently; load {MODEL_FILE} there with sentencepiece"
+        )
     if isinstance(tokenizer, SpecialTokens):
         fast.add_special_tokens([AddedToken(n, normalized=False) for n in tokenizer.names])
     fast.encode_special_tokens = False
     fast.save(str(folder / "tokenizer.json"))
-    if base.kind == "gpt2":
-        base.save(folder)
     settings = {
         "tokenizer_class": "GPT2Tokenizer" if base.kind == "gpt2" else "PreTrainedTokenizerFast",
         "model_max_length": max_seq_len,
@@ -76,10 +78,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, templa
         settings["chat_template"] = template
         (folder / "chat_template.jinja").write_text(template, "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return ""
 
 
-def _fast(base: Tokenizer) -> tuple[FastTokenizer, str]:
-    """Returns the same tokenizer for the `tokenizers` library and its end-of-text's name."""
+def _fast(base: Tokenizer) -> tuple[FastTokenizer | None, str]:
+    """Returns the same tokenizer for the `tokenizers` library (None if it can be none) and its
+    end-of-text's name."""
+    if base.kind == "sentencepiece":
+        end = base.processor.id_to_piece(base.end_of_text)
+        if fast := fast_tokenizer(base):
+            fast.add_special_tokens([AddedToken(end, normalized=False)])
+        return fast, end
     if base.kind == "hf":
         fast = FastTokenizer.from_str(base.text)
         return fast, fast.id_to_token(base.end_of_text)
