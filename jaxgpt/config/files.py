@@ -85,6 +85,15 @@ def parse_json(raw: bytes, schema: Any = object) -> Any:
         raise ValueError("it holds half of a surrogate pair") from e
     except ValueError as e:
         raise ValueError(f"it is not valid JSON ({e})") from e
+    return check_json(value, schema)
+
+
+def check_json(value: Any, schema: Any) -> Any:
+    """Returns a JSON value unchanged that fits `schema` (see `parse_json`).
+
+    Raises:
+      ValueError: saying what of it does not fit.
+    """
     if fault := _misfit(value, schema, ""):
         raise ValueError(fault)
     return value
@@ -130,8 +139,8 @@ def _misfit(value: Any, schema: Any, where: str) -> str:
     wanted = list if isinstance(schema, list | tuple) else wanted
     kinds = getattr(wanted, "__args__", (wanted,))
     if object in kinds or type(value) in kinds or (type(value) is int and float in kinds):
-        big = type(value) in (int, float) and object not in kinds
-        if big and not (math.isfinite(value) and (type(value) is float or abs(value) < NUMBERS)):
+        known = object in kinds or type(value) not in (int, float)
+        if not (known or (abs(value) < NUMBERS if type(value) is int else math.isfinite(value))):
             return f"{here} is no number of 64 bits"
         return ""
     return f"{here} is {NAMES[type(value)]}, not {' or '.join(NAMES[kind] for kind in kinds)}"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.config import BadInput, ModelConfig
+from jaxgpt.config.files import check_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,8 @@ def _matrix(path: str, array: np.ndarray) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class Family:
     """`exact` lists what our fields must be for the architectures to be the same; `config` and
-    `model` translate the rest; `prefix` may be missing in their names, `ignored` may be there."""
+    `model` translate the rest, `schema` is what `model` reads (see `config.files.parse_json`);
+    `prefix` may be missing in their names, `ignored` may be there."""
 
     name: str
     architecture: str
@@ -65,6 +67,7 @@ class Family:
     rules: tuple[Rule, ...]
     model: Callable[[dict], ModelConfig]
     config: Callable[[ModelConfig], dict]
+    schema: dict
     prefix: str = ""
     ignored: tuple[str, ...] = ()
 
@@ -99,6 +102,11 @@ GPT2_FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
+}
+GPT2_SCHEMA = {
+    **{name: int for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
+    **{"n_positions?": int, "n_ctx?": int, "n_inner?": int | None},
+    **{"activation_function?": str, "layer_norm_epsilon?": float, "tie_word_embeddings?": bool},
 }
 
 
@@ -191,6 +199,7 @@ GPT2 = Family(
     ),
     _gpt2_model,
     _gpt2_config,
+    GPT2_SCHEMA,
     prefix="transformer.",
     ignored=(".attn.bias", ".attn.masked_bias"),
 )
@@ -202,13 +211,24 @@ LLAMA_FIXED = {
     "use_sliding_window": False,
     "pretraining_tp": 1,
 }
+LLAMA_SCHEMA = {
+    **{name: int for name in ("vocab_size", "hidden_size", "intermediate_size")},
+    **{name: int for name in ("num_hidden_layers", "num_attention_heads")},
+    **{"max_position_embeddings": int, "num_key_value_heads?": int | None, "head_dim?": int | None},
+    **{"rms_norm_eps?": float, "rope_theta?": float, "tie_word_embeddings?": bool},
+    **{"layer_types?": list | None, "rope_parameters?": dict | None, "rope_scaling?": dict | None},
+}
+ROPE_SCHEMA = {
+    **{"rope_type?": str, "type?": str, "rope_theta?": float, "factor?": float},
+    "original_max_position_embeddings?": int,
+}
 
 
 def _llama_model(hf: dict) -> ModelConfig:
     _require(hf, LLAMA_FIXED)
     if not set(hf.get("layer_types") or ()) <= {"full_attention"}:
         raise BadInput("config.json: layer_types other than full_attention are not supported")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = check_json(hf.get("rope_parameters") or hf.get("rope_scaling") or {}, ROPE_SCHEMA)
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = {"default": "none", "linear": "linear", "llama3": "llama3"}.get(kind)
     if scaling is None:
@@ -312,6 +332,7 @@ def _modern(name: str, architecture: str, qk_norm: bool) -> Family:
         ),
         _llama_model,
         _llama_config,
+        LLAMA_SCHEMA,
         ignored=("rotary_emb.inv_freq",),
     )
 

@@ -1,18 +1,24 @@
 """A folder of someone else's: its config and its tensors by name, whatever files hold them."""
 
 import dataclasses
-import json
+import math
 import re
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import BadInput, ModelConfig
+from jaxgpt.config import BadInput, Config, ModelConfig
+from jaxgpt.config.files import check_json, parse_json
+from jaxgpt.config.validate import validate
 from jaxgpt.interchange.families import FAMILIES, GPT2, Family
 from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
 from jaxgpt.interchange.torch_file import TorchFile
 
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+SIZES = ("vocab_size", "num_heads", "head_dim", "embed_dim", "mlp_dim")  # each an axis of a tensor
 WEIGHTS = (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", TorchFile))
 
 
@@ -37,8 +43,11 @@ class Folder:
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor, read from its file now."""
         file, inner = self.names[name]
-        values = file.read(inner)
-        return values.reshape(_squeezed(file, values.shape))
+        try:
+            values = file.read(inner)
+            return values.reshape(_squeezed(file, values.shape))
+        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
+            raise BadInput(f"{self.path}: tensor {name} cannot be read: {e}") from e
 
     @property
     def is_bfloat16(self) -> bool:
@@ -72,11 +81,11 @@ def open_folder(path: Path) -> Folder:
         hf = _openai_config(_json(path / "hparams.json"))
         file = TfCheckpoint(path)
         names = {_openai_name(name): (file, name) for name in file.shapes}
-        return Folder(path, GPT2, _model(GPT2, hf, path), hf, names)
+        return _opened(path, GPT2, hf, names)
     if not (path / "config.json").is_file():
         raise BadInput(f"{path} holds neither config.json (Hugging Face) nor hparams.json (OpenAI)")
     hf = _json(path / "config.json")
-    family = FAMILIES.get(hf.get("model_type"))
+    family = FAMILIES.get(str(hf.get("model_type")))
     if family is None:
         raise BadInput(
             f"{path}/config.json: model_type={hf.get('model_type')!r} is not supported; only"
@@ -87,25 +96,72 @@ def open_folder(path: Path) -> Folder:
         for name in file.shapes:
             plain = name.removeprefix(family.prefix) if family.prefix else name
             if not plain.endswith(family.ignored or ("\0",)):
+                if plain in names:
+                    raise BadInput(f"{path} holds tensor {plain} twice")
                 names[plain] = (file, name)
-    return Folder(path, family, _model(family, hf, path), hf, names)
+    return _opened(path, family, hf, names)
+
+
+def _opened(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Folder:
+    """Returns the folder, its config checked against what its files hold."""
+    for name, (file, inner) in names.items():
+        if file.dtypes[inner].name not in FLOATS:
+            raise BadInput(f"{path}: tensor {name} holds {file.dtypes[inner]}, no weights")
+    files = {id(file): file for file, _ in names.values()}.values()
+    claimed = sum(
+        math.prod(file.shapes[inner]) * file.dtypes[inner].itemsize
+        for file, inner in names.values()
+    )
+    if claimed > 2 * sum(file.size for file in files):  # a tied head may share the embedding's
+        raise BadInput(
+            f"{path}: its tensors overlap: they take {claimed} bytes, more than its files"
+        )
+    model = _model(family, hf, path)
+    largest = max(
+        (max(shape, default=0) for shape in _shapes(names) if math.prod(shape)), default=0
+    )
+    for field in SIZES:
+        if getattr(model, field) > largest:
+            raise BadInput(
+                f"{path}: its config says {field}={getattr(model, field)}, but no tensor has more"
+                f" than {largest} rows or columns"
+            )
+    if model.num_layers > len(names):
+        raise BadInput(
+            f"{path}: its config says {model.num_layers} layers, its files hold {len(names)} tensors"
+        )
+    return Folder(path, family, model, hf, names)
+
+
+def _shapes(names: dict[str, tuple]) -> list[tuple]:
+    return [file.shapes[inner] for file, inner in names.values()]
 
 
 def _model(family: Family, hf: dict, path: Path) -> ModelConfig:
     try:
-        return family.model(hf).with_sizes()
+        check_json(hf, family.schema)
+        model = family.model(hf)
+        for field in (*SIZES, "num_layers", "max_seq_len", "num_kv_heads"):
+            least = 0 if field in ("num_kv_heads", "head_dim") else 1  # 0: derived from the others
+            if not least <= getattr(model, field) < 1 << 31:
+                raise ValueError(f"{field} is {getattr(model, field)}")
+        model = model.with_sizes()
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise BadInput(f"{path}: its config lacks or garbles a field: {e!r}") from e
+    try:
+        validate(Config(model=model))
+    except BadInput as e:
+        raise BadInput(f"{path}: its config describes no model: {e}") from e
+    return model
 
 
 def _json(file: Path) -> dict:
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise BadInput(f"{file} cannot be read as JSON: {e}") from e
-    if not isinstance(found, dict):
-        raise BadInput(f"{file} holds no JSON object")
-    return found
+        if not file.is_file():
+            raise OSError("it is not a file")
+        return parse_json(file.read_bytes(), dict)
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{file} cannot be read as a JSON object: {e}") from e
 
 
 def _files(path: Path) -> list:
@@ -128,17 +184,11 @@ def _files(path: Path) -> list:
 
 
 def _openai_config(hparams: dict) -> dict:
-    try:
-        return {
-            "model_type": "gpt2",
-            "vocab_size": hparams["n_vocab"],
-            "n_positions": hparams["n_ctx"],
-            "n_embd": hparams["n_embd"],
-            "n_head": hparams["n_head"],
-            "n_layer": hparams["n_layer"],
-        }
-    except KeyError as e:
-        raise BadInput(f"hparams.json lacks {e}") from e
+    names = {"n_positions": "n_ctx", "vocab_size": "n_vocab"}
+    names |= {name: name for name in ("n_embd", "n_head", "n_layer")}
+    if missing := [theirs for theirs in names.values() if theirs not in hparams]:
+        raise BadInput(f"hparams.json lacks {', '.join(missing)}")
+    return {"model_type": "gpt2"} | {ours: hparams[theirs] for ours, theirs in names.items()}
 
 
 def _openai_name(name: str) -> str:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.files import check_json, parse_json
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -30,6 +31,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 << 20
+MOST_AXES = 8
+ENTRY = {"dtype": str, "shape": [int], "data_offsets": (int, int)}
 
 
 class SafetensorsFile:
@@ -41,8 +44,9 @@ class SafetensorsFile:
             self.entries, self.start = _header(file)
         except OSError as e:
             raise BadInput(f"{file} cannot be read: {e}") from e
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except ValueError as e:
             raise BadInput(f"{file} is not a safetensors file, or damaged: {e}") from e
+        self.size = file.stat().st_size
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self.entries.items()}
         self.dtypes = {name: DTYPES[entry["dtype"]] for name, entry in self.entries.items()}
 
@@ -62,18 +66,23 @@ def _header(file: Path) -> tuple[dict, int]:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= min(size - 8, LONGEST_HEADER):
             raise ValueError(f"its header claims {length} of {size} bytes")
-        entries = json.loads(stream.read(length))
+        entries = parse_json(stream.read(length), {str: dict})
     entries.pop("__metadata__", None)
-    room = size - 8 - length
-    for name, entry in entries.items():
-        begin, end = entry["data_offsets"]
+    check_json(entries, {str: ENTRY})
+    end = 0  # the tensors stand side by side: none lies in another, and no byte is unused
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']}")
-        if not all(isinstance(n, int) and n >= 0 for n in entry["shape"]):
+        if len(entry["shape"]) > MOST_AXES or min(entry["shape"], default=0) < 0:
             raise ValueError(f"tensor {name} has the shape {entry['shape']}")
         wanted = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
-        if not 0 <= begin <= end <= room or end - begin != wanted:
+        begin, previous, end = entry["data_offsets"][0], end, entry["data_offsets"][1]
+        if end - begin != wanted or end > size - 8 - length:
             raise ValueError(f"tensor {name} does not lie within the file (cut short?)")
+        if begin != previous:
+            raise ValueError(f"tensor {name} begins at {begin}, the one before ends at {previous}")
+    if end != size - 8 - length:
+        raise ValueError(f"{size - 8 - length - end} bytes at its end belong to no tensor")
     return entries, 8 + length
 
 

@@ -4,10 +4,12 @@ The file is a zip of a pickle that describes the tensors and one raw file per st
 name any function to call; ours knows the few that tensors need and refuses the rest unopened.
 """
 
+import io
 import math
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,10 @@ STORAGES = {
 }
 
 
+MOST_AXES = 8
+LONGEST_PICKLE = 100 << 20
+
+
 class _Storage(NamedTuple):
     dtype: np.dtype
     key: str
@@ -42,25 +48,53 @@ class _Tensor(NamedTuple):
 
 
 def _tensor(storage, offset, size, stride, *_) -> _Tensor:
+    numbers = (offset, *size, *stride)
+    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("a tensor without a storage, or with odd sizes or strides")
+    if len(size) != len(stride) or len(size) > MOST_AXES:
+        raise ValueError(f"a tensor of {len(size)} axes and {len(stride)} strides")
     return _Tensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _parameter(data, *_):
+def _parameter(data, *_) -> _Tensor:
     return data
 
 
-ALLOWED = {
-    ("collections", "OrderedDict"): OrderedDict,
+def _ordered_dict() -> dict:
+    return {}
+
+
+CALLABLE = {
+    ("collections", "OrderedDict"): _ordered_dict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
-} | {("torch", name): dtype for name, dtype in STORAGES.items()}
+}
+ALLOWED = CALLABLE | {("torch", name): dtype for name, dtype in STORAGES.items()}
+# what torch.save writes for a dictionary of tensors, in pickle's protocols 2 to 5
+OPCODES = (
+    "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1"
+    " BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS"
+    " BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID REDUCE BUILD"
+)
+_SLOW = pickle._Unpickler  # Python's own, whose every opcode can be replaced
 
 
 class _Refused(Exception):
     pass
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(_SLOW):
+    """Reads a state dict: its tuples hold no tuples of tuples, its keys are strings.
+
+    So no hash, comparison or text of a value can take longer than the file: tuples that hold
+    another one twice, some forty deep, would be nested 2^40 times.
+    """
+
+    dispatch = {
+        getattr(pickle, name)[0]: _SLOW.dispatch[getattr(pickle, name)[0]]
+        for name in OPCODES.split()
+    }
+
     def find_class(self, module: str, name: str):
         if (module, name) not in ALLOWED:
             raise _Refused(f"{module}.{name}")
@@ -68,9 +102,50 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, saved):
         kind, dtype, key, _, count = saved
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not str(key).isalnum():
-            raise ValueError(f"an unknown reference {saved!r}")
-        return _Storage(dtype, str(key), int(count))
+        known = kind == "storage" and isinstance(dtype, np.dtype)
+        if not known or type(key) is not str or not key.isalnum() or type(count) is not int:
+            raise ValueError("an unknown reference")
+        return _Storage(dtype, key, count)
+
+    def _checked_tuple(self, load: Callable) -> None:
+        load(self)
+        for item in self.stack[-1]:
+            if type(item) is tuple and any(type(inner) is tuple for inner in item):
+                raise ValueError("tuples within tuples within tuples")
+
+    for _name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+        _load = dispatch[getattr(pickle, _name)[0]]
+        dispatch[getattr(pickle, _name)[0]] = partial(_checked_tuple, load=_load)
+
+    def _reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if function not in CALLABLE.values():
+            raise ValueError("a call of what is no function")
+        self.append(function(*arguments))
+
+    def _build(self) -> None:  # torch notes versions of modules here
+        self.stack.pop()
+
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self._set(key, value)
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(key, value)
+
+    def _set(self, key, value) -> None:
+        if type(key) is not str or type(self.stack[-1]) is not dict:
+            raise ValueError("a key that is no name")
+        self.stack[-1][key] = value
+
+    dispatch |= {
+        pickle.REDUCE[0]: _reduce,
+        pickle.BUILD[0]: _build,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+    }
 
 
 class TorchFile:
@@ -80,11 +155,18 @@ class TorchFile:
         self.file = file
         try:
             with zipfile.ZipFile(file) as archive:
-                (index,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
+                infos = {info.filename: info for info in archive.infolist()}
+                (index,) = [name for name in infos if name.endswith("data.pkl")]
                 self.folder = index.removesuffix("data.pkl")
-                with archive.open(index) as stream:
-                    state = _Unpickler(stream).load()
-                sizes = {info.filename: info.file_size for info in archive.infolist()}
+                if any(info.compress_type != zipfile.ZIP_STORED for info in infos.values()):
+                    raise ValueError("it is compressed, which torch never does")
+                if infos[index].file_size > LONGEST_PICKLE:
+                    raise ValueError(f"its index has {infos[index].file_size} bytes")
+                order = f"{self.folder}byteorder"
+                if order in infos and archive.read(order) != b"little":
+                    raise ValueError("its numbers are not little-endian")
+                state = _Unpickler(io.BytesIO(archive.read(index))).load()
+            sizes = {name: info.file_size for name, info in infos.items()}
         except _Refused as e:
             raise BadInput(f"{file} wants to run {e}: no state of tensors does; refused") from e
         except zipfile.BadZipFile as e:
@@ -94,19 +176,20 @@ class TorchFile:
             ) from e
         except Exception as e:  # a pickle can fail in any way it likes
             raise BadInput(f"{file} holds no state of tensors: {type(e).__name__}: {e}") from e
-        if not isinstance(state, dict) or not all(isinstance(t, _Tensor) for t in state.values()):
+        if type(state) is not dict or not all(type(t) is _Tensor for t in state.values()):
             raise BadInput(f"{file} holds no state of tensors: something else is in it")
         self.tensors: dict[str, _Tensor] = dict(state)
         for name, tensor in self.tensors.items():
             self._check(name, tensor, sizes)
+        self.size = file.stat().st_size
         self.shapes = {name: t.shape for name, t in self.tensors.items()}
         self.dtypes = {name: t.storage.dtype for name, t in self.tensors.items()}
 
     def _check(self, name: str, tensor: _Tensor, sizes: dict[str, int]) -> None:
         storage, steps = tensor.storage, zip(tensor.shape, tensor.stride, strict=True)
-        last = tensor.offset + sum((n - 1) * step for n, step in steps)
-        whole = [tensor.offset, *tensor.shape, *tensor.stride]
-        if not all(isinstance(n, int) and n >= 0 for n in whole) or last >= storage.count:
+        count = math.prod(tensor.shape)
+        reach = 1 + sum((n - 1) * step for n, step in steps) if count else 0
+        if tensor.offset + reach > storage.count or count > storage.count:
             raise BadInput(f"{self.file}: tensor {name} does not lie within its storage")
         if sizes.get(f"{self.folder}data/{storage.key}") != storage.count * storage.dtype.itemsize:
             raise BadInput(f"{self.file}: the data of tensor {name} is missing or cut short")

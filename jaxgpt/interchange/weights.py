@@ -21,7 +21,8 @@ def read_params(folder: Folder, abstract: dict) -> dict:
     vocabulary are zero.
 
     Raises:
-      BadInput: naming the tensor that is missing, has another shape, or belongs to nothing.
+      BadInput: naming the tensor that is missing, has another shape, belongs to nothing, or is
+        not finite.
     """
     ours = flatten(abstract)
     rules = folder.family.rules_of(ours)
@@ -47,7 +48,10 @@ def read_params(folder: Folder, abstract: dict) -> dict:
         parts = rule.take(folder.read(name), shapes)
         for path, part in zip(rule.ours, parts, strict=True):
             into = found[path] if layer is None else found[path][layer]
-            into[: len(part)] = part
+            with np.errstate(over="ignore"):  # float64's largest become infinite
+                into[: len(part)] = part
+            if not np.isfinite(into[: len(part)]).all():
+                raise BadInput(f"{folder.path}: tensor {name} holds NaN or infinite numbers")
     return unflatten(found)
 
 

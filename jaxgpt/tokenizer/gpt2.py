@@ -79,7 +79,7 @@ class Gpt2Tokenizer:
                 model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
                 merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
                 return cls(model["vocab"], merges, str(folder))
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise BadInput(f"the GPT-2 vocabulary in {folder} is damaged: {e}") from e
         raise BadInput(
             f"{folder} holds no GPT-2 vocabulary: expected vocab.json + merges.txt,"

@@ -9,8 +9,7 @@ import json
 
 from etils import epath
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import write_whole
+from jaxgpt.config.files import Damaged, read_json, write_whole
 
 FILE = "end.json"
 REASONS = ("num_steps", "early_stop", "diverged")
@@ -35,10 +34,7 @@ def read_end(workdir: epath.Path) -> str:
     file = workdir / FILE
     if not file.exists():
         return ""
-    try:
-        reason = json.loads(file.read_text())["reason"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"{file} is damaged; delete it: {e!r}") from e
+    reason = read_json(file, {"step": int, "reason": str}, "delete it")["reason"]
     if reason not in REASONS:
-        raise BadInput(f"{file} is damaged; delete it: its reason is {reason!r}")
+        raise Damaged(file, f"its reason is {reason!r}", "delete it")
     return reason
