@@ -136,12 +136,8 @@ def carry_on(
         reason = "early_stop" if early else "num_steps"
         record_end(workdir, last_step, "diverged" if code == DIVERGED else reason)
     if code == 0 and is_first:
-        last = loop.last_validation
-        early = "" if last["step"] == config.num_steps else f" (stopped early; {best_of(clock)})"
-        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats/token"
         say(
-            f"done      validation loss {loss} after"
-            f" {last['step']} steps{early} in {duration(clock.now())}; everything is in {workdir}\n"
+            f"done      {outcome(loop, config)} in {duration(clock.now())}; everything is in {workdir}\n"
             f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='def '\n"
             f"          python -m jaxgpt.evaluate --workdir={workdir}\n"
             f"          tensorboard --logdir={workdir}/tensorboard"
@@ -178,6 +174,16 @@ def lock(workdir: epath.Path) -> int | None:
     except OSError:  # a file system without locks
         pass
     return handle
+
+
+def outcome(loop: Loop, config: Config) -> str:
+    """Says how a finished run ended."""
+    last = loop.last_validation
+    if last is None:  # it failed
+        return f"no validation loss after {config.num_steps} steps"
+    early = "" if last["step"] == config.num_steps else f" (stopped early; {best_of(loop.clock)})"
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats/token"
+    return f"validation loss {loss} after {last['step']} steps{early}"
 
 
 def best_of(clock: Clock) -> str:

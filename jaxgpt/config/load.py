@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from jaxgpt.config.errors import BadInput
-from jaxgpt.config.schema import Config, fields_of, get_field, set_field
+from jaxgpt.config.schema import Config, MeshConfig, fields_of, get_field, set_field
 from jaxgpt.config.validate import check_types, validate
 
 # What a rerun may change (the contract's resume rules).
@@ -29,13 +29,11 @@ MAY_CHANGE = {
     "keep_every",
     "max_bad_steps",
     "max_rollbacks",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
     "grad_accum",
     "model.attention",
     "model.remat",
     "model.scan_layers",
+    *(f"mesh.{field}" for field in fields_of(MeshConfig())),
 }
 
 

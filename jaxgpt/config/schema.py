@@ -142,7 +142,7 @@ class Config:
     max_bad_steps: int = 10  # non-finite ones in a row before a rollback
     max_rollbacks: int = 3
     eval_every: int = 100
-    eval_batches: int = 0  # 0 = the whole split
+    eval_batches: int = 0  # of batch_size windows each; 0 = the whole split
     sample_every: int = 0  # 0 = only at the end
     checkpoint_every: int = 100
     keep_checkpoints: int = 3  # the newest; the best and every `keep_every`-th stay besides

@@ -40,17 +40,17 @@ class Perplexity:
         self.eval_step, self.sharding, self.split = eval_step, sharding, split
         self.seq_len, self.batch, self.stride = seq_len, batch, stride or seq_len
 
-    def __call__(self, params: dict, max_batches: int = 0) -> dict:
+    def __call__(self, params: dict, max_windows: int = 0) -> dict:
         """Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`; of a
         mixture also `sources`, {source: {"loss", "perplexity", "tokens"}}.
 
-        `max_batches` > 0 looks at that many batches of windows from the start only; its bytes are
-        then the split's in proportion to the tokens.
+        `max_windows` > 0 looks at that many windows from the start only; its bytes are then the
+        split's in proportion to the tokens.
         """
         parts = self.split.parts
         nats, counts = np.zeros(len(parts)), np.zeros(len(parts), np.int64)
         ends = np.array([part.end for part in parts])
-        for at, found in self._losses(params, max_batches):
+        for at, found in self._losses(params, max_windows):
             source = np.minimum(np.searchsorted(ends, at, side="right"), len(parts) - 1)
             nats += np.bincount(source, found, len(parts))
             counts += np.bincount(source, minlength=len(parts))
@@ -67,11 +67,11 @@ class Perplexity:
             }
         return figures
 
-    def _losses(self, params: dict, max_batches: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _losses(self, params: dict, max_windows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (places in the split, nats in float64) of the targets of each batch."""
         seq_len, batch, tokens = self.seq_len, self.batch, self.split.tokens
-        batches = -(-evaluation_windows(len(tokens), seq_len, self.stride) // batch)
-        batches = min(batches, max_batches) if max_batches else batches
+        windows = evaluation_windows(len(tokens), seq_len, self.stride)
+        windows = min(windows, max_windows) if max_windows else windows
         rows, shape = np.arange(batch), (1, batch, seq_len)
         pending: deque = deque()
 
@@ -80,11 +80,12 @@ class Perplexity:
             places = starts[:, None] + 1 + np.arange(seq_len)
             return places[counted], np.asarray(jax.device_get(nats), np.float64)[counted]
 
-        for k in range(batches):
+        for k in range(-(-windows // batch)):
             host = evaluation_batch(tokens, seq_len, batch, k, self.split.mask, self.stride)
             device = {name: put(a, rows, self.sharding, shape) for name, a in host.items()}
-            starts = (k * batch + rows) * self.stride
-            pending.append((starts, host["targets"][0] != IGNORE, self.eval_step(params, device)))
+            number = k * batch + rows
+            counted = (host["targets"][0] != IGNORE) & (number < windows)[:, None]
+            pending.append((number * self.stride, counted, self.eval_step(params, device)))
             if len(pending) > LAG:
                 yield first()
         while pending:

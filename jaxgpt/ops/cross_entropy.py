@@ -90,10 +90,12 @@ def _backward(finish, rules, kept, cotangents):
         counted = wanted != IGNORE
         of_nats = jnp.where(counted, of_nats.reshape(-1, 1), 0)
         of_both = of_nats + jnp.where(counted, of_lse.reshape(-1, 1), 0)
+        # uncounted: p = exp(-inf) = 0; with their lse of 0, p would overflow and 0 * inf is NaN
+        lse = jnp.where(counted, lse.reshape(-1, 1), jnp.inf)
 
         def part(of_x, numbered):
             logits, ids, kernel, unfinish = _logits(flat, *numbered, finish, rules)
-            p = jnp.exp(logits - lse.reshape(-1, 1))
+            p = jnp.exp(logits - lse)
             of_logits = of_both * p - jnp.where(ids == wanted, of_nats, 0)
             (of_raw,) = unfinish(of_logits)
             of_raw = of_raw.astype(flat.dtype)

@@ -58,7 +58,12 @@ class Spikes:
         self.count, self.mean, self.variance = 0, 0.0, 0.0
 
     def __call__(self, loss: float) -> float | None:
-        """Returns the usual loss if `loss` is a spike, else None; spikes do not become usual."""
+        """Returns the usual loss if `loss` is a spike, else None; spikes do not become usual.
+
+        A loss that is not finite is none, and is left out: its step is counted as skipped.
+        """
+        if not math.isfinite(loss):
+            return None
         usual, deviation = self.mean, math.sqrt(self.variance)
         limit = usual + max(SPIKE_DEVIATIONS * deviation, SPIKE_LEAST)
         if self.count >= USUAL_AFTER and loss > limit:

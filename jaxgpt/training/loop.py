@@ -9,7 +9,8 @@ import dataclasses
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 
@@ -91,7 +92,8 @@ class Loop:
     """The part of a run that repeats. Making one checks the data against the config.
 
     Raises:
-      BadInput: if a split is shorter than a window, or the sample's prompt than the context.
+      BadInput: if a split is shorter than a window, the sample's prompt is longer than the
+        context, or another value under `sample.` is out of range.
     """
 
     def __init__(self, run: Training, data: Prepared):
@@ -172,12 +174,14 @@ class Loop:
             if validates or samples or saves:
                 logged = logged and self._log(*logged, clock, speed)
                 if validates:
-                    self._validate(state, step, clock)
+                    with outlived("validation", step):
+                        self._validate(state, step, clock)
                     ended = clock.is_out_of_patience(config.early_stop)
                     is_best = config.early_stop > 0 and clock.best[0] == step
                     saves = saves or ended or is_best
                 if samples:
-                    self._sample(state, step)
+                    with outlived("sample", step):
+                        self._sample(state, step)
                 if saves:
                     self._save(state, step, clock)
                 speed.restart(step)
@@ -254,7 +258,8 @@ class Loop:
     def _validate(self, state: TrainState, step: int, clock: Clock) -> None:
         jax.block_until_ready(state.step)  # steps still under way are not the evaluation's time
         began = time.perf_counter()
-        found = self.evaluate(state.best_params, self.config.eval_batches)
+        windows = self.config.eval_batches * self.config.batch_size  # whatever grad_accum is
+        found = self.evaluate(state.best_params, windows)
         row = {"step": step, "split": "validation"}
         row |= {name: _finite(found[name]) for name in ("loss", "perplexity", "bits_per_byte")}
         row["seconds"] = clock.now()
@@ -293,6 +298,24 @@ class Loop:
         self.checkpoints.save(step, state, meta, loss)
 
 
+@contextmanager
+def outlived(what: str, step: int) -> Iterator[None]:
+    """Turns an error into one line: neither a sample nor a validation is worth the run.
+
+    Bad input (a full disk) still ends it. So does any error with several processes: the others may
+    be waiting inside the computation that failed here.
+    """
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as e:
+        if jax.process_count() > 1:
+            raise
+        why = (str(e).strip().splitlines() or [""])[0][:300]
+        say(f"failed    {what} at step {step}: {type(e).__name__}: {why}; training goes on")
+
+
 def environment(mesh: Mesh) -> dict:
     """Returns where a run runs, for people."""
     devices = mesh.devices
@@ -328,6 +351,7 @@ class Sampler:
                 f" model.max_seq_len={spec.cfg.max_seq_len}"
             )
         self.sampling = Sampling(cfg.temperature, cfg.top_k)
+        self.sampling.check("sample.")
 
     def __call__(self, params: dict, seed: int) -> str:
         if not self.room:

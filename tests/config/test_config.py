@@ -142,7 +142,9 @@ def test_mesh_shape():
 
 def test_resume_rules():
     old, new = Config(), Config()
-    for path in ("num_steps", "log_every", "mesh.tensor", "grad_accum", "model.remat"):
+    whole_mesh = [path for path in fields_of(new) if path.startswith("mesh.")]
+    assert "mesh.sequence_activations" in whole_mesh
+    for path in ("num_steps", "log_every", "grad_accum", "model.remat", *whole_mesh):
         set_field(new, path, changed(get_field(new, path)))
     assert "num_steps: 1000 -> 1001" in check_resume(old, new, "w")
     new.model.num_layers = 13

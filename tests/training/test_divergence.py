@@ -1,6 +1,7 @@
 """Bad steps change nothing, bad stretches are rolled back and left out, spikes are named."""
 
 import json
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -106,9 +107,13 @@ def test_batches_left_out():
     assert [batch_of(s, [(2, 3), (3, 1)]) for s in (1, 2, 3)] == [0, 4, 6]
 
 
-def test_spikes_stand_out_and_do_not_become_usual():
+@pytest.mark.parametrize("odd", [None, math.nan, math.inf, -math.inf])
+def test_spikes_stand_out_and_do_not_become_usual(odd):
+    """Losses that are not finite (a float16 overflow, for one) leave the usual as it is."""
     rng, spikes = np.random.default_rng(0), Spikes()
     found = [spikes(float(4 - 0.01 * i + 0.02 * rng.standard_normal())) for i in range(100)]
     assert found == [None] * 100
+    if odd is not None:
+        assert spikes(odd) is None
     assert spikes(5.0) == pytest.approx(3.1, abs=0.3)
     assert spikes(5.0) is not None and spikes(3.0) is None

@@ -1,0 +1,101 @@
+"""What a run validates, and what its samples and validations cannot do to it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt import train
+from jaxgpt.config import Config, DataConfig, ModelConfig
+from jaxgpt.data.prepare import prepare
+from jaxgpt.evaluation.perplexity import Perplexity
+from jaxgpt.training.loop import Clock, Loop, Sampler
+from jaxgpt.training.setup import make_training, resolve_vocab
+from tests.conftest import mesh_of
+
+CONFIG = """
+from jaxgpt.config import *
+def get_config():
+    return Config(
+        num_steps=2, batch_size=8, log_every=1, eval_every=1, sample_every=1,
+        model=ModelConfig(max_seq_len=16, num_layers=1, num_heads=2, embed_dim=16),
+        data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
+        sample=SampleConfig(max_new_tokens=4),
+    )
+"""
+
+
+@pytest.fixture
+def run(command, corpus, tmp_path):
+    """Trains two steps in `w`: `run(*flags) -> (exit code, stdout, stderr)`."""
+    (tmp_path / "c.py").write_text(CONFIG.format(corpus=corpus))
+    argv = (f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w")
+    return lambda *flags: command(train.main, *argv, *flags)
+
+
+class Rows:
+    """Stands for a run's reporter."""
+
+    active = False
+
+    def __init__(self):
+        self.metrics = lambda row: setattr(self, "last", row)
+
+
+def test_what_is_validated_does_not_depend_on_grad_accum(corpus):
+    """Two batches of 8 windows, in device batches of 8, 4 or 2; each window has its own nats."""
+    data = DataConfig(source=f"text:{corpus}/*.txt", validation_fraction=0.25)
+    model = ModelConfig(max_seq_len=16, num_layers=1, num_heads=2, embed_dim=16)
+    plain = Config(batch_size=8, eval_batches=2, model=model, data=data)
+    prepared, found = prepare(data), []
+    for accum in (1, 2, 4):
+        config = dataclasses.replace(plain, grad_accum=accum)
+        config.mesh.data = 1
+        config = resolve_vocab(config, prepared.tokenizer.vocab_size)
+        with jax.set_mesh(mesh := mesh_of(config)):
+            loop = Loop(training := make_training(config, mesh), prepared)
+            loop.evaluate.eval_step = lambda params, batch: batch["targets"][0].astype(float)
+            loop.report = Rows()
+            loop._validate(jax.eval_shape(training.init), 1, Clock())
+        found.append(loop.report.last["loss"])
+    want = prepared.validation.tokens[1 : 2 * 8 * 16 + 1].mean()
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    assert want != prepared.validation.tokens[1:].mean()
+
+
+def test_a_sample_or_validation_that_fails_never_ends_the_run(run, tmp_path, monkeypatch):
+    def fails(*args):
+        raise IndexError("piece id is out of range\nand more")
+
+    monkeypatch.setattr(Sampler, "__call__", fails)
+    monkeypatch.setattr(Perplexity, "__call__", fails)
+    code, _, err = run()
+    assert code == 0, err
+    assert "Traceback" not in err and "and more" not in err
+    for what in ("validation", "sample"):
+        for step in (1, 2):
+            line = f"failed    {what} at step {step}: IndexError: piece id is out of range;"
+            assert line in err
+    assert (tmp_path / "w/checkpoints/2").is_dir()
+    assert "done      no validation loss after 2 steps" in err
+    rows = (tmp_path / "w/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["split"] for row in rows] == ["train"] * 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("sample.top_k=3000000000", "sample.top_k=3000000000 must be"),
+        ("sample.temperature=inf", "sample.temperature=inf must be"),
+        ("sample.prompt=" + "x" * 99, "sample.prompt has 99 tokens, more than"),
+        ("model.mlp_dim=1099511627776", r"GiB a device"),
+        ("model.num_layers=1000000000", r"GiB a device"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_first_step(run, tmp_path, flag, message):
+    code, out, err = run(f"--config.{flag}")
+    assert (code, out) == (2, ""), err
+    assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "w").exists()
