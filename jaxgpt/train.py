@@ -47,6 +47,7 @@ from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.load import fingerprint
 from jaxgpt.training.end import forget_end, record_end
 from jaxgpt.training.loop import DIVERGED, Clock, Loop, restore_or_init
+from jaxgpt.training.memory import check_memory
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 from jaxgpt.training.verify_resume import verify_resume
 from jaxgpt.training.warm_start import check_model, check_source
@@ -91,6 +92,7 @@ def train(training: Training, data: Prepared, workdir: epath.Path, changes: list
     """Checks what can be checked, then trains in `workdir` alone; returns the exit code."""
     config = training.config
     describe(training, data, workdir)
+    check_memory(training.abstract_state(), training.mesh)
     hosts.check_same(to_json(config), "the config")
     hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
     loop = Loop(training, data)

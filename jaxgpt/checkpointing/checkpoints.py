@@ -217,9 +217,13 @@ class Checkpoints:
         """Returns what was saved beside the state."""
         return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
-    def restore_params(self, step: int, abstract_params: dict, name: str = "params") -> dict:
-        """Returns the state's `params` or `ema` alone, without reading the rest."""
-        item = {name: concrete(abstract_params)}
+    def restore_params(self, step: int, abstract_params: dict, average: bool = False) -> dict:
+        """Returns the state's parameters, or their average in float32, without reading the rest."""
+        name, item = "params", concrete(abstract_params)
+        if average:
+            name = "ema"
+            item = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), item)
+        item = {name: item}
         args = ocp.args.PyTreeRestore(
             item=item,
             restore_args=ocp.checkpoint_utils.construct_restore_args(item),

@@ -29,8 +29,8 @@ class Trained:
     def params(self) -> dict:
         """Returns the parameters on `mesh`; call under `jax.set_mesh(mesh)`."""
         abstract = jax.eval_shape(self.spec.init, jax.random.key(0))
-        name = "ema" if self.config.optim.ema_decay else "params"
-        return self.checkpoints.restore_params(self.step, abstract, name)
+        average = self.config.optim.ema_decay > 0
+        return self.checkpoints.restore_params(self.step, abstract, average)
 
 
 def open_trained(workdir: str, step: int | None) -> Trained:

@@ -1,5 +1,6 @@
 """Which parameter is treated how: by the words of its path."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -16,6 +17,17 @@ MATRICES = (
     "lora_out",
 )  # the last word of a parameter's path
 VECTORS = ("bias", "scale", "magnitude")
+
+# Kernel axes: layer first, then inputs, then outputs (see the einsums in `model`).
+INPUTS_OUTPUTS = {
+    "query": ((1,), (2, 3)),
+    "key": ((1,), (2, 3)),
+    "value": ((1,), (2, 3)),
+    "out": ((1, 2), (3,)),
+    "gate": ((1,), (2,)),
+    "up": ((1,), (2,)),
+    "down": ((1,), (2,)),
+}
 
 
 def path_of(path: tuple) -> str:
@@ -103,6 +115,24 @@ def join(trained: dict, frozen: dict) -> dict:
     return jax.tree.map(
         lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None
     )
+
+
+def as_matrices(blocks: dict) -> dict:
+    """Returns the stacked parameters of the blocks with each layer's own part as one matrix or
+    vector: kernels as [L, inputs, outputs], LoRA's as [L, inputs, R] and [L, R, outputs], biases
+    and scales as [L, outputs].
+    """
+
+    def flat(path: tuple, leaf):
+        *_, layer, name = path_of(path).split("/")
+        layers, shape = leaf.shape[0], leaf.shape[1:]
+        if name in VECTORS:
+            return leaf.reshape(layers, -1)
+        inputs = {"lora_in": len(shape) - 1, "lora_out": 1}.get(name)
+        inputs = inputs or len(INPUTS_OUTPUTS[layer][0])
+        return leaf.reshape(layers, math.prod(shape[:inputs]), math.prod(shape[inputs:]))
+
+    return jax.tree_util.tree_map_with_path(flat, blocks)
 
 
 def is_hidden_matrix(path: str) -> bool:

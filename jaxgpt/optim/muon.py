@@ -8,20 +8,9 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxgpt.config import OptimConfig
-from jaxgpt.optim.groups import by_path, is_hidden_matrix
+from jaxgpt.optim.groups import INPUTS_OUTPUTS, by_path, is_hidden_matrix
 
 ADAM_RMS = 0.2  # of an AdamW update: Muon scaled to it shares AdamW's rate (arXiv:2502.16982, 2.2)
-
-# Kernel axes: layer first, then inputs, then outputs (see the einsums in `model`).
-INPUTS_OUTPUTS = {
-    "query": ((1,), (2, 3)),
-    "key": ((1,), (2, 3)),
-    "value": ((1,), (2, 3)),
-    "out": ((1, 2), (3,)),
-    "gate": ((1,), (2,)),
-    "up": ((1,), (2,)),
-    "down": ((1,), (2,)),
-}
 
 
 def dimension_numbers(params: dict) -> dict:

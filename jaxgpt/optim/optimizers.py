@@ -6,7 +6,7 @@ import jax
 import optax
 
 from jaxgpt.config import ModelConfig, OptimConfig
-from jaxgpt.optim.groups import decay_mask, lr_factors
+from jaxgpt.optim.groups import as_matrices, by_path, decay_mask, lr_factors
 from jaxgpt.optim.muon import muon_direction
 from jaxgpt.optim.schedules import make_schedule
 
@@ -22,10 +22,37 @@ def lion(cfg: OptimConfig) -> optax.GradientTransformation:
 
 
 def adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
-    """Factored second moments (arXiv:1804.04235, algorithm 4) with update clipping at 1."""
-    return optax.chain(
+    """Factored second moments (arXiv:1804.04235, algorithm 4) with update clipping at 1, for each
+    layer's own matrices."""
+    alone = optax.chain(
         optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30), optax.clip_by_block_rms(1.0)
     )
+    axes = (optax.FactoredState(count=None, v_row=0, v_col=0, v=0), None)
+
+    def kind(path: str) -> str:
+        return "stacked" if path.startswith("blocks/") else "alone"
+
+    parts = {"stacked": per_layer(alone, axes), "alone": alone}
+    return optax.partition(parts, lambda params: by_path(kind, params))
+
+
+def per_layer(inner: optax.GradientTransformation, axes) -> optax.GradientTransformation:
+    """Returns `inner` run on the matrices of each layer apart (see `as_matrices`); `axes` says where
+    its state gets the axis of layers, as `jax.vmap` has it."""
+
+    def init(params):
+        if not jax.tree.leaves(params):  # all frozen
+            return inner.init(params)
+        return jax.vmap(inner.init, out_axes=axes)(as_matrices(params))
+
+    def update(updates, state, params):
+        if not jax.tree.leaves(updates):
+            return updates, state
+        run = jax.vmap(inner.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+        found, state = run(as_matrices(updates), state, as_matrices(params))
+        return jax.tree.map(lambda new, old: new.reshape(old.shape), found, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def sgd(cfg: OptimConfig) -> optax.GradientTransformation:
@@ -60,6 +87,22 @@ def make_optimizer(
     if cfg.lr_multipliers or model.mup_base_width:
         parts.append(_by_factor(cfg.lr_multipliers, model))
     return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(cfg, num_steps)))
+
+
+def at_step(opt_state: optax.OptState, step) -> optax.OptState:
+    """Returns the optimizer's state with its schedule at `step` updates, skipped ones included.
+
+    A skipped step leaves the state as it is: right for the moments and their own counts, but a
+    schedule that waited would not reach its end at `num_steps`.
+    """
+
+    def is_schedule(node) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def moved(node):
+        return node._replace(count=step) if is_schedule(node) else node
+
+    return jax.tree.map(moved, opt_state, is_leaf=is_schedule)
 
 
 def _by_factor(multipliers: str, model: ModelConfig) -> optax.GradientTransformation:

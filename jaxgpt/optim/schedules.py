@@ -1,4 +1,4 @@
-"""Learning rate as a function of the number of updates already made."""
+"""Learning rate as a function of the number of steps already made, skipped ones included."""
 
 import jax.numpy as jnp
 import optax

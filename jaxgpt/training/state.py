@@ -18,7 +18,7 @@ from jaxgpt.training import divergence, loss_scale
 class TrainState:
     """Parameters, optimizer state, the number of updates made, and what some recipes add.
 
-    `ema` is the running average of the parameters, {} where `optim.ema_decay` is 0;
+    `ema` is the running average of the parameters in float32, {} where `optim.ema_decay` is 0;
     `loss_scale` is {} but for float16.
     """
 
@@ -44,12 +44,20 @@ def init_state(
     ones only.
     """
     params = spec.init(jax.random.key(config.seed)) if params is None else params
+    ema = jax.tree.map(widened, params) if config.optim.ema_decay else {}
     trained, _ = split(params, trainable(params, config.optim.freeze, spec.cfg.lora_rank))
     return TrainState(
         params,
         optimizer.init(trained),
         jnp.zeros((), jnp.int32),
-        ema=params if config.optim.ema_decay else {},
+        ema=ema,
         loss_scale=loss_scale.initial(config.model.dtype),
         bad=divergence.counters(),
     )
+
+
+def widened(p: jax.Array) -> jax.Array:
+    """Returns a parameter in float32, as it is stored: within a program XLA may leave out the
+    rounding to bfloat16."""
+    kept = jnp.finfo(p.dtype)
+    return jax.lax.reduce_precision(p.astype(jnp.float32), kept.nexp, kept.nmant)

@@ -11,11 +11,11 @@ from jaxgpt.config import Config
 from jaxgpt.model import GPT, ModelSpec
 from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.optim.groups import join, split, trainable
-from jaxgpt.optim.optimizers import make_optimizer
+from jaxgpt.optim.optimizers import at_step, make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.training import loss_scale
 from jaxgpt.training.divergence import counted, keep_if
-from jaxgpt.training.state import TrainState
+from jaxgpt.training.state import TrainState, widened
 
 Batch = dict[str, Int[Array, "A B T"]]  # inputs, targets (packed: segments, positions too)
 Micro = dict[str, Int[Array, "B T"]]
@@ -26,8 +26,8 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
 
     The gradient is that of the mean over all targets of all microbatches, so that `grad_accum`
     changes memory and nothing else. Metrics are scalars on the device: `loss` (cross-entropy in
-    nats, without z-loss), `grad_norm` (before clipping), `learning_rate`, `in_a_row` and
-    `skipped` (bad steps, see `training.divergence`).
+    nats, without z-loss), `grad_norm` (before clipping), `learning_rate` (that of the update),
+    `in_a_row` and `skipped` (bad steps, see `training.divergence`).
     """
     optimizer = make_optimizer(config.optim, config.num_steps, spec.cfg)
     schedule = make_schedule(config.optim, config.num_steps)
@@ -52,7 +52,8 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
         grads, loss = _sum_over_microbatches(gradient, batch, trained)
         if state.loss_scale:
             grads = jax.tree.map(lambda g: g / scale, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        opt_state = at_step(state.opt_state, state.step)
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
         params = join(optax.apply_updates(trained, updates), frozen)
         new = TrainState(
             params,
@@ -97,10 +98,15 @@ def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):
 
 
 def _average(ema: dict, params: dict, mask: dict, decay: float) -> dict:
-    """Returns the exponential moving average of the trained ones one step on; {} stays {}."""
-    return ema and jax.tree.map(
-        lambda a, p, trained: decay * a + (1 - decay) * p if trained else p, ema, params, mask
-    )
+    """Returns the exponential moving average of the trained ones one step on; {} stays {}.
+
+    In float32: in bfloat16 a decay of 0.999 is 1, and the average would never move.
+    """
+
+    def one(a, p, trained: bool):
+        return decay * a + (1 - decay) * widened(p) if trained else a
+
+    return ema and jax.tree.map(one, ema, params, mask)
 
 
 def _guarded(old: TrainState, new: TrainState, good) -> TrainState:

@@ -144,8 +144,8 @@ def _load(path: str) -> tuple[dict, ModelConfig]:
         alone = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1))
         with jax.set_mesh(make_mesh(alone, jax.local_devices()[:1])):
             abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
-            name = "ema" if config.optim.ema_decay else "params"
-            params = checkpoints.restore_params(checkpoints.pick(None), abstract, name)
+            average = config.optim.ema_decay > 0
+            params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
             params = merged(params, config.model)
             return {p: np.asarray(leaf) for p, leaf in flatten(params).items()}, spec.cfg
     folder = open_folder(Path(path))

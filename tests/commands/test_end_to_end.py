@@ -116,6 +116,8 @@ def test_train_evaluate_sample(command, config_file, tmp_path):
         "seconds",
     ]
     assert [row["tokens"] for row in found] == [16 * 32 * k for k in range(1, 13)]
+    for row in found:
+        assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(16 * 32)
     assert found[0]["learning_rate"] == pytest.approx(1.5e-3) and found[0]["mfu"] is None
     assert found[-1]["loss"] < found[0]["loss"] - 0.5
     validation = rows(workdir, "validation")

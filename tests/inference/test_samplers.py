@@ -6,11 +6,21 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import BadInput
-from jaxgpt.inference.samplers import Sampling, Samplings, draw, keep_min_p, keep_top_k, keep_top_p
+from jaxgpt.inference.samplers import (
+    BLOCK,
+    Sampling,
+    Samplings,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+)
 
 DRAWS = 20_000
 LOGITS = np.log([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
-NOTHING_SEEN = np.zeros(6, bool)
+IDS = np.array([300, 5, 129, 256, 128, 127])  # theirs: in three blocks of `invert`, at their edges
+VOCAB = 400  # none of the others is ever drawn
+assert len(set(IDS // BLOCK)) == 3 and BLOCK == 128
 
 
 def softmax(x):
@@ -53,14 +63,15 @@ CASES = {
 def test_draws_follow_the_distribution(name):
     """Chi-squared over many draws: below the 99.99% quantile for 5 degrees of freedom, 25.7."""
     sampling, ids = CASES[name]
-    seen = NOTHING_SEEN.copy()
-    seen[ids] = True
-    want = expected(sampling, seen)
+    want = expected(sampling, np.isin(np.arange(6), ids))
     keys = jax.random.split(jax.random.key(0), DRAWS)
-    logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (DRAWS, 1))
+    row, seen = np.full(VOCAB, -np.inf, np.float32), np.zeros(VOCAB, bool)
+    row[IDS], seen[IDS[ids]] = LOGITS, True
     rows = Samplings.of([sampling] * DRAWS)
-    tokens = jax.jit(draw)(logits, keys, rows, jnp.tile(seen, (DRAWS, 1)))
-    counts = np.bincount(np.asarray(tokens), minlength=6)
+    tokens = jax.jit(draw)(jnp.tile(row, (DRAWS, 1)), keys, rows, jnp.tile(seen, (DRAWS, 1)))
+    found = np.bincount(np.asarray(tokens), minlength=VOCAB)
+    counts = found[IDS]
+    assert counts.sum() == DRAWS
     assert np.all(counts[want == 0] == 0), "what is ruled out is never drawn"
     real = want > 0
     chi2 = np.sum((counts[real] - DRAWS * want[real]) ** 2 / (DRAWS * want[real]))

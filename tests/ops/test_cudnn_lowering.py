@@ -1,14 +1,19 @@
 """Without a GPU: the train step with cuDNN attention lowers for CUDA, forward and backward.
 
 What cuDNN computes is checked on a GPU only; this holds that our call, inside `shard_map`, under
-`grad` and `scan`, with windows and grouped-query heads, is one that JAX accepts.
+`grad` and `scan`, with windows and grouped-query heads, is one that JAX accepts, and that the
+window it asks cuDNN for is the reference's.
 """
+
+import re
 
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as fused
+import jax.numpy as jnp
 import pytest
 
 from jaxgpt.model import ModelSpec
+from jaxgpt.ops.places import Places, visible
 from jaxgpt.training.setup import Training
 from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of, tiny_config
@@ -39,3 +44,12 @@ def test_the_train_step_lowers_for_cuda(shape, pack, monkeypatch):
     kernel = "ScaleBiasSoftmax" if pack else "Softmax"  # packed documents come as a bias
     assert text.count(f"@__cudnn$fmha{kernel}(") == 1, "one forward kernel, in the scan over layers"
     assert text.count(f"@__cudnn$fmha{kernel}Backward(") == 1
+    reach = 0 if pack else keys_seen(config.model.window)  # a bias has the window in it
+    found = re.findall(r'sliding_window_length[\\22"]*: *(\d+)', text)
+    assert found == [str(reach)] * 2, "cuDNN attends to (position - length, position]"
+
+
+def keys_seen(window: int) -> int:
+    """How many keys the reference's mask shows a query far from the start, itself included."""
+    at = jnp.arange(4 * window)[None]
+    return int(visible(Places(at, at), window)[0, -1].sum())

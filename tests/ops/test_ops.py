@@ -38,6 +38,9 @@ def test_rope_scaling():
     np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4])
     np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8)
     assert np.any(turns > 4) and np.any(turns < 1)
+    # one radian a position makes 16 / (2 pi) = 2.546 turns in 16, 0.5155 of the way from 1 to 4
+    (between,) = rope_frequencies(2, 10_000.0, "llama3", 8.0, 16)
+    np.testing.assert_allclose(between, 0.5155 + 0.4845 / 8, rtol=1e-4)
 
 
 def test_sinusoids_against_the_formula():

@@ -184,8 +184,47 @@ def test_sgd_against_numpy():
     follow(first, grads, got, rule)
 
 
-def test_adafactor_against_optax():
-    cfg, first, grads, got = run_ten("adafactor")
+WIDE = {  # large enough to be factored, over axes of which the two longest are not the matrix's
+    "blocks": {
+        "attention": {
+            "query": {"kernel": (2, 130, 3, 129), "bias": (2, 3, 129), "lora_in": (2, 130, 4)},
+            "out": {"kernel": (2, 3, 50, 140), "lora_out": (2, 4, 140)},
+        },
+        "mlp": {"up": {"kernel": (2, 130, 150), "bias": (2, 150)}},
+        "mlp_norm": {"scale": (2, 130)},
+    },
+    "tokens": (140, 130),
+    "final_norm": {"scale": (130,)},
+}
+INPUTS = {"query": 1, "out": 2, "up": 1}  # axes of one layer's kernel that are its inputs
+
+
+def test_adafactor_equals_optax_on_each_layers_own_matrix():
+    """Layer 1's gradients grow, so that its updates are clipped and layer 0's are not."""
+    cfg = OptimConfig(
+        name="adafactor",
+        learning_rate=0.05,
+        warmup_steps=0,
+        schedule="constant",
+        weight_decay=0.0,
+        clip_norm=0.0,
+    )
+    rng, is_shape = np.random.default_rng(3), lambda x: isinstance(x, tuple)
+
+    def draw(shape, step):
+        found = rng.normal(size=shape)
+        if len(shape) > 1:
+            found[1] *= 3.0**step
+        return jnp.asarray(found, jnp.float32)
+
+    optimizer = make_optimizer(cfg, 10, ModelConfig())
+    with jax.set_mesh(mesh_of(tiny_config())):
+        params = jax.tree.map(lambda shape: draw(shape, 0), WIDE, is_leaf=is_shape)
+        state, update, ours, grads = optimizer.init(params), jax.jit(optimizer.update), [], []
+        for step in range(4):
+            grads.append(jax.tree.map(lambda shape: draw(shape, step), WIDE, is_leaf=is_shape))  # noqa: B023
+            updates, state = update(grads[-1], state, params)
+            ours.append(updates)
     reference = optax.adafactor(
         learning_rate=0.05,
         multiply_by_parameter_scale=False,
@@ -193,14 +232,30 @@ def test_adafactor_against_optax():
         clipping_threshold=1.0,
         momentum=None,
     )
-    params, state = first, reference.init(first)
-    for g in grads:
-        updates, state = reference.update(g, state, params)
-        decay = jax.tree_util.tree_map_with_path(
-            lambda path, p: 0.0 * p if path[-1].key == "bias" else 0.2 * 0.05 * p, params
-        )
-        params = jax.tree.map(lambda p, u, d: p + u - d, params, updates, decay)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, params)
+
+    def matrix(path, leaf):
+        *_, layer, name = path
+        inputs = {"kernel": INPUTS.get(layer), "lora_in": 1, "lora_out": 1}.get(name)
+        shape = leaf.shape[:inputs] if inputs else ()
+        return leaf.reshape(*([math.prod(shape)] if shape else []), -1)
+
+    def follow_optax(path, grads, ours):
+        state = reference.init(grads[0])
+        for grad, got in zip(grads, ours):
+            want, state = reference.update(grad, state, grad)
+            np.testing.assert_allclose(got, want, atol=2e-6, err_msg="/".join(path))
+
+    def leaves(tree):
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        return [(tuple(key.key for key in path), leaf) for path, leaf in found]
+
+    for i, (path, leaf) in enumerate(leaves(params)):
+        each = [[leaves(tree)[i][1] for tree in trees] for trees in (grads, ours)]
+        if path[0] != "blocks":
+            follow_optax(path, *each)
+            continue
+        for l in range(leaf.shape[0]):
+            follow_optax(path, *([matrix(path, x[l]) for x in xs] for xs in each))
 
 
 def newton_schulz(x):

@@ -1,29 +1,41 @@
 """What some recipes add to a step: averages, loss scaling, muP, every optimizer on a mesh."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import Config
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.config import Config, OptimConfig
+from jaxgpt.model import ModelSpec
+from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.training import loss_scale
+from jaxgpt.training import step as step_module
 from jaxgpt.training.setup import make_training
 from tests.conftest import mesh_of, random_batch, tiny_config
 
 
-def train(config: Config, steps: int = 6, same_batch: bool = False):
-    """(losses, states as NumPy) of a few steps."""
+def train(config: Config, steps: int = 6, same_batch: bool = False, batches=None):
+    """(losses, states as NumPy) of a few steps on random batches or those given."""
+    metrics, states = train_on(config, steps, same_batch, batches)
+    return metrics["loss"], states
+
+
+def train_on(config: Config, steps: int = 6, same_batch: bool = False, batches=None):
+    """({metric: its values}, states as NumPy), as `train`."""
     with jax.set_mesh(mesh := mesh_of(config)):
         training = make_training(config, mesh)
-        state, step, losses = jax.jit(training.init)(), training.compile_step(), []
+        state, step, found = jax.jit(training.init)(), training.compile_step(), []
         states = [jax.tree.map(np.array, state)]
         for k in range(steps):
-            host = random_batch(config, seed=0 if same_batch else k)
+            host = batches[k] if batches else random_batch(config, seed=0 if same_batch else k)
             batch = {n: jax.device_put(a, training.batch_sharding) for n, a in host.items()}
             state, metrics = step(state, batch)
-            losses.append(float(metrics["loss"]))
+            found.append({name: float(value) for name, value in metrics.items()})
             states.append(jax.tree.map(np.array, state))
-    return np.array(losses), states
+    return {name: np.array([row[name] for row in found]) for name in found[0]}, states
 
 
 def test_ema_is_the_average_of_the_weights():
@@ -38,6 +50,122 @@ def test_ema_is_the_average_of_the_weights():
     _, plain = train(tiny_config())
     assert plain[-1].best_params is plain[-1].params
     jax.tree.map(np.testing.assert_array_equal, plain[-1].params, states[-1].params)
+
+
+def test_ema_of_bfloat16_weights_moves_in_float32(tmp_path):
+    """A decay of 0.999 is 1 in bfloat16; a checkpoint that kept the average in it still loads."""
+    config = tiny_config(param_dtype="bfloat16")
+    config.optim.ema_decay = 0.999
+    _, states = train(config, steps=3)
+    want = jax.tree.map(lambda p: np.asarray(p, np.float64), states[0].params)
+    for state in states[1:]:
+        want = jax.tree.map(
+            lambda a, p: 0.999 * a + 0.001 * np.asarray(p, np.float64), want, state.params
+        )
+    last = states[-1]
+    for ema, average, first in zip(*map(jax.tree.leaves, (last.ema, want, states[0].params))):
+        assert ema.dtype == np.float32
+        np.testing.assert_allclose(ema, average, rtol=1e-6, atol=1e-9)
+        assert np.any(ema != np.asarray(first, np.float32))
+    with jax.set_mesh(mesh := mesh_of(config)):
+        abstract = make_training(config, mesh).abstract_state()
+        old = dataclasses.replace(
+            last, ema=jax.tree.map(lambda a: a.astype(jnp.bfloat16), last.ema)
+        )
+        for name, state in (("new", last), ("old", old)):
+            checkpoints = Checkpoints(tmp_path / name, keep=1)
+            checkpoints.save(3, jax.tree.map(jnp.asarray, state), {"tokens": 0})
+            checkpoints.close()
+            reader = Checkpoints(tmp_path / name, read_only=True)
+            whole, _ = reader.restore(3, abstract)
+            alone = reader.restore_params(3, abstract.params, average=True)
+            for found in (whole.ema, alone):
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_array_equal(
+                        a, b.astype(np.float32), strict=True
+                    ),
+                    found,
+                    state.ema,
+                )
+
+
+def plain_sgd(**optim) -> dict:
+    """Fields of an optimizer whose update is minus the rate times the (clipped) gradient."""
+    return dict(name="sgd", b1=0.0, weight_decay=0.0, clip_norm=0.0, warmup_steps=0) | optim
+
+
+def change(before, after) -> np.ndarray:
+    """How far the parameters moved, as one vector."""
+    moves = jax.tree.map(lambda a, b: np.ravel(b - a), before.params, after.params)
+    return np.concatenate(jax.tree.leaves(moves))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_one_update_against_plain_autodiff(dtype):
+    """Uneven microbatches, z-loss, clipping, decay: the update and what is logged of it equal those
+    from whole float32 logits of the batch in one piece."""
+    config = dataclasses.replace(tiny_config(dtype=dtype), grad_accum=2)
+    fields = plain_sgd(weight_decay=0.1, clip_norm=0.5, z_loss=0.05, schedule="constant")
+    config.optim = OptimConfig(learning_rate=0.5, **fields)
+    batch = {name: a.copy() for name, a in random_batch(config).items()}
+    batch["targets"][0, :2] = batch["targets"][1, 1, 3:] = IGNORE
+    found, (before, after) = train_on(config, 1, batches=[batch])
+    plain = dataclasses.replace(config.model, dtype="float32")
+    with jax.set_mesh(mesh_of(config)):
+        spec = ModelSpec(plain, "xla")
+        inputs, targets = (jnp.asarray(a.reshape(8, -1)) for a in batch.values())
+
+        def total(params):
+            logits = jax.sharding.reshard(spec.bind(params)(inputs), jax.P(None, None, None))
+            logits = logits[..., : plain.vocab_size]
+            lse = jax.nn.logsumexp(logits, axis=-1)
+            right = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+            counted = targets != IGNORE
+            loss = jnp.mean(lse - right, where=counted)
+            return loss + 0.05 * jnp.mean(lse**2, where=counted), loss
+
+        grads, loss = jax.jit(jax.grad(total, has_aux=True))(before.params)
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
+    assert norm > 0.5, "clipping must bite"
+    decayed = jax.tree_util.tree_map_with_path(
+        lambda path, p: 0.0 * p if path[-1].key in ("bias", "scale") else 0.1 * p, before.params
+    )
+    want = jax.tree.map(lambda g, d: np.ravel(-0.5 * (g * 0.5 / norm + d)), grads, decayed)
+    want, got = np.concatenate(jax.tree.leaves(want)), change(before, after)
+    close = 1e-5 if dtype == "float32" else 2e-2  # of float16's 11 bits some are lost on the way
+    assert np.linalg.norm(got - want) < close * np.linalg.norm(want)
+    np.testing.assert_allclose(found["loss"], loss, rtol=close)
+    np.testing.assert_allclose(found["grad_norm"], norm, rtol=close)
+    assert found["learning_rate"] == [0.5]
+
+
+def test_the_logged_learning_rate_is_the_applied_one_and_reaches_its_end(monkeypatch):
+    """Five of twenty steps are skipped: their updates are lost, their share of the schedule is not."""
+    honest = step_module.token_losses
+    poison, bad_steps = 77, {3, 4, 9, 15, 16}
+
+    def poisoned(model, micro, key):
+        nats, lse = honest(model, micro, key)
+        return jnp.where(jnp.all(micro["inputs"] == poison), jnp.nan, nats), lse
+
+    monkeypatch.setattr(step_module, "token_losses", poisoned)
+    config = dataclasses.replace(tiny_config(num_layers=1), num_steps=20)
+    fields = plain_sgd(schedule="linear", final_lr_ratio=0.1, warmup_steps=5)
+    config.optim = OptimConfig(learning_rate=1.0, **fields)
+    batches = [random_batch(config, seed=k) for k in range(20)]
+    for step in bad_steps:
+        batches[step - 1]["inputs"][:] = poison
+    found, states = train_on(config, 20, batches=batches)
+    for step in range(1, 21):
+        moved = np.linalg.norm(change(states[step - 1], states[step]).astype(np.float64))
+        if step in bad_steps:
+            assert moved == 0 and not np.isfinite(found["loss"][step - 1])
+            continue
+        applied = moved / found["grad_norm"][step - 1]
+        np.testing.assert_allclose(applied, found["learning_rate"][step - 1], rtol=1e-3)
+    want = [step / 5 if step <= 5 else 1 - 0.9 * (step - 5) / 15 for step in range(1, 21)]
+    np.testing.assert_allclose(found["learning_rate"], want, rtol=1e-5)
+    assert found["skipped"][-1] == 5
 
 
 def test_float16_trains_like_float32():
@@ -56,6 +184,7 @@ def test_float16_skips_an_overflow_and_halves_the_scale(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     jax.tree.map(np.testing.assert_array_equal, before.opt_state, after.opt_state)
     assert after.loss_scale["scale"] == 2.0**39 and after.step == 1
+    assert after.bad == {"in_a_row": 0, "skipped": 0}, "not the step's fault"
 
 
 def test_the_scale_doubles_after_many_finite_steps():
@@ -69,7 +198,8 @@ def test_every_optimizer_learns_and_is_the_same_on_a_mesh(name):
     rate = {"muon": 1e-2, "lion": 2e-3, "adafactor": 1e-2, "sgd": 0.3}[name]
 
     def run(shape):
-        config = tiny_config(shape)
+        wide = {"embed_dim": 128} if name == "adafactor" else {}  # it factors from 128 on
+        config = tiny_config(shape, **wide)
         config.optim.name, config.optim.learning_rate = name, rate
         return train(config, same_batch=True)
 
