@@ -139,7 +139,8 @@ def carry_on(
         record_end(workdir, last_step, "diverged" if code == DIVERGED else reason)
     if code == 0 and is_first:
         say(
-            f"done      {outcome(loop, config)} in {duration(clock.now())}; everything is in {workdir}\n"
+            f"done      {outcome(loop, config)} in {duration(clock.now())}; everything is in"
+            f" {workdir}\n"
             f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='def '\n"
             f"          python -m jaxgpt.evaluate --workdir={workdir}\n"
             f"          tensorboard --logdir={workdir}/tensorboard"

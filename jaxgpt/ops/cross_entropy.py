@@ -24,10 +24,10 @@ def cross_entropy(
     """Returns (-log p(target) in nats, logsumexp of the logits), both 0 where target is IGNORE.
 
     Logits are `finish(x @ table.T in float32, ids)`, elementwise, with the ids of the columns [V].
-    `table` is the parameter as it is split, V over `tensor` and D over `fsdp`. Each part of its rows
-    is gathered when its turn comes, in both passes, and its gradient scattered at once; the backward
-    pass makes a part's logits anew, one more product for never keeping them. x's gradient adds up in
-    float32. Gradients follow from p - onehot, as logsumexp's is p.
+    `table` is the parameter as it is split, V over `tensor` and D over `fsdp`. Each part of its
+    rows is gathered when its turn comes, in both passes, and its gradient scattered at once; the
+    backward pass makes a part's logits anew, one more product for never keeping them. x's gradient
+    adds up in float32. Gradients follow from p - onehot, as logsumexp's is p.
     """
     specs = rules("batch", "seq", None), rules("vocab", "embed"), rules("batch", "seq")
     return _cross_entropy(*jax.sharding.reshard((x, table, targets), specs), finish, rules)
@@ -129,8 +129,8 @@ def _parts(table, flat):
 
 
 def _logits(flat, kernel, first, finish, rules):
-    """Returns a part's logits [M, V / parts], the ids of its columns, its kernel in the compute dtype
-    and whole over `fsdp`, and the pullback of `finish`."""
+    """Returns a part's logits [M, V / parts], the ids of its columns, its kernel in the compute
+    dtype and whole over `fsdp`, and the pullback of `finish`."""
     kernel = collected(kernel.astype(flat.dtype), 1, rules)
     raw = jnp.einsum("MD,VD->MV", flat, kernel, preferred_element_type=jnp.float32)
     ids = first + jnp.arange(kernel.shape[0])

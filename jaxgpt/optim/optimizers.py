@@ -37,8 +37,8 @@ def adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
 
 
 def per_layer(inner: optax.GradientTransformation, axes) -> optax.GradientTransformation:
-    """Returns `inner` run on the matrices of each layer apart (see `as_matrices`); `axes` says where
-    its state gets the axis of layers, as `jax.vmap` has it."""
+    """Returns `inner` run on the matrices of each layer apart (see `as_matrices`); `axes` says
+    where its state gets the axis of layers, as `jax.vmap` has it."""
 
     def init(params):
         if not jax.tree.leaves(params):  # all frozen

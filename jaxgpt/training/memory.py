@@ -29,8 +29,8 @@ def check_memory(state: TrainState, mesh: Mesh) -> None:
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
         raise BadInput(
             f"the model does not fit: its {parameters:,} parameters and their optimizer state take"
-            f" {each:,} bytes ({each / GIB:,.1f} GiB) a device, {needed:,} in all here, and {of} has"
-            f" {there:,}; make model.num_layers or model.embed_dim smaller, or split it with"
+            f" {each:,} bytes ({each / GIB:,.1f} GiB) a device, {needed:,} in all here, and {of}"
+            f" has {there:,}; make model.num_layers or model.embed_dim smaller, or split it with"
             " mesh.fsdp over more devices"
         )
 

@@ -140,7 +140,7 @@ def test_one_update_against_plain_autodiff(dtype):
 
 
 def test_the_logged_learning_rate_is_the_applied_one_and_reaches_its_end(monkeypatch):
-    """Five of twenty steps are skipped: their updates are lost, their share of the schedule is not."""
+    """Five of twenty steps are skipped: their updates are lost, the schedule does not wait."""
     honest = step_module.token_losses
     poison, bad_steps = 77, {3, 4, 9, 15, 16}
 
