@@ -84,7 +84,10 @@ def token_losses(model: GPT, micro: Micro, dropout_key):
 
 
 def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):
-    """Returns the summed (gradients, loss); one microbatch needs neither loop nor buffer."""
+    """Returns the summed (gradients, loss); one microbatch needs neither loop nor buffer.
+
+    The sum is float32: in bfloat16 the 257th of equal gradients would change nothing.
+    """
     num_micro = batch["inputs"].shape[0]
     if num_micro == 1:
         return gradient(jax.tree.map(lambda x: x[0], batch), 0)
@@ -93,8 +96,10 @@ def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):
         micro, index = numbered
         return jax.tree.map(jnp.add, total, gradient(micro, index)), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32))
-    return jax.lax.scan(add, zeros, (batch, jnp.arange(num_micro)))[0]
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    start = (zeros, jnp.zeros((), jnp.float32))
+    grads, loss = jax.lax.scan(add, start, (batch, jnp.arange(num_micro)))[0]
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), loss
 
 
 def _average(ema: dict, params: dict, mask: dict, decay: float) -> dict:

@@ -139,6 +139,16 @@ def test_one_update_against_plain_autodiff(dtype):
     assert found["learning_rate"] == [0.5]
 
 
+def test_many_microbatches_of_bfloat16_gradients_add_up():
+    params = {"w": jnp.ones(3, jnp.bfloat16), "frozen": None}
+    one = ({"w": jnp.ones(3, jnp.bfloat16), "frozen": None}, jnp.float32(0.5))
+    batch = {"inputs": jnp.zeros((512, 1, 1), jnp.int32)}
+    summed = jax.jit(lambda: step_module._sum_over_microbatches(lambda m, i: one, batch, params))
+    grads, loss = summed()
+    assert grads["w"].dtype == jnp.bfloat16 and np.all(np.asarray(grads["w"], float) == 512)
+    assert loss == 256
+
+
 def test_the_logged_learning_rate_is_the_applied_one_and_reaches_its_end(monkeypatch):
     """Five of twenty steps are skipped: their updates are lost, the schedule does not wait."""
     honest = step_module.token_losses
