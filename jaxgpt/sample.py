@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     rows = read_rows(values.prompt_file, request) if values.prompt_file else []
     trained = open_trained(values.workdir, values.step)
     with jax.set_mesh(trained.mesh):
-        decoder = Decoder.of(trained.spec, trained.params(), trained.tokenizer.vocab_size)
+        decoder = trained.decoder()
         if values.interactive:
             interact(decoder, trained, request)
         elif values.prompt_file:

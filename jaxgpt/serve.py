@@ -1,12 +1,17 @@
 """Serve a run: python -m jaxgpt.serve --workdir=DIR [--host=127.0.0.1 --port=8000]
 
 OpenAI's /v1/completions (text in, text out, with streaming), /v1/models, /healthz, and a page to
-try it at /. Needs `pip install -e '.[serve]'`. Anyone who can reach the port may use it: put a proxy
-with a password in front before binding it to anything but 127.0.0.1.
+try it at /. Needs `pip install -e '.[serve]'`. Whoever can reach the port may use it, unless there
+is an --api_key; web pages of other origins may not, unless --allow_origin names them.
 """
 
-import asyncio
+import os
+import signal
 import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,9 +20,9 @@ from absl import flags
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.extras import require
-from jaxgpt.inference.decode import Decoder
 from jaxgpt.inference.trained import open_trained
 
+PATIENCE = 20  # seconds that a client has to send its whole request
 GRACE = 4  # seconds that texts under way have to finish once the server is told to end
 
 
@@ -30,38 +35,75 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("name", "", "the model's name; default: the workdir's", flag_values=values)
     flags.DEFINE_integer("slots", 8, "texts that grow side by side", flag_values=values)
     flags.DEFINE_integer("max_waiting", 256, "requests that may wait", flag_values=values)
+    flags.DEFINE_multi_string(
+        "allow_origin", [], "pages of this origin may ask too; repeatable", flag_values=values
+    )
+    flags.DEFINE_string(
+        "api_key", "", "what /v1/ wants; default: $JAXGPT_API_KEY", flag_values=values
+    )
     parse(values, argv, __doc__)
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     for name, least, most in (("slots", 1, 1024), ("max_waiting", 1, 10**6), ("port", 0, 65535)):
         if not least <= values[name].value <= most:
             raise BadInput(f"--{name}={values[name].value} must be from {least} to {most}")
-    uvicorn = require("uvicorn", "serve", "jaxgpt.serve")
+    require("uvicorn", "serve", "jaxgpt.serve")
     require("starlette", "serve", "jaxgpt.serve")
+    from jaxgpt.serving.guard import Guard
+
+    key = values.api_key or os.environ.get("JAXGPT_API_KEY", "")
+    guard = Guard(values.host, values.allow_origin, key)
+    listening = bind(values.host, values.port)
+    with at_once():
+        serve(values, guard, listening)
+
+
+def serve(values: flags.FlagValues, guard, listening: socket.socket) -> None:
+    """Serves until a signal comes, and ends the process."""
+    import uvicorn
+
     from jaxgpt.serving.app import make_app
     from jaxgpt.serving.batcher import Batcher
+    from jaxgpt.serving.connections import Server, connection_class, most_connections
 
-    listening = bind(values.host, values.port)
     trained = open_trained(values.workdir, values.step)
     with jax.set_mesh(trained.mesh):
-        decoder = Decoder.of(trained.spec, trained.params(), trained.tokenizer.vocab_size)
+        decoder = trained.decoder()
     batcher = Batcher(decoder, trained.mesh, trained.tokenizer, values.slots, values.max_waiting)
     say("compile   the programs of the shortest prompts")
     batcher.warm_up()
     host, port = listening.getsockname()[:2]
     name = values.name or Path(values.workdir).resolve().name
     say(f"serving   {name}, step {trained.step}, at http://{host}:{port}/ (Ctrl-C ends)")
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets=None):  # the batcher first: uvicorn waits for its answers
-            closing = asyncio.create_task(asyncio.to_thread(batcher.close, GRACE))
-            await super().shutdown(sockets)
-            await closing
-
     config = uvicorn.Config(
-        make_app(batcher, name), log_level="warning", timeout_graceful_shutdown=3 * GRACE
+        make_app(batcher, name, guard, PATIENCE),
+        http=connection_class(most_connections(), PATIENCE),
+        ws="none",
+        log_level="error",
+        timeout_graceful_shutdown=3 * GRACE,
     )
-    Server(config).run(sockets=[listening])
+    server = Server(config, partial(batcher.close, GRACE), batcher.thread.is_alive)
+    server.run(sockets=[listening])
+    if batcher.failure:
+        raise batcher.failure
+    _leave(server.ended_by)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Lets a signal end the process at once: nothing is there to save, and the interpreter's own end
+    would wait for a thread that compiles, or abort in it."""
+    before = {n: signal.signal(n, lambda n, _: _leave(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int) -> None:
+    sys.stdout.flush()
+    os._exit(128 + number)
 
 
 def bind(host: str, port: int) -> socket.socket:

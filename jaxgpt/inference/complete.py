@@ -1,6 +1,8 @@
 """Text in, text out: what people and servers ask of a `Decoder`."""
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -30,8 +32,11 @@ class Continuation:
     """One text as it grows: never half a character, never a part of a stop string.
 
     `text` is what may be shown so far; `tokens` and `scores` are what was generated for it, the
-    end-of-text left out; `finish` is "" while it grows, then "stop" (end-of-text, or a stop string)
-    or "length".
+    end-of-text left out; `finish` is "" while it grows, then "stop" (end-of-text, or a stop string),
+    "length", or "broken" (the model's numbers are not finite).
+
+    `told` has a row for each token, and for an end-of-text: its id, score, the likeliest ids in its
+    place with theirs, and where in the text it starts.
     """
 
     def __init__(self, tokenizer: Tokenizer, request: Request, prompt: Iterable = ()):
@@ -41,15 +46,23 @@ class Continuation:
         self.stops = [StopString(stop) for stop in request.stop]
         self.tokens: list[int] = []
         self.scores: list[float] = []
+        self.told: list[tuple[int, float, Sequence, int]] = []
         self.text, self.finish = "", ""
         self.held = ""  # certain, but perhaps the start of a stop string
 
-    def feed(self, tokens: Sequence[int], scores: Sequence[float]) -> str:
-        """Takes the next tokens and their log-probabilities; returns the text that they add."""
+    def feed(
+        self, tokens: Sequence[int], scores: Sequence[float], best: Sequence[Sequence] = ()
+    ) -> str:
+        """Takes the next tokens and their log-probabilities (and of each the likeliest ids in its
+        place, with theirs); returns the text that they add."""
         before = len(self.text)
-        for token, score in zip(tokens, scores, strict=True):
+        for token, score, others in itertools.zip_longest(tokens, scores, best, fillvalue=()):
             if self.finish:
                 break
+            if not math.isfinite(score):
+                self._end("broken")
+                break
+            self.told.append((int(token), float(score), others, len(self.text) + len(self.held)))
             if token == self.tokenizer.end_of_text:
                 self._end("stop")
                 break
@@ -59,6 +72,14 @@ class Continuation:
             if not self.finish and len(self.tokens) == self.request.max_new_tokens:
                 self._end("length")
         return self.text[before:]
+
+    @property
+    def num_told(self) -> int:
+        """How many rows of `told` belong to the text shown so far."""
+        ended = self.told and self.told[-1][0] == self.tokenizer.end_of_text
+        if self.finish == "length" or ended:
+            return len(self.told)
+        return bisect.bisect_left(self.told, len(self.text), key=lambda row: row[-1])
 
     def _show(self, new: str) -> None:
         """Adds `new` to the text, up to the stop string that is complete first."""
@@ -157,7 +178,7 @@ def request_of(row: dict, default: Request, where: str, least: int = 1) -> Reque
     given = {name: row[name] for name in kinds if name in row}
     for name, value in given.items():
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
-            raise BadInput(f"{where}: {name}={_shown(value)} is not of the right type")
+            raise BadInput(f"{where}: {name}={shown(value)} is not of the right type")
     check_text(given["prompt"], f"{where}: prompt")
     stop = given.pop("stop", list(default.stop))
     stop = tuple([stop] if isinstance(stop, str) else stop)
@@ -176,7 +197,7 @@ def check_stops(stops: Sequence[object], name: str) -> None:
     """Raises `BadInput`, naming the field, for stop strings that cannot be."""
     for stop in stops:
         if not isinstance(stop, str) or not stop:
-            raise BadInput(f"{name}={_shown(list(stops))} must hold strings that are not empty")
+            raise BadInput(f"{name}={shown(list(stops))} must hold strings that are not empty")
         if len(stop) > LONGEST_STOP:
             raise BadInput(
                 f"{name} holds a string of {len(stop)} characters; at most {LONGEST_STOP}"
@@ -187,9 +208,9 @@ def check_stops(stops: Sequence[object], name: str) -> None:
 def check_range(name: str, value: int, least: int, most: int) -> None:
     """Raises `BadInput`, naming the field, for a number that is not from `least` to `most`."""
     if value < least:
-        raise BadInput(f"{name}={_shown(value)} must be at least {least}")
+        raise BadInput(f"{name}={shown(value)} must be at least {least}")
     if value > most:
-        raise BadInput(f"{name}={_shown(value)} must be from {least} to {most}")
+        raise BadInput(f"{name}={shown(value)} must be from {least} to {most}")
 
 
 def _floated(value: int | float, kind: object) -> int | float:
@@ -199,6 +220,10 @@ def _floated(value: int | float, kind: object) -> int | float:
     return float(value) if abs(value) < 2**63 else math.inf * (1 if value > 0 else -1)
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def shown(value: object) -> str:
+    """Returns a value of any length as a message quotes it."""
+    try:
+        text = repr(value)
+    except RecursionError:  # JSON may nest as deep as Python allows
+        return f"{type(value).__name__} (nested too deep)"
     return text if len(text) < 100 else f"{text[:50]}... ({len(text)} characters)"

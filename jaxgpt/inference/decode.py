@@ -25,6 +25,7 @@ from jaxgpt.tokenizer import Tokenizer
 BUCKET = 64  # slots of a cache are rounded up to a multiple, so that few shapes are compiled
 PROMPT = 16  # and prompts to a few multiples of this
 CHUNK = 20  # tokens of each row between two looks
+BEST = 5  # alternatives to a token that may be told
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +78,7 @@ class Decoder:
         """Reads the prompts into a cache with room for `new` tokens more, or of `slots` in all. What
         grows beyond the context (see `check_length`) is of no use, and harms no other row."""
         lengths = np.array([len(p) for p in prompts], np.int32)
-        width = _bucket(int(lengths.max()), PROMPT)
+        width = bucket(int(lengths.max()), PROMPT)
         room = width + _up(new, CHUNK)
         if slides(self.cfg):
             room = min(room, max(width, _up(self.cfg.window, BUCKET)))
@@ -90,16 +91,18 @@ class Decoder:
         )
 
     def more(
-        self, rows: Rows, count: int = CHUNK, reach: int = 0
-    ) -> tuple[Rows, tuple[jax.Array, jax.Array]]:
+        self, rows: Rows, count: int = CHUNK, reach: int = 0, best: bool = False
+    ) -> tuple[Rows, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
         """Returns the rows grown by `count` tokens, those tokens, and the log-probability that the
         model (no filter, temperature 1) gave each: [B, count]. It takes `rows` away.
 
-        `reach` > 0 says that no row has more tokens yet, so that no more of the cache is read.
+        `reach` > 0 says that no row has more tokens yet, so that no more of the cache is read. Last
+        come the BEST likeliest ids in each token's place, and their log-probabilities: zeros unless
+        `best`, which changes no program.
         """
         slots = rows.cache.positions.shape[1]
-        span = slots if reach <= 0 else min(slots, _bucket(reach, BUCKET))
-        return _more(self.spec, count, span, self.drawable, self.params, rows)
+        span = slots if reach <= 0 else min(slots, bucket(reach, BUCKET))
+        return _more(self.spec, count, span, self.drawable, self.params, rows, best)
 
 
 def slides(cfg: ModelConfig) -> bool:
@@ -172,7 +175,7 @@ def stream(
         if made < new:
             rows, following = decoder.more(rows, chunk, longest + made)
         if coming is not None:
-            tokens, scores = jax.device_get(coming)
+            tokens, scores = jax.device_get(coming[:2])
             left = new - (made - chunk)
             yield tokens[:, :left], scores[:, :left]
             ended |= (tokens == end).any(axis=1)
@@ -217,7 +220,7 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def _more(spec: ModelSpec, count: int, span: int, drawable: int, params: dict, rows: Rows):
+def _more(spec: ModelSpec, count: int, span: int, drawable: int, params: dict, rows: Rows, best):
     model = spec.bind(params)
     table, batch = model.table(), rows.token.shape[0]
     read, fresh = first(rows.cache, span), empty(spec.cfg, batch, count, spec.rules)
@@ -228,15 +231,36 @@ def _more(spec: ModelSpec, count: int, span: int, drawable: int, params: dict, r
         logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
         keys = jax.vmap(jax.random.fold_in)(rows.keys, position + 1)
         token = draw(only(logits, drawable), keys, rows.sampling, seen)
-        score = _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
+        told = jax.lax.cond(best, partial(best_of, drawable=drawable), _score_of, logits, token)
         seen = seen.at[jnp.arange(batch), token].set(True)
-        return (recent, token, position + 1, seen), (token, score)
+        return (recent, token, position + 1, seen), (token, *told)
 
     carry = (fresh, rows.token, rows.position, rows.seen)
-    (recent, token, position, seen), (tokens, scores) = jax.lax.scan(step, carry, jnp.arange(count))
+    (recent, token, position, seen), told = jax.lax.scan(step, carry, jnp.arange(count))
     cache = merged(rows.cache, recent, spec.rules)
     grown = Rows(cache, token, position, seen, rows.keys, rows.sampling)
-    return grown, (tokens.T, scores.T)
+    return grown, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), told)
+
+
+def best_of(
+    logits: Float[Array, "B V"], token: Int[Array, "B"], drawable: int
+) -> tuple[Float[Array, "B"], Int[Array, "B K"], Float[Array, "B K"]]:
+    """Returns each token's log-probability, the BEST likeliest ids and their log-probabilities. So
+    many passes over the logits: `lax.top_k` sorts them."""
+    total = jax.nn.logsumexp(logits, axis=-1)
+    left, ids = only(logits, drawable), []
+    for _ in range(BEST):
+        ids.append(jnp.argmax(left, axis=-1).astype(jnp.int32))
+        left = jnp.where(jnp.arange(left.shape[-1]) == ids[-1][:, None], -jnp.inf, left)
+    best = jnp.stack([_at(logits, i) for i in ids], axis=-1) - total[:, None]
+    return _at(logits, token) - total, jnp.stack(ids, axis=-1), best
+
+
+def _score_of(logits, token):
+    """Returns what `best_of` does, without looking for the likeliest."""
+    none = jnp.zeros((len(token), BEST))
+    score = _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
+    return score, none.astype(jnp.int32), none
 
 
 def only(logits: Float[Array, "B V"], drawable: int) -> Float[Array, "B V"]:
@@ -248,7 +272,7 @@ def _at(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"
     return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
 
 
-def _bucket(number: int, least: int) -> int:
+def bucket(number: int, least: int) -> int:
     """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... times `least` that is at least
     `number`: few programs, each with little too much to do."""
     power = least * 2 ** max(math.ceil(math.log2(number / least)), 0)

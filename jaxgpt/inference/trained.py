@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config import BadInput, Config, MeshConfig
 from jaxgpt.config.load import read_config
+from jaxgpt.inference.decode import Decoder
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.parallel.mesh import make_mesh
@@ -31,6 +33,23 @@ class Trained:
         abstract = jax.eval_shape(self.spec.init, jax.random.key(0))
         average = self.config.optim.ema_decay > 0
         return self.checkpoints.restore_params(self.step, abstract, average)
+
+    def decoder(self) -> Decoder:
+        """Returns the decoder of `params`; call under `jax.set_mesh(mesh)`.
+
+        Raises:
+          BadInput: if a weight is not a finite number, so that no text would come of it.
+        """
+        params = self.params()
+        finite = jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
+        for path, good in jax.tree.leaves_with_path(jax.device_get(finite)):
+            if not good:
+                raise BadInput(
+                    f"checkpoint {self.step} of {self.checkpoints.folder.parent} holds weights that"
+                    f" are not finite ({jax.tree_util.keystr(path, simple=True, separator='/')});"
+                    " choose another with --step"
+                )
+        return Decoder.of(self.spec, params, self.tokenizer.vocab_size)
 
 
 def open_trained(workdir: str, step: int | None) -> Trained:

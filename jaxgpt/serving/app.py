@@ -10,23 +10,33 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from jaxgpt.serving.batcher import Batcher, Busy, Job
-from jaxgpt.serving.openai import Asked, Refused, choice, understood, usage
+from jaxgpt.serving.batcher import Batcher, Busy, Group
+from jaxgpt.serving.guard import Guard, refusal, reply
+from jaxgpt.serving.openai import Asked, Refused, logprobs, prompt_rows, understood, usage
 
 MAX_BODY = 1 << 20  # bytes
 LISTENING = 0.5  # seconds between two looks whether the client is still there
 PAGE = Path(__file__).with_name("page.html")
 
 
-def make_app(batcher: Batcher, model: str) -> Starlette:
-    """Returns the ASGI application that answers from `batcher` under the name `model`."""
+def make_app(batcher: Batcher, model: str, guard: Guard, seconds: float = 30) -> Starlette:
+    """Returns the ASGI application that answers from `batcher` under the name `model` to whom
+    `guard` lets in. A body must be whole within `seconds`."""
 
     async def completions(request: Request) -> Response:
-        asked = understood(await _body(request), model, batcher.tokenizer, batcher.decoder.cfg)
+        try:
+            async with asyncio.timeout(seconds):
+                body = await _body(request)
+        except TimeoutError as e:
+            raise Refused(408, f"the body was not whole after {seconds:g} seconds") from e
+        asked = await asyncio.to_thread(  # a long prompt is tokenized beside other answers
+            understood, body, model, batcher.tokenizer, batcher.decoder.cfg
+        )
         answer = Answer(batcher, asked, model)
         if asked.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
@@ -34,18 +44,18 @@ def make_app(batcher: Batcher, model: str) -> Starlette:
 
     async def models(request: Request) -> Response:
         entry = {"id": model, "object": "model", "created": 0, "owned_by": "jaxgpt"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        return reply({"object": "list", "data": [entry]})
 
     async def one_model(request: Request) -> Response:
         if (name := request.path_params["name"]) != model:
             raise Refused(404, f"there is no model {name!r}, only {model!r}", "model_not_found")
-        return JSONResponse({"id": model, "object": "model", "created": 0, "owned_by": "jaxgpt"})
+        return reply({"id": model, "object": "model", "created": 0, "owned_by": "jaxgpt"})
 
     async def health(request: Request) -> Response:
-        counts = {"active": batcher.active, "waiting": len(batcher.waiting)}
+        counts = {"model": model, "active": batcher.active, "waiting": len(batcher.waiting)}
         if batcher.closing:
-            return JSONResponse({"status": "closing"} | counts, 503)
-        return JSONResponse({"status": "ok"} | counts)
+            return reply({"status": "closing"} | counts, 503)
+        return reply({"status": "ok"} | counts)
 
     async def page(request: Request) -> Response:
         return HTMLResponse(PAGE.read_text())
@@ -58,7 +68,12 @@ def make_app(batcher: Batcher, model: str) -> Starlette:
             Route("/v1/models/{name:path}", one_model),
             Route("/v1/completions", completions, methods=["POST"]),
         ],
-        exception_handlers={Refused: _refused, HTTPException: _no_such},
+        exception_handlers={
+            Refused: lambda request, e: refusal(e),
+            HTTPException: _no_such,
+            Exception: _failed,
+        },
+        middleware=[Middleware(guard)],
     )
 
 
@@ -78,14 +93,13 @@ async def _body(request: Request) -> object:
         raise Refused(400, "the body is not JSON in UTF-8") from e
 
 
-async def _refused(request: Request, e: Refused) -> Response:
-    headers = {"Retry-After": "1"} if e.status in (429, 503) else None
-    return JSONResponse(e.body(), e.status, headers)
-
-
 async def _no_such(request: Request, e: HTTPException) -> Response:
     what = f"{request.method} {request.url.path}: {e.detail.lower()}"
-    return JSONResponse(Refused(e.status_code, what).body(), e.status_code, e.headers)
+    return reply(Refused(e.status_code, what).body(), e.status_code, e.headers)
+
+
+async def _failed(request: Request, e: Exception) -> Response:
+    return refusal(Refused(500, f"a fault of the server: {type(e).__name__}"))
 
 
 class Answer:
@@ -93,31 +107,32 @@ class Answer:
 
     def __init__(self, batcher: Batcher, asked: Asked, model: str):
         self.batcher, self.asked, self.model = batcher, asked, model
+        self.tokenizer = batcher.tokenizer
         self.news: asyncio.Queue[tuple[int, str, str, int]] = asyncio.Queue()
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
-        self.jobs: list[Job] = []
+        pairs = zip(asked.prompts, asked.requests, strict=True)
+        wanted = [(*pair, self._hearing(i)) for i, pair in enumerate(pairs)]
+        group = Group(best=asked.logprobs > 0, prompt_scores=asked.echo and asked.logprobs >= 0)
+        if len(wanted) > batcher.capacity:
+            raise Refused(400, f"this server takes at most {batcher.capacity} choices", param="n")
         try:
-            for i, (prompt, request) in enumerate(zip(asked.prompts, asked.requests, strict=True)):
-                self.jobs.append(batcher.submit(prompt, request, self._hearing(i)))
+            self.jobs = batcher.submit(wanted, group)
         except Busy as e:
-            self._cancel()
             if batcher.closing:
                 raise Refused(503, "the server is shutting down") from e
-            raise Refused(429, "too many requests wait already; try again", "rate_limit") from e
+            raise Refused(
+                429, "too many requests wait already; try again", "rate_limit_exceeded"
+            ) from e
 
     def _hearing(self, i: int):
         loop = asyncio.get_running_loop()
 
         def heard(piece, text) -> None:
             with suppress(RuntimeError):  # the loop has closed: nobody listens
-                told = (i, piece, text.finish, len(text.tokens))
+                told = (i, piece, text.finish, text.num_told)
                 loop.call_soon_threadsafe(self.news.put_nowait, told)
 
         return heard
-
-    def _cancel(self) -> None:
-        for job in self.jobs:
-            self.batcher.cancel(job)
 
     def _answer(self, choices: list[dict], **more) -> dict:
         return {
@@ -129,12 +144,23 @@ class Answer:
             **more,
         }
 
-    def _choice(
-        self, i: int, text: str, told: slice = slice(None), finish: str | None = None
-    ) -> dict:
-        job = self.jobs[i]
-        found = choice(i, text, job.text, self.batcher.tokenizer, self.asked.logprobs, told)
-        return found | ({} if finish is None else {"finish_reason": finish or None})
+    def _choice(self, i: int, text: str, told: slice, finish: str, prompt: bool = False) -> dict:
+        """Returns choice `i` with `text`, the tokens `told` of its continuation, and before them
+        those of its prompt if `prompt`.
+
+        Raises:
+          Refused: 500, where the model's numbers are not finite.
+        """
+        job, found = self.jobs[i], None
+        if finish == "broken":
+            raise Refused(500, "the model's probabilities are not numbers")
+        if self.asked.logprobs >= 0:
+            rows, length, tokenizer = job.text.told[told], len(job.request.prompt), self.tokenizer
+            rows = [(*row, length + at) for *row, at in rows]
+            if prompt and job.prompt_scores:
+                rows = prompt_rows(job.prompt, job.prompt_scores, tokenizer) + rows
+            found = logprobs(rows, self.asked.logprobs, tokenizer)
+        return {"index": i, "text": text, "logprobs": found, "finish_reason": finish or None}
 
     async def whole(self, request: Request) -> Response:
         """Returns the answer once every choice is finished.
@@ -155,34 +181,43 @@ class Answer:
                     raise Refused(503, "the server is shutting down")
                 left -= bool(finish)
         finally:
-            self._cancel()
-        prompts = [request.prompt if self.asked.echo else "" for request in self.asked.requests]
-        choices = [self._choice(i, prompts[i] + job.text.text) for i, job in enumerate(self.jobs)]
+            self.batcher.cancel(self.jobs)
+        echo, choices = self.asked.echo, []
+        for i, job in enumerate(self.jobs):
+            text = job.request.prompt * echo + job.text.text
+            told = slice(0, job.text.num_told)
+            choices.append(self._choice(i, text, told, job.text.finish, prompt=echo))
         counts = usage(self.asked, [job.text for job in self.jobs])
-        return JSONResponse(self._answer(choices, usage=counts))
+        return reply(self._answer(choices, usage=counts))
 
     async def events(self) -> AsyncIterator[str]:
         """Yields server-sent events: a piece of a choice each, then `[DONE]`."""
         left, told = len(self.jobs), [0] * len(self.jobs)
+        unechoed = set(range(left)) if self.asked.echo else set()
         try:
-            if self.asked.echo:
-                for i, request in enumerate(self.asked.requests):
-                    yield _event(self._answer([self._choice(i, request.prompt, slice(0, 0), "")]))
             while left:
                 i, piece, finish, tokens = await self.news.get()
                 if finish == "closed":
                     yield _event(Refused(503, "the server is shutting down").body())
                     return
-                yield _event(self._answer([self._choice(i, piece, slice(told[i], tokens), finish)]))
+                if i in unechoed:  # not before: its prompt has its scores now
+                    unechoed.remove(i)
+                    prompt = self.jobs[i].request.prompt
+                    echoed = self._choice(i, prompt, slice(0, 0), "", prompt=True)
+                    yield _event(self._answer([echoed]))
+                found = self._choice(i, piece, slice(told[i], tokens), finish)
+                yield _event(self._answer([found]))
                 told[i] = tokens
                 left -= bool(finish)
             if self.asked.include_usage:
                 counts = usage(self.asked, [job.text for job in self.jobs])
                 yield _event(self._answer([], usage=counts))
             yield "data: [DONE]\n\n"
+        except Refused as e:
+            yield _event(e.body())
         finally:
-            self._cancel()  # where the client has gone, too
+            self.batcher.cancel(self.jobs)  # where the client has gone, too
 
 
 def _event(value: dict) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(value, allow_nan=False)}\n\n"

@@ -8,8 +8,8 @@ same alone and in a crowd.
 import dataclasses
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import jax
@@ -20,29 +20,46 @@ from jax.sharding import Mesh
 from jaxgpt.inference.complete import Continuation, Request
 from jaxgpt.inference.decode import Decoder, Rows, keys_of
 from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.score import Scores, score_prompt
 from jaxgpt.tokenizer import Tokenizer
 
 CHUNK = 4  # tokens between two looks
 
 
 class Busy(Exception):
-    """More requests wait already than may."""
+    """The queue is full, or the batcher is closing."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """What the jobs of one HTTP request share: whether they want the likeliest ids in the place of
+    each token (`best`), and the scores of their prompts (`prompt_scores`)."""
+
+    best: bool = False
+    prompt_scores: bool = False
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
     """A request on its way: `heard(text just added, its state)` is called from the batcher's
-    thread, the last time with `state.finish` set ("stop", "length", or "closed" at a shutdown)."""
+    thread, the last time with `state.finish` set ("stop", "length", "broken", or "closed" at a
+    shutdown)."""
 
     prompt: np.ndarray
     request: Request
     heard: Callable[[str, Continuation], None]
     text: Continuation
+    group: Group
+    prompt_scores: Scores | None = None
     cancelled: bool = False
 
 
 class Batcher:
-    """Serves a decoder from `slots` slots; at most `max_waiting` requests wait for one."""
+    """Serves a decoder from `slots` slots; at most `max_waiting` jobs wait for one.
+
+    No group gets the last slot beside its own others, and the group with the fewest slots is next:
+    one that asks for many long texts does not keep another out.
+    """
 
     def __init__(
         self, decoder: Decoder, mesh: Mesh, tokenizer: Tokenizer, slots: int, max_waiting: int
@@ -52,6 +69,7 @@ class Batcher:
         self.max_waiting, self.waiting = max_waiting, deque()
         self.room = decoder.cfg.max_seq_len
         self.changed, self.closing, self.deadline = threading.Condition(), False, 0.0
+        self.failure: BaseException | None = None  # what ended the thread, if not `close`
         self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self.thread.start()
 
@@ -60,25 +78,38 @@ class Batcher:
         """How many texts grow now."""
         return sum(job is not None for job in self.jobs)
 
+    @property
+    def capacity(self) -> int:
+        """How many jobs may be under way, growing or waiting."""
+        return len(self.jobs) + self.max_waiting
+
     def submit(
-        self, prompt: np.ndarray, request: Request, heard: Callable[[str, Continuation], None]
-    ) -> Job:
-        """Queues a request whose length was checked.
+        self, asked: Sequence[tuple[np.ndarray, Request, Callable]], group: Group
+    ) -> list[Job]:
+        """Queues (prompt, request, heard) whose lengths were checked: all of them, or none.
 
         Raises:
           Busy: if too many wait already, or the batcher is closing.
         """
-        job = Job(prompt, request, heard, Continuation(self.tokenizer, request))
+        jobs = [
+            Job(prompt, request, heard, Continuation(self.tokenizer, request, prompt), group)
+            for prompt, request, heard in asked
+        ]
         with self.changed:
-            if self.closing or len(self.waiting) >= self.max_waiting:
+            if self.closing or len(self.waiting) + self.active + len(jobs) > self.capacity:
                 raise Busy
-            self.waiting.append(job)
+            self.waiting.extend(jobs)
             self.changed.notify()
-        return job
+        return jobs
 
-    def cancel(self, job: Job) -> None:
-        """Ends a job that nobody listens to any more; its slot is free after the chunk."""
-        job.cancelled = True
+    def cancel(self, jobs: Iterable[Job]) -> None:
+        """Ends jobs that nobody listens to any more: they leave the queue at once, and their slots
+        after the chunk."""
+        with self.changed:
+            for job in jobs:
+                job.cancelled = True
+                if job in self.waiting:
+                    self.waiting.remove(job)
 
     def close(self, grace: float = 0) -> None:
         """Takes no more, ends what waits with finish "closed", and lets what grows finish for
@@ -94,12 +125,14 @@ class Batcher:
         """Compiles the programs of the shortest prompts, so that the first request does not wait."""
         done = threading.Event()
         prompt = np.array([self.tokenizer.end_of_text], np.int32)
-        self.submit(prompt, Request("", 1), lambda _, text: text.finish and done.set())
+        self.submit([(prompt, Request("", 1), lambda _, text: text.finish and done.set())], Group())
         done.wait()
 
     def _run(self) -> None:
         try:
             self._serve()
+        except BaseException as e:
+            self.failure = e
         finally:  # after an error, too: nobody may wait for a thread that has gone
             with self.changed:
                 self.closing = True
@@ -131,25 +164,40 @@ class Batcher:
         return self.decoder.start([prompt] * count, sampling, keys_of([seed] * count), 1, self.room)
 
     def _admit(self, rows: Rows) -> Rows:
-        for slot, busy in enumerate(self.jobs):
-            while not busy and self.waiting:
-                job = self.waiting.popleft()
-                if job.cancelled:
-                    continue
-                request = job.request
-                row = self._start(job.prompt, [request.sampling], (request.seed, request.number))
-                rows = _insert(rows, row, slot)
-                self.jobs[slot] = busy = job
+        while None in self.jobs and (job := self._next()):
+            request = job.request
+            if job.group.prompt_scores:
+                job.prompt_scores = score_prompt(self.decoder, job.prompt)
+            if not request.max_new_tokens:
+                job.text.finish = "length"
+                job.heard("", job.text)
+                continue
+            row = self._start(job.prompt, [request.sampling], (request.seed, request.number))
+            slot = self.jobs.index(None)
+            rows = _insert(rows, row, slot)
+            self.jobs[slot] = job
         return rows
 
+    def _next(self) -> Job | None:
+        """Takes the next job out of the queue: of the group with the fewest slots, the oldest."""
+        held = Counter(job.group for job in self.jobs if job)
+        with self.changed:
+            job = min(self.waiting, key=lambda job: held[job.group], default=None)
+            if job is None or held[job.group] >= max(len(self.jobs) - 1, 1):
+                return None
+            self.waiting.remove(job)
+        return job
+
     def _grow(self, rows: Rows) -> Rows:
-        rows, grown = self.decoder.more(rows, CHUNK)
-        tokens, scores = jax.device_get(grown)
+        told = any(job.group.best for job in self.jobs if job)
+        rows, grown = self.decoder.more(rows, CHUNK, best=told)
+        tokens, scores, ids, best = jax.device_get(grown)
         for slot, job in enumerate(self.jobs):
             if job is None:
                 continue
             if not job.cancelled:
-                piece = job.text.feed(tokens[slot].tolist(), scores[slot].tolist())
+                others = [*zip(ids[slot].tolist(), best[slot].tolist(), strict=True)]
+                piece = job.text.feed(tokens[slot].tolist(), scores[slot].tolist(), others)
                 if piece or job.text.finish:
                     job.heard(piece, job.text)
             if job.cancelled or job.text.finish:

@@ -1,15 +1,22 @@
 """OpenAI's completions, in and out: what a body may ask for, and the shape of an answer."""
 
 import dataclasses
+import math
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxgpt.config import BadInput, ModelConfig
-from jaxgpt.inference.complete import Continuation, Request, request_of
-from jaxgpt.inference.decode import check_length, prompt_tokens
+from jaxgpt.config.encoding import check_text
+from jaxgpt.inference.complete import Continuation, Request, request_of, shown
+from jaxgpt.inference.decode import BEST, check_length, prompt_tokens
 from jaxgpt.inference.samplers import Sampling
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.inference.score import Scores
+from jaxgpt.tokenizer import GrowingText, Tokenizer, text_before
+
+END_OF_TEXT = "<|endoftext|>"
+LEAST = -9999.0  # what OpenAI gives for the logarithm of 0
 
 MAX_CHOICES = 16  # prompts times n
 MAX_STOPS = 4
@@ -63,7 +70,7 @@ class Asked:
     prompts: list[np.ndarray]
     requests: list[Request]
     stream: bool
-    logprobs: bool
+    logprobs: int  # alternatives to each token; -1: no log-probabilities at all
     echo: bool
     include_usage: bool
 
@@ -77,11 +84,11 @@ def understood(body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig)
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object")
     if unknown := sorted(set(body) - KNOWN):
-        raise Refused(400, f"unknown field {unknown[0]!r}", param=unknown[0])
+        raise Refused(400, f"unknown field {shown(unknown[0])}", param=unknown[0])
     body = {name: value for name, value in body.items() if value is not None}
     if body.get("model", model) != model:
         raise Refused(
-            404, f"there is no model {body['model']!r}, only {model!r}", "model_not_found"
+            404, f"there is no model {shown(body['model'])}, only {model!r}", "model_not_found"
         )
     for name, nothing in NOTHING.items():
         if body.get(name, nothing) != nothing:
@@ -94,10 +101,12 @@ def understood(body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig)
         raise Refused(
             400, f"{len(prompts)} prompts times n={n} are more than {MAX_CHOICES} choices"
         )
-    _number(body, "logprobs", 0, 0, 5)
+    logprobs = _number(body, "logprobs", 0, 0, BEST) if "logprobs" in body else -1
     flags = {name: _flag(body, name) for name in ("stream", "echo")}
     options = body.get("stream_options", {})
-    usage = isinstance(options, dict) and options.get("include_usage") is True
+    if not isinstance(options, dict):
+        raise Refused(400, "stream_options must be an object", param="stream_options")
+    usage = _flag(options, "include_usage")
     requests = [
         dataclasses.replace(_request(body, text), number=i) for text, _ in prompts for i in range(n)
     ]
@@ -112,7 +121,7 @@ def understood(body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig)
             room = cfg.max_seq_len - len(tokens)
             message = f"a slot holds {cfg.max_seq_len} tokens: ask for at most {room} new tokens"
             raise Refused(400, message, "context_length_exceeded")
-    return Asked(ids, requests, flags["stream"], "logprobs" in body, flags["echo"], usage)
+    return Asked(ids, requests, flags["stream"], logprobs, flags["echo"], usage)
 
 
 def _request(body: dict, prompt: str) -> Request:
@@ -137,7 +146,7 @@ def _request(body: dict, prompt: str) -> Request:
         raise Refused(400, f"stop has more than {MAX_STOPS} strings", param="stop")
     default = Request("", 16, Sampling(1.0, 0))
     try:
-        return request_of(row | {"prompt": prompt}, default, "body")
+        return request_of(row | {"prompt": prompt}, default, "body", least=0)
     except BadInput as e:
         message = str(e).removeprefix("body: ").replace("max_new_tokens", "max_tokens")
         raise Refused(400, message, param=message.partition("=")[0]) from e
@@ -156,18 +165,18 @@ def _prompts(given: object, tokenizer: Tokenizer, cfg: ModelConfig) -> list[tupl
     found = []
     for one in given:
         if isinstance(one, str):
-            if any("\ud800" <= c <= "\udfff" for c in one):
-                raise Refused(
-                    400, "a prompt is not valid text: it has half a surrogate pair", param="prompt"
-                )
+            try:
+                check_text(one, "a prompt")
+            except BadInput as e:
+                raise Refused(400, f"not valid text: {e}", param="prompt") from e
             found.append((one, prompt_tokens(tokenizer, one)))
         elif isinstance(one, list) and one and all(type(i) is int for i in one):
-            if not all(0 <= i < cfg.vocab_size for i in one):
+            if not all(0 <= i < tokenizer.vocab_size for i in one):
                 raise Refused(
-                    400, f"a token is not one of 0 .. {cfg.vocab_size - 1}", param="prompt"
+                    400, f"a token is not one of 0 .. {tokenizer.vocab_size - 1}", param="prompt"
                 )
             ids = np.array(one, np.int32)
-            found.append((tokenizer.decode(ids), ids))
+            found.append((text_before(tokenizer, ids), ids))
         else:
             raise Refused(400, "a prompt is neither text nor tokens", param="prompt")
     return found
@@ -177,7 +186,7 @@ def _number(body: dict, name: str, default: int, least: int, most: int) -> int:
     value = body.get(name, default)
     if type(value) is not int or not least <= value <= most:
         raise Refused(
-            400, f"{name}={value!r} must be a whole number from {least} to {most}", param=name
+            400, f"{name}={shown(value)} must be a whole number from {least} to {most}", param=name
         )
     return value
 
@@ -185,38 +194,68 @@ def _number(body: dict, name: str, default: int, least: int, most: int) -> int:
 def _flag(body: dict, name: str) -> bool:
     value = body.get(name, False)
     if not isinstance(value, bool):
-        raise Refused(400, f"{name}={value!r} must be true or false", param=name)
+        raise Refused(400, f"{name}={shown(value)} must be true or false", param=name)
     return value
 
 
-def choice(
-    index: int,
-    text: str,
-    state: Continuation,
-    tokenizer: Tokenizer,
-    logprobs: bool,
-    told: slice = slice(None),
-) -> dict:
-    """Returns one of an answer's `choices`; `told` are the tokens that `logprobs` tells of.
+Row = tuple[int, float | None, Sequence, int]  # see `Continuation.told`; None: nothing in front
 
-    `top_logprobs` holds the generated token alone.
+
+def prompt_rows(prompt: np.ndarray, scores: Scores, tokenizer: Tokenizer) -> list[Row]:
+    """Returns the rows that tell of a prompt's tokens."""
+    growing, at, rows = GrowingText(tokenizer), 0, []
+    for k, token in enumerate(prompt.tolist()):
+        score, best = None, ()
+        if k:
+            score = float(scores.tokens[k - 1])
+            best = (scores.best_ids[k - 1].tolist(), scores.best[k - 1].tolist())
+        rows.append((token, score, best, at))
+        at += len(growing.add(token))
+    return rows
+
+
+def logprobs(rows: list[Row], count: int, tokenizer: Tokenizer) -> dict:
+    """Returns OpenAI's `logprobs` with `count` alternatives to each token. The token itself is always
+    among them; where two have the same text, that has the better's log-probability.
+
+    Raises:
+      Refused: 500, where the model's numbers are not finite.
     """
-    found = {"index": index, "text": text, "logprobs": None, "finish_reason": state.finish or None}
-    if logprobs:
-        ids, first = state.tokens[told], told.start or 0
-        pieces = [tokenizer.decode(np.array([i], np.int32)) for i in ids]
-        scores = state.scores[told]
-        before = [
-            len(tokenizer.decode(np.array(state.tokens[: first + k], np.int32)))
-            for k in range(len(ids))
-        ]
-        found["logprobs"] = {
-            "tokens": pieces,
-            "token_logprobs": scores,
-            "text_offset": before,
-            "top_logprobs": [{piece: score} for piece, score in zip(pieces, scores, strict=True)],
-        }
-    return found
+    pieces, scores, tops = [], [], []
+    for token, score, best, _ in rows:
+        pieces.append(piece_of(tokenizer, token))
+        scores.append(None if score is None else _finite(score))
+        top = {}
+        for i, value in [*zip(*best, strict=True)][:count]:
+            if value > -math.inf:
+                top.setdefault(piece_of(tokenizer, i), _finite(value))
+        if score is not None:
+            top[pieces[-1]] = max(_finite(score), top.get(pieces[-1], LEAST))
+        tops.append(None if score is None else top)
+    return {
+        "tokens": pieces,
+        "token_logprobs": scores,
+        "top_logprobs": tops,
+        "text_offset": [at for *_, at in rows],
+    }
+
+
+def _finite(score: float) -> float:
+    if math.isnan(score):
+        raise Refused(500, "the model's probabilities are not numbers")
+    return max(score, LEAST)
+
+
+def piece_of(tokenizer: Tokenizer, token: int) -> str:
+    """Returns a token's text as OpenAI shows it: `bytes:\\xe2\\x82` where it is a part of a
+    character."""
+    if token == tokenizer.end_of_text:
+        return END_OF_TEXT
+    raw = tokenizer.token_bytes(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def usage(asked: Asked, states: list[Continuation]) -> dict:

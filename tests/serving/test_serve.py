@@ -78,7 +78,8 @@ def client(server):
 
 
 def raw(address: str, body: bytes, path="/v1/completions", method="POST") -> tuple[int, dict]:
-    request = urllib.request.Request(address + path, data=body, method=method)
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(address + path, body, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.loads(answer.read() or b"{}")
@@ -125,12 +126,9 @@ def test_choices_logprobs_echo_stop_and_tokens(client):
     assert [choice.text[:2] for choice in found.choices] == ["ab", "ab", "cd", "cd"]
     assert found.choices[0].text != found.choices[1].text
     logprobs = found.choices[0].logprobs
-    assert (
-        "".join(logprobs.tokens) == found.choices[0].text[2:] or "\ufffd" in found.choices[0].text
-    )
-    assert len(logprobs.token_logprobs) == 20 and all(
-        score <= 0 for score in logprobs.token_logprobs
-    )
+    assert "".join(logprobs.tokens) == found.choices[0].text or "\ufffd" in found.choices[0].text
+    assert logprobs.token_logprobs[0] is None and len(logprobs.token_logprobs) == 22
+    assert all(score <= 0 for score in logprobs.token_logprobs[1:])
     plain = client.completions.create(**asked, prompt="ab").choices[0].text
     assert client.completions.create(**asked, prompt=[97, 98]).choices[0].text == plain
     cut = client.completions.create(**asked, prompt="ab", stop=[plain[7:9]]).choices[0]
@@ -138,6 +136,102 @@ def test_choices_logprobs_echo_stop_and_tokens(client):
     streamed = client.completions.create(**asked, prompt="ab", stream=True, logprobs=0)
     scores = [s for piece in streamed for s in (piece.choices[0].logprobs.token_logprobs or [])]
     assert len(scores) == 20
+    whole = client.completions.create(**asked, prompt="ab", logprobs=3, echo=True).choices[0]
+    streamed = client.completions.create(**asked, prompt="ab", logprobs=3, echo=True, stream=True)
+    parts = [piece.choices[0] for piece in streamed]
+    assert "".join(part.text for part in parts) == whole.text
+    for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        joined = [row for part in parts for row in getattr(part.logprobs, field)]
+        assert joined == getattr(whole.logprobs, field)
+
+
+def test_logprobs_are_openais(client, workdir):
+    """Against the plain forward pass: every token of prompt and continuation, with alternatives."""
+    import jax
+    import numpy as np
+
+    from jaxgpt.inference.trained import open_trained
+
+    prompt = "The licence"
+    asked = dict(model="run", prompt=prompt, max_tokens=5, temperature=0, logprobs=5)
+    echoed = client.completions.create(**asked, echo=True).choices[0].logprobs
+    trained = open_trained(str(workdir), None)
+    ids = trained.tokenizer.encode("".join(echoed.tokens))
+    assert len(ids) == 16 and echoed.tokens == [chr(i) for i in ids]
+    with jax.set_mesh(trained.mesh):
+        params = trained.params()
+        forward = jax.jit(lambda t: trained.spec.for_decoding().bind(params)(t))
+        logp = np.asarray(jax.nn.log_softmax(forward(ids[None]))[0])
+    assert echoed.token_logprobs[0] is None and echoed.top_logprobs[0] is None
+    assert echoed.text_offset == list(range(16))
+    for k in range(1, 16):
+        assert echoed.token_logprobs[k] == pytest.approx(logp[k - 1, ids[k]], abs=1e-4)
+        best = np.argsort(-logp[k - 1])[:5]
+        want = {trained.tokenizer.decode([i]): logp[k - 1, i] for i in best if i < 128}
+        top = {name: x for name, x in echoed.top_logprobs[k].items() if "bytes:" not in name}
+        top.pop("<|endoftext|>", None)
+        assert want.keys() <= top.keys() and len(echoed.top_logprobs[k]) in (5, 6)
+        assert all(top[name] == pytest.approx(x, abs=1e-4) for name, x in want.items())
+        assert echoed.tokens[k] in top
+    alone = client.completions.create(**asked).choices[0].logprobs
+    for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert getattr(alone, field) == getattr(echoed, field)[11:], "offsets count the prompt"
+    one = client.completions.create(**asked | {"logprobs": 1}).choices[0].logprobs
+    assert all(len(top) == 1 for top in one.top_logprobs), "greedy: the chosen is the best"
+    scored = client.completions.create(**asked | {"max_tokens": 0}, echo=True).choices[0]
+    assert (scored.text, scored.finish_reason) == (prompt, "length")
+    assert scored.logprobs.tokens == list(prompt)
+    assert scored.logprobs.token_logprobs == echoed.token_logprobs[:11]
+    nothing = client.completions.create(model="run", prompt=prompt, max_tokens=0)
+    assert nothing.choices[0].text == "" and nothing.usage.completion_tokens == 0
+
+
+def test_a_stop_string_cuts_the_logprobs_too(client):
+    asked = dict(model="run", prompt="ab", max_tokens=20, seed=1, logprobs=0)
+    plain = client.completions.create(**asked).choices[0]
+    cut = client.completions.create(**asked, stop=[plain.text[7:9]]).choices[0]
+    assert "".join(cut.logprobs.tokens) == cut.text or "\ufffd" in cut.text
+    count = len(cut.logprobs.tokens)
+    assert cut.logprobs.token_logprobs == plain.logprobs.token_logprobs[:count]
+
+
+@pytest.mark.parity  # needs the extra [lm-eval]
+def test_lm_eval_s_own_client_scores_as_its_harness_does_here(server, workdir):
+    import jax
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from jaxgpt.evaluation.harness import HarnessModel
+    from jaxgpt.inference.trained import open_trained
+
+    trained = open_trained(str(workdir), None)
+
+    class Client(LocalCompletionsAPI):
+        """With the run's tokenizer, as token ids are what it sends."""
+
+        def tok_encode(self, string, **kwargs):
+            return trained.tokenizer.encode(string).tolist()
+
+        eot_token_id = prefix_token_id = trained.tokenizer.end_of_text
+
+    theirs = Client(
+        base_url=f"{server}/v1/completions",
+        model="run",
+        tokenizer_backend=None,
+        max_length=128,
+        batch_size=4,
+    )
+    theirs.tokenized_requests, theirs.tokenizer = True, trained.tokenizer
+    pairs = [("The licence", " shall"), ("", "alone"), ("x", "y"), ("Grant of", " Patent License")]
+    pairs += [("a" * 200, " end")]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = theirs.loglikelihood(asked, disable_tqdm=True)
+    with jax.set_mesh(trained.mesh):
+        ours = HarnessModel(trained.spec, trained.params(), trained.tokenizer, 4)
+        ours.context = 126  # their client leaves room for the token that it has generated
+        want = ours.loglikelihood(asked, disable_tqdm=True)
+    for (score, greedy), (expected, as_greedy) in zip(found, want, strict=True):
+        assert score == pytest.approx(expected, abs=1e-3) and greedy == as_greedy
 
 
 BAD = {
@@ -150,7 +244,7 @@ BAD = {
     "unknown field": (b'{"tools": []}', 400, "unknown field 'tools'"),
     "too long": (b'{"prompt": "%s"}' % (b"a" * 500), 400, "more than the model's context of 128"),
     "too many tokens": (b'{"prompt": "a", "max_tokens": 128}', 400, "ask for at most 127 new"),
-    "no tokens": (b'{"prompt": "a", "max_tokens": 0}', 400, "max_tokens=0 must be at least 1"),
+    "fewer": (b'{"prompt": "a", "max_tokens": -1}', 400, "max_tokens=-1 must be at least 0"),
     "huge tokens": (b'{"prompt": "a", "max_tokens": 1e9}', 400, "max_tokens=1000000000.0 is not"),
     "hot": (b'{"prompt": "a", "temperature": -1}', 400, "temperature=-1.0 must be at least 0"),
     "NaN": (b'{"prompt": "a", "temperature": NaN}', 400, "temperature=nan must be"),
@@ -240,7 +334,8 @@ def test_a_client_that_leaves_frees_its_slot(server):
     for _ in range(20):
         with socket.create_connection((host, int(port))) as lost:
             lost.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
                 % (len(body), body)
             )
             lost.recv(100)
