@@ -44,7 +44,8 @@ class Sampling:
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
         ):
             if not good:
-                raise BadInput(f"{prefix}{name}={getattr(self, name)} must be {range_}")
+                value = str(getattr(self, name))[:50]
+                raise BadInput(f"{prefix}{name}={value} must be {range_}")
 
 
 @jax.tree_util.register_dataclass

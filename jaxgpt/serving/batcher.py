@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from jaxgpt.inference.complete import Continuation, Request
 from jaxgpt.inference.decode import Decoder, Rows, keys_of
@@ -165,17 +166,16 @@ class Batcher:
 
     def _admit(self, rows: Rows) -> Rows:
         while None in self.jobs and (job := self._next()):
-            request = job.request
+            request, slot = job.request, self.jobs.index(None)
+            self.jobs[slot] = job  # first, so that it is told if the rest fails
             if job.group.prompt_scores:
                 job.prompt_scores = score_prompt(self.decoder, job.prompt)
-            if not request.max_new_tokens:
-                job.text.finish = "length"
+            if request.max_new_tokens:
+                row = self._start(job.prompt, [request.sampling], (request.seed, request.number))
+                rows = _insert(rows, row, slot)
+            else:
+                job.text.finish, self.jobs[slot] = "length", None
                 job.heard("", job.text)
-                continue
-            row = self._start(job.prompt, [request.sampling], (request.seed, request.number))
-            slot = self.jobs.index(None)
-            rows = _insert(rows, row, slot)
-            self.jobs[slot] = job
         return rows
 
     def _next(self) -> Job | None:
@@ -206,7 +206,7 @@ class Batcher:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _insert(rows: Rows, row: Rows, slot: int) -> Rows:
+def _insert(rows: Rows, row: Rows, slot: Int[Array, ""]) -> Rows:
     """Returns `rows` with `row`'s only row in `slot`."""
 
     def put(many, one):

@@ -287,6 +287,20 @@ def test_flags_of_sample_out_of_range(command, workdir, flag, says):
     assert (code, out) == (2, "") and says in err and err.count("\n") == 1, err
 
 
+def test_weights_that_are_no_numbers_are_refused(command, workdir, monkeypatch):
+    import jax
+
+    from jaxgpt import serve
+    from jaxgpt.inference.trained import Trained
+
+    params = Trained.params
+    broken = lambda self: jax.tree.map(lambda p: p * np.float32("nan"), params(self))  # noqa: E731
+    monkeypatch.setattr(Trained, "params", broken)
+    for main, flag in ((sample.main, "--prompt=x"), (serve.main, "--port=0")):
+        code, out, err = command(main, f"--workdir={workdir}", flag)
+        assert (code, out) == (2, "") and "holds weights that are not finite (" in err, err
+
+
 def test_streaming_stops_beams_and_several(command, workdir):
     base = (f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=20", "--seed=2")
     whole = command(sample.main, *base, "--num_samples=2")[1]

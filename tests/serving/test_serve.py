@@ -69,7 +69,7 @@ def server(workdir):
     process, address = start(workdir, "--slots=8", "--max_waiting=100")
     yield address
     process.terminate()
-    assert process.wait(timeout=30) == 143
+    assert process.wait(timeout=120) == 143
 
 
 @pytest.fixture
@@ -360,7 +360,23 @@ def test_too_many_are_told_to_wait(workdir):
         thread.join()
     assert set(codes) == {200, 429}
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=120) == 130
+
+
+@pytest.mark.parametrize(("number", "wait"), [(signal.SIGTERM, 0.0), (signal.SIGINT, 0.4)])
+def test_a_signal_during_the_warm_up_ends_it(workdir, number, wait):
+    """While another thread compiles: the interpreter's own end would abort in it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt.serve", f"--workdir={workdir}", "--port=0"],
+        env=os.environ | {"XLA_FLAGS": xla_flags(1), "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any(line.startswith("compile ") for line in process.stderr)
+    time.sleep(wait)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 128 + number
+    assert process.stderr.read() == ""
 
 
 def test_a_shutdown_under_load_is_clean(workdir):
@@ -379,7 +395,7 @@ def test_a_shutdown_under_load_is_clean(workdir):
         thread.start()
     time.sleep(0.5)
     process.terminate()
-    assert process.wait(timeout=30) == 143
+    assert process.wait(timeout=120) == 143
     for thread in threads:
         thread.join()
     assert set(codes) <= {200, 503, "refused"} and len(codes) == 40
