@@ -12,7 +12,8 @@ import pytest
 
 from jaxgpt.config import BadInput, ModelConfig, OptimConfig
 from jaxgpt.model import ModelSpec
-from jaxgpt.optim.groups import decay_mask
+from jaxgpt.model.layers import hidden_std
+from jaxgpt.optim.groups import decay_mask, lr_factors
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from tests.conftest import mesh_of, tiny_config
@@ -328,6 +329,17 @@ def test_learning_rate_multipliers():
     ):
         with pytest.raises(BadInput, match=re.escape(message)):
             run_ten("sgd", lr_multipliers=text)
+
+
+def test_mup_rules_by_the_paper():
+    """arXiv:2203.03466, table 8 for Adam, at four times the base width: hidden matrices learn at a
+    quarter of the rate and start at half the deviation; all else stays."""
+    model = ModelConfig(embed_dim=128, mup_base_width=32)
+    params = {"blocks": {"mlp": {"up": {"kernel": 0, "bias": 0}}}, "tokens": 0}
+    factors = lr_factors(params, "bias=3,kernel=2", model)
+    assert factors == {"blocks": {"mlp": {"up": {"kernel": 0.5, "bias": 3.0}}}, "tokens": 1.0}
+    assert hidden_std(model) == 0.02 / 2
+    assert hidden_std(ModelConfig(embed_dim=128)) == 0.02
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
