@@ -96,7 +96,7 @@ def _score(
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Returns the nats of each target, 0 where there is none, and whether it is the likeliest."""
     model = spec.bind(params)
-    x, table, batch = model.hidden(inputs), model.table(), inputs.shape[0]
+    (x, _), table, batch = model.hidden(inputs), model.table(), inputs.shape[0]
 
     def columns(part):
         x, targets = part

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.cache import KeysValues, put
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
-from jaxgpt.ops.attention import KERNELS, Places, default_scale, sharded, sharded_cached
+from jaxgpt.ops.attention import KERNELS, default_scale, sharded, sharded_cached
+from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.ops.rope import rope_frequencies, rotate
 from jaxgpt.parallel.rules import AxisRules
 
@@ -26,10 +27,10 @@ class Attention(nnx.Module):
         self, cfg: ModelConfig, rules: AxisRules, kernel: str, window: int, *, rngs: nnx.Rngs
     ):
         self.rules, self.dropout, self.num_heads = rules, cfg.dropout, cfg.num_heads
-        fixed = dict(scale=default_scale(cfg.head_dim, cfg.mup_base_width > 0), window=window)
-        self.attend = sharded(KERNELS[kernel], rules, **fixed)
-        self.attend_cached = sharded_cached(rules, **fixed)
-        self.attend_dropping = sharded(KERNELS["xla"], rules, dropout=cfg.dropout, **fixed)
+        self.window, scale = window, default_scale(cfg.head_dim, cfg.mup_base_width > 0)
+        self.attend = sharded(KERNELS[kernel], rules, scale=scale)
+        self.attend_cached = sharded_cached(rules, scale=scale, window=window)
+        self.attend_dropping = sharded(KERNELS["xla"], rules, scale=scale, dropout=cfg.dropout)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
         self.query = Linear("query", "MD,DNH->MNH", cfg, rules, **shared)
         self.key = Linear("key", "MD,DKH->MKH", cfg, rules, **shared)
@@ -43,25 +44,22 @@ class Attention(nnx.Module):
         self.place = _rotation(cfg) if cfg.position == "rope" else _as_it_is
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"] | None = None,
-        key: PRNGKeyArray | None = None,
+        self, x: Float[Array, "B T D"], mask: AttentionMask, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B T D"]:
-        """Returns the attended x."""
-        q, k, v = self._heads(x, positions)
-        places = Places(positions, positions, segments, segments)
+        """Returns the attended x; with a `key`, dropout drops attention weights."""
+        q, k, v = self._heads(x, mask.q_positions)
+        mask = mask.within(self.window)
         if key is None or self.dropout == 0:
-            return self.out(self.attend(q, k, v, places))
-        return self.out(self.attend_dropping(q, k, v, places, self._kept(x, key)))
+            return self.out(self.attend(q, k, v, mask))
+        return self.out(self.attend_dropping(q, k, v, mask, self._kept(x, key)))
 
     def prefill(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Returns the attended x of a text's start, and its keys and values for a cache."""
         q, k, v = self._heads(x, positions)
-        out = self.out(self.attend(q, k, v, Places(positions, positions)))
+        mask = AttentionMask(positions, positions).within(self.window)
+        out = self.out(self.attend(q, k, v, mask))
         return out, KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
     def extend(

@@ -12,73 +12,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.attention import Attention
+from jaxgpt.model.block import Block
 from jaxgpt.model.cache import Cache, KeysValues
-from jaxgpt.model.layers import NORMS, dropout, make_mlp, normal
+from jaxgpt.model.layers import NORMS, dropout, normal
 from jaxgpt.model.positions import POSITIONS
-from jaxgpt.model.remat import REMAT, RESIDUAL
+from jaxgpt.model.remat import REMAT, RESIDUAL_STREAM
 from jaxgpt.ops.cross_entropy import cross_entropy
-from jaxgpt.parallel.fsdp import traded
+from jaxgpt.ops.mask import AttentionMask
+from jaxgpt.parallel.fsdp import embed_columns_to_rows
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
-
-
-def pre_norm(x, norm, layer):
-    """Returns x + layer(norm(x)) (GPT-2, section 2.3) and what else the layer returned."""
-    added, rest = layer(norm(x))
-    return x + added, rest
-
-
-def post_norm(x, norm, layer):
-    """Returns norm(x + layer(x)) (arXiv:1706.03762, section 3.1) and what else came."""
-    added, rest = layer(x)
-    return norm(x + added), rest
-
-
-RESIDUALS = {"pre": pre_norm, "post": post_norm}
-
-
-class Block(nnx.Module):
-    """Attention, then feed-forward, each normalised and added to the residual stream."""
-
-    def __init__(
-        self, cfg: ModelConfig, rules: AxisRules, kernel: str, window: int, *, rngs: nnx.Rngs
-    ):
-        self.dropout, self.residual = cfg.dropout, RESIDUALS[cfg.norm_position]
-        self.whole = rules("batch", "seq", None)
-        self.attention_norm = NORMS[cfg.norm](cfg, cfg.embed_dim)
-        self.attention = Attention(cfg, rules, kernel, window, rngs=rngs)
-        self.mlp_norm = NORMS[cfg.norm](cfg, cfg.embed_dim)
-        self.mlp = make_mlp(cfg, rules, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T D"]:
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-
-        def attend(x):
-            x = jax.sharding.reshard(x, self.whole)
-            return dropout(
-                self.attention(x, positions, segments, keys[0]), self.dropout, keys[1]
-            ), None
-
-        return self._run(x, attend, keys[2])[0]
-
-    def decoding(self, x: Float[Array, "B T D"], attend: Callable) -> tuple:
-        """Returns the block's output where `attend(attention, x)` is what its attention does, and
-        what else that returned."""
-        return self._run(x, functools.partial(attend, self.attention), None)
-
-    def _run(self, x, attend, key):
-        def feed_forward(x):
-            x = jax.sharding.reshard(x, self.whole)
-            return dropout(self.mlp(x), self.dropout, key), None
-
-        x, rest = self.residual(x, self.attention_norm, attend)
-        return self.residual(x, self.mlp_norm, feed_forward)[0], rest
 
 
 class GPT(nnx.Module):
@@ -118,7 +60,7 @@ class GPT(nnx.Module):
 
         See `hidden` for the arguments.
         """
-        x = self.hidden(tokens, positions=positions, segments=segments, dropout_key=dropout_key)
+        x, _ = self.hidden(tokens, positions=positions, segments=segments, dropout_key=dropout_key)
         return self.logits(x, self.table())
 
     def hidden(
@@ -128,19 +70,20 @@ class GPT(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Returns the last layer's normalised output, which `logits` reads.
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
+        """Returns the last layer's normalised output, which `logits` reads, and the layers' auxiliary
+        losses by name, each summed over the layers.
 
         `positions` default to 0..T-1. Tokens see those of their own segment only: number packed
         documents, or give padding a number of its own. Without a `dropout_key` nothing drops.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        positions, segments = jax.sharding.reshard(
-            (positions, segments), self.rules("batch", "seq")
-        )
-        x = self.final_norm(self._run(tokens, positions, segments, dropout_key))
-        return jax.sharding.reshard(x, self.rules("batch", "seq", None))
+        mask = AttentionMask(positions, positions, segments, segments)
+        mask = jax.sharding.reshard(mask, self.rules("batch", "seq"))
+        x, losses = self._run(tokens, mask, dropout_key)
+        x = jax.sharding.reshard(self.final_norm(x), self.rules("batch", "seq", None))
+        return x, losses
 
     def table(self) -> Float[Array, "V D"]:
         """Returns the output embedding, whole over `fsdp`: gathered once, however often it is read.
@@ -226,42 +169,44 @@ class GPT(nnx.Module):
         return x[:, 0], Cache(grown, positions)
 
     def _decode(self, layers: Sequence[dict], x, attend: Callable):
-        structure, found = jax.tree.structure(nnx.state(self.blocks)), []
+        structure, caches = jax.tree.structure(nnx.state(self.blocks)), []
         for i, params in enumerate(layers):
             state = jax.tree.unflatten(structure, jax.tree.leaves(params))
             block = nnx.merge(self.graphdefs[i % len(self.windows)], state)
-            x, of_layer = block.decoding(x, functools.partial(attend, i))
-            found.append(of_layer)
-        return x, tuple(found)
+            x, cache = block.decoding(x, functools.partial(attend, i))
+            caches.append(cache)
+        return x, tuple(caches)
 
-    def _run(self, tokens, positions, segments, key):
+    def _run(self, tokens, mask: AttentionMask, key):
         layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
-        x = dropout(self._embed(tokens, positions), self.dropout, embed_key)
+        x = dropout(self._embed(tokens, mask.q_positions), self.dropout, embed_key)
         period = len(self.windows)
 
         def apply(x, group):
             """One turn of the pattern: `period` layers, each with its own window."""
-            x = checkpoint_name(x, RESIDUAL)
+            x, losses = checkpoint_name(x, RESIDUAL_STREAM), []
             for i, graphdef in enumerate(self.graphdefs):
                 params, layer_key = jax.tree.map(lambda a, i=i: a[i], group)
-                x = nnx.merge(graphdef, params)(x, positions, segments, layer_key)
-            return x, None
+                x, of_layer = nnx.merge(graphdef, params)(x, mask, layer_key)
+                losses.append(of_layer)
+            return x, jax.tree.map(lambda *a: jnp.stack(a), *losses)
 
         if self.remat != "none" or jax.sharding.get_abstract_mesh().shape["fsdp"] > 1:
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
         keys = None if key is None else jax.random.split(layers_key, self.num_layers)
         layers = (nnx.state(self.blocks), keys)
         groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), layers)
-        return jax.lax.scan(apply, x, groups, unroll=self.unroll)[0]
+        x, losses = jax.lax.scan(apply, x, groups, unroll=self.unroll)
+        return x, jax.tree.map(jnp.sum, losses)
 
     def _embed(self, tokens, positions) -> Float[Array, "B T D"]:
         """Every device looks up its own columns for the rows of all that share its other axes, and
         they trade: fewer bytes than gathering the table, and its gradient stays split."""
-        tokens = jax.sharding.reshard(tokens, self.rules("looking_up", "seq"))
+        tokens = jax.sharding.reshard(tokens, self.rules("lookup_batch", "seq"))
         table = self.tokens[...].astype(self.dtype)
-        x = table.at[tokens].get(out_sharding=self.rules("looking_up", "seq", "embed"))
+        x = table.at[tokens].get(out_sharding=self.rules("lookup_batch", "seq", "embed"))
         positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
-        return self.positions(traded(x, self.rules) * self.embed_scale, positions)
+        return self.positions(embed_columns_to_rows(x, self.rules) * self.embed_scale, positions)
 
 
 def split_layers(params: dict) -> dict:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import lora
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
+from jaxgpt.ops.matmul import PLAIN
 from jaxgpt.ops.norm import layer_norm, rms_norm
 from jaxgpt.parallel.fsdp import product
 from jaxgpt.parallel.rules import AxisRules, weight
@@ -86,7 +87,7 @@ class Linear(nnx.Module):
         dtype = jnp.dtype(cfg.param_dtype)
         size = {letter: getattr(cfg, name) for letter, name in self.SIZES.items()}
         shape, spec = [size[c] for c in letters], rules(*(self.AXES[c] for c in letters))
-        self.equation, self.rules = equation, rules
+        self.equation, self.rules, self.matmul = equation, rules, PLAIN
         positions = "residual" if out == "MD" else "seq"
         self.out = rules("batch", positions, *(None if c == "D" else self.AXES[c] for c in out[1:]))
         self.kernel = normal(rngs, shape, spec, dtype, std)
@@ -102,7 +103,7 @@ class Linear(nnx.Module):
             self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        y = product(self.equation, x, self.kernel[...], self.out, self.rules)
+        y = product(self.equation, x, self.kernel[...], self.out, self.rules, self.matmul)
         if self.lora_scale:
             adapter = {part: getattr(self, part, None) for part in lora.NAMES}
             y = lora.add(y, x, self.equation, self.kernel, adapter, self.lora_scale, self.out)
@@ -137,7 +138,8 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RmsNorm}
 
 
 class Mlp(nnx.Module):
-    """Feed-forward: `down(act(up(x)))`."""
+    """Feed-forward: `down(act(up(x)))`. Like every feed-forward kind, it also returns its auxiliary
+    losses by name: none."""
 
     def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
         self.act = keep_inputs_only(ACTIVATIONS[cfg.activation])
@@ -145,8 +147,8 @@ class Mlp(nnx.Module):
         self.up = Linear("up", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
         self.down = Linear("down", "MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(self.act(self.up(x)))
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict]:
+        return self.down(self.act(self.up(x))), {}
 
 
 class GatedMlp(nnx.Module):
@@ -160,11 +162,5 @@ class GatedMlp(nnx.Module):
         self.up = Linear("up", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
         self.down = Linear("down", "MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(self.act(self.gate(x), self.up(x)))
-
-
-def make_mlp(cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs) -> Mlp | GatedMlp:
-    """Returns the feed-forward layer that `model.activation` names."""
-    kind = GatedMlp if cfg.activation in GATED else Mlp
-    return kind(cfg, rules, rngs=rngs)
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict]:
+        return self.down(self.act(self.gate(x), self.up(x))), {}

@@ -2,10 +2,10 @@
 
 import jax
 
-from jaxgpt.ops.splash import RESIDUALS
+from jaxgpt.ops.splash import SAVED
 from jaxgpt.parallel.fsdp import GATHERED
 
-RESIDUAL = "residual_stream"  # what each layer is given
+RESIDUAL_STREAM = "residual_stream"  # what each layer is given
 _policies = jax.checkpoint_policies
 
 
@@ -18,12 +18,12 @@ def all_but_gathered_weights(primitive, *_, **params) -> bool:
 REMAT = {
     "none": all_but_gathered_weights,
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(RESIDUALS)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(SAVED)
     ),
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[RESIDUAL],
+        names_which_can_be_offloaded=[RESIDUAL_STREAM],
         offload_src="device",
         offload_dst="pinned_host",
     ),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt.config import BadInput
-from jaxgpt.ops.places import Places, visible
+from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.splash import splash_attention
 from jaxgpt.parallel.rules import AxisRules
 
@@ -21,11 +21,10 @@ def xla_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    places: Places,
+    mask: AttentionMask,
     kept: Bool[Array, "B N T S"] | None = None,
     *,
     scale: float,
-    window: int = 0,
     dropout: float = 0.0,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale * q k^T) v over the visible keys: the reference.
@@ -40,7 +39,7 @@ def xla_attention(
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("BKMH,BKSH->BKMS", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(b, heads, groups, t, s) * scale
-    seen = visible(places, window)[:, None, None]
+    seen = mask.visible()[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
     if kept is not None:
         weights = jnp.where(kept.reshape(weights.shape), weights / (1 - dropout), 0)
@@ -53,22 +52,22 @@ def cudnn_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    places: Places,
+    mask: AttentionMask,
     *,
     scale: float,
-    window: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """Causal flash attention by cuDNN: 16-bit floats; without segments, positions 0..T-1 in order.
+    """Flash attention by cuDNN: 16-bit floats; without segments, positions 0..T-1 in order.
 
-    Segments go in as a mask [B, 1, T, T], one bit a pair, which cuDNN reads as a bias.
+    What cuDNN has no word for (segments, a prefix, a window on both sides) goes in as a mask
+    [B, 1, T, T], one bit a pair, which it reads as a bias.
     """
-    if places.q_segments is not None:
-        mask = visible(places, window)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
-    local = (window - 1, 0) if window else None
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+    attend = functools.partial(
+        jax.nn.dot_product_attention, q, k, v, scale=scale, implementation="cudnn"
     )
+    causal, window = mask.reach.causal, mask.reach.window
+    if mask.q_segments is not None or mask.prefix is not None or (window and not causal):
+        return attend(mask=mask.visible()[:, None])
+    return attend(is_causal=causal, local_window_size=(window - 1, 0) if window else None)
 
 
 def cached_attention(
@@ -79,11 +78,13 @@ def cached_attention(
     scale: float,
     window: int = 0,
 ) -> Float[Array, "B N H"]:
-    """`xla_attention` of one query a row over several parts of a cache: (keys, values, positions)."""
+    """Returns `xla_attention`, causal, of one query a row over several parts of a cache, each its
+    (keys, values, positions)."""
     (b, n, h), heads = q.shape, parts[0][0].shape[1]
     q, scores = q.reshape(b, heads, n // heads, h), []
     for k, _, positions in parts:
-        seen = visible(Places(position[:, None], positions), window)[:, None]
+        mask = AttentionMask(position[:, None], positions, reach=Reach(window=window))
+        seen = mask.visible()[:, None]
         found = jnp.einsum("BKGH,BKSH->BKGS", q, k, preferred_element_type=jnp.float32) * scale
         scores.append(jnp.where(seen, found, jnp.finfo(jnp.float32).min))
     ends = list(itertools.accumulate(k.shape[2] for k, _, _ in parts[:-1]))
@@ -132,18 +133,18 @@ def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: 
 def sharded(kernel: Kernel, rules: AxisRules, **fixed) -> Kernel:
     """Returns `kernel` run on each device's own sequences and heads; attention never mixes them.
 
-    `fixed` are the kernel's keyword arguments (scale, window, dropout).
+    `fixed` are the kernel's keyword arguments (scale, dropout).
     """
     kernel = functools.partial(kernel, **fixed)
     queries, keys = rules("batch", None, "heads", None), rules("batch", None, "kv_heads", None)
-    rows, kept = rules("batch", None), rules("batch", "heads", None, None)
+    kept = rules("batch", "heads", None, None)
 
-    def attend(q, k, v, places: Places, *kept_weights):
-        specs = (queries, keys, keys, jax.tree.map(lambda _: rows, places))
-        specs += (kept,) * len(kept_weights)
+    def attend(q, k, v, mask: AttentionMask, *kept_weights):
+        rows = jax.tree.map(lambda a: rules("batch", *(None,) * (a.ndim - 1)), mask)
+        specs = (queries, keys, keys, rows) + (kept,) * len(kept_weights)
         # Pallas says nothing of how its outputs vary over the mesh: they do as the queries do
         run = jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)
-        return run(q, k, v, places, *kept_weights)
+        return run(q, k, v, mask, *kept_weights)
 
     return attend
 

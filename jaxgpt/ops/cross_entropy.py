@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgpt.parallel.fsdp import collected, scattered
-from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parallel.collectives import all_gather, reduce_scatter
+from jaxgpt.parallel.rules import REPLICAS, AxisRules
 
 IGNORE = -1  # a target that is not counted
 LOWEST = -1e30  # below every logit, and finite
@@ -100,7 +100,7 @@ def _backward(finish, rules, kept, cotangents):
             (of_raw,) = unfinish(of_logits)
             of_raw = of_raw.astype(flat.dtype)
             of_kernel = jnp.einsum("MV,MD->VD", of_raw, flat)
-            of_kernel = scattered(of_kernel, 1, rules)
+            of_kernel = reduce_scatter(of_kernel, 1, rules.torus)
             added = jnp.einsum("MV,VD->MD", of_raw, kernel, preferred_element_type=jnp.float32)
             return of_x + added, of_kernel
 
@@ -109,7 +109,7 @@ def _backward(finish, rules, kept, cotangents):
         of_x = jax.lax.psum(of_x.astype(x.dtype), "tensor").reshape(x.shape)
         return of_x, of_table.reshape(1, *table.shape)
 
-    specs, each = (vectors, split, rows, rows, rows, rows), jax.P("data", *split)
+    specs, each = (vectors, split, rows, rows, rows, rows), jax.P(REPLICAS, *split)
     run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, each), check_vma=False)
     of_x, of_table = run(*kept, *cotangents)
     # summed out here, XLA may send it together with other gradients
@@ -131,7 +131,7 @@ def _parts(table, flat):
 def _logits(flat, kernel, first, finish, rules):
     """Returns a part's logits [M, V / parts], the ids of its columns, its kernel in the compute
     dtype and whole over `fsdp`, and the pullback of `finish`."""
-    kernel = collected(kernel.astype(flat.dtype), 1, rules)
+    kernel = all_gather(kernel.astype(flat.dtype), 1, rules.torus)
     raw = jnp.einsum("MD,VD->MV", flat, kernel, preferred_element_type=jnp.float32)
     ids = first + jnp.arange(kernel.shape[0])
     logits, pullback = jax.vjp(lambda raw: finish(raw, ids), raw)

@@ -8,41 +8,52 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
 
-from jaxgpt.ops.places import Places
+from jaxgpt.config import BadInput
+from jaxgpt.ops.mask import AttentionMask, Reach
 
 LANES = 128  # blocks are multiples of this; shorter sequences are padded to it
 BLOCK = 512  # positions of a block, at most
-RESIDUALS = "splash_residuals"  # what remat saves so that the forward kernel runs once
+PADDING = -1  # the segment of what pads a sequence
+SAVED = "splash_saved"  # what remat saves so that the forward kernel runs once
 
 
 def splash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    places: Places,
+    mask: AttentionMask,
     *,
     scale: float,
-    window: int = 0,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Causal flash attention over positions 0..T-1 in order, segments or not.
+    """Flash attention over positions 0..T-1 in order, segments or not.
 
     Blocks that nobody sees are skipped. `interpret` runs the kernel on any device, slowly.
+
+    Raises:
+      BadInput: for a mask with a prefix, which the kernel's masks, fixed when it is compiled, cannot
+        express.
     """
+    if mask.prefix is not None:
+        raise BadInput("splash attention knows no prefix: set model.attention=xla")
     length, more = q.shape[1], -q.shape[1] % LANES
 
-    def laid_out(a):  # padding stands behind, where no query looks
+    def laid_out(a):
         return jnp.pad(a, ((0, 0), (0, more), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
     arrays = [laid_out(q * scale), laid_out(k), laid_out(v)]
-    if places.q_segments is not None:
-        rows = (places.q_segments, places.kv_segments)
-        arrays.append(kernels.SegmentIds(*(jnp.pad(a, ((0, 0), (0, more)), "edge") for a in rows)))
-    out = jax.vmap(_kernel(length + more, q.shape[2], window, interpret))(*arrays)
+    segments = (mask.q_segments, mask.kv_segments)
+    if segments[0] is None and more and not mask.reach.causal:  # else a query sees the padding
+        segments = (jnp.zeros_like(mask.q_positions), jnp.zeros_like(mask.kv_positions))
+    if segments[0] is not None:
+        pad = ((0, 0), (0, more))
+        padded = (jnp.pad(a, pad, constant_values=PADDING) for a in segments)
+        arrays.append(kernels.SegmentIds(*padded))
+    out = jax.vmap(_kernel(length + more, q.shape[2], mask.reach, interpret))(*arrays)
     return out.transpose(0, 2, 1, 3)[:, :length]
 
 
-def _kernel(length: int, heads: int, window: int, interpret: bool):
+def _kernel(length: int, heads: int, reach: Reach, interpret: bool):
     block = next(b for b in range(min(BLOCK, length), 0, -LANES) if length % b == 0)
     sizes = kernels.BlockSizes(
         block_q=block,
@@ -55,17 +66,20 @@ def _kernel(length: int, heads: int, window: int, interpret: bool):
         block_kv_dq=block,
     )
     return kernels.make_splash_mha(
-        _mask(length, heads, window),
+        _mask(length, heads, reach),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=RESIDUALS,
+        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
 
 
 @functools.lru_cache
-def _mask(length: int, heads: int, window: int) -> masks.MultiHeadMask:
-    shape = (length, length)
-    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+def _mask(length: int, heads: int, reach: Reach) -> masks.MultiHeadMask:
+    shape, back = (length, length), reach.window - 1
+    if reach.window:
+        mask = masks.LocalMask(shape, (back, 0 if reach.causal else back), 0)
+    else:
+        mask = masks.CausalMask(shape) if reach.causal else masks.FullMask(shape)
     return masks.MultiHeadMask([mask] * heads)

@@ -35,7 +35,7 @@ def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
 def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     """Returns the mesh over `devices` (default: all of them), every axis of type Explicit.
 
-    `fsdp` alone goes over a torus row by row, for sums in phases (see `parallel.fsdp`), where JAX
+    `fsdp` alone goes over a torus row by row, for sums in phases (see `parallel.torus`), where JAX
     would lay small slices out as one ring. Where the devices are several slices of TPUs, joined by
     the slower data-centre network, `data` goes over the slices and everything else stays inside one.
 
@@ -58,6 +58,11 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     inside = (shape[0] // slices, *shape[1:])
     placed = create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
     return Mesh(placed, AXES, axis_types=explicit)
+
+
+def devices_along(mesh: Mesh, axis: str) -> np.ndarray:
+    """Returns the devices along one axis of the mesh, where all other axes are at 0."""
+    return mesh.devices[tuple(slice(None) if name == axis else 0 for name in mesh.axis_names)]
 
 
 def _by_coordinates(devices: list) -> list:

@@ -8,11 +8,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
+from jaxgpt.parallel.torus import Torus
+
 BATCH_AXES = ("data", "fsdp")  # FSDP is data parallelism whose parameters are split too
+REPLICAS = tuple(axis for axis in BATCH_AXES if axis != "fsdp")  # hold equal parameters
 
 TABLE = {
     "batch": BATCH_AXES,
-    "looking_up": "data",  # the batch axis of embeddings while `embed` is still split over fsdp
+    "lookup_batch": REPLICAS,  # of embeddings while `embed` is still split over fsdp
     "seq": None,
     "residual": None,  # positions of the residual stream, between the layers
     "embed": "fsdp",  # of parameters; activations keep theirs whole and name it None
@@ -21,7 +24,6 @@ TABLE = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
-    "layers": None,
 }
 
 
@@ -37,10 +39,10 @@ class AxisRules:
 
     split_batch: bool = True
     split_residual: bool = False
-    phases: tuple[int, ...] = ()  # of sums over fsdp, see `parallel.fsdp`
+    torus: Torus = Torus()  # the mesh's, along which collectives over `fsdp` run
 
     def __call__(self, *logical: str | None) -> P:
-        table = TABLE if self.split_batch else TABLE | {"batch": None, "looking_up": None}
+        table = TABLE if self.split_batch else TABLE | {"batch": None, "lookup_batch": None}
         table = table | {"residual": "tensor"} if self.split_residual else table
         return P(*(name and table[name] for name in logical))
 

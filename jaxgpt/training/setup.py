@@ -12,8 +12,9 @@ from jaxgpt.config import BadInput, Config
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.optim.optimizers import make_optimizer
-from jaxgpt.parallel.fsdp import torus_phases
+from jaxgpt.parallel.mesh import devices_along
 from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parallel.torus import torus_of
 from jaxgpt.training.state import TrainState, init_state
 from jaxgpt.training.step import make_train_step
 from jaxgpt.training.warm_start import warm_params
@@ -47,7 +48,9 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
             "model.remat=offload: on a CPU there is no other memory to move to; set none"
         )
     split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
-    return ModelSpec(model, kernel, AxisRules(split_residual=split, phases=torus_phases(mesh)))
+    return ModelSpec(
+        model, kernel, AxisRules(split_residual=split, torus=torus_of(devices_along(mesh, "fsdp")))
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
 
 def token_losses(model: GPT, micro: Micro, dropout_key):
     """Returns (nats, logsumexp) of each target, [B, T], without making all logits at once."""
-    x = model.hidden(
+    x, _ = model.hidden(
         micro["inputs"],
         positions=micro.get("positions"),
         segments=micro.get("segments"),

@@ -10,7 +10,7 @@ import pytest
 from jaxgpt.config import BadInput
 from jaxgpt.ops import splash
 from jaxgpt.ops.attention import choose_kernel, xla_attention
-from jaxgpt.ops.places import Places
+from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.splash import splash_attention
 from tests.ops.test_ops import normal
 
@@ -21,16 +21,18 @@ def numeric_gradient(f, x, along):
     return (f(x + h * along) - f(x - h * along)) / (2 * h)
 
 
-def attention64(q, k, v, places, scale, window):
+def attention64(q, k, v, mask, scale):
     out = np.zeros_like(q)
     group = q.shape[2] // k.shape[2]
     for b, t, n in np.ndindex(q.shape[:3]):
-        here, keys = places.q[b, t], places.kv[b]
-        seen = keys <= here
-        if window:
-            seen &= keys > here - window
-        if places.q_segments is not None:
-            seen &= places.kv_segments[b] == places.q_segments[b, t]
+        here, keys = mask.q_positions[b, t], mask.kv_positions[b]
+        seen = keys <= here if mask.reach.causal else keys >= 0
+        if mask.reach.window:
+            seen &= abs(keys - here) < mask.reach.window
+        if mask.prefix is not None:
+            seen |= keys < mask.prefix[b]
+        if mask.q_segments is not None:
+            seen &= mask.kv_segments[b] == mask.q_segments[b, t]
         scores = scale * k[b, seen, n // group] @ q[b, t, n]
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights / weights.sum() @ v[b, seen, n // group]
@@ -41,25 +43,33 @@ def long(length, documents=0):
     """Positions over more than one block; documents begin anywhere."""
     rows = np.tile(np.arange(length), (2, 1))
     if not documents:
-        return Places(rows, rows)
+        return AttentionMask(rows, rows)
     starts = np.sort(np.random.default_rng(0).integers(1, length, (2, documents)))
     segments = np.array([np.searchsorted(s, r, "right") for s, r in zip(starts, rows)])
-    return Places(rows, rows, segments, segments)
+    return AttentionMask(rows, rows, segments, segments)
 
 
-PLAIN = Places(np.tile(np.arange(7), (2, 1)), np.tile(np.arange(7), (2, 1)))
+PLAIN = AttentionMask(np.tile(np.arange(7), (2, 1)), np.tile(np.arange(7), (2, 1)))
 PACKED = np.array([[0, 0, 0, 1, 1, 1, 1], [5, 6, 6, 6, 6, 6, 0]])
 RESTART = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 0]])
 CASES = {
     "causal": (PLAIN, 3, 0),
     "grouped-query": (PLAIN, 1, 0),
     "window": (PLAIN, 3, 2),
-    "packed": (Places(RESTART, RESTART, PACKED, PACKED), 3, 0),
-    "packed window": (Places(RESTART, RESTART, PACKED, PACKED), 1, 3),
+    "packed": (AttentionMask(RESTART, RESTART, PACKED, PACKED), 3, 0),
+    "packed window": (AttentionMask(RESTART, RESTART, PACKED, PACKED), 1, 3),
     "blocks": (long(150), 1, 0),
     "window over blocks": (long(150), 3, 30),
     "packed over blocks": (long(150, 4), 3, 0),
-    "cached": (Places(np.array([[0, 1, 2], [4, 5, 6]]), PLAIN.kv), 3, 0),
+    "cached": (AttentionMask(np.array([[0, 1, 2], [4, 5, 6]]), PLAIN.kv_positions), 3, 0),
+    "all": (PLAIN._replace(reach=Reach(causal=False)), 1, 0),
+    "all in a window, over blocks": (long(150, 3)._replace(reach=Reach(causal=False)), 1, 20),
+    "prefix": (PLAIN._replace(prefix=np.array([3, 0])), 3, 0),
+    "prefix, packed": (
+        AttentionMask(RESTART, RESTART, PACKED, PACKED, prefix=np.array([2, 3])),
+        1,
+        2,
+    ),
 }
 
 
@@ -68,26 +78,30 @@ KERNELS = {"xla": xla_attention, "splash": functools.partial(splash_attention, i
 
 @pytest.mark.parametrize(
     ("kernel", "name"),  # a cache is XLA's to read
-    [(k, n) for k in KERNELS for n in CASES if (k, n) != ("splash", "cached")],
+    [
+        (k, n)
+        for k in KERNELS
+        for n in CASES
+        if k == "xla" or not n.startswith(("cached", "prefix"))
+    ],
 )
 def test_attention_against_float64(kernel, name, monkeypatch):
     monkeypatch.setattr(splash, "BLOCK", 128)
-    places, kv_heads, window = CASES[name]
-    q = normal(2, places.q.shape[1], 3, 5)
-    k, v = (normal(2, places.kv.shape[1], kv_heads, 5, seed=s) for s in (1, 2))
+    mask, kv_heads, window = CASES[name]
+    mask = mask.within(window)
+    q = normal(2, mask.q_positions.shape[1], 3, 5)
+    k, v = (normal(2, mask.kv_positions.shape[1], kv_heads, 5, seed=s) for s in (1, 2))
     target = normal(*q.shape, seed=9)
-    ours = functools.partial(
-        KERNELS[kernel], places=jax.tree.map(jnp.asarray, places), scale=0.3, window=window
-    )
+    ours = functools.partial(KERNELS[kernel], mask=jax.tree.map(jnp.asarray, mask), scale=0.3)
     args = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
-    np.testing.assert_allclose(ours(*args), attention64(q, k, v, places, 0.3, window), atol=1e-6)
+    np.testing.assert_allclose(ours(*args), attention64(q, k, v, mask, 0.3), atol=1e-6)
     grads = jax.grad(lambda *a: jnp.sum(ours(*a) * target), argnums=(0, 1, 2))(*args)
     for i, grad in enumerate(grads):
         along = normal(*args[i].shape, seed=20 + i)
 
         def value(x, i=i):
             moved = [x if j == i else a for j, a in enumerate((q, k, v))]
-            return np.sum(attention64(*moved, places, 0.3, window) * target)
+            return np.sum(attention64(*moved, mask, 0.3) * target)
 
         want = numeric_gradient(value, (q, k, v)[i], along)
         np.testing.assert_allclose(np.sum(np.asarray(grad) * along), want, rtol=1e-5, atol=1e-5)
@@ -95,12 +109,18 @@ def test_attention_against_float64(kernel, name, monkeypatch):
 
 def test_attention_dropout_keeps_what_it_is_told():
     q, k, v = (jnp.asarray(normal(1, 4, 2, 8, seed=s), jnp.float32) for s in range(3))
-    places = Places(jnp.arange(4)[None], jnp.arange(4)[None])
+    mask = AttentionMask(jnp.arange(4)[None], jnp.arange(4)[None])
     kept = jnp.ones((1, 2, 4, 4), bool).at[:, 1].set(False)
-    whole = xla_attention(q, k, v, places, scale=1.0)
-    half = xla_attention(q, k, v, places, kept, scale=1.0, dropout=0.5)
+    whole = xla_attention(q, k, v, mask, scale=1.0)
+    half = xla_attention(q, k, v, mask, kept, scale=1.0, dropout=0.5)
     np.testing.assert_allclose(half[:, :, 0], 2 * whole[:, :, 0], 1e-6)
     assert np.all(np.asarray(half[:, :, 1]) == 0), "head 1 keeps nothing"
+
+
+def test_splash_refuses_a_prefix():
+    q = jnp.zeros((2, 7, 1, 8))
+    with pytest.raises(BadInput, match="prefix"):
+        splash_attention(q, q, q, PLAIN._replace(prefix=jnp.array([3, 0])), scale=1.0)
 
 
 def test_kernel_choice():

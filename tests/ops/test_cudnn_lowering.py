@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxgpt.model import ModelSpec
-from jaxgpt.ops.places import Places, visible
+from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.training.setup import Training
 from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of, tiny_config
@@ -52,4 +52,4 @@ def test_the_train_step_lowers_for_cuda(shape, pack, monkeypatch):
 def keys_seen(window: int) -> int:
     """How many keys the reference's mask shows a query far from the start, itself included."""
     at = jnp.arange(4 * window)[None]
-    return int(visible(Places(at, at), window)[0, -1].sum())
+    return int(AttentionMask(at, at).within(window).visible()[0, -1].sum())

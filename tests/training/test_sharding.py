@@ -13,9 +13,10 @@ from jaxgpt.config import BadInput, Config, MeshConfig
 from jaxgpt.data.mixture import Turns
 from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.windows import Contiguous
-from jaxgpt.parallel.fsdp import gathered, summed, torus_phases, traded
-from jaxgpt.parallel.mesh import AXES, make_mesh
+from jaxgpt.parallel.fsdp import embed_columns_to_rows, gather_weight, sum_gradient
+from jaxgpt.parallel.mesh import AXES, devices_along, make_mesh
 from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parallel.torus import Torus, torus_of
 from jaxgpt.planning.program import Program
 from jaxgpt.training.setup import make_training
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
@@ -112,14 +113,18 @@ PHASES = pytest.mark.parametrize("phases", [(2, 4), (4, 2), (2, 2, 2)])
 @PHASES
 def test_gathers_and_trades_in_phases_move_and_nothing_else(phases):
     """Weights come together in order; each device gets all columns of its rows, and gives back theirs."""
-    rules = AxisRules(phases=phases)
+    rules = AxisRules(torus=Torus(phases))
     weight, x = (np.random.default_rng(0).normal(size=shape) for shape in ((3, 16), (16, 5, 32)))
     with jax.set_mesh(mesh_of(tiny_config((1, 8, 1)))):
-        found = jax.jit(lambda a: gathered(a, rules))(jax.device_put(weight, jax.P(None, "fsdp")))
+        found = jax.jit(lambda a: gather_weight(a, rules))(
+            jax.device_put(weight, jax.P(None, "fsdp"))
+        )
         assert found.sharding.is_fully_replicated
         np.testing.assert_array_equal(found, weight.astype(found.dtype))
         columns = jax.device_put(x, jax.P("data", None, "fsdp"))
-        rows, back = jax.jit(lambda a: jax.vjp(lambda a: traded(a, rules), a))(columns)
+        rows, back = jax.jit(lambda a: jax.vjp(lambda a: embed_columns_to_rows(a, rules), a))(
+            columns
+        )
         assert rows.sharding.spec == jax.P(("data", "fsdp"), None, None)
         np.testing.assert_array_equal(rows, columns)
         (returned,) = jax.jit(back)(rows)
@@ -133,7 +138,9 @@ def test_sums_in_phases_are_sums(phases):
     own = np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
     with jax.set_mesh(mesh_of(config)):
         given = jax.device_put(own, jax.P(("data", "fsdp")))
-        run = jax.jit(lambda a: summed(a, jax.P(None, "fsdp"), AxisRules(phases=phases)))
+        run = jax.jit(
+            lambda a: sum_gradient(a, jax.P(None, "fsdp"), AxisRules(torus=Torus(phases)))
+        )
         found = run(given)
         assert found.sharding.spec == jax.P(None, "fsdp")
     np.testing.assert_allclose(found, own.sum(axis=0), rtol=1e-5, atol=1e-6)
@@ -155,9 +162,9 @@ class Chip:
     ],
 )
 def test_phases_follow_the_torus(coords, phases):
-    devices = np.array([Chip(*c) for c in coords]).reshape(1, -1, 1)
-    assert torus_phases(type("Mesh", (), {"devices": devices})()) == phases
-    assert torus_phases(mesh_of(tiny_config((1, 8, 1)))) == (8,), "no torus here"
+    assert torus_of(np.array([Chip(*c) for c in coords])) == Torus(phases)
+    mesh = mesh_of(tiny_config((1, 8, 1)))
+    assert torus_of(devices_along(mesh, "fsdp")) == Torus((8,)), "no torus here"
 
 
 def test_parameters_and_optimizer_state_are_split():
