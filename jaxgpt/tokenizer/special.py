@@ -59,7 +59,7 @@ class SpecialTokens:
         return "".join([*text, self.base.decode(plain)])
 
     def settled(self, ids: Iterable) -> str:
-        ids = [int(i) for i in ids]
+        ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
         last = max((at for at, i in enumerate(ids) if i >= self.base.vocab_size), default=-1) + 1
         return self.decode(ids[:last]) + self.base.settled(ids[last:])
 

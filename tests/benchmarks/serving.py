@@ -49,7 +49,8 @@ def ask(port: int, number: int) -> int:
         body["stream"] = True
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
         answer = connection.getresponse()
         if kind == 2:
             answer.read(10)  # and goes
