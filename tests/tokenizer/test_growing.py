@@ -135,13 +135,13 @@ def test_any_ids_stream_as_they_decode(every, kind, data):
     assert whole == tokenizer.decode(known)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_an_unknown_id_is_no_special_token(every):
     tokenizer = every["special"]
     ids = [*tokenizer.encode("a").tolist(), 422, *tokenizer.encode(" the").tolist()]
     assert "".join(streamed(tokenizer, [], ids)) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_text_comes_as_soon_as_it_is_certain(every, kind):
     """A character's bytes are held until the last of them, words not at all (a run of fallback bytes
     of an hf tokenizer is decoded as one: until it ends)."""
