@@ -1,8 +1,8 @@
 """What is in a run's checkpoints, and whether it is whole:
 
     python -m jaxgpt.checkpoint list --workdir=DIR
-    python -m jaxgpt.checkpoint show --workdir=DIR [--step=N]
-    python -m jaxgpt.checkpoint verify --workdir=DIR [--step=N]
+    python -m jaxgpt.checkpoint show --workdir=DIR [--step=N|best]
+    python -m jaxgpt.checkpoint verify --workdir=DIR [--step=N|best]
 
 `list` has a row for each checkpoint, `show` everything of one but its arrays' values, `verify`
 compares every file with its checksum and exits with 2 if one differs. The last line is JSON.
@@ -13,6 +13,7 @@ import json
 from absl import flags
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.checkpointing.choice import BEST, define_step
 from jaxgpt.checkpointing.manifest import size_of
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
@@ -23,7 +24,7 @@ ACTIONS = ("list", "show", "verify")
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "folder of the run", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint; default: see above", flag_values=values)
+    define_step(values, "see above")
     action = argv[1] if len(argv) > 1 else ""
     if action not in ACTIONS and not any(arg.endswith(("-h", "-help")) for arg in argv):
         raise BadInput(f"say what to do: jaxgpt.checkpoint {'|'.join(ACTIONS)} --workdir=DIR")
@@ -31,19 +32,21 @@ def main(argv: list[str]) -> None:
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     checkpoints = Checkpoints(values.workdir, read_only=True)
-    {"list": list_all, "show": show, "verify": verify}[action](checkpoints, values.step)
+    step = checkpoints.pick(BEST) if values.step == BEST else values.step
+    {"list": list_all, "show": show, "verify": verify}[action](checkpoints, step)
 
 
 def list_all(checkpoints: Checkpoints, step: int | None) -> None:
-    """Prints a row per checkpoint: step, tokens, loss, bytes, damage."""
-    rows = [describe(checkpoints, s) for s in checkpoints.steps() if step in (None, s)]
+    """Prints a row per checkpoint: step, tokens, loss, bytes, damage, and which is the best."""
+    rows = [describe(checkpoints, s) for s in checkpoints.steps()]
+    whole = {row["step"] for row in rows if not row["damage"]}
+    best = next((s for s in checkpoints.by_loss() if s in whole), None)
+    rows = [row | {"best": row["step"] == best} for row in rows if step in (None, row["step"])]
     for row in rows:
         loss = "" if row["loss"] is None else f" | validation loss {row['loss']:.4f}"
-        state = row["damage"] or "whole"
-        say(
-            f"step {row['step']} | {row['tokens'] or 0:,} tokens{loss} | {row['bytes'] or 0:,} bytes"
-            f" | {state}"
-        )
+        state = (row["damage"] or "whole") + (" | best" if row["best"] else "")
+        tokens, size = row["tokens"] or 0, row["bytes"] or 0
+        say(f"step {row['step']} | {tokens:,} tokens{loss} | {size:,} bytes | {state}")
     print(json.dumps(rows))
 
 
@@ -52,14 +55,13 @@ def describe(checkpoints: Checkpoints, step: int) -> dict:
     row = {"step": step, "tokens": None, "loss": None, "bytes": None}
     row["damage"] = checkpoints.damage(step)
     if not row["damage"]:
-        meta = checkpoints.meta(step)
-        row["tokens"], row["loss"] = meta["tokens"], dict(meta.get("validations", [])).get(step)
+        row["tokens"], row["loss"] = checkpoints.meta(step)["tokens"], checkpoints.loss(step)
         row["bytes"] = size_of(checkpoints.folder / str(step))
     return row
 
 
 def show(checkpoints: Checkpoints, step: int | None) -> None:
-    """Prints what one checkpoint (default: the newest whole one) holds, array by array."""
+    """Prints what one checkpoint (default: that which `sample` uses) holds, array by array."""
     step = checkpoints.pick(step)
     arrays = {
         path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in checkpoints.arrays(step).items()

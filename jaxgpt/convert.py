@@ -1,7 +1,7 @@
 """Weights from and to Hugging Face's folder layout:
 
     python -m jaxgpt.convert import --from=HF_DIR --workdir=DIR
-    python -m jaxgpt.convert export --workdir=DIR --to=HF_DIR [--step=N] [--dtype=float32]
+    python -m jaxgpt.convert export --workdir=DIR --to=HF_DIR [--step=N|best] [--dtype=float32]
 
 `import` reads GPT-2, Llama and Qwen3 folders (safetensors or pytorch_model.bin) and OpenAI's own
 GPT-2 release, and makes a workdir of one checkpoint, for evaluate, sample, export and `init_from`.
@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from jaxgpt.checkpointing.checkpoints import save_weights
+from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.config import BadInput, Config, DataConfig, ModelConfig
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.files import whole_folder
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("from", "", "import: the folder to read", flag_values=values)
     flags.DEFINE_string("to", "", "export: the folder to write", flag_values=values)
     flags.DEFINE_string("workdir", "", "the run", flag_values=values)
-    flags.DEFINE_integer("step", None, "export: default the newest", flag_values=values)
+    define_step(values)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "export: as what", flag_values=values)
     what = argv[1] if len(argv) > 1 else ""
     if what not in ("import", "export"):
@@ -99,7 +100,7 @@ def import_folder(source: Path, workdir: Path) -> None:
     )
 
 
-def export_folder(workdir: str, step: int | None, target: Path, dtype: str) -> None:
+def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str) -> None:
     """Writes the checkpoint as a Hugging Face folder.
 
     Raises:

@@ -27,6 +27,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.extras import require
@@ -51,7 +52,7 @@ KNOWN_TASKS = (*TASKS, *BENCHMARKS)
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint; default: the newest", flag_values=values)
+    define_step(values)
     flags.DEFINE_bool("all_steps", False, "every checkpoint", flag_values=values)
     flags.DEFINE_bool("watch", False, "every checkpoint, and new ones", flag_values=values)
     flags.DEFINE_float("watch_every", 10.0, "seconds between two looks", flag_values=values)

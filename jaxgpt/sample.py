@@ -17,6 +17,7 @@ import sys
 import jax
 from absl import flags
 
+from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.encoding import check_text
@@ -45,7 +46,7 @@ STREAMED = 4  # tokens between two looks where somebody is watching
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint; default: the newest", flag_values=values)
+    define_step(values)
     flags.DEFINE_string("prompt", "", "text to continue", flag_values=values)
     flags.DEFINE_string("prompt_file", "", "rows of JSON with a prompt each", flag_values=values)
     flags.DEFINE_bool("interactive", False, "continue what is typed", flag_values=values)

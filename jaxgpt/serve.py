@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.extras import require
@@ -29,7 +30,7 @@ GRACE = 4  # seconds that texts under way have to finish once the server is told
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint; default: the newest", flag_values=values)
+    define_step(values)
     flags.DEFINE_string("host", "127.0.0.1", "address to listen at", flag_values=values)
     flags.DEFINE_integer("port", 8000, "port; 0 = any free one", flag_values=values)
     flags.DEFINE_string("name", "", "the model's name; default: the workdir's", flag_values=values)

@@ -107,6 +107,8 @@ def carry_on(
     config, is_first = training.config, jax.process_index() == 0
     checkpoints = Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
     state, clock = restore_or_init(training, data, checkpoints)
+    if int(state.step) >= config.num_steps:  # the newest one was damaged
+        return say_finished(workdir, int(state.step), config)
     if state.step:
         check_tokenizer(workdir, data)
     elif is_first:
@@ -138,11 +140,12 @@ def carry_on(
         reason = "early_stop" if early else "num_steps"
         record_end(workdir, last_step, "diverged" if code == DIVERGED else reason)
     if code == 0 and is_first:
+        step = " --step=best" if early else ""
         say(
             f"done      {outcome(loop, config)} in {duration(clock.now())}; everything is in"
             f" {workdir}\n"
-            f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='def '\n"
-            f"          python -m jaxgpt.evaluate --workdir={workdir}\n"
+            f"next      python -m jaxgpt.sample --workdir={workdir}{step} --prompt='def '\n"
+            f"          python -m jaxgpt.evaluate --workdir={workdir}{step}\n"
             f"          tensorboard --logdir={workdir}/tensorboard"
         )
     return code
@@ -192,7 +195,7 @@ def outcome(loop: Loop, config: Config) -> str:
 def best_of(clock: Clock) -> str:
     """Says which checkpoint is the best."""
     step, loss = clock.best
-    return f"the best validation loss was {loss:.4f} at step {step}: --step={step}"
+    return f"the best validation loss was {loss:.4f} at step {step} (--step=best)"
 
 
 def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
@@ -227,17 +230,23 @@ def resolve_epochs(config: Config, data: Prepared) -> Config:
 
 def is_finished(workdir: epath.Path, config: Config) -> bool:
     """Says, also to the user, whether the run in `workdir` has nothing left to do."""
-    if not (workdir / "checkpoints").exists():
+    if not (workdir / "checkpoints").exists() or not (workdir / "config.json").exists():
         return False
     checkpoints = Checkpoints(workdir, read_only=True)
     done = checkpoints.latest() or 0
     if done < config.num_steps or checkpoints.damage(done):
         return False
+    say_finished(workdir, done, config)
+    return True
+
+
+def say_finished(workdir: epath.Path, done: int, config: Config) -> int:
+    """Says that the run has nothing left to do; returns the exit code."""
     say(
         f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
         " raise --config.num_steps to train on"
     )
-    return True
+    return 0
 
 
 def check_writable(workdir: epath.Path) -> None:

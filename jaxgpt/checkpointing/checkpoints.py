@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from orbax.checkpoint.path import atomicity
 
+from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_of, read_meta
 from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import say
@@ -34,6 +36,7 @@ class Checkpoints:
             raise BadInput(f"{workdir} has no checkpoints; train first")
         self.saving: int | None = None
         self.again = self.snapshot = None  # of the save under way
+        self.losses: dict[int, float | None] = {}  # of each step, as far as they were asked for
         sealed = ocp.AsyncOptions(post_finalization_callback=self._seal)
         self.manager = ocp.CheckpointManager(
             epath.Path(self.folder).absolute(),
@@ -41,7 +44,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.PreserveAll()
                 if read_only
-                else _kept(keep, keep_every),
+                else _Kept(keep, keep_every, self.loss),
                 create=not read_only,
                 read_only=read_only,
                 enable_async_checkpointing=not read_only,
@@ -77,18 +80,38 @@ class Checkpoints:
         """Returns the steps of the checkpoints that are whole, ascending."""
         return [step for step in self.steps() if not self.damage(step)]
 
+    def loss(self, step: int) -> float | None:
+        """Returns the validation loss saved with a checkpoint, None if there is none."""
+        if step not in self.losses:
+            self.losses[step] = loss_of(self.folder / str(step))
+        return self.losses[step]
+
+    def by_loss(self) -> list[int]:
+        """Returns the steps of the checkpoints that have a validation loss, best first."""
+        return _by_loss(self.steps(), self.loss)
+
     def newest_whole(self) -> int | None:
-        """Returns the newest checkpoint that is whole; damaged ones before it are set aside.
+        """Returns the newest checkpoint that is whole; damaged ones before it are set aside, and
+        so are those that seem better than the best whole one.
 
         They move to `checkpoints-damaged/`, each with a line that says what is wrong.
         """
         self._wait()
+        self.losses.clear()
         found = on_first(self._find_whole)
+        self.losses.clear()  # another process may have read what is set aside now
         self.manager.reload()
         return found
 
     def _find_whole(self) -> int | None:
-        for step in reversed(self.steps()):
+        newest = self._first_whole(reversed(self.steps()))
+        for step in self.by_loss():  # what was set aside has no loss any more
+            if step == newest or self._first_whole([step]) == step:
+                break
+        return newest
+
+    def _first_whole(self, steps) -> int | None:
+        for step in steps:
             if not (fault := self.damage(step)):
                 return step
             aside = self.folder.parent / SET_ASIDE
@@ -98,8 +121,9 @@ class Checkpoints:
             say(f"damaged   checkpoint {step}: {fault}; set aside as {aside}/{step}.{number}")
         return None
 
-    def pick(self, step: int | None) -> int:
-        """Returns `step`, or the newest whole one where it is None.
+    def pick(self, step: int | str | None) -> int:
+        """Returns `step`, the best one's where it is "best", else the newest whole one's; of a run
+        that stopped early that is the best one's too, with a line that says so.
 
         Raises:
           BadInput: if there is no such checkpoint (the message lists those there are), or the one
@@ -108,15 +132,40 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise BadInput(f"{self.folder} holds no checkpoint; train first")
-        if step is not None and step not in steps:
-            raise BadInput(f"{self.folder} holds no checkpoint {step}, only {steps}")
-        for candidate in [step] if step is not None else reversed(steps):
-            if not (fault := self.damage(candidate)):
-                return candidate
-            if step is not None:
+        if step == BEST:
+            return self._best()
+        if step is not None:
+            if step not in steps:
+                raise BadInput(f"{self.folder} holds no checkpoint {step}, only {steps}")
+            if fault := self.damage(step):
                 raise BadInput(f"checkpoint {step} in {self.folder} is damaged: {fault}")
-            say(f"damaged   checkpoint {candidate}: {fault}; trying the one before")
-        raise BadInput(f"{self.folder} holds no checkpoint that is whole, of {steps}")
+            return step
+        newest = self._whole_of(reversed(steps), "trying the one before")
+        if newest is None:
+            raise BadInput(f"{self.folder} holds no checkpoint that is whole, of {steps}")
+        if not has_stopped_early(self.meta(newest)):
+            return newest
+        best = self._best()
+        say(
+            f"best      using checkpoint {best}, of validation loss {self.loss(best):.4f}, as the"
+            f" run stopped early; --step={newest} is its newest"
+        )
+        return best
+
+    def _best(self) -> int:
+        if (best := self._whole_of(self.by_loss(), "trying the next best")) is None:
+            raise BadInput(
+                f"{self.folder} holds no whole checkpoint with a validation loss, of"
+                f" {self.steps()}; name one of them"
+            )
+        return best
+
+    def _whole_of(self, steps, otherwise: str) -> int | None:
+        for step in steps:
+            if not (fault := self.damage(step)):
+                return step
+            say(f"damaged   checkpoint {step}: {fault}; {otherwise}")
+        return None
 
     def save(self, step: int, state, meta: dict, loss: float | None = None) -> None:
         """Starts saving; blocks only until the arrays are copied off the devices.
@@ -126,14 +175,15 @@ class Checkpoints:
         Raises:
           BadInput: if this or the last save could not be written (disk full, no permission).
         """
-        metrics = None if loss is None else {"loss": loss}
         self._wait()
+        self.losses[step] = loss
+        meta = meta if loss is None else meta | {"validation_loss": loss}
         self.snapshot = _snapshot(state, self.snapshot)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(self.snapshot or state), meta=ocp.args.JsonSave(meta)
         )
         self.saving = step
-        self.again = lambda: self.manager.save(step, args=args, metrics=metrics)
+        self.again = lambda: self.manager.save(step, args=args)
         self._guarded(self.again)
 
     def _wait(self) -> None:
@@ -187,11 +237,8 @@ class Checkpoints:
         self._compare(step, abstract_state)
         item = concrete(abstract_state)
         placed = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(item, restore_args=placed), meta=ocp.args.JsonRestore()
-        )
-        restored = self.manager.restore(step, args=args)
-        return restored.state, restored.meta
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item, restore_args=placed))
+        return self.manager.restore(step, args=args).state, self.meta(step)
 
     def _compare(self, step: int, abstract_state) -> None:
         saved, wanted = self.arrays(step), _by_path(abstract_state)
@@ -215,7 +262,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """Returns what was saved beside the state."""
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return read_meta(self.folder / str(step))
 
     def restore_params(self, step: int, abstract_params: dict, average: bool = False) -> dict:
         """Returns the state's parameters, or their average in float32, without reading the rest."""
@@ -296,12 +343,24 @@ def _by_path(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _kept(newest: int, every: int) -> policies.AnyPreservationPolicy:
-    best = policies.BestN(
-        get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False
-    )
-    kept = [policies.LatestN(newest), best]
-    return policies.AnyPreservationPolicy(kept + ([policies.EveryNSteps(every)] if every else []))
+class _Kept:
+    """Which checkpoints stay: the newest, the best by the losses on disk, and every so many steps.
+
+    Orbax's own policy knows the losses of this process alone, and after reopening a workdir would
+    delete the best checkpoint.
+    """
+
+    def __init__(self, newest: int, every: int, loss: Callable[[int], float | None]):
+        self.newest, self.every, self.loss = newest, every, loss
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.newest :], *_by_loss(steps, self.loss)[:1]}
+        return [step in kept or (self.every and step % self.every == 0) for step in steps]
+
+
+def _by_loss(steps: list[int], loss: Callable[[int], float | None]) -> list[int]:
+    return sorted((s for s in steps if loss(s) is not None), key=lambda s: (loss(s), s))
 
 
 def save_weights(workdir, params: dict, meta: dict) -> None:

@@ -1,4 +1,4 @@
-"""`manifest.json`: the size and CRC-32 of every file of a checkpoint, written before it takes its name.
+"""`manifest.json`: the size and CRC-32 of every file of a checkpoint, written before it counts.
 
 A checkpoint whose files differ from it, or that lacks it, is not whole.
 """
@@ -9,9 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from jaxgpt.config.files import Damaged, read_json
+
 MANIFEST = "manifest.json"
 REWRITTEN = "_CHECKPOINT_METADATA"  # by Orbax, with the time of the commit
 BLOCK = 16 << 20
+SCHEMA = {"files": {str: {"bytes": int, "crc32": int}}}
 
 
 def write_manifest(folder: epath.Path) -> None:
@@ -25,11 +28,14 @@ def write_manifest(folder: epath.Path) -> None:
 def damage(folder: epath.Path) -> str:
     """Returns what is wrong with a checkpoint, '' if nothing is."""
     try:
-        wanted = json.loads((folder / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"{MANIFEST} cannot be read: {e}"
+        wanted = read_json(folder / MANIFEST, SCHEMA)["files"]
+        there = set(_files(folder, folder))
+    except Damaged as e:
+        return f"{MANIFEST}: {e.why}"
+    except OSError as e:
+        return f"it cannot be read: {e.strerror or e}"
+    if missing := next((name for name in wanted if name not in there), ""):
+        return f"{missing!a} is missing"
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda name: _compare(folder / name, wanted[name]), wanted)
         return next((f"{name} {fault}" for name, fault in zip(wanted, found) if fault), "")
@@ -37,7 +43,7 @@ def damage(folder: epath.Path) -> str:
 
 def size_of(folder: epath.Path) -> int:
     """Returns the bytes of a checkpoint, as its manifest has them."""
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+    files = read_json(folder / MANIFEST, SCHEMA)["files"]
     return sum(entry["bytes"] for entry in files.values())
 
 

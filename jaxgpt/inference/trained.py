@@ -52,8 +52,8 @@ class Trained:
         return Decoder.of(self.spec, params, self.tokenizer.vocab_size)
 
 
-def open_trained(workdir: str, step: int | None) -> Trained:
-    """Returns what `workdir` holds at `step` (None: the newest checkpoint).
+def open_trained(workdir: str, step: int | str | None) -> Trained:
+    """Returns what `workdir` holds at `step`, which may be "best" or None: see `Checkpoints.pick`.
 
     The run's own mesh need not fit here: the model is copied to each of this machine's devices,
     which share the batch.

@@ -1,13 +1,13 @@
 """Reads what a report shows from workdirs: rows, samples, config, and what checkpoints know."""
 
 import dataclasses
-import json
 
 from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput
 from jaxgpt.config.load import read_config
+from jaxgpt.metrics.rows import METRICS, SAMPLES, read_rows
 
 MAX_POINTS = 1500  # of a curve: more than a screen has pixels
 MAX_SAMPLES = 60
@@ -25,11 +25,11 @@ def gathered(workdir: str) -> dict:
     """Returns what the page shows of a run, as JSON.
 
     Raises:
-      BadInput: if there is no run, or its rows cannot be read.
+      BadInput: if there is no run, or it has no rows.
     """
     folder = epath.Path(workdir)
     config = dataclasses.asdict(read_config(folder))
-    rows = _rows(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl", METRICS)
     if not rows:
         raise BadInput(f"{folder}/metrics.jsonl holds no rows yet; train first")
     train = [row for row in rows if row["split"] == "train"]
@@ -39,7 +39,7 @@ def gathered(workdir: str) -> dict:
     return {
         "name": folder.resolve().name,
         "curves": {name: _curve(rows, *where) for name, where in CURVES.items()},
-        "samples": _thinned(_rows(folder / "samples.jsonl"), MAX_SAMPLES),
+        "samples": _thinned(read_rows(folder / "samples.jsonl", SAMPLES), MAX_SAMPLES),
         "config": {
             f"{room}.{name}" if room else name: value
             for room, fields in _rooms(config)
@@ -49,25 +49,17 @@ def gathered(workdir: str) -> dict:
             "step": rows[-1]["step"],
             "num_steps": config["num_steps"],
             "seconds": rows[-1]["seconds"],
-            "tokens": train[-1]["tokens"] if train else 0,
+            "tokens": train[-1].get("tokens", 0) if train else 0,
             "best_loss": best and best["loss"],
             "best_step": best and best["step"],
-            "best_bits_per_byte": best and best["bits_per_byte"],
-            "tokens_per_second": _middle([row["tokens_per_second"] for row in train]),
+            "best_bits_per_byte": best and best.get("bits_per_byte"),
+            "tokens_per_second": _middle(
+                [r["tokens_per_second"] for r in train if "tokens_per_second" in r]
+            ),
         },
         "data": meta.get("data", {}),
         "environment": meta.get("environment", {}) | meta.get("versions", {}),
     }
-
-
-def _rows(file: epath.Path) -> list[dict]:
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may leave half
-    except ValueError as e:
-        raise BadInput(f"{file} is not JSON: {e}") from e
 
 
 def _meta(folder: epath.Path) -> dict:

@@ -1,6 +1,5 @@
 """Trains the runs of a sweep, each in a process of its own, and reads what they reached."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from jaxgpt.config.cli import say
+from jaxgpt.metrics.rows import METRICS, read_rows
 from jaxgpt.sweeps.grid import Choice, name_of
 
 # One process sees one device: the variables that CUDA, ROCm and libtpu read.
@@ -60,11 +60,7 @@ def _train(overrides: Choice, command: list[str], workdir: Path, device: int | N
 
 def final_loss(workdir: Path, steps: int) -> float | None:
     """Returns the validation loss at `steps`, None if the run has not got there."""
-    file = workdir / "metrics.jsonl"
-    if not file.exists():
-        return None
-    for line in file.read_text().splitlines():
-        row = json.loads(line) if line.endswith("}") else {}
-        if row.get("split") == "validation" and row["step"] == steps:
+    for row in read_rows(workdir / "metrics.jsonl", METRICS):
+        if row["split"] == "validation" and row["step"] == steps:
             return row["loss"]
     return None

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.checkpointing.choice import best_of, is_out_of_patience
 from jaxgpt.config import BadInput, SampleConfig
 from jaxgpt.config.cli import say
 from jaxgpt.data.pipeline import device_batches, training_stream
@@ -59,12 +60,11 @@ class Clock:
     @property
     def best(self) -> tuple[int, float]:
         """The (step, loss) of the least validation loss, the earliest of equals."""
-        return min(self.validations, key=lambda found: found[1], default=(0, math.inf))
+        return best_of(self.validations)
 
     def is_out_of_patience(self, patience: int) -> bool:
         """Says whether the last `patience` validations (0: never) brought no better loss."""
-        since = [step for step, _ in self.validations if step > self.best[0]]
-        return 0 < patience <= len(since)
+        return is_out_of_patience(self.validations, patience)
 
 
 def restore_or_init(
@@ -79,13 +79,14 @@ def restore_or_init(
     if step is None:
         return run.first_state(), Clock()
     state, meta = checkpoints.restore(step, run.abstract_state())
-    if meta["data_fingerprint"] != data.fingerprint:
+    if meta.get("data_fingerprint") != data.fingerprint:
         raise BadInput(
             f"the text of data.source={run.config.data.source} or its tokenizer has changed"
             f" since checkpoint {step}; restore it, or choose another --workdir"
         )
-    past, skips = ([tuple(pair) for pair in meta[name]] for name in ("validations", "skips"))
-    return state, Clock(meta["seconds"], meta["tokens"], past, skips, meta["rollbacks"])
+    past, skips = ([tuple(p) for p in meta.get(name, [])] for name in ("validations", "skips"))
+    seconds, rollbacks = meta.get("seconds", 0.0), meta.get("rollbacks", 0)
+    return state, Clock(seconds, meta["tokens"], past, skips, rollbacks)
 
 
 class Loop:

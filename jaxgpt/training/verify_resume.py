@@ -1,6 +1,5 @@
 """The user's own proof that a killed run goes on to the same numbers."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import say
+from jaxgpt.metrics.rows import METRICS, read_rows
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens")
 OURS = ("--verify_resume", "--workdir")
@@ -87,5 +87,5 @@ def _kill_after(process: subprocess.Popen, workdir: Path, steps: int) -> None:
 
 
 def _rows(workdir: Path) -> dict[int, dict]:
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    rows = read_rows(workdir / "metrics.jsonl", METRICS)
     return {row["step"]: row for row in rows if row["split"] == "train"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxgpt import convert, evaluate, train
+from jaxgpt import checkpoint, convert, evaluate, sample, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput
 from jaxgpt.interchange.weights import flatten
@@ -236,6 +236,7 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corp
     )
     code, _, err = started(command, tmp_path, corpus, "", *args)
     assert code == 0 and "stopped early; the best validation loss was" in err, err
+    assert "jaxgpt.sample --workdir" in err and "/w --step=best --prompt" in err
     losses = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
     found = {row["step"]: row["loss"] for row in losses if row["split"] == "validation"}
     best = min(found, key=found.get)
@@ -246,6 +247,25 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corp
     code, _, err = started(command, tmp_path, corpus, "", *args)
     assert code == 0 and f"stopped early after step {max(found)}" in err
     assert (tmp_path / "w/metrics.jsonl").read_text() == before
+    assert "(--step=best)" in err
+    workdir, newest = f"--workdir={tmp_path}/w", max(found)
+    code, out, err = command(checkpoint.main, "list", workdir)
+    assert [r["step"] for r in json.loads(out) if r["best"]] == [best]
+    assert [line.endswith("| whole | best") for line in err.splitlines()] == [True, False]
+    for args, used in (((), best), (("--step=best",), best), ((f"--step={newest}",), newest)):
+        code, out, err = command(evaluate.main, workdir, *args)
+        assert code == 0 and json.loads(out)["step"] == used, err
+        assert abs(json.loads(out)["loss"] - found[used]) < 1e-4
+        assert (f"using checkpoint {best}" in err) == (not args)
+    code, _, err = command(sample.main, workdir, "--prompt=a", "--max_new_tokens=1")
+    assert code == 0 and f"using checkpoint {best}" in err
+    code, _, err = command(convert.main, "export", workdir, f"--to={tmp_path}/hf")
+    assert code == 0 and f"using checkpoint {best}" in err and f"exported  step {best} of" in err
+    for main, args in ((sample.main, ()), (evaluate.main, ()), (checkpoint.main, ("show",))):
+        code, _, err = command(main, *args, workdir, "--step=nonsense")
+        last = err.strip().splitlines()[-1]
+        assert code == 2 and last.startswith("error: flag --step=nonsense"), err
+        assert "a checkpoint's step, or best" in last
     assert read_end(epath.Path(tmp_path / "w")) == "early_stop"
     no_more_waiting(monkeypatch)
     code, out, err = command(evaluate.main, f"--workdir={tmp_path}/w", "--watch")
