@@ -1,4 +1,6 @@
-"""Train a GPT: python -m jaxgpt.train --config=configs/tiny.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+"""Train a GPT:
+
+    python -m jaxgpt.train --config=configs/tiny.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 
 Prepares the data if that is not done yet, trains, evaluates, samples and checkpoints into the
 workdir (default: runs/<config file's name>). Run the same command again to resume.
@@ -255,6 +257,11 @@ def check_writable(workdir: epath.Path) -> None:
         return  # an object store says so itself
     there = Path(workdir).absolute()
     while not there.exists():
+        if there.is_symlink():
+            raise BadInput(
+                f"workdir {workdir} cannot be used: {there} is a link to {os.readlink(there)},"
+                " which does not exist"
+            )
         there = there.parent
     if not there.is_dir():
         raise BadInput(f"workdir {workdir} cannot be made: {there} is a file, not a folder")

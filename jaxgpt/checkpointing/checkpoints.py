@@ -12,7 +12,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from orbax.checkpoint.path import atomicity
 
-from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_of, read_meta
+from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_in, loss_of, read_meta
 from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import say
@@ -54,7 +54,7 @@ class Checkpoints:
         )
 
     def _seal(self) -> None:
-        """Writes the manifest of a checkpoint whose files are written but which does not count yet."""
+        """Writes the manifest of a checkpoint whose files are written; it does not count yet."""
         if jax.process_index() == 0:
             write_manifest(self._unfinished())
 
@@ -92,7 +92,7 @@ class Checkpoints:
 
     def newest_whole(self) -> int | None:
         """Returns the newest checkpoint that is whole; damaged ones before it are set aside, and
-        so are those that seem better than the best whole one.
+        so are those that seem better than the best whole one. What a kill left of a save is removed.
 
         They move to `checkpoints-damaged/`, each with a line that says what is wrong.
         """
@@ -104,6 +104,8 @@ class Checkpoints:
         return found
 
     def _find_whole(self) -> int | None:
+        for half in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            _remove(half)
         newest = self._first_whole(reversed(self.steps()))
         for step in self.by_loss():  # what was set aside has no loss any more
             if step == newest or self._first_whole([step]) == step:
@@ -176,8 +178,8 @@ class Checkpoints:
           BadInput: if this or the last save could not be written (disk full, no permission).
         """
         self._wait()
-        self.losses[step] = loss
         meta = meta if loss is None else meta | {"validation_loss": loss}
+        self.losses[step] = loss_in(meta, step)
         self.snapshot = _snapshot(state, self.snapshot)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(self.snapshot or state), meta=ocp.args.JsonSave(meta)
@@ -215,14 +217,10 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError, AssertionError) as e:
             if is_peer_lost(e):
                 raise
-            lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
             whole = next((s for s in reversed(self.steps()) if not self.damage(s)), None)
             rest = f"the newest whole one is {whole}" if whole is not None else "there is none yet"
-            why = (
-                lines[0] if len(lines[0]) < 300 else f"... {lines[0][-250:]}"
-            )  # its end has the reason
             raise BadInput(
-                f"checkpoint {self.saving} cannot be written to {self.folder}: {why}; {rest}"
+                f"checkpoint {self.saving} cannot be written to {self.folder}: {_reason(e)}; {rest}"
             ) from e
 
     def restore(self, step: int, abstract_state) -> tuple:
@@ -308,6 +306,12 @@ def _remove(folder: epath.Path) -> None:
         time.sleep(0.1)
 
 
+def _reason(e: Exception) -> str:
+    """Returns the first line of an error of Orbax; the end of a long one has the reason."""
+    lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    return lines[0] if len(lines[0]) < 300 else f"... {lines[0][-250:]}"
+
+
 def _snapshot(state, old):
     """Returns a copy of `state`, in the memory of the `old` one if there is one; on an accelerator
     None, as there Orbax copies to the host.
@@ -332,8 +336,8 @@ def _copy_into(state, old):
 
 def _handlers() -> dict:
     """A file for each chunk of an array, as it is. Orbax's default, few files and zstd, took nine
-    times as long to write 1.5 GB of state on two cores, gathered 0.7 times that in memory, and saved
-    a tenth of the disk (tests/benchmarks/RESULTS.md)."""
+    times as long to write 1.5 GB of state on two cores, gathered 0.7 times that in memory, and
+    saved a tenth of the disk (tests/benchmarks/RESULTS.md)."""
     arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
     return {"state": arrays, "meta": ocp.JsonCheckpointHandler()}
 
@@ -356,7 +360,7 @@ class _Kept:
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*sorted(steps)[-self.newest :], *_by_loss(steps, self.loss)[:1]}
-        return [step in kept or (self.every and step % self.every == 0) for step in steps]
+        return [step in kept or (self.every > 0 and step % self.every == 0) for step in steps]
 
 
 def _by_loss(steps: list[int], loss: Callable[[int], float | None]) -> list[int]:
@@ -367,23 +371,29 @@ def save_weights(workdir, params: dict, meta: dict) -> None:
     """Writes parameters alone as checkpoint 0, from host arrays, in little more memory than theirs.
 
     JAX's CPU arrays may share the memory of arrays that are aligned to 64 bytes.
+
+    Raises:
+      BadInput: if they cannot be written.
     """
     cpu = jax.local_devices(backend="cpu")[0]
     place = functools.partial(jax.device_put, device=cpu, may_alias=True)
     state = {"params": jax.tree.map(place, params)}
     folder = epath.Path(workdir).absolute() / "checkpoints"
-    manager = ocp.CheckpointManager(
-        folder,
-        item_handlers=_handlers(),
-        options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False),
-    )
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2 << 20), state)
     args = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state, save_args=chunks), meta=ocp.args.JsonSave(meta)
     )
-    manager.save(0, args=args)
-    manager.close()
-    write_manifest(folder / "0")
+    try:
+        manager = ocp.CheckpointManager(
+            folder,
+            item_handlers=_handlers(),
+            options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False),
+        )
+        manager.save(0, args=args)
+        manager.close()
+        write_manifest(folder / "0")
+    except (OSError, ValueError, RuntimeError) as e:
+        raise BadInput(f"weights cannot be written to {folder}: {_reason(e)}") from e
 
 
 def concrete(abstract):

@@ -57,30 +57,38 @@ def read_meta(checkpoint) -> dict:
 
 
 def loss_of(checkpoint) -> float | None:
-    """Returns the validation loss of the checkpoint in a folder, None if it has none or is damaged.
+    """Returns the validation loss of the checkpoint in a folder, None if it has none or is damaged."""
+    try:
+        return loss_in(read_meta(checkpoint), int(Path(checkpoint).name))
+    except Damaged:
+        return None
+
+
+def loss_in(meta: dict, step: int) -> float | None:
+    """Returns the validation loss at `step` that its checkpoint's `meta` has, if there is one.
 
     Checkpoints of earlier versions have it only among the losses of all validations up to them.
     """
-    try:
-        meta = read_meta(checkpoint)
-    except Damaged:
-        return None
-    earlier = dict(map(tuple, meta.get("validations", [])))
-    return meta.get("validation_loss", earlier.get(int(Path(checkpoint).name)))
+    return meta.get("validation_loss", dict(validations(meta)).get(step))
 
 
-def best_of(validations: list[tuple[int, float]]) -> tuple[int, float]:
+def validations(meta: dict) -> list[tuple[int, float]]:
+    """Returns (step, loss) of every validation up to a checkpoint."""
+    return [(step, loss) for step, loss in meta.get("validations", [])]
+
+
+def best_of(found: list[tuple[int, float]]) -> tuple[int, float]:
     """Returns the (step, loss) of the least validation loss, the earliest of equals."""
-    return min(validations, key=lambda found: found[1], default=(0, math.inf))
+    return min(found, key=lambda pair: pair[1], default=(0, math.inf))
 
 
-def is_out_of_patience(validations: list[tuple[int, float]], patience: int) -> bool:
+def is_out_of_patience(found: list[tuple[int, float]], patience: int) -> bool:
     """Says whether the last `patience` validations (0: never) brought no better loss."""
-    since = [step for step, _ in validations if step > best_of(validations)[0]]
+    since = [step for step, _ in found if step > best_of(found)[0]]
     return 0 < patience <= len(since)
 
 
 def has_stopped_early(meta: dict) -> bool:
     """Says whether the run whose newest checkpoint has this `meta` ended by early stopping."""
     patience = meta.get("config", {}).get("early_stop", 0)
-    return is_out_of_patience(meta.get("validations", []), patience)
+    return is_out_of_patience(validations(meta), patience)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from jaxgpt.config.files import Damaged, read_json
+from jaxgpt.config.files import Damaged, Missing, read_json
 
 MANIFEST = "manifest.json"
 REWRITTEN = "_CHECKPOINT_METADATA"  # by Orbax, with the time of the commit
@@ -29,16 +29,20 @@ def damage(folder: epath.Path) -> str:
     """Returns what is wrong with a checkpoint, '' if nothing is."""
     try:
         wanted = read_json(folder / MANIFEST, SCHEMA)["files"]
-        there = set(_files(folder, folder))
+    except Missing:
+        return f"{MANIFEST} is missing"
     except Damaged as e:
         return f"{MANIFEST}: {e.why}"
-    except OSError as e:
-        return f"it cannot be read: {e.strerror or e}"
-    if missing := next((name for name in wanted if name not in there), ""):
-        return f"{missing!a} is missing"
+    if outside := next((name for name in wanted if not _is_inside(name)), None):
+        return f"{MANIFEST} names {outside!a}, which is no file of a checkpoint"
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda name: _compare(folder / name, wanted[name]), wanted)
         return next((f"{name} {fault}" for name, fault in zip(wanted, found) if fault), "")
+
+
+def _is_inside(name: str) -> bool:
+    parts = name.split("/")
+    return "\0" not in name and not any(part in ("", ".", "..") for part in parts)
 
 
 def size_of(folder: epath.Path) -> int:

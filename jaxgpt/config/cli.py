@@ -50,7 +50,7 @@ def _help(values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-GRACE = 10.0  # seconds for threads to end by themselves after an error
+GRACE = 5.0  # seconds for threads to end by themselves after an error
 # What the system refuses because of the path, the permissions or the space that it was given.
 REFUSED = {
     errno.EACCES: "",
@@ -125,15 +125,17 @@ def _is_distributed() -> bool:
 
 
 def _is_held() -> bool:
-    """Says whether Orbax would keep a command from ending: the threads of a save that failed wait many
-    minutes for signals that nobody sends. Those of a save that goes well end within `GRACE`."""
+    """Says whether Orbax would keep a command from ending: the threads of a save that failed wait
+    many minutes for signals that nobody sends. Those of a save that goes well end within `GRACE`.
+    """
     program = getattr(sys.modules["__main__"], "__spec__", None)
     if program is None or not program.name.startswith("jaxgpt."):
         return False  # the process is not ours to end
     threads = [t for t in threading.enumerate() if type(t).__module__.startswith("orbax.")]
     until = time.monotonic() + GRACE
     for thread in threads:
-        thread.join(max(0.0, until - time.monotonic()))
+        # not thread.join: Orbax's raises what ended the thread, and TimeoutError
+        threading.Thread.join(thread, max(0.0, until - time.monotonic()))
     return any(thread.is_alive() for thread in threads)
 
 

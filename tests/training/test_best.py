@@ -48,8 +48,8 @@ def test_the_best_stays_without_looking_for_the_newest(tmp_path):
 
 def test_a_rollback_forgets_the_loss_of_what_is_gone(tmp_path):
     """Step 8 is saved twice: its first loss, the least of all, is that of a damaged checkpoint."""
-    save(tmp_path, {2: 3.0, 4: 2.0, 6: 4.0})
-    checkpoints = Checkpoints(tmp_path, 1)
+    save(tmp_path, {4: 5.0, 6: 4.0})
+    checkpoints = Checkpoints(tmp_path, 2)
     checkpoints.save(8, STATE, {"tokens": 0}, 1.0)
     checkpoints.manager.wait_until_finished()
     flip(next((tmp_path / "checkpoints/8/state").rglob("0")))
@@ -57,7 +57,7 @@ def test_a_rollback_forgets_the_loss_of_what_is_gone(tmp_path):
     for step in (8, 10, 12):
         checkpoints.save(step, STATE, {"tokens": 0}, 5.0)
     checkpoints.close()
-    assert Checkpoints(tmp_path, read_only=True).steps() == [4, 12]
+    assert Checkpoints(tmp_path, read_only=True).steps() == [6, 10, 12]
 
 
 @pytest.mark.parametrize("part", ["manifest.json", "meta/metadata", "state"])
@@ -97,6 +97,16 @@ def test_a_run_that_stopped_early_is_used_at_its_best(tmp_path, capsys, patience
     assert ("using checkpoint 4, of validation loss 1.0000" in said) == (picked == 4)
     assert ("--step=8 is its newest" in said) == (picked == 4)
     assert reader.pick(8) == 8 and reader.pick("best") == 4
+
+
+def test_what_a_kill_left_of_a_save_is_removed(tmp_path):
+    save(tmp_path, {2: 5.0})
+    half = tmp_path / "checkpoints/7.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    (half / "state/part").write_text("half")
+    assert Checkpoints(tmp_path, read_only=True).pick(None) == 2 and half.exists()
+    save(tmp_path, {4: 4.0})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
 
 
 def test_the_losses_are_on_disk(tmp_path):

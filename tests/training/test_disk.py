@@ -1,9 +1,10 @@
-"""A disk that fills, a workdir that turns unwritable, a clock that jumps: one line, then a resume."""
+"""A disk that fills, a workdir that goes away, a clock that jumps: one line, then a resume."""
 
 import itertools
 import json
 import os
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from jaxgpt.config import cli
 from jaxgpt.metrics import rows as rows_module
 from tests.conftest import xla_flags
 from tests.parallel.processes import finish, rows, wait_for_step
+from tests.training import until_full
 
 CONFIG = """
 from jaxgpt.config import *
@@ -81,7 +83,7 @@ def goes_on(run, tmp_path, **kw) -> None:
 
 @pytest.mark.parametrize("limit", [7_000, 30_000])
 def test_files_that_may_not_grow(run, tmp_path, command, limit):
-    """What a full disk does, on any machine: the smaller limit meets the rows, the other one a save."""
+    """What a full disk does, on any machine: the smaller limit meets the rows, the other a save."""
 
     def bound():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -115,6 +117,81 @@ def test_a_full_disk_during_a_save(run, tmp_path):
         subprocess.run(["umount", "-l", disk], check=True)
 
 
+# Where the room ends: within the first save, when it is opened, between two saves, ...
+FULL = [
+    ("save", "size=64k,nr_inodes=12"),
+    ("save", "size=64k,nr_inodes=4"),
+    ("save", "size=500k,nr_inodes=45"),
+    ("import", "size=300k"),
+]
+
+
+@pytest.mark.parametrize("action, options", FULL)
+def test_a_disk_too_small(tmp_path, action, options):
+    """One line, within 20 s of the fault; Orbax's threads would hold the process for 300 s. Then
+    the same command goes on, with what was whole, when there is room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk]).returncode:
+        pytest.skip("no mounting here; test_files_that_may_not_grow covers it")
+    try:
+        program = [sys.executable, "-m", "tests.training.until_full", action, disk]
+        process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+        fault, lines = time.monotonic(), []
+        for line in process.stderr:
+            fault = time.monotonic()
+            lines.append(line)
+        assert process.wait() == 2 and time.monotonic() - fault < 20
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        assert "cannot be written" in lines[0] and "No space left on device" in lines[0]
+        assert action == "save" or not list(disk.iterdir()), "a half import is left"
+        subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=1000", disk], check=True)
+        until_full.main(["", action, disk])
+        folder, step = (disk, 3) if action == "save" else (disk / "imported", 0)
+        assert Checkpoints(folder, read_only=True).whole() == [step]
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_workdir_removed_in_mid_run(run, tmp_path, command, monkeypatch):
+    run("not-there").kill()  # writes the config
+    argv = (f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w")
+    write = rows_module.RowFile.write
+
+    def removing(file, row):
+        if row["step"] == 5:
+            shutil.rmtree(tmp_path / "w")
+        write(file, row)
+
+    monkeypatch.setattr(rows_module.RowFile, "write", removing)
+    code, _, err = command(train.main, *argv)
+    assert code == 2 and "everything is in" not in err
+    assert "metrics.jsonl was moved or deleted while the run was writing" in err.splitlines()[-1]
+    assert not (tmp_path / "w").exists(), "nothing half-written is in its place"
+    monkeypatch.undo()
+    code, _, err = command(train.main, *argv)
+    assert code == 0 and "resume" not in err
+    assert list(rows(tmp_path / "w")) == list(range(1, 25))
+
+
+@pytest.mark.parametrize("target", ["nowhere", "w"], ids=["dangling", "looping"])
+def test_a_workdir_that_is_a_link_to_nothing(run, tmp_path, command, target):
+    run("not-there").kill()  # writes the config
+    (tmp_path / "w").symlink_to(tmp_path / target)
+    for workdir in (tmp_path / "w", tmp_path / "w/below"):
+        code, _, err = command(train.main, f"--config={tmp_path}/c.py", f"--workdir={workdir}")
+        assert code == 2 and "is a link to" in err and len(err.splitlines()) == 1, err
+
+
+def test_a_workdir_of_too_long_a_name(run, tmp_path, command):
+    run("not-there").kill()  # writes the config
+    for name in ("x" * 256, "é" * 128, "/".join(["d" * 200] * 25)):
+        code, _, err = command(
+            train.main, f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/{name}"
+        )
+        assert code == 2 and "File name too long" in err and len(err.splitlines()) == 1, err
+
+
 def test_a_workdir_that_turns_unwritable(run, tmp_path):
     process = run("w", "--config.num_steps=100000")
     wait_for_step(tmp_path / "w", 10, [process])
@@ -131,8 +208,13 @@ def test_threads_of_a_failed_save_do_not_hold_the_process(monkeypatch):
     """Orbax's may wait for minutes; a program that is not ours is left alone."""
     monkeypatch.setattr(cli, "GRACE", 0.2)
     done = threading.Event()
+
+    def join(thread, timeout=None):
+        raise TimeoutError("did not complete")  # as Orbax's own do, or what ended the thread
+
     # a class of Orbax's module, as its own threads are; an idle pool's threads hold nobody
-    stuck = type("Signals", (threading.Thread,), {"__module__": "orbax.future"})(target=done.wait)
+    members = {"__module__": "orbax.future", "join": join}
+    stuck = type("Signals", (threading.Thread,), members)(target=done.wait)
     stuck.start()
     try:
         assert not cli._is_held()
@@ -143,7 +225,7 @@ def test_threads_of_a_failed_save_do_not_hold_the_process(monkeypatch):
         assert not cli._is_held()
     finally:
         done.set()
-        stuck.join()
+        threading.Thread.join(stuck)
 
 
 def plotted(workdir) -> dict[str, list[int]]:

@@ -75,7 +75,7 @@ def without_shard(folder):
 
 def garbled_manifest(folder):
     (folder / "manifest.json").write_text("{")
-    return "manifest.json cannot be read"
+    return "manifest.json: it is not valid JSON"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,15 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(command, trained,
     assert metrics(workdir) == before, "the same numbers, each step once"
     code, out, err = command(checkpoint.main, "verify", f"--workdir={workdir}")
     assert code == 0 and json.loads(out) == {"whole": [4, 8, 12], "damaged": {}}, err
+
+
+def test_fewer_steps_than_a_damaged_checkpoint_has(trained):
+    """The newest is set aside, and the one before it is beyond the new end too."""
+    workdir, again = trained
+    flipped(workdir / "checkpoints/12")
+    code, _, err = again("--config.num_steps=6")
+    assert code == 0 and "damaged   checkpoint 12: " in err, err
+    assert "finished" in err and "has all 8 of num_steps=6 steps" in err
 
 
 def test_nothing_whole_starts_anew(trained):
