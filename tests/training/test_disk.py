@@ -153,6 +153,29 @@ def test_a_disk_too_small(tmp_path, action, options):
         subprocess.run(["umount", "-l", disk], check=True)
 
 
+def test_a_disk_that_is_full_before_the_first_step(run, tmp_path, command):
+    """Of room for one file more each time: no checkpoints, no tokenizer, no config, no rows, ..."""
+    run("not-there").kill()  # writes the config
+    argv = (f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/disk/w", "--config.num_steps=2")
+    (disk := tmp_path / "disk").mkdir()
+    options = "size=1m,nr_inodes=1"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk]).returncode:
+        pytest.skip("no mounting here")
+    try:
+        for inodes in range(1, 8):
+            more = ["mount", "-o", f"remount,nr_inodes={inodes}", disk]
+            subprocess.run(more, check=True)
+            code, out, err = command(train.main, *argv)
+            errors = [line for line in err.splitlines() if line.startswith("error: ")]
+            assert code == 2 and len(errors) == 1 and "Traceback" not in err + out, err
+            assert "No space left on device" in errors[0]
+        subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=1000", disk], check=True)
+        assert command(train.main, *argv)[0] == 0
+        assert list(rows(disk / "w")) == [1, 2]
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_a_workdir_removed_in_mid_run(run, tmp_path, command, monkeypatch):
     run("not-there").kill()  # writes the config
     argv = (f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w")

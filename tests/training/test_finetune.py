@@ -252,17 +252,17 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corp
     code, out, err = command(checkpoint.main, "list", workdir)
     assert [r["step"] for r in json.loads(out) if r["best"]] == [best]
     assert [line.endswith("| whole | best") for line in err.splitlines()] == [True, False]
-    for args, used in (((), best), (("--step=best",), best), ((f"--step={newest}",), newest)):
-        code, out, err = command(evaluate.main, workdir, *args)
+    for step, used in (((), best), (("--step=best",), best), ((f"--step={newest}",), newest)):
+        code, out, err = command(evaluate.main, workdir, *step)
         assert code == 0 and json.loads(out)["step"] == used, err
         assert abs(json.loads(out)["loss"] - found[used]) < 1e-4
-        assert (f"using checkpoint {best}" in err) == (not args)
+        assert (f"using checkpoint {best}" in err) == (not step)
     code, _, err = command(sample.main, workdir, "--prompt=a", "--max_new_tokens=1")
     assert code == 0 and f"using checkpoint {best}" in err
     code, _, err = command(convert.main, "export", workdir, f"--to={tmp_path}/hf")
     assert code == 0 and f"using checkpoint {best}" in err and f"exported  step {best} of" in err
-    for main, args in ((sample.main, ()), (evaluate.main, ()), (checkpoint.main, ("show",))):
-        code, _, err = command(main, *args, workdir, "--step=nonsense")
+    for main, action in ((sample.main, ()), (evaluate.main, ()), (checkpoint.main, ("show",))):
+        code, _, err = command(main, *action, workdir, "--step=nonsense")
         last = err.strip().splitlines()[-1]
         assert code == 2 and last.startswith("error: flag --step=nonsense"), err
         assert "a checkpoint's step, or best" in last
