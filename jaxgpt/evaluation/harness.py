@@ -80,11 +80,15 @@ class HarnessModel(TemplateLM):
         for request in requests:
             context, wanted = request.args
             new = min(int(wanted.get("max_gen_toks", 256)), self.context - 1)
-            ids = self.tokenizer.encode(context)[-(self.context - new) :]
+            room = self.context - new
+            ids = self.tokenizer.encode(context)[-room:]
+            text = self.tokenizer.decode(ids).lstrip("\ufffd")  # of a character cut in two
+            while len(self.tokenizer.encode(text)) > room:
+                text = text[1:]
             stop = wanted.get("until") or []
             stop = (stop,) if isinstance(stop, str) else tuple(stop)
             warm = float(wanted.get("temperature", 0.0)) if wanted.get("do_sample") else 0.0
-            asked = Request(self.tokenizer.decode(ids), new, Sampling(warm, 0), stop=stop)
+            asked = Request(text, new, Sampling(warm, 0), stop=stop)
             (text,) = completed(self.decoder, self.tokenizer, [asked])
             found.append(text.text)
         return found

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.encoding import check_text
 from jaxgpt.evaluation.tasks import Choices
 from jaxgpt.text.formats import json_rows
 from jaxgpt.tokenizer import Tokenizer
@@ -33,9 +34,15 @@ class Item(NamedTuple):
 
 
 def _hellaswag(row: dict) -> Item:
-    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
-    prompt = _plain(f"{row['activity_label']}: {context}")
+    context = f"{_text(row['ctx_a'])} {_text(row['ctx_b']).capitalize()}"
+    prompt = _plain(f"{_text(row['activity_label'])}: {context}")
     return Item(prompt, tuple(f" {_plain(end)}" for end in row["endings"]), int(row["label"]))
+
+
+def _text(value) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:40]} is no text")
+    return value
 
 
 def _plain(text: str) -> str:
@@ -52,8 +59,8 @@ def _arc(row: dict) -> Item:
         texts, labels = choices["text"], choices["label"]
     else:
         texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]
-    prompt = f"Question: {question}\nAnswer:"
-    return Item(prompt, tuple(f" {text}" for text in texts), labels.index(row["answerKey"]))
+    prompt = f"Question: {_text(question)}\nAnswer:"
+    return Item(prompt, tuple(f" {_text(text)}" for text in texts), labels.index(row["answerKey"]))
 
 
 def _lambada(row: dict) -> Item:
@@ -82,6 +89,7 @@ def read_items(name: str, files: list[str]) -> list[Item]:
                 raise ValueError(f"choice {item.right} is not there")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise BadInput(f"{file}, line {number} is no row of {name}: {e!r}") from e
+        check_text("".join([item.prompt, *item.choices]), f"{file}, line {number}")
         found.append(item)
     return found
 

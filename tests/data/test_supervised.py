@@ -247,6 +247,8 @@ def test_squad_figures_by_hand():
     found = questions(examples, answers.__getitem__)
     assert found["exact_match"] == 0.5
     assert found["f1"] == pytest.approx((1 + 0.5) / 2)
+    best = questions([Example("a", ("Rome", "Paris in France"), "")], lambda _: "Paris")
+    assert best["f1"] == pytest.approx(0.5) and best["exact_match"] == 0, "of any right answer"
     assert normalised("The  Cat, an ox.") == ["cat", "ox"]
     assert overlap([], []) == 1.0 and overlap(["x"], []) == 0.0
 

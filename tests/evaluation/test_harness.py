@@ -81,6 +81,15 @@ def test_generation_stops_and_is_greedy(model):
         assert cut == text[: text.find(text[2])]
 
 
+def test_a_context_cut_within_a_character_still_fits(model):
+    harness, forward = model
+    (text,) = harness.generate_until([asked("é" * 50, {"until": [], "max_gen_toks": 9})])
+    ids = list(("é" * 15).encode())  # of the 31 tokens that fit the first is half a character
+    for _ in range(9):
+        ids.append(int(forward(ids)[-1].argmax()))
+    assert text == BYTES.decode(np.array(ids[30:], np.int32))
+
+
 def test_the_command_runs_a_task_s_own_file(command, tmp_path, corpus):
     import yaml
 

@@ -86,6 +86,35 @@ def test_items_to_the_character(tmp_path, task, row, prompt, choices, right):
     assert read_items(task, [written(tmp_path, [row])]) == [Item(prompt, choices, right)]
 
 
+NOT_ROWS = {
+    "hellaswag": [
+        *({}, [], 1, None, "x", SWAG | {"ctx_a": None}, SWAG | {"ctx_b": 1}, SWAG | {"label": ""}),
+        *(SWAG | {"label": label} for label in ("x", None, -1, 3, [], 10**400, "9" * 5000)),
+        *(SWAG | {"endings": ends} for ends in (None, 1, [], [1], [None, "b", "c"], {"a": 1})),
+        *(SWAG | {"activity_label": bad} for bad in (None, 1, "\ud800")),
+    ],
+    "arc": [
+        *({}, [], 1, None, "x", ARC | {"question": None}, ARC | {"question": {"stem": 1}}),
+        *(ARC | {"answerKey": key} for key in (None, "D", 1, [], {})),
+        *(ARC | {"choices": bad} for bad in (None, [], {}, [1], {"text": ["a"]}, "ab")),
+        ARC | {"choices": {"text": [None, "b"], "label": ["A", "B"]}},
+        ARC | {"choices": {"text": ["a"], "label": ["A", "B"]}},
+        ARC | {"question": "\udfff"},
+    ],
+    "lambada": [
+        *({}, [], 1, None, "x"),
+        *({"text": bad} for bad in (None, 1, [], "", "one", "a \ud800")),
+    ],
+}
+
+
+@pytest.mark.parametrize("task", NOT_ROWS)
+def test_what_is_no_row_is_refused(tmp_path, task):
+    for row in NOT_ROWS[task]:
+        with pytest.raises(BadInput, match="rows.jsonl, line 1"):
+            read_items(task, [written(tmp_path, [row])])
+
+
 def test_a_row_without_its_context_is_named(tmp_path):
     row = {name: value for name, value in SWAG.items() if name != "ctx_a"}
     with pytest.raises(BadInput, match=r"line 1 is no row of hellaswag: KeyError\('ctx_a'\)"):
@@ -117,10 +146,14 @@ class Given(tasks.Choices):
 
 
 def test_accuracy_by_likelihood_and_by_character():
-    items = [Item("p", (" abcd", " a"), 0), Item("p", (" abcd", " a"), 1)]
-    found = multiple_choice(items, Given([-4.0, -2.0, -4.0, -0.5]), {})
-    # by character: -1.0 against -2.0, then -1.0 against -0.5
-    assert found == {"examples": 2, "accuracy": 0.5, "accuracy_norm": 1.0}
+    items = [
+        Item("p", (" abcd", " a"), 0),
+        Item("p", (" abcd", " a"), 1),
+        Item("p", (" a", " abc"), 1),
+    ]
+    found = multiple_choice(items, Given([-4.0, -2.0, -4.0, -0.5, -1.0, -2.5]), {})
+    # by character: -1.0 and -2.0, -1.0 and -0.5, -1.0 and -0.83 (the space in front does not count)
+    assert found == {"examples": 3, "accuracy": 1 / 3, "accuracy_norm": 1.0}
     words = [Item("p", (" ab",), 0), Item("q", (" cd",), 0)]
     right = {"p": b" ab", "q": b" ce"}
     found = last_words(

@@ -173,6 +173,25 @@ def test_every_split_by_every_stride(run, source):
                 assert row["perplexity"] == pytest.approx(math.exp(part / number), rel=1e-5)
 
 
+def test_the_first_windows_alone(run):
+    """As validation with `eval_batches` counts: its bytes are the split's by the share of tokens."""
+    folder, nats = run
+    trained = open_trained(str(folder / "w"), None)
+    split = prepare_whole(f"text:{folder}/a.txt", DataConfig(), trained.tokenizer, folder / "cache")
+    with jax.set_mesh(trained.mesh):
+        measure = Perplexity(
+            make_eval_step(trained.spec), evaluate.batch_sharding(trained), split, CONTEXT, 8
+        )
+        found = measure(trained.params(), max_windows=9)
+    ids, _ = stream(ONE)
+    first = [value for place, value in nats(ids, CONTEXT).items() if place <= 9 * CONTEXT]
+    size = round(len(CORPUS[:333].encode()) * len(first) / (len(ids) - 1))
+    assert len(first) == 9 * CONTEXT < len(ids) - 1
+    assert (found["tokens"], found["bytes"]) == (len(first), size)
+    assert found["loss"] == pytest.approx(sum(first) / len(first), abs=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(sum(first) / math.log(2) / size, abs=1e-4)
+
+
 def test_the_command_says_the_same(run, command):
     folder, nats = run
     source = "0.3*text:{}/a.txt,0.7*jsonl:{}/b.jsonl"
