@@ -137,7 +137,7 @@ def test_the_exported_folder_writes_the_same_greedy_text(command, tmp_path):
     assert ours.rstrip("\n") == generated(tmp_path / "out", "The é", 30).rstrip("\n")
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "sentencepiece:400"])
 def test_a_run_of_ours_loads_there(command, tmp_path, corpus, tokenizer):
     (tmp_path / "c.py").write_text(
         "from jaxgpt.config import *\ndef get_config():\n"

@@ -70,9 +70,9 @@ def model_folder(folder, **model):
     "model",
     [
         {},
-        {"tie_embeddings": False, "activation": "gelu"},
+        {"tie_embeddings": False, "activation": "gelu", "norm_eps": 1e-3},
         LLAMA,
-        LLAMA | {"qk_norm": True},
+        LLAMA | {"qk_norm": True, "norm_eps": 1e-4, "rope_theta": 5e5},
         LLAMA
         | {
             "tie_embeddings": False,
@@ -98,6 +98,9 @@ def test_round_trip_is_bit_identical(command, tmp_path, model):
     assert one.shapes == two.shapes and max(one.shapes.values())[0] == VOCAB, "no padding rows"
     for name in one.shapes:
         np.testing.assert_array_equal(one.read(name), two.read(name))
+    for file in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "again" / file).read_text())
+        assert (found["bos_token_id"], found["eos_token_id"]) == (256, 256)
     with jax.set_mesh(mesh_of(tiny_config())):
         abstract = jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0))
         restored = Checkpoints(tmp_path / "w", read_only=True).restore_params(0, abstract)
@@ -320,6 +323,29 @@ def test_configs_that_are_not_ours(tmp_path, edit, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | edit))
     with pytest.raises(BadInput, match=message):
         read_params(open_folder(tmp_path / "hf"), {})
+
+
+def test_both_spellings_of_rope(tmp_path):
+    """`rope_parameters` of today's transformers; `rope_theta` and `rope_scaling` of before."""
+    scaling = dict(rope_scaling="llama3", rope_factor=4.0, rope_original_len=16)
+    cfg, _ = model_folder(tmp_path / "hf", **LLAMA, rope_theta=5e5, **scaling)
+    file = tmp_path / "hf/config.json"
+    whole = json.loads(file.read_text())
+    for spelling in (("rope_parameters",), ("rope_theta", "rope_scaling")):
+        others = {"rope_parameters", "rope_theta", "rope_scaling"} - set(spelling)
+        file.write_text(json.dumps({k: v for k, v in whole.items() if k not in others}))
+        assert open_folder(tmp_path / "hf").model == cfg, spelling
+
+
+def test_bfloat16_is_what_every_tensor_is(tmp_path):
+    model_folder(tmp_path / "hf")
+    opened = open_folder(tmp_path / "hf")
+    (file,) = {id(file): file for file, _ in opened.names.values()}.values()
+    assert not opened.is_bfloat16
+    file.dtypes = dict.fromkeys(file.dtypes, np.dtype(ml_dtypes.bfloat16))
+    assert opened.is_bfloat16
+    file.dtypes["transformer.wpe.weight"] = np.dtype("<f4")
+    assert not opened.is_bfloat16
 
 
 def test_what_has_no_counterpart_is_not_exported():
