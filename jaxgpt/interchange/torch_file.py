@@ -8,8 +8,6 @@ import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,10 +82,10 @@ class _Refused(Exception):
 
 
 class _Unpickler(_SLOW):
-    """Reads a state dict: its tuples hold no tuples of tuples, its keys are strings.
+    """Reads a state dict, whose keys are strings and whose values are tensors.
 
-    So no hash, comparison or text of a value can take longer than the file: tuples that hold
-    another one twice, some forty deep, would be nested 2^40 times.
+    Nothing else is ever hashed, compared or printed: tuples that each hold another one twice would
+    be 2^40 of them after forty lines.
     """
 
     dispatch = {
@@ -106,16 +104,6 @@ class _Unpickler(_SLOW):
         if not known or type(key) is not str or not key.isalnum() or type(count) is not int:
             raise ValueError("an unknown reference")
         return _Storage(dtype, key, count)
-
-    def _checked_tuple(self, load: Callable) -> None:
-        load(self)
-        for item in self.stack[-1]:
-            if type(item) is tuple and any(type(inner) is tuple for inner in item):
-                raise ValueError("tuples within tuples within tuples")
-
-    for _name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-        _load = dispatch[getattr(pickle, _name)[0]]
-        dispatch[getattr(pickle, _name)[0]] = partial(_checked_tuple, load=_load)
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
+import signal
 import zipfile
 
 import hypothesis
@@ -455,6 +457,27 @@ def test_a_refused_import_leaves_nothing(holds, folders, tmp_path):
     argv = ["import", f"--from={folder}", "--workdir={}/w"]
     holds(convert.main, Case("NaN", argv, says="tensor wpe.weight holds NaN"))
     assert not (tmp_path / "case/w").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_disk_that_fills_during_import(holds, folders, size):
+    """No file may grow beyond `size` bytes: nothing is left, and the same command goes on later."""
+    case = Case("full", ["import", f"--from={folders}/gpt2", "--workdir={}/w"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        code, _, err = holds(convert.main, case._replace(says="write"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "File too large" in err
+    assert holds(convert.main, case._replace(says="imported"))[0] == 0
+
+
+def test_a_signal_during_import_leaves_nothing(command, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "read_params", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    argv = ("import", f"--from={folders}/gpt2", f"--workdir={tmp_path}/out/w")
+    assert command(convert.main, *argv)[0] == 128 + signal.SIGTERM
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_leftovers_of_a_killed_import_are_removed(holds, folders, tmp_path):
