@@ -17,6 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from absl import flags
+from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.checkpointing.choice import define_step
@@ -24,6 +25,7 @@ from jaxgpt.config import BadInput, Config, DataConfig, ModelConfig
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.files import whole_folder
 from jaxgpt.config.load import to_json
+from jaxgpt.config.stores import is_object_store
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.interchange.families import Family, family_of
 from jaxgpt.interchange.folder import open_folder
@@ -62,6 +64,12 @@ def main(argv: list[str]) -> None:
     for name in needed:
         if not values[name].value:
             raise BadInput(f"--{name}=DIR is required")
+    for name in ("from", "to", "workdir") if what == "import" else ("from", "to"):
+        if is_object_store(values[name].value):
+            raise BadInput(
+                f"--{name}={values[name].value}: convert takes a local folder here; copy it from or"
+                " to the object store"
+            )
     if what == "import":
         import_folder(Path(values["from"].value).expanduser(), Path(values.workdir))
     else:
@@ -115,7 +123,7 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
             params = merged(trained.params(), trained.config.model)
             write_params(scratch / "model.safetensors", family, params, cfg, DTYPES[dtype])
         _write_configs(trained, cfg, family, scratch, dtype)
-        template = saved_template(Path(workdir) / "tokenizer")
+        template = saved_template(epath.Path(workdir) / "tokenizer")
         note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
         check_export(scratch, cfg, trained, params, dtype)
     say(f"exported  step {trained.step} of {workdir} as {family.architecture} into {target}")

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         "bytes": sum(split.bytes for split in splits),
         "dropped": {rule: entry["documents"] for rule, entry in data.dropped.items()},
         "vocab_size": data.tokenizer.vocab_size,
-        "cache": str(data.folder),
+        "cache": values.out or str(data.folder),
     }
     if data.masked:
         counts["masked"] = {kind: entry["masks"] for kind, entry in data.masked.items()}

@@ -4,9 +4,8 @@ One HTML file that needs nothing else: curves, samples over time, config, data, 
 to DIR/report.html; several workdirs are compared on one page.
 """
 
-from pathlib import Path
-
 from absl import flags
+from etils import epath
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import parse, run
@@ -23,7 +22,7 @@ def main(argv: list[str]) -> None:
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     text = page([gathered(workdir) for workdir in values.workdir])
-    out = Path(values.out) if values.out else Path(values.workdir[0]) / "report.html"
+    out = epath.Path(values.out) if values.out else epath.Path(values.workdir[0]) / "report.html"
     try:
         write_whole(out, text)
     except OSError as e:

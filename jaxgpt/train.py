@@ -35,7 +35,7 @@ from jaxgpt.config.load import (
     read_config,
     to_json,
 )
-from jaxgpt.config.stores import is_object_store
+from jaxgpt.config.stores import check_store_writable, is_object_store
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, check_shards, prepare
 from jaxgpt.metrics.progress import duration
@@ -254,7 +254,7 @@ def say_finished(workdir: epath.Path, done: int, config: Config) -> int:
 def check_writable(workdir: epath.Path) -> None:
     """Raises `BadInput` if `workdir` can be neither used nor made; makes nothing yet."""
     if is_object_store(workdir):
-        return  # an object store says so itself
+        return check_store_writable(workdir)
     there = Path(workdir).absolute()
     while not there.exists():
         if there.is_symlink():

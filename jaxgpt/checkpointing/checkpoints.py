@@ -14,9 +14,10 @@ from orbax.checkpoint.path import atomicity
 
 from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_in, loss_of, read_meta
 from jaxgpt.checkpointing.manifest import damage, write_manifest
+from jaxgpt.checkpointing.s3 import use_s3
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import say
-from jaxgpt.config.stores import is_object_store
+from jaxgpt.config.stores import absolute, check_store, is_object_store, move_folder
 from jaxgpt.parallel.hosts import is_peer_lost, on_first
 
 SET_ASIDE = "checkpoints-damaged"
@@ -31,7 +32,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir, keep: int = 1, keep_every: int = 0, read_only: bool = False):
-        self.folder = epath.Path(workdir) / "checkpoints"
+        check_store(workdir)
+        self.folder = absolute(workdir) / "checkpoints"
         if read_only and not self.folder.exists():
             raise BadInput(f"{workdir} has no checkpoints; train first")
         self.saving: int | None = None
@@ -39,7 +41,7 @@ class Checkpoints:
         self.losses: dict[int, float | None] = {}  # of each step, as far as they were asked for
         sealed = ocp.AsyncOptions(post_finalization_callback=self._seal)
         self.manager = ocp.CheckpointManager(
-            epath.Path(self.folder).absolute(),
+            self.folder,
             item_handlers=_handlers(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.PreserveAll()
@@ -117,9 +119,8 @@ class Checkpoints:
             if not (fault := self.damage(step)):
                 return step
             aside = self.folder.parent / SET_ASIDE
-            aside.mkdir(exist_ok=True)
             number = len(list(aside.glob(f"{step}.*")))
-            (self.folder / str(step)).rename(aside / f"{step}.{number}")
+            move_folder(self.folder / str(step), aside / f"{step}.{number}")
             say(f"damaged   checkpoint {step}: {fault}; set aside as {aside}/{step}.{number}")
         return None
 
@@ -255,7 +256,7 @@ class Checkpoints:
     def arrays(self, step: int) -> dict:
         """Returns the shape and dtype of each saved array by its path, reading none of them."""
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.metadata(epath.Path(self.folder).absolute() / str(step) / "state")
+            found = reader.metadata(self.folder / str(step) / "state")
         return _by_path(found.item_metadata.tree)
 
     def meta(self, step: int) -> dict:
@@ -275,7 +276,7 @@ class Checkpoints:
             partial_restore=True,
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            path = epath.Path(self.folder).absolute() / str(step) / "state"
+            path = self.folder / str(step) / "state"
             return reader.restore(path, args=args)[name]
 
     def close(self) -> None:
@@ -292,6 +293,7 @@ def _way_to_finish(workdir) -> type:
     """Returns how a save ends: a folder takes its final name, which is atomic on a file system; an
     object store, which copies file by file to rename, gets a commit file at the end."""
     if is_object_store(workdir):
+        use_s3()
         return atomicity.CommitFileTemporaryPath
     return atomicity.AtomicRenameTemporaryPath
 
@@ -378,7 +380,7 @@ def save_weights(workdir, params: dict, meta: dict) -> None:
     cpu = jax.local_devices(backend="cpu")[0]
     place = functools.partial(jax.device_put, device=cpu, may_alias=True)
     state = {"params": jax.tree.map(place, params)}
-    folder = epath.Path(workdir).absolute() / "checkpoints"
+    folder = absolute(workdir) / "checkpoints"
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2 << 20), state)
     args = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state, save_args=chunks), meta=ocp.args.JsonSave(meta)

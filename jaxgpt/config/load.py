@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from jaxgpt.config.errors import BadInput
 from jaxgpt.config.schema import Config, MeshConfig, fields_of, get_field, set_field
+from jaxgpt.config.stores import check_store
 from jaxgpt.config.validate import check_types, validate
 
 # What a rerun may change (the contract's resume rules).
@@ -156,6 +157,7 @@ def read_config(workdir: epath.Path) -> Config:
     Raises:
       BadInput: if `workdir` holds no run.
     """
+    check_store(workdir)
     file = workdir / "config.json"
     if not file.exists():
         raise BadInput(f"{workdir} holds no run: config.json is missing; train one first")

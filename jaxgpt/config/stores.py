@@ -1,11 +1,91 @@
-"""Object stores: what differs from a file system."""
+"""Object stores, `gs://` and `s3://`: how they are reached, and what differs from a file system.
 
+Files go through etils.epath and fsspec (its packages gcsfs and s3fs), arrays of checkpoints through
+TensorStore. An object store has no renaming, no appending, no locks and no empty folders; a file is
+there when all of it is.
+"""
+
+import functools
 import os
+import shutil
+
+from etils import epath
+
+from jaxgpt.config.errors import BadInput
+from jaxgpt.config.extras import require
+
+PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # fsspec's package, our extra
 
 
 def is_object_store(path) -> bool:
-    """Says whether `path` is a URL, like `gs://bucket/run`, rather than a file system's path.
-
-    An object store has no renaming, no appending, no locks and no folders without files.
-    """
+    """Says whether `path` is a URL, like `gs://bucket/run`, rather than a file system's path."""
     return "://" in os.fspath(path)
+
+
+def absolute(path) -> epath.Path:
+    """Returns `path` as Orbax wants it. (etils.epath puts the current folder before URLs, too.)"""
+    return epath.Path(path) if is_object_store(path) else epath.Path(path).absolute()
+
+
+def check_store(path) -> None:
+    """Raises `BadInput` if `path` is a URL and cannot be reached; call it before other use."""
+    if is_object_store(path):
+        _reach(os.fspath(path))
+
+
+@functools.cache
+def _reach(url: str) -> None:
+    scheme = url.partition("://")[0]
+    if scheme not in PACKAGES:
+        raise BadInput(f"{url}: choose a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
+    require(*PACKAGES[scheme], url)
+    import fsspec
+
+    # TensorStore writes beside fsspec, whose lists of files would be out of date
+    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    try:
+        epath.Path(url).exists()
+    except Exception as e:  # each store raises its own
+        raise BadInput(f"{url} cannot be reached: {e}") from e
+
+
+def check_store_writable(url) -> None:
+    """Raises `BadInput` if nothing can be written below `url`."""
+    check_store(url)
+    probe = epath.Path(url) / f".writable-{os.uname().nodename}-{os.getpid()}"
+    try:
+        probe.write_text("")
+        probe.unlink(missing_ok=True)
+    except Exception as e:
+        raise BadInput(f"{url} cannot be written: {e}") from e
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Moves a folder to a name that is free; on an object store file by file."""
+    if not is_object_store(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        return
+    copy_folder(source, target)
+    source.rmtree()
+
+
+def copy_folder(source, target, last: str = "", without: tuple[str, ...] = ()) -> None:
+    """Copies the files of a folder, here or on an object store, the one named `last` at the end."""
+    source, target = epath.Path(source), epath.Path(target)
+    names = [name for name in files_of(source) if name not in without]
+    for name in sorted(names, key=lambda name: (name == last, name)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with (source / name).open("rb") as read, (target / name).open("wb") as write:
+            shutil.copyfileobj(read, write, 16 << 20)
+
+
+def files_of(folder: epath.Path) -> list[str]:
+    """Returns the paths of all files below `folder`, relative to it."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            found += [f"{path.name}/{name}" for name in files_of(path)]
+        else:
+            found.append(path.name)
+    return found

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from jaxgpt.config import BadInput, DataConfig
 from jaxgpt.config.cli import say
+from jaxgpt.config.stores import is_object_store
+from jaxgpt.data.remote import fetched, publish
 from jaxgpt.data.shards import FORMAT, META, Split, read_meta, read_split, token_dtype, write_once
 from jaxgpt.data.split import Part, hold_out, scan
 from jaxgpt.data.tokenize import write_split
@@ -77,13 +79,16 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     """Returns the corpus of `cfg` as token shards, written now if the cache has none.
 
     Everything is in the key that decides: the text, the split rule, the cleaning and the
-    tokenizer. `out` names a folder to write to instead of the cache.
+    tokenizer. `out` names a folder to write to instead of the cache, or a URL to copy it to.
 
     Raises:
       BadInput: for a source, file, line, step or tokenizer that cannot be used.
     """
     if cfg.source.startswith("shards:"):
-        return open_prepared(Path(cfg.source.removeprefix("shards:")).expanduser())
+        place = cfg.source.removeprefix("shards:")
+        if is_object_store(place):
+            return open_prepared(fetched(place, cache_folder(cfg)))
+        return open_prepared(Path(place).expanduser())
     check_spec(cfg.tokenizer)
     make_steps(cfg.clean)  # for its errors
     cache, given = cache_folder(cfg), None
@@ -107,10 +112,13 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
         if given is None
         else fingerprint(given),
     )
-    folder = Path(out) if out else cache / key
+    is_local = bool(out) and not is_object_store(out)
+    folder = Path(out) if is_local else cache / key
     if (folder / META).exists() and read_meta(folder)["key"] != key:
         raise BadInput(f"{folder} already holds another prepared corpus; choose another --out")
     write_once(folder, cache / "locks", partial(_write, cfg, sources, held_out, given, key))
+    if out and not is_local:
+        publish(folder, out)
     return open_prepared(folder)
 
 

@@ -1,16 +1,19 @@
 """Durability's long checks.
 
-    python tests/benchmarks/durability.py kills [--count=100]
-    python tests/benchmarks/durability.py saving [--steps=60]
+    python -m tests.benchmarks.durability kills [--count=100] [--processes=2] [--store=s3|gs]
+    python -m tests.benchmarks.durability saving [--steps=60]
 
 `kills` runs one config without a kill, then again with `count` SIGKILLs, each at a random instant
-after new progress (during saves too), and compares every row. `saving` trains GPT-2 124M's shape
+after new progress (during saves too), and compares every row; of several processes one is killed and
+the others must end by themselves; a store is a server on this machine (tests/parallel/stores.py).
+`saving` trains GPT-2 124M's shape
 with and without a save every tenth step, and prints the share of the time that saving took (what the
 steps in which a save begins or runs took beyond the median step, after the first two saves), and the
 peak memory during it beyond training's own, over the state's size.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,6 +25,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from etils import epath
+
+from jaxgpt.config import stores
+from tests.conftest import xla_flags
+from tests.parallel.processes import free_port
+from tests.parallel.stores import served, text_of
+
 KILLED = """
 from jaxgpt.config import *
 def get_config():
@@ -29,7 +39,7 @@ def get_config():
         num_steps={steps}, batch_size=4, log_every=1, eval_every=50, checkpoint_every=5,
         model=ModelConfig(max_seq_len=64, num_layers=2, num_heads=2, embed_dim=64, dropout=0.1),
         data=DataConfig(tokenizer="byte"),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=10, ema_decay=0.9),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=10, ema_decay=0.9), {mesh}
     )
 """
 SAVED = """
@@ -45,60 +55,91 @@ def get_config():
 """
 
 
-def started(folder: Path, workdir: str) -> subprocess.Popen:
+def started(folder: Path, workdir: str, processes: int = 1) -> list[subprocess.Popen]:
+    """Starts the processes of a run in `workdir`, a path or a URL."""
     env = os.environ | {
         "JAXGPT_CACHE": str(folder / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": xla_flags(1),
     }
-    with open(folder / "log", "w") as log:  # a pipe that nobody reads would fill and stop the run
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "jaxgpt.train",
-                f"--config={folder}/c.py",
-                f"--workdir={folder}/{workdir}",
-            ],
-            env=env,
-            stderr=log,
-        )
+    command = [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py"]
+    command.append(f"--workdir={workdir}")
+    if processes > 1:
+        command.append(f"--coordinator=127.0.0.1:{free_port()}")
+        command.append(f"--num_processes={processes}")
+    found = []
+    for i in range(processes):
+        own = [f"--process_id={i}"] if processes > 1 else []
+        with open(folder / f"log{i}", "w") as log:  # a pipe that nobody reads would stop the run
+            found.append(subprocess.Popen([*command, *own], env=env, stderr=log))
+    return found
 
 
-def rows(workdir: Path) -> list[dict]:
+def rows(workdir: str) -> list[dict]:
     """The rows so far, without what time decides; a half-written last line is left out."""
-    text = (workdir / "metrics.jsonl").read_text() if (workdir / "metrics.jsonl").exists() else ""
+    text = text_of(epath.Path(workdir) / "metrics.jsonl")
     found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [{k: row[k] for k in ("step", "split", "loss")} for row in found]
 
 
-def last_step(workdir: Path) -> int:
+def last_step(workdir: str) -> int:
     found = rows(workdir)
     return found[-1]["step"] if found else 0
 
 
-def kills(count: int) -> dict:
+def is_saving(workdir: str) -> bool:
+    """Says whether a checkpoint is half written: it has a temporary name, or no commit file."""
+    folder = epath.Path(workdir) / "checkpoints"
+    if "://" not in workdir:
+        return any("tmp" in step.name for step in folder.iterdir())
+    return any(not (step / "commit_success.txt").exists() for step in folder.iterdir())
+
+
+def kills(count: int, processes: int, store: str) -> dict:
     chance, steps, began = random.Random(0), 30 * count, time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "c.py").write_text(KILLED.format(steps=steps))
-        assert started(folder, "whole").wait() == 0, (folder / "log").read_text()[-2000:]
-        done = saving = 0
-        while done < count:
-            process, before = started(folder, "killed"), last_step(folder / "killed")
-            while last_step(folder / "killed") <= before + 5 and process.poll() is None:
-                time.sleep(0.01)  # past the checkpoint it went back to, so that it gets somewhere
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        folder, place = Path(scratch), scratch
+        if store:
+            place, env = stack.enter_context(served(store))
+            os.environ.update(env)
+            stores.check_store(place)
+
+        def logs() -> str:
+            return "".join(log.read_text()[-2000:] for log in sorted(folder.glob("log*")))
+
+        def finish() -> None:
+            codes = [process.wait() for process in started(folder, workdir, processes)]
+            assert not any(codes), logs()
+
+        mesh = f"mesh=MeshConfig(data={processes}),"
+        (folder / "c.py").write_text(KILLED.format(steps=steps, mesh=mesh))
+        workdir = f"{place}/whole"
+        finish()
+        whole, workdir = rows(workdir), f"{place}/killed"
+        saving, outlived = 0, []
+        for _ in range(count):
+            running, before = started(folder, workdir, processes), last_step(workdir)
+            while last_step(workdir) <= before + 5 and all(p.poll() is None for p in running):
+                time.sleep(0.2 if store else 0.01)  # past the checkpoint it went back to
             time.sleep(chance.uniform(0, 0.3))
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL, (folder / "log").read_text()[-2000:]
-            saving += bool(list((folder / "killed/checkpoints").glob("*tmp*")))
-            done += 1
-        assert started(folder, "killed").wait() == 0, (folder / "log").read_text()[-2000:]
-        same = rows(folder / "whole") == rows(folder / "killed")
+            victim = chance.choice(running)
+            victim.send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            assert victim.wait() == -signal.SIGKILL, logs()
+            saving += is_saving(workdir)
+            assert all(process.wait() for process in running), logs()  # they end by themselves
+            outlived.append(time.monotonic() - killed)
+        finish()
+        same = whole == rows(workdir)
     return {
-        "kills": done,
+        "kills": count,
+        "processes": processes,
+        "store": store or "local",
         "during_a_save": saving,
         "steps": steps,
         "identical": same,
+        "seconds_until_the_others_ended": max(outlived),
         "seconds": time.monotonic() - began,
     }
 
@@ -109,12 +150,12 @@ def saving(steps: int) -> dict:
         folder = Path(scratch)
         for name, every in (("without", 0), ("with", 10)):
             (folder / "c.py").write_text(SAVED.format(steps=steps, every=every))
-            process, peak = started(folder, name), 0
+            (process,), peak = started(folder, f"{folder}/{name}"), 0
             while process.poll() is None:
                 status = Path(f"/proc/{process.pid}/statm").read_text().split()
                 peak = max(peak, int(status[1]) * 4096 if len(status) > 1 else 0)
                 time.sleep(0.02)
-            assert process.returncode == 0, (folder / "log").read_text()[-2000:]
+            assert process.returncode == 0, (folder / "log0").read_text()[-2000:]
             text = (folder / name / "metrics.jsonl").read_text().splitlines()
             seconds = {row["step"]: row["seconds"] for row in map(json.loads, text)}
             # a virtual machine's memory is slow when first touched: warm after two saves
@@ -137,6 +178,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("kills", "saving"))
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--store", choices=("s3", "gs"), default="")
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
-    print(json.dumps(kills(args.count) if args.what == "kills" else saving(args.steps)))
+    if args.what == "kills":
+        print(json.dumps(kills(args.count, args.processes, args.store)))
+    else:
+        print(json.dumps(saving(args.steps)))
