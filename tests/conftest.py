@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -31,6 +32,7 @@ from jaxgpt.config.cli import run  # noqa: E402
 from jaxgpt.parallel.mesh import make_mesh  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 900  # seconds: ends what hangs, and is more than any test takes beside other work
 CORPUS = (ROOT / "LICENSE").read_text()  # real English that every checkout has
 
 
@@ -49,6 +51,15 @@ def corpus(tmp_path) -> Path:
     for i in range(4):
         (folder / f"{i}.txt").write_text(CORPUS[i * quarter : (i + 1) * quarter])
     return folder
+
+
+def wait_until(ready, *processes) -> None:
+    """Waits until `ready()`; fails once one of `processes` ends before that, or nothing happens."""
+    until = time.monotonic() + PATIENCE
+    while not ready():
+        ended = [process.communicate() for process in processes if process.poll() is not None]
+        assert not ended and time.monotonic() < until, ended
+        time.sleep(0.01)
 
 
 def tiny_config(shape=(1, 1, 1), **model) -> Config:

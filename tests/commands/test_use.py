@@ -132,7 +132,7 @@ def test_watch_sees_checkpoints_as_they_come(workdir, tmp_path):
     assert "waiting   for the first checkpoint" in watcher.stderr.readline()
     trainer = [sys.executable, "-m", "jaxgpt.train", f"--config={config}", f"--workdir={other}"]
     assert subprocess.run(trainer, env=env, capture_output=True).returncode == 0
-    out, err = watcher.communicate(timeout=120)
+    out, err = watcher.communicate()
     assert watcher.returncode == 0, err
     assert [json.loads(line)["step"] for line in out.splitlines()] == [8, 16, 24]
 
@@ -337,7 +337,6 @@ def test_interactive_continues_line_by_line(workdir):
         ],
         input=f"one\n{'x' * 60}\ntwo\n".encode() + b"\xff\xfe\nthree\n",
         capture_output=True,
-        timeout=600,
     )
     out, err = process.stdout.decode(), process.stderr.decode()
     assert process.returncode == 0, err

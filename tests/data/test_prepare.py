@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from jaxgpt.data.prepare import prepare, prepare_whole
 from jaxgpt.data.shards import write_once
 from jaxgpt.text import formats
 from jaxgpt.tokenizer import make_tokenizer
-from tests.conftest import CORPUS
+from tests.conftest import CORPUS, wait_until
 
 
 def config(corpus, **fields):
@@ -133,9 +132,7 @@ def test_what_a_killed_prepare_left_is_replaced(corpus, tmp_path):
     )
     cache = Path(os.environ["JAXGPT_CACHE"])
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(cache.glob(".*.tmp/train.bin")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: list(cache.glob(".*.tmp/train.bin")), child)
     child.kill()
     child.wait()
     assert list(cache.glob(".*.tmp")), "killed in the middle of it"

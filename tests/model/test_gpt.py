@@ -144,25 +144,31 @@ def test_cached_extension_equals_the_whole(variant):
         tokens = tokens_of(config)[:3]
         whole = jax.jit(lambda p: spec.bind(p)(tokens))(params)
 
-        @jax.jit
-        def pieces(params):
-            model, layers, found = spec.bind(params), split_layers(params)["blocks"], []
-            positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
-            start = Cache(
-                model.prefill(layers, tokens[:, :7], positions[:, :7])[1], positions[:, :7]
-            )
-            cache = merged(empty(spec.cfg, 3, 24, spec.rules), start, spec.rules)
-            for first in (7, 12, 17, 22):
-                recent = empty(spec.cfg, 3, 5, spec.rules)
-                for t in range(first, min(first + 5, 24)):
-                    x, recent = model.extend(
-                        layers, tokens[:, t], positions[:, t], cache, recent, jnp.asarray(t - first)
-                    )
-                    found.append(model.next_logits(x, model.table()))
-                cache = merged(cache, recent, spec.rules)
-            return jnp.stack(found, axis=1)
+        positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
 
-        np.testing.assert_allclose(pieces(params), whole[:, 7:], atol=1e-5)
+        @jax.jit
+        def start(params):
+            model, layers = spec.bind(params), split_layers(params)["blocks"]
+            read = model.prefill(layers, tokens[:, :7], positions[:, :7])[1]
+            return merged(
+                empty(spec.cfg, 3, 24, spec.rules), Cache(read, positions[:, :7]), spec.rules
+            )
+
+        @jax.jit
+        def extend(params, t, cache, recent, slot):
+            model, layers = spec.bind(params), split_layers(params)["blocks"]
+            x, recent = model.extend(layers, tokens[:, t], positions[:, t], cache, recent, slot)
+            return model.next_logits(x, model.table()), recent
+
+        cache, found, slots = start(params), [], jax.jit(lambda: empty(spec.cfg, 3, 5, spec.rules))
+        join = jax.jit(lambda cache, recent: merged(cache, recent, spec.rules))
+        for first in (7, 12, 17, 22):
+            recent = slots()
+            for t in range(first, min(first + 5, 24)):
+                logits, recent = extend(params, t, cache, recent, jnp.asarray(t - first))
+                found.append(logits)
+            cache = join(cache, recent)
+        np.testing.assert_allclose(np.stack(found, axis=1), whole[:, 7:], atol=1e-5)
 
 
 def test_dropout_drops_the_stated_share_and_only_in_training():
@@ -257,11 +263,13 @@ def modern() -> Config:
     return config
 
 
-def lowered(config: Config) -> str:
+def traced(config: Config) -> str:
+    """The train step's program with its shardings, and its constants."""
     with jax.set_mesh(mesh := mesh_of(config)):
         training = make_training(config, mesh)
         step = make_train_step(training.spec, config)
-        return step.lower(training.abstract_state(), training.abstract_batch()).as_text()
+        found = step.trace(training.abstract_state(), training.abstract_batch()).jaxpr
+        return f"{found} {[np.asarray(c).tolist() for c in found.consts]}"
 
 
 OPTIM_CHANGES = {
@@ -278,11 +286,9 @@ OPTIM_CHANGES = {
 
 @pytest.mark.parametrize("base", [gpt2, modern])
 def test_no_field_is_read_by_nobody(base):
-    """Perturbing any model or optimizer field changes the lowered train step."""
-    before, untouched = (
-        lowered(base()),
-        {"model.attention"},
-    )  # it picks a kernel: test_kernel_choice
+    """Perturbing any model or optimizer field changes the train step's program."""
+    before, untouched = traced(base()), {"model.attention"}  # picks a kernel: test_kernel_choice
+    assert traced(base()) == before
     for path in fields_of(base()):
         room, _, name = path.rpartition(".")
         config = base()
@@ -303,7 +309,7 @@ def test_no_field_is_read_by_nobody(base):
         else:
             continue
         set_field(config, path, value)
-        assert lowered(config) != before, f"{path} changes nothing"
+        assert traced(config) != before, f"{path} changes nothing"
     other = GPT2_CHANGES if base is modern else MODERN_CHANGES
     named = {f"model.{n}" for n in other} | {"model.attention", "optim.decay_fraction"}
     assert untouched <= named, f"no test perturbs {untouched - named}"

@@ -5,10 +5,9 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from tests.conftest import xla_flags
+from tests.conftest import PATIENCE, wait_until, xla_flags
 
 CONFIG = """
 from jaxgpt.config import *
@@ -50,9 +49,9 @@ def start(module: str, count: int, devices: int, *args: str, only=None) -> list[
     ]
 
 
-def finish(children: list[subprocess.Popen], timeout: float = 180) -> tuple[list, list, list]:
+def finish(children: list[subprocess.Popen]) -> tuple[list, list, list]:
     """Returns the exit codes, stdouts and stderrs."""
-    texts = [child.communicate(timeout=timeout) for child in children]
+    texts = [child.communicate(timeout=PATIENCE) for child in children]
     return [c.returncode for c in children], [t[0] for t in texts], [t[1] for t in texts]
 
 
@@ -68,19 +67,9 @@ def rows(workdir: Path, split: str = "train") -> dict[int, float]:
 
 def wait_for_checkpoint(workdir: Path, step: int, children: list[subprocess.Popen]) -> None:
     """Waits until the run's checkpoint of `step` is whole."""
-    until = time.monotonic() + 120
-    while not (workdir / "checkpoints" / str(step)).exists():
-        assert time.monotonic() < until and all(c.poll() is None for c in children), finish(
-            children
-        )
-        time.sleep(0.01)
+    wait_until((workdir / "checkpoints" / str(step)).exists, *children)
 
 
 def wait_for_step(workdir: Path, step: int, children: list[subprocess.Popen]) -> None:
     """Waits until the run has logged `step`."""
-    until = time.monotonic() + 120
-    while max(rows(workdir), default=0) < step:
-        assert time.monotonic() < until and all(c.poll() is None for c in children), finish(
-            children
-        )
-        time.sleep(0.01)
+    wait_until(lambda: max(rows(workdir), default=0) >= step, *children)

@@ -1,10 +1,9 @@
 """The two pages in headless Chromium: typing a prompt, and looking at a report."""
 
-import time
-
 import pytest
 
 from jaxgpt import report
+from tests.conftest import wait_until
 from tests.serving.test_serve import start, workdir  # noqa: F401
 
 pytestmark = pytest.mark.browser  # needs chromium, chromedriver and the extra [browser]
@@ -21,13 +20,6 @@ def browser():
     driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
     yield driver
     driver.quit()
-
-
-def until(true, seconds: float = 30):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.05)
 
 
 def complaints(browser) -> list[str]:
@@ -49,7 +41,7 @@ def test_type_a_prompt_and_watch_it_complete(browser, workdir):  # noqa: F811
     process, address = start(workdir)
     try:
         browser.get(address)
-        until(lambda: browser.find_element("id", "model").text == "run")
+        wait_until(lambda: browser.find_element("id", "model").text == "run")
         box, note = browser.find_element("id", "prompt"), browser.find_element("id", "note")
         box.clear()
         box.send_keys("The licence")
@@ -58,7 +50,7 @@ def test_type_a_prompt_and_watch_it_complete(browser, workdir):  # noqa: F811
             field.clear()
             field.send_keys(value)
         browser.find_element("id", "go").click()
-        until(lambda: "60 tokens in" in note.text)
+        wait_until(lambda: "60 tokens in" in note.text)
         text = browser.find_element("id", "out").get_property("textContent")
         assert text.startswith("The licence") and len(text) > 20
         sized(browser, 360)
@@ -67,7 +59,7 @@ def test_type_a_prompt_and_watch_it_complete(browser, workdir):  # noqa: F811
         field.clear()
         field.send_keys("5000")
         browser.find_element("id", "go").click()
-        until(lambda: "ask for at most 117 new tokens" in note.text)
+        wait_until(lambda: "ask for at most 117 new tokens" in note.text)
         assert "bad" in note.get_attribute("class")
     finally:
         process.terminate()

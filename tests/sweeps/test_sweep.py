@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -14,7 +13,7 @@ from jaxgpt import sweep
 from jaxgpt.config import BadInput, Config
 from jaxgpt.sweeps.grid import applied, choices, name_of, parse_grid, rungs
 from jaxgpt.sweeps.report import write_results
-from tests.conftest import ROOT, xla_flags
+from tests.conftest import ROOT, wait_until, xla_flags
 
 CONFIG = """
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig
@@ -119,9 +118,7 @@ def test_a_killed_sweep_finishes_with_the_same_table(config_file, tmp_path):
     table, err = (process := start(config_file, whole)).communicate()
     assert process.returncode == 0 and len(table.splitlines()) == 4, err
     process = start(config_file, killed)
-    deadline = time.monotonic() + 120
-    while len(list(killed.glob("9-steps/*/metrics.jsonl"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: len(list(killed.glob("9-steps/*/metrics.jsonl"))) >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "results.json").exists()
