@@ -13,7 +13,7 @@ from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.serving.batcher import Batcher, Busy, Group
 from jaxgpt.tokenizer import make_tokenizer
-from tests.conftest import mesh_of, tiny_config
+from tests.conftest import PATIENCE, mesh_of, tiny_config
 
 BYTES = make_tokenizer("byte")
 LONG, SHORT = Request("", 10**6, Sampling(1.0, 0)), Request("", 2, Sampling(1.0, 0))
@@ -104,7 +104,7 @@ def test_one_slot_serves_one_group_after_the_other():
     for group in (Group(best=True), Group(prompt_scores=True)):
         batcher.submit(ask(SHORT, SHORT, Request("", 0), heard=heard), group)
     for _ in range(6):
-        assert done.acquire(timeout=120)
+        assert done.acquire(timeout=PATIENCE)
     assert set(finished) <= {"length", "stop"}
     batcher.close()
     assert batcher.failure is None and batcher.active == 0

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from jaxgpt import serve
-from tests.conftest import CORPUS, xla_flags
+from tests.conftest import CORPUS, PATIENCE, wait_until, xla_flags
 
 CONFIG = """
 from jaxgpt.config import *
@@ -69,7 +69,7 @@ def server(workdir):
     process, address = start(workdir, "--slots=8", "--max_waiting=100")
     yield address
     process.terminate()
-    assert process.wait(timeout=120) == 143
+    assert process.wait(timeout=PATIENCE) == 143
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def raw(address: str, body: bytes, path="/v1/completions", method="POST") -> tup
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(address + path, body, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, json.loads(answer.read() or b"{}")
     except urllib.error.HTTPError as e:
         return e.code, json.loads(e.read() or b"{}")
@@ -289,7 +289,7 @@ def test_other_paths_and_methods(server):
     assert raw(server, None, "/v1/nothing", "GET")[0] == 404
     assert raw(server, None, "/v1/completions", "GET")[0] == 405
     assert raw(server, None, "/healthz", "GET")[1]["status"] == "ok"
-    with urllib.request.urlopen(server, timeout=10) as page:
+    with urllib.request.urlopen(server, timeout=PATIENCE) as page:
         text = page.read().decode()
     assert "<textarea" in text and "http://" not in text and "https://" not in text
 
@@ -339,12 +339,12 @@ def test_a_client_that_leaves_frees_its_slot(server):
                 % (len(body), body)
             )
             lost.recv(100)
-    until, busy = time.monotonic() + 20, (1, 1)
-    while busy != (0, 0) and time.monotonic() < until:
-        time.sleep(0.05)
+
+    def is_idle() -> bool:
         health = raw(server, None, "/healthz", "GET")[1]
-        busy = (health["active"], health["waiting"])
-    assert busy == (0, 0)
+        return (health["active"], health["waiting"]) == (0, 0)
+
+    wait_until(is_idle)
 
 
 def test_too_many_are_told_to_wait(workdir):
@@ -360,7 +360,7 @@ def test_too_many_are_told_to_wait(workdir):
         thread.join()
     assert set(codes) == {200, 429}
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 130
+    assert process.wait(timeout=PATIENCE) == 130
 
 
 @pytest.mark.parametrize(("number", "wait"), [(signal.SIGTERM, 0.0), (signal.SIGINT, 0.4)])
@@ -375,7 +375,7 @@ def test_a_signal_during_the_warm_up_ends_it(workdir, number, wait):
     assert any(line.startswith("compile ") for line in process.stderr)
     time.sleep(wait)
     process.send_signal(number)
-    assert process.wait(timeout=120) == 128 + number
+    assert process.wait(timeout=PATIENCE) == 128 + number
     assert process.stderr.read() == ""
 
 
@@ -395,7 +395,7 @@ def test_a_shutdown_under_load_is_clean(workdir):
         thread.start()
     time.sleep(0.5)
     process.terminate()
-    assert process.wait(timeout=120) == 143
+    assert process.wait(timeout=PATIENCE) == 143
     for thread in threads:
         thread.join()
     assert set(codes) <= {200, 503, "refused"} and len(codes) == 40
