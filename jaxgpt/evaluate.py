@@ -1,11 +1,12 @@
-"""Evaluate a run: python -m jaxgpt.evaluate --workdir=DIR [--step=N] [--data=SOURCE] [--split=validation]
+"""Evaluate a run: python -m jaxgpt.evaluate --workdir=DIR [--step=N] [--data=SOURCE]
+[--split=validation]
 
 Prints loss (nats/token), perplexity and bits per byte over a whole split, as JSON on the last line
 of stdout; of a mixture, for each source too. --data=SOURCE takes the whole of SOURCE as the split.
 --stride=N lets windows overlap, so that each token is predicted from more context.
 
---all_steps evaluates every checkpoint, one line of JSON each. --watch goes on evaluating new ones as
-they appear, until the run ends (after num_steps, early or diverged): the evaluation job beside a
+--all_steps evaluates every checkpoint, one line of JSON each. --watch goes on evaluating new ones
+as they appear, until the run ends (after num_steps, early or diverged): the evaluation job beside a
 training job. A run that was killed has not ended; --watch waits for it to go on.
 
 --task=NAME:GLOB answers a task's rows instead: sentiment, entailment (accuracy and confusion

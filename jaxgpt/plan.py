@@ -1,11 +1,11 @@
 """Plan a run: python -m jaxgpt.plan --config=FILE [--topology=v5e:2x4] [--config.FIELD=VALUE ...]
 
 Compiles the very train step on any machine for a slice of TPUs (`pip install -e '.[plan]'`) or for
-GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`), or, without --topology, for this machine's
-devices. Prints what it needs and how long it takes at least: a table on stderr, JSON as the last
-line of stdout. Where it does not fit, by how much, and the cheapest change that does. --search tries
-meshes, remat policies, accumulation and larger batches, and ranks what fits. --price=DOLLARS is what
-one device costs an hour.
+GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`), or, without --topology, for this
+machine's devices. Prints what it needs and how long it takes at least: a table on stderr, JSON as
+the last line of stdout. Where it does not fit, by how much, and the cheapest change that does.
+--search tries meshes, remat policies, accumulation and larger batches, and ranks what fits.
+--price=DOLLARS is what one device costs an hour.
 """
 
 import json
@@ -78,10 +78,12 @@ def table(plan: dict) -> list[str]:
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
     limit = f" of {memory['limit'] / GIB:.2f} GiB" if memory["limit"] else " GiB"
     lines = [
-        f"devices   {plan['devices']} ({plan['topology']}), mesh {shape}, {plan['attention']} attention",
+        f"devices   {plan['devices']} ({plan['topology']}), mesh {shape},"
+        f" {plan['attention']} attention",
         f"model     {plan['parameters']:,} parameters",
-        f"memory    {memory['total'] / GIB:.2f}{limit} a device: {memory['arguments'] / GIB:.2f} state and"
-        f" batch, {memory['temporaries'] / GIB:.2f} temporaries",
+        f"memory    {memory['total'] / GIB:.2f}{limit} a device:"
+        f" {memory['arguments'] / GIB:.2f} state and batch,"
+        f" {memory['temporaries'] / GIB:.2f} temporaries",
     ]
     for array in plan["largest"]:
         shape = "x".join(map(str, array["shape"]))
@@ -100,7 +102,8 @@ def table(plan: dict) -> list[str]:
     if plan["compiled_flops_per_step"]:
         extra = plan["compiled_flops_per_step"] / plan["flops_per_step"]
         lines.append(
-            f"compute   {plan['flops_per_step']:.3e} model FLOPs a step, {extra:.2f} of them compiled"
+            f"compute   {plan['flops_per_step']:.3e} model FLOPs a step,"
+            f" {extra:.2f} of them compiled"
         )
     for row in plan["collectives"]:
         lines.append(

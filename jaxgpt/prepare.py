@@ -3,8 +3,9 @@
 Cleans and tokenizes the config's data source and writes token shards, into the cache or into
 --out, from where `--config.data.source=shards:DIR` reads them. The last line on stdout is JSON.
 
---explain shows examples of what each cleaning rule dropped or masked; --show=K prints batch K (which trains
-step K + 1) as text; --against=SOURCE looks for an evaluation set's n-grams in the training part.
+--explain shows examples of what each cleaning rule dropped or masked; --show=K prints batch K
+(which trains step K + 1) as text; --against=SOURCE looks for an evaluation set's n-grams in the
+training part.
 """
 
 import json

@@ -139,7 +139,8 @@ def show_stream(decoder: Decoder, trained: Trained, requests: list[Request]) -> 
 def interact(decoder: Decoder, trained: Trained, request: Request) -> None:
     """Continues each line of standard input until it ends (Ctrl-D); lines do not see each other."""
     say(
-        f"step {trained.step} of {trained.checkpoints.folder.parent}: type a line to continue, Ctrl-D ends"
+        f"step {trained.step} of {trained.checkpoints.folder.parent}:"
+        " type a line to continue, Ctrl-D ends"
     )
     while True:
         say("> ", end="")

@@ -92,8 +92,8 @@ def serve(values: flags.FlagValues, guard, listening: socket.socket) -> None:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Lets a signal end the process at once: nothing is there to save, and the interpreter's own end
-    would wait for a thread that compiles, or abort in it."""
+    """Lets a signal end the process at once: nothing is there to save, and the interpreter's own
+    end would wait for a thread that compiles, or abort in it."""
     before = {n: signal.signal(n, lambda n, _: _leave(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

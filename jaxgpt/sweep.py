@@ -1,4 +1,5 @@
-"""Try many settings: python -m jaxgpt.sweep --config=F --grid='optim.learning_rate=1e-4,3e-4;batch_size=16,32'
+"""Try many settings: python -m jaxgpt.sweep --config=F
+--grid='optim.learning_rate=1e-4,3e-4;batch_size=16,32'
 
 Trains every combination (or --random=K of them), one after another or --jobs=N at once, each
 on a device of its own. With --halving=3 all start short and the best third goes on, anew, with

@@ -10,12 +10,14 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-# jaxlib 0.10 compiles in a third of the time where LLVM's IR is made directly; later ones have no choice.
+# jaxlib 0.10 compiles in a third of the time where LLVM's IR is made directly; later ones have no
+# choice.
 QUICK = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
 
 
 def xla_flags(devices: int) -> str:
-    """XLA_FLAGS for so many CPU devices, compiled quickly: the same program, less optimised code."""
+    """XLA_FLAGS for so many CPU devices, compiled quickly: the same program, less optimised
+    code."""
     return (
         f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         + QUICK

@@ -94,7 +94,8 @@ class Checkpoints:
 
     def newest_whole(self) -> int | None:
         """Returns the newest checkpoint that is whole; damaged ones before it are set aside, and
-        so are those that seem better than the best whole one. What a kill left of a save is removed.
+        so are those that seem better than the best whole one. What a kill left of a save is
+        removed.
 
         They move to `checkpoints-damaged/`, each with a line that says what is wrong.
         """

@@ -57,7 +57,8 @@ def read_meta(checkpoint) -> dict:
 
 
 def loss_of(checkpoint) -> float | None:
-    """Returns the validation loss of the checkpoint in a folder, None if it has none or is damaged."""
+    """Returns the validation loss of the checkpoint in a folder, None if it has none or is
+    damaged."""
     try:
         return loss_in(read_meta(checkpoint), int(Path(checkpoint).name))
     except Damaged:

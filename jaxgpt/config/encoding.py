@@ -27,7 +27,8 @@ def check_text(text: str, what: str) -> str:
 
 
 def check_setting(text: str, what: str) -> str:
-    """Returns a flag's or a field's `text` unchanged: `check_text`, and no NUL, which ends a path."""
+    """Returns a flag's or a field's `text` unchanged: `check_text`, and no NUL, which ends a
+    path."""
     if "\0" in text:
         raise BadInput(f"{what} holds a NUL at character {text.index(chr(0))}")
     return check_text(text, what)

@@ -157,7 +157,8 @@ def _check_model(config: Config) -> None:
         )
     if model.dropout > 0 and model.attention in ("cudnn", "splash"):
         raise BadInput(
-            f"model.dropout={model.dropout} with model.attention={model.attention!r}: only 'xla' attention"
+            f"model.dropout={model.dropout} with model.attention={model.attention!r}:"
+            " only 'xla' attention"
             " has dropout; set model.attention=auto or model.dropout=0"
         )
 

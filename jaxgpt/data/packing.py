@@ -5,7 +5,8 @@ the end-of-text behind it. Longer ones than a window are cut into windows; the r
 go by best-fit decreasing (arXiv:2404.10830): the longest first, each into the fullest window that
 still has room.
 
-With T = 6 and documents of 4, 9 and 2 tokens: [9's first 6], [4's 4, 2's 2], [9's last 3, 3 of padding].
+With T = 6 and documents of 4, 9 and 2 tokens: [9's first 6], [4's 4, 2's 2], [9's last 3, 3 of
+padding].
 """
 
 import json

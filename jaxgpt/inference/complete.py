@@ -32,8 +32,8 @@ class Continuation:
     """One text as it grows: never half a character, never a part of a stop string.
 
     `text` is what may be shown so far; `tokens` and `scores` are what was generated for it, the
-    end-of-text left out; `finish` is "" while it grows, then "stop" (end-of-text, or a stop string),
-    "length", or "broken" (the model's numbers are not finite).
+    end-of-text left out; `finish` is "" while it grows, then "stop" (end-of-text, or a stop
+    string), "length", or "broken" (the model's numbers are not finite).
 
     `told` has a row for each token, and for an end-of-text: its id, score, the likeliest ids in its
     place with theirs, and where in the text it starts.

@@ -75,8 +75,8 @@ class Decoder:
         new: int,
         slots: int = 0,
     ) -> Rows:
-        """Reads the prompts into a cache with room for `new` tokens more, or of `slots` in all. What
-        grows beyond the context (see `check_length`) is of no use, and harms no other row."""
+        """Reads the prompts into a cache with room for `new` tokens more, or of `slots` in all.
+        What grows beyond the context (see `check_length`) is of no use, and harms no other row."""
         lengths = np.array([len(p) for p in prompts], np.int32)
         width = bucket(int(lengths.max()), PROMPT)
         room = width + _up(new, CHUNK)

@@ -128,7 +128,8 @@ def _opened(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Fo
             )
     if model.num_layers > len(names):
         raise BadInput(
-            f"{path}: its config says {model.num_layers} layers, its files hold {len(names)} tensors"
+            f"{path}: its config says {model.num_layers} layers,"
+            f" its files hold {len(names)} tensors"
         )
     return Folder(path, family, model, hf, names)
 

@@ -1,7 +1,8 @@
 """The safetensors file format: a JSON header and raw tensors, read and written one by one.
 
     8 bytes  length of the header, little-endian
-    header   {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {}}
+    header   {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+              "__metadata__": {}}
     data     the tensors, row-major, little-endian
 
 The library of that name writes a file from a dictionary of all its tensors; here a model leaves

@@ -51,7 +51,8 @@ def _is_gpt2(file: Path) -> bool:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, template: str) -> str:
     """Writes what `AutoTokenizer` reads, and a SentencePiece model itself beside it.
 
-    Returns '', or what to know about the result. `template` is a chat template (Jinja), '' for none.
+    Returns '', or what to know about the result. `template` is a chat template (Jinja), '' for
+    none.
     """
     base = tokenizer.base if isinstance(tokenizer, SpecialTokens) else tokenizer
     if base.kind in ("gpt2", "sentencepiece"):

@@ -1,8 +1,8 @@
 """Keys and values of the tokens already seen.
 
 A cache is only read while a chunk of tokens is generated: those go into `Recent`, so that no step
-copies the cache, and are written into it after the chunk. Its slots are a ring: position p stands in
-slot p % S, and a sequence longer than S forgets its oldest, which a window does anyway.
+copies the cache, and are written into it after the chunk. Its slots are a ring: position p stands
+in slot p % S, and a sequence longer than S forgets its oldest, which a window does anyway.
 """
 
 from typing import NamedTuple
@@ -51,7 +51,8 @@ def first(cache: Cache, slots: int) -> Cache:
 
 
 def put(recent: KeysValues, new: KeysValues, at: Int[Array, ""]) -> KeysValues:
-    """Returns `recent` with one token's keys and values [B, K, 1, H] in column `at` of every row."""
+    """Returns `recent` with one token's keys and values [B, K, 1, H] in column `at` of every
+    row."""
 
     def write(old, new):
         return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=2)

@@ -71,8 +71,8 @@ class GPT(nnx.Module):
         segments: Int[Array, "B T"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
-        """Returns the last layer's normalised output, which `logits` reads, and the layers' auxiliary
-        losses by name, each summed over the layers.
+        """Returns the last layer's normalised output, which `logits` reads, and the layers'
+        auxiliary losses by name, each summed over the layers.
 
         `positions` default to 0..T-1. Tokens see those of their own segment only: number packed
         documents, or give padding a number of its own. Without a `dropout_key` nothing drops.
@@ -118,8 +118,8 @@ class GPT(nnx.Module):
     def next_logits(
         self, x: Float[Array, "B D"], table: Float[Array, "V D"]
     ) -> Float[Array, "B V"]:
-        """Returns `logits` of the last position before the final norm. With the table in front XLA's
-        CPU backend reads it twice as fast for a few rows, unless it gets to turn the product
+        """Returns `logits` of the last position before the final norm. With the table in front
+        XLA's CPU backend reads it twice as fast for a few rows, unless it gets to turn the product
         around; elsewhere it is the same."""
         x = self.final_norm(x)
         spec = self.rules("vocab", None)
@@ -155,8 +155,8 @@ class GPT(nnx.Module):
         recent: Cache,
         at: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Returns the hidden state of one more token of each row, before the last norm, and `recent`
-        with it in column `at`. What is before stands in the cache and in `recent`.
+        """Returns the hidden state of one more token of each row, before the last norm, and
+        `recent` with it in column `at`. What is before stands in the cache and in `recent`.
         """
         positions = recent.positions.at[:, at].set(position)
 
@@ -210,7 +210,8 @@ class GPT(nnx.Module):
 
 
 def split_layers(params: dict) -> dict:
-    """Returns `params` with `blocks` as a tuple of each layer's own arrays, as `extend` reads them."""
+    """Returns `params` with `blocks` as a tuple of each layer's own arrays, as `extend` reads
+    them."""
 
     def layer(stacked, i):
         spec = jax.typeof(stacked).sharding.spec

@@ -47,7 +47,8 @@ def residual_std(cfg: ModelConfig) -> float:
 
 
 def dropout(x: Float[Array, "*S"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*S"]:
-    """Returns x with a share `rate` zeroed and the rest scaled by 1/(1-rate); x where key is None."""
+    """Returns x with a share `rate` zeroed and the rest scaled by 1/(1-rate); x where key is
+    None."""
     if key is None or rate == 0:
         return x
     spec = jax.typeof(x).sharding.spec

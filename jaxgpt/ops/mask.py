@@ -23,10 +23,10 @@ class Reach:
 class AttentionMask(NamedTuple):
     """Where queries and keys stand, and which keys a query may see.
 
-    A query sees keys of its own segment within `reach`; in front of `prefix`, a length for each row,
-    every query sees every key (a prefix language model, arXiv:1910.10683, section 3.2.1). Segments
-    number the documents packed into a row, or set padding apart; None: all are one. A cache's
-    unwritten slot has a position beyond every query's, so a causal mask leaves it out.
+    A query sees keys of its own segment within `reach`; in front of `prefix`, a length for each
+    row, every query sees every key (a prefix language model, arXiv:1910.10683, section 3.2.1).
+    Segments number the documents packed into a row, or set padding apart; None: all are one. A
+    cache's unwritten slot has a position beyond every query's, so a causal mask leaves it out.
 
     With window 2, position 5 sees 4 and 5; not causal, also 6. With prefix 3, positions 0 to 2 see
     each other, and position 3 sees all four.

@@ -31,7 +31,8 @@ def splash_attention(
     Blocks that nobody sees are skipped. `interpret` runs the kernel on any device, slowly.
 
     Raises:
-      BadInput: for a mask with a prefix, which the kernel's masks, fixed when it is compiled, cannot
+      BadInput: for a mask with a prefix, which the kernel's masks, fixed when it is compiled,
+      cannot
         express.
     """
     if mask.prefix is not None:

@@ -29,8 +29,8 @@ GATHERED = "gathered_weights"  # what no remat policy keeps: as large as the mod
 def product(
     equation: str, x: jax.Array, kernel: jax.Array, out: P, rules: AxisRules, matmul
 ) -> jax.Array:
-    """Returns einsum(equation, x, kernel in x's dtype and whole over fsdp), [B, T, ...], of sharding
-    `out`; "MNH,NHD->MD" is a product over N and H, with M for B and T.
+    """Returns einsum(equation, x, kernel in x's dtype and whole over fsdp), [B, T, ...], of
+    sharding `out`; "MNH,NHD->MD" is a product over N and H, with M for B and T.
 
     `matmul` (see `ops.matmul`) multiplies. Kernels are multiplied and sent as matrices: heads as an
     axis of their own, XLA's TPU compiler makes them a convolution's window. The gradient is sent in

@@ -37,7 +37,8 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
 
     `fsdp` alone goes over a torus row by row, for sums in phases (see `parallel.torus`), where JAX
     would lay small slices out as one ring. Where the devices are several slices of TPUs, joined by
-    the slower data-centre network, `data` goes over the slices and everything else stays inside one.
+    the slower data-centre network, `data` goes over the slices and everything else stays inside
+    one.
 
     Raises:
       BadInput: see `mesh_shape`; if `data` cannot go over the slices.

@@ -31,10 +31,11 @@ TABLE = {
 class AxisRules:
     """Maps logical axis names to a `PartitionSpec`: `rules("batch", "seq", None)`.
 
-    `split_batch` says whether activations are split over their batch axis: training splits it, while
-    decoding a handful of samples need not have a batch that the mesh divides. `split_residual`
-    splits the positions of the residual stream over `tensor`, so that norms and what a layer keeps
-    for the backward pass are split too (sequence parallelism, arXiv:2205.05198, section 4.2.2).
+    `split_batch` says whether activations are split over their batch axis: training splits it,
+    while decoding a handful of samples need not have a batch that the mesh divides.
+    `split_residual` splits the positions of the residual stream over `tensor`, so that norms and
+    what a layer keeps for the backward pass are split too (sequence parallelism, arXiv:2205.05198,
+    section 4.2.2).
     """
 
     split_batch: bool = True

@@ -16,7 +16,8 @@ Phase = tuple[int, list[list[int]] | None]  # devices in a group, and the groups
 
 @dataclasses.dataclass(frozen=True)
 class Torus:
-    """The number of devices that `fsdp` has along each axis of the torus; () where there is none."""
+    """The number of devices that `fsdp` has along each axis of the torus; () where there is
+    none."""
 
     sizes: tuple[int, ...] = ()
 

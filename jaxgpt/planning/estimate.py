@@ -57,8 +57,8 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
 
 
 def _compiled(training: Training) -> tuple[Any, Program]:
-    """Returns the compiled step and its program; a TPU's as XLA writes it while compiling: read back
-    from the executable, some of them fail a check."""
+    """Returns the compiled step and its program; a TPU's as XLA writes it while compiling: read
+    back from the executable, some of them fail a check."""
     if training.mesh.devices.flat[0].platform != "tpu":
         try:
             with quiet():

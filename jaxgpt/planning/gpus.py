@@ -13,7 +13,8 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU as NVIDIA's data sheets, architecture papers and CUDA's device queries give it (SXM)."""
+    """A GPU as NVIDIA's data sheets, architecture papers and CUDA's device queries give it
+    (SXM)."""
 
     kind: str  # JAX's `device_kind`
     capability: int  # CUDA's compute capability, major

@@ -21,7 +21,7 @@ LIBTPU_ENVIRONMENT = {  # or it looks for a metadata server for minutes, and tal
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling needs no device, so other processes may have theirs
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling needs no device that others may hold
 }
 
 

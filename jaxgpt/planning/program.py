@@ -143,7 +143,8 @@ class Program:
         return sum(times * _flops(i, where) for i, where, times in self)
 
     def kernels(self) -> Counter:
-        """How often each Pallas kernel and each of cuDNN's attention runs, by name without its number."""
+        """How often each Pallas kernel and each of cuDNN's attention runs, by name without its
+        number."""
         found = Counter()
         for instruction, _, times in self:
             if instruction.opcode == "custom-call" and KERNEL.search(instruction.rest):

@@ -85,9 +85,10 @@ def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]
 def search(
     config: Config, devices: int, plan_of: Callable[[Config], Plan], tell: Callable[[str], None]
 ) -> list[dict]:
-    """Returns every mesh and policy with the fewest microbatches that fit, and the best of them with
-    the batch doubled as long as it fits, the most tokens a second by the roofline's longest part
-    first. A larger `batch_size` is another recipe: the learning rate may want to change with it."""
+    """Returns every mesh and policy with the fewest microbatches that fit, and the best of them
+    with the batch doubled as long as it fits, the most tokens a second by the roofline's longest
+    part first. A larger `batch_size` is another recipe: the learning rate may want to change with
+    it."""
     found = []
     for change, accums in candidates(config, devices):
         rows = (_tried(config, change | {"grad_accum": n}, plan_of, tell) for n in accums)

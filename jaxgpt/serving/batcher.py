@@ -123,7 +123,8 @@ class Batcher:
         self._end(self.jobs)
 
     def warm_up(self) -> None:
-        """Compiles the programs of the shortest prompts, so that the first request does not wait."""
+        """Compiles the programs of the shortest prompts, so that the first request does not
+        wait."""
         done = threading.Event()
         prompt = np.array([self.tokenizer.end_of_text], np.int32)
         self.submit([(prompt, Request("", 1), lambda _, text: text.finish and done.set())], Group())

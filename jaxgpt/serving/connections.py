@@ -91,8 +91,8 @@ def connection_class(most: int, seconds: float) -> type[H11Protocol]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; `ended_by` is the signal that ended it, 0 before. `close` is called with the
-    first of them, beside uvicorn's own shutdown, which waits for its answers."""
+    """uvicorn's server; `ended_by` is the signal that ended it, 0 before. `close` is called with
+    the first of them, beside uvicorn's own shutdown, which waits for its answers."""
 
     def __init__(self, config: uvicorn.Config, close: Callable, alive: Callable[[], bool]):
         super().__init__(config)

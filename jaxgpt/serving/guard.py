@@ -1,8 +1,9 @@
 """Who may ask: what a web page elsewhere must not do, and the key.
 
-A page of any site may have a browser send requests to this machine. So a request must be JSON (which
-a page may not send to another origin without asking first), its Origin must be ours, and its Host a
-name of ours: another name that leads to this machine is a page that calls itself so (DNS rebinding).
+A page of any site may have a browser send requests to this machine. So a request must be JSON
+(which a page may not send to another origin without asking first), its Origin must be ours, and its
+Host a name of ours: another name that leads to this machine is a page that calls itself so (DNS
+rebinding).
 """
 
 import hmac

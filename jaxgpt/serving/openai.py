@@ -215,8 +215,8 @@ def prompt_rows(prompt: np.ndarray, scores: Scores, tokenizer: Tokenizer) -> lis
 
 
 def logprobs(rows: list[Row], count: int, tokenizer: Tokenizer) -> dict:
-    """Returns OpenAI's `logprobs` with `count` alternatives to each token. The token itself is always
-    among them; where two have the same text, that has the better's log-probability.
+    """Returns OpenAI's `logprobs` with `count` alternatives to each token. The token itself is
+    always among them; where two have the same text, that has the better's log-probability.
 
     Raises:
       Refused: 500, where the model's numbers are not finite.

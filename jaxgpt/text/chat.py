@@ -22,7 +22,8 @@ JINJA = {
         "{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
     ),
     "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+        "{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
 }  # for transformers; the functions below say the same

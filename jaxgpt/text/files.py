@@ -23,7 +23,8 @@ RACY_SECONDS = 2  # a file younger than this may still change within its time st
 
 
 def expand(source: str, pattern: str) -> list[str]:
-    """Returns the files that a glob, a folder (all below it) or a `scheme://` pattern names, sorted.
+    """Returns the files that a glob, a folder (all below it) or a `scheme://` pattern names,
+    sorted.
 
     Raises:
       BadInput: if there are none, or the remote file system is not installed or not reachable.
@@ -75,7 +76,8 @@ def opened(file: str, decompress: bool = True) -> Iterator[BinaryIO]:
 
 
 class _Zstd(io.RawIOBase):
-    """The decompressed bytes of a zstd stream; unlike the library's reader, it minds a missing end."""
+    """The decompressed bytes of a zstd stream; unlike the library's reader, it minds a missing
+    end."""
 
     def __init__(self, raw: BinaryIO, library):
         self.raw, self.library = raw, library

@@ -41,7 +41,8 @@ def cut_at(text: str) -> int:
     """Returns the last place at which `text` may be cut so that its tokens stay the same, or 0.
 
     That is behind a line break between two visible characters, else before a single space
-    between two; near the end, else anywhere. Our SentencePiece models and GPT-2's pattern never join what such a cut parts.
+    between two; near the end, else anywhere. Our SentencePiece models and GPT-2's pattern never
+    join what such a cut parts.
     """
     for reach in (NEAR_END, len(text)):
         start = max(len(text) - reach, 1)

@@ -26,7 +26,8 @@ from jaxgpt.text.tfds import open_tfds
 
 KINDS = (
     "builtin, text:GLOB, jsonl:GLOB, parquet:GLOB, warc:GLOB, tfds:NAME[/CONFIG], bin:GLOB,"
-    " sft:GLOB, task:sentiment|entailment|questions:GLOB, shards:DIR or a mixture like 0.7*text:GLOB,0.3*jsonl:GLOB"
+    " sft:GLOB, task:sentiment|entailment|questions:GLOB, shards:DIR or a mixture like"
+    " 0.7*text:GLOB,0.3*jsonl:GLOB"
 )
 DIGESTS = "digests.json"
 MIXED = r"\s*\d*\.?\d+\*"
@@ -54,7 +55,8 @@ def open_sources(
 ) -> tuple[Source, ...]:
     """Returns the sources of a mixture, else the one source; weights add up to 1.
 
-    `cfg` gives field, data_dir and chat_template. `tokenizer` is what `bin:` needs: its tokens are taken as they are.
+    `cfg` gives field, data_dir and chat_template. `tokenizer` is what `bin:` needs: its tokens are
+    taken as they are.
 
     Raises:
       BadInput: now, if a source is unknown, no file matches or a library is missing; while

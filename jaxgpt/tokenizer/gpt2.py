@@ -19,7 +19,8 @@ SPELLINGS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 class Gpt2Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, section 2.2). `<|endoftext|>` in a text is plain text."""
+    """Byte-level BPE (Radford et al. 2019, section 2.2). `<|endoftext|>` in a text is plain
+    text."""
 
     kind = "gpt2"
     cuttable = True  # its pattern never joins a line break or a single space to what is before

@@ -10,9 +10,9 @@ class GrowingText:
     """The text that ids add behind a prompt: `add(id) + ... + rest()` is what `decode` makes of the
     prompt and all of them, less the prompt's own text.
 
-    A token's text may depend on what is before it (the space in front of a word, where a model drops
-    that of a text's first word; the bytes of a character), but only on the last few: so a window of
-    the last ids is decoded at a time, and a text of n tokens takes O(n) time.
+    A token's text may depend on what is before it (the space in front of a word, where a model
+    drops that of a text's first word; the bytes of a character), but only on the last few: so a
+    window of the last ids is decoded at a time, and a text of n tokens takes O(n) time.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable = (), prompt_text: str = ""):

@@ -78,7 +78,8 @@ class SentencePieceTokenizer:
 
         No normalisation, no dummy prefix, every space kept, bytes as a fallback: text
         round-trips. The sample takes each line of a text with the same chance (always the same
-        lines), so that it comes to SAMPLE_BYTES, by the texts' weights. `unigram` is arXiv:1804.10959.
+        lines), so that it comes to SAMPLE_BYTES, by the texts' weights. `unigram` is
+        arXiv:1804.10959.
 
         Raises:
           BadInput: if the text is too small for so many pieces.

@@ -48,7 +48,8 @@ def check_source(path: str) -> None:
     folder = epath.Path(path)
     if not (folder / "checkpoints").exists() and not is_model_folder(Path(path)):
         raise BadInput(
-            f"init_from={path} is neither a workdir with checkpoints nor a Hugging Face model folder"
+            f"init_from={path} is neither a workdir with checkpoints"
+            " nor a Hugging Face model folder"
         )
 
 

@@ -22,7 +22,8 @@ def get_config():
         model=ModelConfig(max_seq_len=64, num_layers=2, num_heads=2, embed_dim=32),
         data=DataConfig(source="0.5*text:{corpus}/a*.txt,0.5*text:{corpus}/b*.txt",
                         validation_fraction=0.3, cache_dir="{corpus}/cache"),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=2), sample=SampleConfig(max_new_tokens=8),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=2),
+        sample=SampleConfig(max_new_tokens=8),
     )
 """
 
@@ -31,7 +32,8 @@ def get_config():
 TRAIN = """
 import importlib, pkgutil
 import jaxgpt
-commands = [importlib.import_module(f"jaxgpt.{found.name}") for found in pkgutil.iter_modules(jaxgpt.__path__)]
+for found in pkgutil.iter_modules(jaxgpt.__path__):
+    importlib.import_module(f"jaxgpt.{found.name}")
 from jaxgpt import train
 from jaxgpt.config.cli import run
 run(train.main)

@@ -174,7 +174,8 @@ def test_every_split_by_every_stride(run, source):
 
 
 def test_the_first_windows_alone(run):
-    """As validation with `eval_batches` counts: its bytes are the split's by the share of tokens."""
+    """As validation with `eval_batches` counts: its bytes are the split's by the share of
+    tokens."""
     folder, nats = run
     trained = open_trained(str(folder / "w"), None)
     split = prepare_whole(f"text:{folder}/a.txt", DataConfig(), trained.tokenizer, folder / "cache")

@@ -156,8 +156,8 @@ def refused(read: Callable, *args, by: tuple[type[Exception], ...] = (BadInput,)
 
 
 def mutated(*valid: bytes) -> st.SearchStrategy[bytes]:
-    """Draws damaged copies of `valid`: cut short, bits flipped, pieces overwritten, doubled, swapped
-    for others, and bytes of no origin."""
+    """Draws damaged copies of `valid`: cut short, bits flipped, pieces overwritten, doubled,
+    swapped for others, and bytes of no origin."""
 
     @st.composite
     def damaged(draw) -> bytes:

@@ -1,4 +1,5 @@
-"""The server against hostile clients: always a JSON answer of the right class, and others get theirs."""
+"""The server against hostile clients: always a JSON answer of the right class, and others get
+theirs."""
 
 import asyncio
 import json

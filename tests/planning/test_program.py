@@ -103,7 +103,8 @@ def test_instructions_count_as_often_as_they_run(spelled):
 )
 def test_the_ways_to_write_groups(groups, axis):
     text = (
-        "ENTRY %main (a: f32[3]) -> f32[3] {\n  %a = f32[3] parameter(0)\n  ROOT %b = f32[3] all-reduce(%a),"
+        "ENTRY %main (a: f32[3]) -> f32[3] {\n  %a = f32[3] parameter(0)\n"
+        "  ROOT %b = f32[3] all-reduce(%a),"
         f" channel_id=1, replica_groups={groups}, use_global_device_ids=true, to_apply=%add\n}}\n"
     )
     (found,) = Program(text).collectives(AXES, SIZES)

@@ -1,4 +1,5 @@
-"""A stream of ids becomes the text of all of them, whatever the tokenizer and wherever it is cut."""
+"""A stream of ids becomes the text of all of them, whatever the tokenizer and wherever it is
+cut."""
 
 import io
 import json
@@ -143,8 +144,8 @@ def test_an_unknown_id_is_no_special_token(every):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_comes_as_soon_as_it_is_certain(every, kind):
-    """A character's bytes are held until the last of them, words not at all (a run of fallback bytes
-    of an hf tokenizer is decoded as one: until it ends)."""
+    """A character's bytes are held until the last of them, words not at all (a run of fallback
+    bytes of an hf tokenizer is decoded as one: until it ends)."""
     tokenizer = every[kind]
     ids = tokenizer.encode("日本 a").tolist()
     pieces = streamed(tokenizer, [], ids)

@@ -112,7 +112,8 @@ PHASES = pytest.mark.parametrize("phases", [(2, 4), (4, 2), (2, 2, 2)])
 
 @PHASES
 def test_gathers_and_trades_in_phases_move_and_nothing_else(phases):
-    """Weights come together in order; each device gets all columns of its rows, and gives back theirs."""
+    """Weights come together in order; each device gets all columns of its rows, and gives back
+    theirs."""
     rules = AxisRules(torus=Torus(phases))
     weight, x = (np.random.default_rng(0).normal(size=shape) for shape in ((3, 16), (16, 5, 32)))
     with jax.set_mesh(mesh_of(tiny_config((1, 8, 1)))):

@@ -1,4 +1,5 @@
-"""A program for the tests of full disks: saves three checkpoints, or imports weights, into a folder.
+"""A program for the tests of full disks: saves three checkpoints, or imports weights, into a
+folder.
 
     python -m tests.training.until_full save|import FOLDER
 
