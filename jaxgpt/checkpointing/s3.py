@@ -1,7 +1,8 @@
 """Arrays of `s3://` checkpoints, through TensorStore's S3 driver.
 
-Orbax 0.12 knows TensorStore's driver for `gs://` alone: it takes `s3://bucket/run` for a local folder
-named `s3:`, and would write the arrays there. Its one function that names the driver is replaced.
+Orbax 0.12 knows TensorStore's driver for `gs://` alone: it takes `s3://bucket/run` for a local
+folder named `s3:`, and would write the arrays there. Its one function that names the driver is
+replaced.
 """
 
 import os

@@ -4,12 +4,12 @@
     python -m tests.benchmarks.durability saving [--steps=60]
 
 `kills` runs one config without a kill, then again with `count` SIGKILLs, each at a random instant
-after new progress (during saves too), and compares every row; of several processes one is killed and
-the others must end by themselves; a store is a server on this machine (tests/parallel/stores.py).
-`saving` trains GPT-2 124M's shape
-with and without a save every tenth step, and prints the share of the time that saving took (what the
-steps in which a save begins or runs took beyond the median step, after the first two saves), and the
-peak memory during it beyond training's own, over the state's size.
+after new progress (during saves too), and compares every row; of several processes one is killed
+and the others must end by themselves; a store is a server on this machine
+(tests/parallel/stores.py). `saving` trains GPT-2 124M's shape
+with and without a save every tenth step, and prints the share of the time that saving took (what
+the steps in which a save begins or runs took beyond the median step, after the first two saves),
+and the peak memory during it beyond training's own, over the state's size.
 """
 
 import argparse

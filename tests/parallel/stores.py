@@ -26,8 +26,8 @@ def text_of(path) -> str:
 
 @contextmanager
 def served(kind: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Starts a server of `kind`, s3 or gs; yields a bucket's URL and what a process must have in its
-    environment to reach it."""
+    """Starts a server of `kind`, s3 or gs; yields a bucket's URL and what a process must have in
+    its environment to reach it."""
     address = f"http://127.0.0.1:{(port := free_port())}"
     if kind == "s3":
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]

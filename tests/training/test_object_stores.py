@@ -21,7 +21,8 @@ def get_config():
     return Config(
         num_steps=12, batch_size=8, log_every=1, eval_every=6, sample_every=12, checkpoint_every=3,
         keep_checkpoints=2, mesh=MeshConfig(data=8),
-        model=ModelConfig(max_seq_len=24, num_layers=1, num_heads=2, embed_dim=32, dropout=0.1, bias=False),
+        model=ModelConfig(max_seq_len=24, num_layers=1, num_heads=2, embed_dim=32, dropout=0.1,
+                          bias=False),
         data=DataConfig(source="text:{folder}/t.txt", tokenizer="sentencepiece:400"),
         optim=OptimConfig(name="sgd", warmup_steps=2), sample=SampleConfig(max_new_tokens=2),
     )
