@@ -15,30 +15,32 @@ and the peak memory during it beyond training's own, over the state's size.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from etils import epath
 
 from jaxgpt.config import stores
-from tests.conftest import xla_flags
+from tests.conftest import ROOT, xla_flags
 from tests.parallel.processes import free_port
 from tests.parallel.stores import served, text_of
 
+FORKS = multiprocessing.get_context("forkserver")
 KILLED = """
 from jaxgpt.config import *
 def get_config():
     return Config(
         num_steps={steps}, batch_size=4, log_every=1, eval_every=50, checkpoint_every=5,
-        model=ModelConfig(max_seq_len=64, num_layers=2, num_heads=2, embed_dim=64, dropout=0.1),
-        data=DataConfig(tokenizer="byte"),
+        model=ModelConfig(max_seq_len=32, num_layers=1, num_heads=2, embed_dim=32, dropout=0.1),
+        data=DataConfig(tokenizer="byte", source="text:{root}/LICENSE"),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=10, ema_decay=0.9), {mesh}
     )
 """
@@ -55,24 +57,32 @@ def get_config():
 """
 
 
-def started(folder: Path, workdir: str, processes: int = 1) -> list[subprocess.Popen]:
-    """Starts the processes of a run in `workdir`, a path or a URL."""
-    env = os.environ | {
-        "JAXGPT_CACHE": str(folder / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": xla_flags(1),
-    }
-    command = [sys.executable, "-m", "jaxgpt.train", f"--config={folder}/c.py"]
-    command.append(f"--workdir={workdir}")
+def train_as_ordered(argv: list[str], log: str) -> None:
+    """Runs the command `train` in a process of its own, which has imported it already."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.environ["XLA_FLAGS"] = xla_flags(1)  # the tests' modules have asked for eight devices
+    sys.argv = ["train", *argv]
+    from jaxgpt import train
+    from jaxgpt.config.cli import run
+
+    run(train.main)
+
+
+def started(folder: Path, workdir: str, processes: int = 1) -> list[BaseProcess]:
+    """Starts the processes of a run in `workdir`, a path or a URL.
+
+    They are forked from one that has imported jaxgpt, which takes longer than what is measured.
+    """
+    argv = [f"--config={folder}/c.py", f"--workdir={workdir}"]
     if processes > 1:
-        command.append(f"--coordinator=127.0.0.1:{free_port()}")
-        command.append(f"--num_processes={processes}")
+        argv.append(f"--coordinator=127.0.0.1:{free_port()}")
+        argv.append(f"--num_processes={processes}")
     found = []
     for i in range(processes):
         own = [f"--process_id={i}"] if processes > 1 else []
-        with open(folder / f"log{i}", "w") as log:  # a pipe that nobody reads would stop the run
-            found.append(subprocess.Popen([*command, *own], env=env, stderr=log))
+        args = ([*argv, *own], f"{folder}/log{i}")
+        found.append(FORKS.Process(target=train_as_ordered, args=args))
+        found[-1].start()
     return found
 
 
@@ -86,6 +96,22 @@ def rows(workdir: str) -> list[dict]:
 def last_step(workdir: str) -> int:
     found = rows(workdir)
     return found[-1]["step"] if found else 0
+
+
+def prepare_forks(folder: Path) -> None:
+    """Sets the environment of all processes that `started` will start."""
+    os.environ |= {
+        "JAXGPT_CACHE": str(folder / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    FORKS.set_forkserver_preload(["jaxgpt.train"])
+
+
+def code_of(process: BaseProcess) -> int:
+    """Waits for a process and returns its exit code."""
+    process.join()
+    return process.exitcode
 
 
 def is_saving(workdir: str) -> bool:
@@ -105,31 +131,35 @@ def kills(count: int, processes: int, store: str) -> dict:
             os.environ.update(env)
             stores.check_store(place)
 
+        prepare_forks(folder)
+
         def logs() -> str:
             return "".join(log.read_text()[-2000:] for log in sorted(folder.glob("log*")))
 
         def finish() -> None:
-            codes = [process.wait() for process in started(folder, workdir, processes)]
-            assert not any(codes), logs()
+            assert not any([code_of(process) for process in started(folder, workdir, processes)]), (
+                logs()
+            )
 
         mesh = f"mesh=MeshConfig(data={processes}),"
-        (folder / "c.py").write_text(KILLED.format(steps=steps, mesh=mesh))
+        (folder / "c.py").write_text(KILLED.format(steps=steps, mesh=mesh, root=ROOT))
         workdir = f"{place}/whole"
         finish()
         whole, workdir = rows(workdir), f"{place}/killed"
         saving, outlived = 0, []
         for _ in range(count):
             running, before = started(folder, workdir, processes), last_step(workdir)
-            while last_step(workdir) <= before + 5 and all(p.poll() is None for p in running):
+            while last_step(workdir) <= before + 5 and all(p.is_alive() for p in running):
                 time.sleep(0.2 if store else 0.01)  # past the checkpoint it went back to
             time.sleep(chance.uniform(0, 0.3))
             victim = chance.choice(running)
-            victim.send_signal(signal.SIGKILL)
+            victim.kill()
             killed = time.monotonic()
-            assert victim.wait() == -signal.SIGKILL, logs()
+            assert code_of(victim) == -signal.SIGKILL, logs()
             saving += is_saving(workdir)
-            assert all(process.wait() for process in running), logs()  # they end by themselves
+            assert all([code_of(p) for p in running]), logs()  # the others end by themselves
             outlived.append(time.monotonic() - killed)
+            print(len(outlived), "kills,", last_step(workdir), "steps", file=sys.stderr, flush=True)
         finish()
         same = whole == rows(workdir)
     return {
@@ -150,12 +180,13 @@ def saving(steps: int) -> dict:
         folder = Path(scratch)
         for name, every in (("without", 0), ("with", 10)):
             (folder / "c.py").write_text(SAVED.format(steps=steps, every=every))
+            prepare_forks(folder)
             (process,), peak = started(folder, f"{folder}/{name}"), 0
-            while process.poll() is None:
+            while process.is_alive():
                 status = Path(f"/proc/{process.pid}/statm").read_text().split()
                 peak = max(peak, int(status[1]) * 4096 if len(status) > 1 else 0)
                 time.sleep(0.02)
-            assert process.returncode == 0, (folder / "log0").read_text()[-2000:]
+            assert code_of(process) == 0, (folder / "log0").read_text()[-2000:]
             text = (folder / name / "metrics.jsonl").read_text().splitlines()
             seconds = {row["step"]: row["seconds"] for row in map(json.loads, text)}
             # a virtual machine's memory is slow when first touched: warm after two saves
