@@ -1,8 +1,6 @@
 """Orbax checkpoints of the whole training state under `checkpoints/<step>`."""
 
-import contextlib
 import functools
-import time
 from collections.abc import Callable
 
 import jax
@@ -17,6 +15,7 @@ from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.checkpointing.s3 import use_s3
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import say
+from jaxgpt.config.files import remove_folder
 from jaxgpt.config.stores import absolute, check_store, is_object_store, move_folder
 from jaxgpt.parallel.hosts import is_peer_lost, on_first
 
@@ -108,7 +107,7 @@ class Checkpoints:
 
     def _find_whole(self) -> int | None:
         for half in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            _remove(half)
+            remove_folder(half)
         newest = self._first_whole(reversed(self.steps()))
         for step in self.by_loss():  # what was set aside has no loss any more
             if step == newest or self._first_whole([step]) == step:
@@ -203,7 +202,7 @@ class Checkpoints:
         say(f"unsaved   checkpoint {self.saving}: {why}")
         self.manager.reload()
         if self.saving not in self.steps():
-            _remove(self._unfinished())
+            remove_folder(self._unfinished())
         if self.snapshot is not None:
             self.again()
             self.manager.wait_until_finished()
@@ -297,16 +296,6 @@ def _way_to_finish(workdir) -> type:
         use_s3()
         return atomicity.CommitFileTemporaryPath
     return atomicity.AtomicRenameTemporaryPath
-
-
-def _remove(folder: epath.Path) -> None:
-    """Removes a half checkpoint, into which a thread of Orbax may be writing still."""
-    for _ in range(100):
-        with contextlib.suppress(OSError):
-            folder.rmtree()
-        if not folder.exists():
-            return
-        time.sleep(0.1)
 
 
 def _reason(e: Exception) -> str:

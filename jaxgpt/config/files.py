@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,9 +170,20 @@ def whole_folder(target: Path, flag: str) -> Iterator[Path]:
                 target.rmdir()
             scratch.rename(target)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_folder(scratch)
     except OSError as e:
         raise BadInput(f"cannot write {target}: {e}") from e
+
+
+def remove_folder(folder: os.PathLike) -> None:
+    """Removes a folder, if it is there; a thread of a save that failed may be writing into it."""
+    folder = epath.Path(folder)
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            folder.rmtree()
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def write_whole(path: os.PathLike, text: str) -> None:

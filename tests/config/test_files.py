@@ -1,8 +1,10 @@
 """Small files: read with a schema, written whole, by any number of processes."""
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 
 import pytest
@@ -177,6 +179,24 @@ def test_a_folder_cut_short_by_a_process_of_the_same_number(tmp_path):
     with whole_folder(tmp_path / "w", "--to") as made:
         assert made == scratch and not list(made.iterdir())
     assert (tmp_path / "w").is_dir()
+
+
+def test_a_thread_that_still_writes_does_not_keep_a_scratch_folder(tmp_path, monkeypatch):
+    """As Orbax's do after a save that failed: the folder is not empty when it is to be removed."""
+    rmtree, failures = shutil.rmtree, [OSError(errno.ENOTEMPTY, "not empty")] * 2
+
+    def busy(path, ignore_errors=False, **more):
+        if not failures:
+            return rmtree(path, ignore_errors, **more)
+        failure = failures.pop()
+        if not ignore_errors:
+            raise failure
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    with pytest.raises(BadInput, match="cannot write"):
+        with whole_folder(tmp_path / "f", "--to"):
+            raise OSError("full")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):

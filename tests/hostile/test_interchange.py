@@ -459,7 +459,7 @@ def test_a_refused_import_leaves_nothing(holds, folders, tmp_path):
     assert not (tmp_path / "case/w").exists()
 
 
-@pytest.mark.parametrize("size", [0, 1000])
+@pytest.mark.parametrize("size", [0, 1000, 3000, 10000])
 def test_a_disk_that_fills_during_import(holds, folders, size):
     """No file may grow beyond `size` bytes: nothing is left, and the same command goes on later."""
     case = Case("full", ["import", f"--from={folders}/gpt2", "--workdir={}/w"])
