@@ -23,7 +23,7 @@ from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.config import BadInput, Config, DataConfig, ModelConfig
 from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.files import whole_folder
+from jaxgpt.config.files import path_of, whole_folder
 from jaxgpt.config.load import to_json
 from jaxgpt.config.stores import is_object_store
 from jaxgpt.inference.trained import Trained, open_trained
@@ -71,9 +71,9 @@ def main(argv: list[str]) -> None:
                 " to the object store"
             )
     if what == "import":
-        import_folder(Path(values["from"].value).expanduser(), Path(values.workdir))
+        import_folder(path_of(values["from"].value, "--from"), Path(values.workdir))
     else:
-        export_folder(values.workdir, values.step, Path(values.to).expanduser(), values.dtype)
+        export_folder(values.workdir, values.step, path_of(values.to, "--to"), values.dtype)
 
 
 def import_folder(source: Path, workdir: Path) -> None:

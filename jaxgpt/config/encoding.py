@@ -32,3 +32,8 @@ def check_setting(text: str, what: str) -> str:
     if "\0" in text:
         raise BadInput(f"{what} holds a NUL at character {text.index(chr(0))}")
     return check_text(text, what)
+
+
+def printable(name: str) -> str:
+    """Returns a file's name as text: bytes that are not UTF-8, which POSIX allows, are spelled out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -147,6 +147,18 @@ def _misfit(value: Any, schema: Any, where: str) -> str:
     return f"{here} is {NAMES[type(value)]}, not {' or '.join(NAMES[kind] for kind in kinds)}"
 
 
+def path_of(text: str, what: str) -> Path:
+    """Returns the local path that `text` names, `~` resolved.
+
+    Raises:
+      BadInput: for the home of nobody; `what` names the flag or field.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise BadInput(f"{what}={text} names no path: {e}") from e
+
+
 @contextmanager
 def whole_folder(target: Path, flag: str) -> Iterator[Path]:
     """Yields an empty folder beside `target` that takes its name if the body succeeds.

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt.config import BadInput
-from jaxgpt.data.shards import META, ChecksummedFile, Split, verify, write_once
+from jaxgpt.config.files import read_json
+from jaxgpt.data.shards import META, ChecksummedFile, Split, cached, verify
 
 PLAN = {"first": "<i8", "starts": "<i8", "lengths": "<i4"}
 
@@ -81,27 +82,31 @@ def plan_for(split: Split, part: int, seq_len: int, locks: Path) -> Plan:
     """Returns the plan of one part of a split, made and stored on first use.
 
     Raises:
-      BadInput: if it cannot be written beside the tokens, or is damaged.
+      BadInput: if it cannot be written beside the tokens.
     """
     folder = split.folder / f"pack-{seq_len}" / f"{split.name}.{part}"
-    if not (folder / META).exists():
-        found = split.parts[part]
-        first, end = np.searchsorted(split.starts, (found.first, found.end))
-        starts = np.asarray(split.starts[first:end]).astype(np.int64)
-        write_once(folder, locks, _writer(starts, found.end, seq_len))
-    verify(folder, json.loads((folder / META).read_text()))
+    return cached(folder, locks, _writer(split, part, seq_len), _read_plan)
+
+
+def _read_plan(folder: Path) -> Plan:
+    schema = {name: {"bytes": int, "crc32": [int]} for name in PLAN}
+    checksums = read_json(folder / META, schema)
+    verify(folder, {name: checksums[name] for name in PLAN})
     return Plan(*(np.memmap(folder / name, dtype, "r") for name, dtype in PLAN.items()))
 
 
-def _writer(starts: np.ndarray, end: int, seq_len: int) -> Callable[[Path], None]:
+def _writer(split: Split, part: int, seq_len: int) -> Callable[[Path], None]:
     def write(scratch: Path) -> None:
-        plan, checksums = make_plan(starts, end, seq_len), {}
+        found = split.parts[part]
+        first, end = np.searchsorted(split.starts, (found.first, found.end))
+        starts = np.asarray(split.starts[first:end]).astype(np.int64)
+        if not len(starts):
+            raise BadInput("there is no document to pack")
+        plan, checksums = make_plan(starts, found.end, seq_len), {}
         for (name, dtype), values in zip(PLAN.items(), plan, strict=True):
             file = ChecksummedFile(scratch / name)
             file.write(values.astype(dtype).tobytes())
             checksums[name] = file.close()
         (scratch / META).write_text(json.dumps(checksums))
 
-    if not len(starts):
-        raise BadInput("there is no document to pack")
     return write

@@ -4,20 +4,35 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 from jaxgpt.config import BadInput, DataConfig
 from jaxgpt.config.cli import say
+from jaxgpt.config.files import Damaged, path_of
 from jaxgpt.config.stores import is_object_store
 from jaxgpt.data.remote import fetched, publish
-from jaxgpt.data.shards import FORMAT, META, Split, read_meta, read_split, token_dtype, write_once
+from jaxgpt.data.shards import (
+    FORMAT,
+    META,
+    Split,
+    cached,
+    checksums_of,
+    read_meta,
+    read_split,
+    token_dtype,
+    verify,
+    write_meta,
+    write_once,
+)
 from jaxgpt.data.split import Part, hold_out, scan
 from jaxgpt.data.tokenize import write_split
 from jaxgpt.metrics.progress import Bar
 from jaxgpt.text.cleaning import Report, clean, identity, make_steps
+from jaxgpt.text.files import is_young, stamps
 from jaxgpt.text.pieces import Documents, Piece, num_bytes
 from jaxgpt.text.sources import Source, open_sources
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
@@ -72,7 +87,7 @@ class Prepared:
 def cache_folder(cfg: DataConfig) -> Path:
     """Returns where prepared corpora live."""
     chosen = cfg.cache_dir or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"
-    return Path(chosen).expanduser()
+    return path_of(chosen, "data.cache_dir")
 
 
 def prepare(cfg: DataConfig, out: str = "") -> Prepared:
@@ -87,8 +102,8 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     if cfg.source.startswith("shards:"):
         place = cfg.source.removeprefix("shards:")
         if is_object_store(place):
-            return open_prepared(fetched(place, cache_folder(cfg)))
-        return open_prepared(Path(place).expanduser())
+            return fetched(place, cache_folder(cfg), read_prepared)
+        return open_prepared(path_of(place, "data.source=shards"))
     check_spec(cfg.tokenizer)
     make_steps(cfg.clean)  # for its errors
     cache, given = cache_folder(cfg), None
@@ -102,34 +117,91 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     held_out = ()
     if cfg.validation_source:
         held_out = open_sources(cfg.validation_source, cfg, cache, given)
-    key = _hash(
-        str(FORMAT),
-        *[f"{s.weight} {_identity(s)}" for s in sources],
-        *[f"validation {s.identity()}" for s in held_out],
-        "" if held_out else str(cfg.validation_fraction),
-        identity(cfg.clean) if cfg.clean else "",
-        f"{cfg.tokenizer} sentencepiece {version('sentencepiece')} {cfg.special_tokens}"
-        if given is None
-        else fingerprint(given),
-    )
-    is_local = bool(out) and not is_object_store(out)
-    folder = Path(out) if is_local else cache / key
-    if (folder / META).exists() and read_meta(folder)["key"] != key:
-        raise BadInput(f"{folder} already holds another prepared corpus; choose another --out")
-    write_once(folder, cache / "locks", partial(_write, cfg, sources, held_out, given, key))
-    if out and not is_local:
-        publish(folder, out)
+
+    def make_key() -> str:
+        return _hash(
+            str(FORMAT),
+            *[f"{s.weight} {_identity(s)}" for s in sources],
+            *[f"validation {s.identity()}" for s in held_out],
+            "" if held_out else str(cfg.validation_fraction),
+            identity(cfg.clean) if cfg.clean else "",
+            f"{cfg.tokenizer} sentencepiece {version('sentencepiece')} {cfg.special_tokens}"
+            if given is None
+            else fingerprint(given),
+        )
+
+    seen = Seen((*sources, *held_out), make_key)
+
+    def write(scratch: Path) -> None:
+        _write(cfg, sources, held_out, given, seen.key, scratch)
+        seen.check()
+
+    if not out or is_object_store(out):
+        prepared = cached(cache / seen.key, cache / "locks", write, read_prepared)
+        if out:
+            publish(prepared.folder, out)
+        return prepared
+    folder = _chosen(out, seen.key)
+    write_once(folder, cache / "locks", write)
     return open_prepared(folder)
 
 
-def open_prepared(folder: Path) -> Prepared:
+class Seen:
+    """The key of a corpus, and a check that its files are still those that the key was made of."""
+
+    def __init__(self, sources: tuple[Source, ...], make_key: Callable[[], str]):
+        validation = (s.validation.files for s in sources if s.validation)
+        self.files = sorted({*(f for s in sources for f in s.files), *chain(*validation)})
+        self.make_key, self.stamps = make_key, stamps(self.files)
+        self.is_young = any(map(is_young, self.stamps))
+        self.key = make_key()
+
+    def check(self) -> None:
+        """Raises `BadInput` if a file was written to or replaced since it was hashed."""
+        for file, before, now in zip(self.files, self.stamps, stamps(self.files), strict=True):
+            if before != now:
+                raise BadInput(f"{file} changed while it was read; run the command again")
+        if self.is_young and self.make_key() != self.key:
+            raise BadInput("the text changed while it was read; run the command again")
+
+
+def _chosen(out: str, key: str) -> Path:
+    """Returns the folder that --out names, which is not there, empty, or holds this corpus."""
+    folder = path_of(out, "--out")
+    if folder.name in ("", ".."):  # ., / and the like
+        folder = folder.resolve()
+    if (folder / META).exists():
+        if read_meta(folder)["key"] != key:
+            raise BadInput(f"{folder} already holds another prepared corpus; choose another --out")
+    elif folder.exists():
+        if not folder.is_dir() or folder.samefile(".") or any(folder.iterdir()):
+            raise BadInput(f"{folder} exists and is no prepared corpus; choose another --out")
+    return folder
+
+
+def read_prepared(folder: Path) -> Prepared:
     """Returns what `prepare` wrote into `folder`.
 
     Raises:
       BadInput: if it is not there or damaged.
     """
     train, validation = read_split(folder, "train"), read_split(folder, "validation")
-    return Prepared(folder, train, validation, load_tokenizer(folder / "tokenizer"))
+    sums = read_meta(folder)["checksums"]
+    verify(folder, {name: sums[name] for name in sums if name.startswith("tokenizer/")})
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return Prepared(folder, train, validation, tokenizer)
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Returns what `prepare` wrote into a folder that the user named.
+
+    Raises:
+      BadInput: if it is not there or damaged; the message says what to do.
+    """
+    try:
+        return read_prepared(folder)
+    except Damaged as e:
+        raise BadInput(f"{e}; delete {folder} and prepare again") from e
 
 
 def check_shards(cfg: DataConfig, data: Prepared) -> None:
@@ -164,7 +236,11 @@ def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Pat
         raise BadInput("--data=shards:DIR holds splits already; name the text instead")
     cache.mkdir(parents=True, exist_ok=True)
     sources = open_sources(source, cfg, cache, tokenizer)
-    key = _hash(str(FORMAT), *[s.identity() for s in sources], "whole", fingerprint(tokenizer))
+
+    def make_key() -> str:
+        return _hash(str(FORMAT), *[s.identity() for s in sources], "whole", fingerprint(tokenizer))
+
+    seen = Seen(sources, make_key)
 
     def write(scratch: Path) -> None:
         sizes = [sum(scan(s.documents, s.spec).sizes) for s in sources]
@@ -173,10 +249,10 @@ def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Pat
         masked = any(s.masked for s in sources)
         entry, checksums = write_split(scratch, "whole", parts, tokenizer, files, bar, masked)
         bar.close()
-        _write_meta(scratch, tokenizer, key, files, Report(), {"whole": entry}, checksums)
+        _write_meta(scratch, tokenizer, seen.key, files, Report(), {"whole": entry}, checksums)
+        seen.check()
 
-    write_once(cache / key, cache / "locks", write)
-    return read_split(cache / key, "whole")
+    return cached(cache / seen.key, cache / "locks", write, partial(read_split, name="whole"))
 
 
 def _write(
@@ -204,6 +280,8 @@ def _write(
     )
     save_tokenizer(tokenizer, scratch / "tokenizer")
     files, splits, checksums = {}, {}, {}
+    for file in (scratch / "tokenizer").iterdir():
+        checksums[f"tokenizer/{file.name}"] = checksums_of(file)
     bar = Bar("data      tokenizing", total)
     for name, parts in (("train", train), ("validation", validation)):
         listed = [(s.spec, s.weight, part.documents) for s, part in parts]
@@ -281,9 +359,7 @@ def _texts(documents: Documents):
 
 
 def _write_meta(folder, tokenizer, key, files, report: Report, splits, checksums) -> None:
-    """Writes meta.json, which declares the folder whole."""
     meta = {
-        "format": FORMAT,
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "end_of_text": tokenizer.end_of_text,
@@ -294,7 +370,7 @@ def _write_meta(folder, tokenizer, key, files, report: Report, splits, checksums
         "splits": splits,
         "checksums": checksums,
     }
-    (folder / META).write_text(json.dumps(meta, indent=1))
+    write_meta(folder, meta)
 
 
 def _identity(source: Source) -> str:

@@ -1,7 +1,7 @@
 """Prepared corpora on object stores: written there whole, read through the local cache."""
 
 import hashlib
-import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from etils import epath
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import say
+from jaxgpt.config.files import parse_json
 from jaxgpt.config.stores import check_store, check_store_writable, copy_folder
-from jaxgpt.data.shards import META, VERIFIED, read_meta, write_once
+from jaxgpt.data.shards import META, VERIFIED, T, cached, read_meta
 
 
 def publish(folder: Path, url: str) -> None:
@@ -20,15 +21,16 @@ def publish(folder: Path, url: str) -> None:
       BadInput: if `url` cannot be written, or holds another corpus.
     """
     check_store_writable(url)
-    if (held := _read(url)) and json.loads(held)["key"] != read_meta(folder)["key"]:
+    if (held := _read(url)) and _key_of(held) != read_meta(folder)["key"]:
         raise BadInput(f"{url} already holds another prepared corpus; choose another --out")
     if not held:
         say(f"data      copying to {url}")
         copy_folder(folder, url, last=META, without=(VERIFIED,))
 
 
-def fetched(url: str, cache: Path) -> Path:
-    """Returns the local copy of a prepared corpus, made now if `cache` has none.
+def fetched(url: str, cache: Path, read: Callable[[Path], T]) -> T:
+    """Returns `read` of the local copy of a prepared corpus, made now if `cache` has none or it is
+    damaged.
 
     Raises:
       BadInput: if there is none at `url`, or it cannot be reached.
@@ -37,8 +39,14 @@ def fetched(url: str, cache: Path) -> Path:
     if not (held := _read(url)):
         raise BadInput(f"{url} holds no token shards; write some with jaxgpt.prepare --out={url}")
     folder = cache / f"shards-{hashlib.blake2b(held.encode(), digest_size=16).hexdigest()}"
-    write_once(folder, cache / "locks", partial(_fetch, url))
-    return folder
+    return cached(folder, cache / "locks", partial(_fetch, url), read)
+
+
+def _key_of(meta: str) -> str:
+    try:
+        return parse_json(meta.encode(), {"key": str})["key"]
+    except ValueError:  # damaged, so it is not ours
+        return ""
 
 
 def _fetch(url: str, scratch: Path) -> None:

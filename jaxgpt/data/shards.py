@@ -12,10 +12,12 @@
 
     meta.json: {"format": 2, "dtype": "uint16", "vocab_size", "end_of_text", "key", "files",
       "dropped": {rule: {"documents", "examples"}},
+      "masked": {kind: {"masks", "documents", "examples"}},
       "splits": {"train": {"tokens", "documents", "bytes", "sha256",
                            "parts": [{"source", "weight", "tokens", "documents", "bytes"}],
                            "learnt": {"tokens", "bytes"}  (with a mask)}},
-      "checksums": {"train.bin": {"bytes", "crc32": [one per 64 MiB]}}}
+      "checksums": {"train.bin": {"bytes", "crc32": [one per 64 MiB]}},
+      "checksum": of all the rest}
 
 A mixture's sources are the parts of a split, one behind the other. The folder is written under
 another name and renamed when whole, so it is there or it is not. Checksums are compared when a
@@ -34,14 +36,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
 from jaxgpt.config import BadInput
 from jaxgpt.config.cli import say
+from jaxgpt.config.encoding import printable
+from jaxgpt.config.files import Damaged, Missing, read_json, write_whole
+from jaxgpt.text.files import stamp_of
 
+T = TypeVar("T")
 FORMAT = 2
 META = "meta.json"
+COUNTS = {"tokens": int, "documents": int, "bytes": int}
+SCHEMA = {
+    "format": int,
+    "dtype": str,
+    "vocab_size": int,
+    "end_of_text": int,
+    "key": str,
+    "files": [str],
+    "dropped": {str: {"documents": int, "examples": list}},
+    "masked?": {str: {"masks": int, "documents": int, "examples": list}},
+    "splits": {
+        str: COUNTS
+        | {"sha256": str, "parts": [COUNTS | {"source": str, "weight": str}]}
+        | {"learnt?": {"tokens": int, "bytes": int}}
+    },
+    "checksums": {str: {"bytes": int, "crc32": [int]}},
+    "checksum?": str,
+}
 VERIFIED = ".verified.json"
 CRC_BLOCK = 64 << 20
 
@@ -116,6 +141,13 @@ class ChecksummedFile:
         return {"bytes": self.size, "crc32": self.crcs}
 
 
+def checksums_of(path: Path) -> dict:
+    """Returns the checksums of a small file that is written already."""
+    raw = path.read_bytes()
+    blocks = range(0, len(raw), CRC_BLOCK)
+    return {"bytes": len(raw), "crc32": [zlib.crc32(raw[at : at + CRC_BLOCK]) for at in blocks]}
+
+
 class SplitWriter:
     """Writes one split's three files, a document's tokens after the other."""
 
@@ -140,7 +172,7 @@ class SplitWriter:
         It is learnt if what it ends, the document before, was learnt up to its end.
         """
         self.starts.append(self.out.size // self.dtype.itemsize)
-        self.origins.extend((self.files.setdefault(file, len(self.files)), row))
+        self.origins.extend((self.files.setdefault(printable(file), len(self.files)), row))
         self.parts[-1]["documents"] += 1
         self.extend(np.array([end_of_text]), 0, np.array([self.learns]))
 
@@ -179,22 +211,34 @@ class SplitWriter:
         return sums | {"sha256": digest.hexdigest(), "parts": self.parts}, checksums
 
 
+def write_meta(folder: Path, meta: dict) -> None:
+    """Writes meta.json, which declares the folder whole."""
+    meta = {"format": FORMAT} | meta
+    (folder / META).write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=1))
+
+
+def _checksum(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def read_meta(folder: Path) -> dict:
     """Returns the folder's meta.json.
 
     Raises:
-      BadInput: if `folder` is not a prepared corpus or of another format.
+      BadInput: if `folder` is not a prepared corpus, of another format, or damaged.
     """
     try:
-        meta = json.loads((folder / META).read_text())
-    except (OSError, json.JSONDecodeError) as e:
+        meta = read_json(folder / META, {"format": object})
+    except Missing as e:
         raise BadInput(
-            f"{folder} holds no token shards ({META}: {e}); write some with jaxgpt.prepare --out"
+            f"{folder} holds no token shards (no {META}); write some with jaxgpt.prepare --out"
         ) from e
-    if meta.get("format") != FORMAT:
-        raise BadInput(
-            f"{folder} has shard format {meta.get('format')}, not {FORMAT}; prepare again"
-        )
+    if meta["format"] != FORMAT:
+        raise BadInput(f"{folder} has shard format {meta['format']}, not {FORMAT}; prepare again")
+    meta = read_json(folder / META, SCHEMA)
+    told = meta.pop("checksum", None)
+    if told != _checksum(meta) and (told or "masked" in meta):  # older ones have neither
+        raise Damaged(folder / META, "its checksum differs")
     return meta
 
 
@@ -208,6 +252,13 @@ def read_split(folder: Path, name: str) -> Split:
     if name not in meta["splits"]:
         raise BadInput(f"{folder} has no split {name!r}, only {', '.join(meta['splits'])}")
     verify(folder, {k: v for k, v in meta["checksums"].items() if k.startswith(f"{name}.")})
+    try:
+        return _split(folder, name, meta)
+    except (OSError, TypeError, ValueError) as e:  # of a meta.json from before it had a checksum
+        raise Damaged(folder, f"{META} does not fit its files ({e})") from e
+
+
+def _split(folder: Path, name: str, meta: dict) -> Split:
     entry = meta["splits"][name]
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     parts, first = [], 0
@@ -248,38 +299,66 @@ def verify(folder: Path, checksums: dict) -> None:
     """Compares files with their checksums, those that have changed since the last time.
 
     Raises:
-      BadInput: naming the file that is missing, cut short or altered.
+      Damaged: naming the file that is missing, unreadable, cut short or altered.
     """
     try:
-        known = json.loads((folder / VERIFIED).read_text())
-    except (OSError, ValueError):
+        known = read_json(folder / VERIFIED, {str: [int]})
+    except Missing:
         known = {}
+    except Damaged as e:
+        say(f"data      {e}; all checksums are compared again")
+        known = {}
+        if os.access(folder, os.W_OK):
+            _remove(folder / VERIFIED)
     fresh = dict(known)
     for name, expected in checksums.items():
         file = folder / name
-        remedy = f"delete {folder} and prepare again"
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
-            raise BadInput(f"{file} is damaged: not {expected['bytes']} bytes long; {remedy}")
-        stamp = [file.stat().st_size, file.stat().st_mtime_ns]
-        if known.get(name) != stamp:
-            with open(file, "rb") as stream:
-                for number, crc in enumerate(expected["crc32"]):
-                    if zlib.crc32(stream.read(CRC_BLOCK)) != crc:
-                        place = (
-                            f"between bytes {number * CRC_BLOCK:,} and {(number + 1) * CRC_BLOCK:,}"
-                        )
-                        raise BadInput(f"{file} is damaged {place}: its checksum differs; {remedy}")
-            fresh[name] = stamp
+        try:
+            stamp = stamp_of(file)
+            if stamp[0] != expected["bytes"]:
+                raise Damaged(file, f"it is not {expected['bytes']:,} bytes long")
+            if known.get(name) != stamp:
+                with open(file, "rb") as stream:
+                    _compare(file, stream, expected["crc32"])
+                fresh[name] = stamp
+        except OSError as e:
+            raise Damaged(file, f"it cannot be read ({e.strerror or e})") from e
     if fresh != known and os.access(folder, os.W_OK):
-        scratch = folder / f"{VERIFIED}.{os.getpid()}"
-        scratch.write_text(json.dumps(fresh))
-        scratch.replace(folder / VERIFIED)
+        write_whole(folder / VERIFIED, json.dumps(fresh))
 
 
-def write_once(folder: Path, locks: Path, write: Callable[[Path], None]) -> None:
+def _compare(file: Path, stream: BinaryIO, crcs: list[int]) -> None:
+    for number, crc in enumerate(crcs):
+        if zlib.crc32(stream.read(CRC_BLOCK)) != crc:
+            first, end = number * CRC_BLOCK, (number + 1) * CRC_BLOCK
+            raise Damaged(file, f"between bytes {first:,} and {end:,} its checksum differs")
+
+
+def cached(
+    folder: Path, locks: Path, write: Callable[[Path], None], read: Callable[[Path], T]
+) -> T:
+    """Returns `read(folder)` of what can be made at any time: by `write(scratch)` if it is not
+    there, and anew if it is damaged, which is said in one line.
+
+    Raises:
+      BadInput: see `write_once`.
+    """
+    if os.path.lexists(folder):
+        try:
+            return read(folder)
+        except BadInput as e:
+            say(f"data      {e}; it is made anew")
+    write_once(folder, locks, write, read)
+    return read(folder)
+
+
+def write_once(
+    folder: Path, locks: Path, write: Callable[[Path], None], read: Callable | None = None
+) -> None:
     """Makes `folder` by `write(scratch)`, unless it is there; scratch takes its name when whole.
 
     Processes that want the same folder wait for one another; what a killed one left is removed.
+    With `read`, what is there is replaced if `read(folder)` finds it damaged.
 
     Raises:
       BadInput: if nothing can be written there (no permission, disk full, a path below a file).
@@ -288,7 +367,7 @@ def write_once(folder: Path, locks: Path, write: Callable[[Path], None]) -> None
         with _locked(
             locks / f"{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]}", folder
         ) as exclusive:
-            if (folder / META).exists():
+            if (folder / META).exists() and (read is None or _reads(read, folder)):
                 return
             if exclusive:
                 for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
@@ -297,6 +376,8 @@ def write_once(folder: Path, locks: Path, write: Callable[[Path], None]) -> None
             try:
                 scratch.mkdir(parents=True)
                 write(scratch)
+                if read is not None:
+                    _remove(folder)
                 try:
                     scratch.rename(folder)
                 except OSError:  # on a file system without locks another host may have been first
@@ -306,6 +387,21 @@ def write_once(folder: Path, locks: Path, write: Callable[[Path], None]) -> None
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as e:
         raise BadInput(f"cannot write {folder}: {e}") from e
+
+
+def _reads(read: Callable, folder: Path) -> bool:
+    try:
+        read(folder)
+    except BadInput:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

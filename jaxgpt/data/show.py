@@ -28,9 +28,8 @@ def show_batch(stream: Stream, data: Prepared, k: int) -> Iterator[str]:
     places = stream.places(k).ravel()
     for row, (source, window) in enumerate(zip(*stream.windows(places), strict=True)):
         part = data.train.parts[source]
-        yield (
-            f"\n=== window {row}: number {window} of {len(stream.sources[source])} of {part.source}"
-        )
+        count = len(stream.sources[source])
+        yield f"\n=== window {row}: number {window} of {count} of {part.source}"
         at = 0
         for number, (start, size) in enumerate(stream.sources[source].spans(int(window)), start=1):
             start += 0 if "segments" in batch else part.first

@@ -91,7 +91,8 @@ def _line_near(pieces: Iterable[Piece], total: int, fraction: float) -> int:
     cut = min(max(1, round(total * (1 - fraction))), total - 1)
     start, before = 0, 0
     for piece in pieces:
-        before = start + piece.text.rfind("\n", 0, max(cut - start, 0)) + 1 or before
+        if (line := piece.text.rfind("\n", 0, max(cut - start, 0))) >= 0:
+            before = start + line + 1
         behind = piece.text.find("\n", max(cut - 1 - start, 0))
         if behind >= 0 and start + len(piece.text) > cut - 1:
             if start + behind + 1 < total:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from etils import epath
 
 from jaxgpt.config import BadInput
-from jaxgpt.text.formats import encodable, json_rows
+from jaxgpt.config.encoding import check_text
+from jaxgpt.text.formats import json_rows
 from jaxgpt.text.pieces import Part, Piece
 
 ROLES = ("system", "user", "assistant")
@@ -48,7 +49,7 @@ def piece_of(parts: list[Part], file: str, number: int) -> Piece:
     if not any(part.learn and part.text for part in parts):
         raise BadInput(f"{file}, line {number} has no response to learn: all of it would be masked")
     for part in parts:
-        encodable(part.text, f"{file}, line {number}")
+        check_text(part.text, f"{file}, line {number}")
     return Piece("".join(part.text for part in parts), file, number, parts=tuple(parts))
 
 

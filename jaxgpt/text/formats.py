@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.encoding import check_text
 from jaxgpt.config.extras import require
-from jaxgpt.text.files import blocks, opened
+from jaxgpt.text.files import LONGEST, blocks, lines, opened
 from jaxgpt.text.pieces import Piece, in_pieces
 
 LLMC_HEADERS = {20240520: "<u2", 20240801: "<u4"}  # llm.c's magic numbers and their token types
@@ -66,10 +67,9 @@ def _not_utf8(where: str, e: UnicodeDecodeError, offset: int = 0) -> BadInput:
 def read_jsonl(files: list[str], field: str) -> Iterator[Piece]:
     """Yields the text `field` of each line of JSON; blank lines and empty texts are passed over."""
     for file in files:
-        with opened(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip() and (text := _field(line, field, f"{file}, line {number}")):
-                    yield Piece(text, file, number)
+        for number, line in lines(file):
+            if text := _field(line, field, f"{file}, line {number}"):
+                yield Piece(text, file, number)
 
 
 def _field(line: bytes, field: str, where: str) -> str:
@@ -78,7 +78,7 @@ def _field(line: bytes, field: str, where: str) -> str:
     if not isinstance(text, str):
         has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "not an object"
         raise BadInput(f"{where} has no text field {field!r} ({has}); set data.field")
-    return encodable(text, where)
+    return check_text(text, where)
 
 
 def json_rows(files: list[str]) -> Iterator[tuple[str, int, object]]:
@@ -88,10 +88,8 @@ def json_rows(files: list[str]) -> Iterator[tuple[str, int, object]]:
       BadInput: naming file and line, if one is not JSON.
     """
     for file in files:
-        with opened(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield file, number, parse_json(line, f"{file}, line {number}")
+        for number, line in lines(file):
+            yield file, number, parse_json(line, f"{file}, line {number}")
 
 
 def parse_json(line: bytes, where: str):
@@ -104,21 +102,8 @@ def parse_json(line: bytes, where: str):
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as e:
         raise _not_utf8(where, e) from e
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # also integers of thousands of digits
         raise BadInput(f"{where} is not valid JSON: {e}") from e
-
-
-def encodable(text: str, where: str) -> str:
-    """Returns `text`; JSON may spell half a surrogate pair, which no UTF-8 text can hold.
-
-    Raises:
-      BadInput: naming `where`, if it does.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise BadInput(f"{where} holds an unpaired surrogate \\u{ord(text[e.start]):04x}") from e
-    return text
 
 
 def read_parquet(files: list[str], column: str) -> Iterator[Piece]:
@@ -130,10 +115,12 @@ def read_parquet(files: list[str], column: str) -> Iterator[Piece]:
             row = 0
             try:
                 table = parquet.ParquetFile(stream)
-                if column not in table.schema_arrow.names:
+                names = table.schema_arrow.names
+                if names.count(column) != 1:
+                    many = "more than one" if column in names else "no"
                     raise BadInput(
-                        f"{file} has no column {column!r}, only"
-                        f" {', '.join(table.schema_arrow.names)}; set data.field"
+                        f"{file} has {many} column {column!r}: it has {', '.join(names)}; set"
+                        " data.field"
                     )
                 kind = table.schema_arrow.field(column).type
                 if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
@@ -143,26 +130,38 @@ def read_parquet(files: list[str], column: str) -> Iterator[Piece]:
                         row += 1
                         if text:
                             yield Piece(text, file, row)
-            except (arrow.ArrowException, UnicodeDecodeError) as e:
-                raise BadInput(f"{file} cannot be read as parquet: {e}") from e
+            except BadInput:
+                raise
+            except Exception as e:  # a damaged file makes the library raise anything
+                raise BadInput(f"{file} cannot be read as parquet after row {row}: {e}") from e
 
 
 def read_warc(files: list[str]) -> Iterator[Piece]:
     """Yields the text of each page of WARC and WET archives: HTML and plain text answers, and
     WET's conversions. HTML stays HTML; `data.clean=html` turns it to text."""
     archive = require("warcio.archiveiterator", "data", "reading web archives")
-    errors = require("warcio.exceptions", "data", "reading web archives")
     for file in files:
-        with opened(file, decompress=False) as stream:
+        with opened(file) as stream:  # the library would pass over a compressed file's missing end
             number = 0
             try:
                 for number, record in enumerate(archive.ArchiveIterator(stream), start=1):
-                    if (kind := _page_type(record)) and (
-                        text := _web_text(record.content_stream().read(), kind)
-                    ).strip():
-                        yield Piece(text, file, number)
-            except (errors.ArchiveLoadFailed, ValueError) as e:
-                raise BadInput(f"{file} is damaged after record {number}: {e}") from e
+                    length = record.rec_headers.get_header("Content-Length")
+                    if length is not None and not re.fullmatch(r"\s*\d{1,18}\s*", length):
+                        raise BadInput(f"{file}, record {number} has length {length!r:.80}")
+                    if kind := _page_type(record):
+                        raw = record.content_stream().read(LONGEST + 1)
+                        if len(raw) > LONGEST:
+                            raise BadInput(f"{file}, record {number} is over {LONGEST:,} bytes")
+                        while record.raw_stream.read(LONGEST):  # what its encoding left over
+                            pass
+                        if record.raw_stream.limit > 0:
+                            raise BadInput(f"{file} is cut short in record {number}")
+                        if (text := _web_text(raw, kind)).strip():
+                            yield Piece(text, file, number)
+            except BadInput:
+                raise
+            except Exception as e:  # a damaged archive makes the library raise anything
+                raise BadInput(f"{file} is damaged after record {number}: {e!r}") from e
             if not number:
                 raise BadInput(f"{file} is not a web archive: it holds no record")
 
@@ -186,9 +185,13 @@ def _web_text(raw: bytes, content_type: str) -> str:
     if not declared and (meta := re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", raw[:2048], re.I)):
         declared = meta[1].decode("ascii")
     try:
-        return raw.decode(declared or "utf-8", errors="replace")
-    except LookupError:  # a charset nobody knows
-        return raw.decode("utf-8", errors="replace")
+        text = raw.decode(declared or "utf-8", errors="replace")
+    except (LookupError, ValueError):  # a charset nobody knows, or one that minds no `errors`
+        text = raw.decode("utf-8", errors="replace")
+    if text.isascii():
+        return text
+    # UTF-7 and the escapes of Python's own codecs can spell half a surrogate pair
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
 
 
 def read_tokens(files: list[str], end_of_text: int, vocab_size: int) -> Iterator[Piece]:
@@ -232,7 +235,7 @@ def open_tokens(file: str) -> np.ndarray:
         raise BadInput(f"{file} cannot be read: {e}") from e
     if len(header) == 3 and int(header[0]) in LLMC_HEADERS:
         dtype, count = np.dtype(LLMC_HEADERS[int(header[0])]), int(header[2])
-        if size != LLMC_HEADER_BYTES + count * dtype.itemsize:
+        if count < 1 or size != LLMC_HEADER_BYTES + count * dtype.itemsize:
             raise BadInput(
                 f"{file} is damaged: its header says {count} tokens, its length does not"
             )

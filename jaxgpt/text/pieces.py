@@ -5,9 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxgpt.config import BadInput
+from jaxgpt.config.encoding import printable
+
 PIECE_CHARS = 1 << 16  # longer documents come in pieces: no corpus need fit in memory, and
 # SentencePiece takes less time for ten pieces than for one ten times as long
 NEAR_END = 1 << 12
+LONGEST_WHOLE = 1 << 28  # characters of a document that some step must see whole
 
 
 class Part(NamedTuple):
@@ -31,7 +35,7 @@ class Piece(NamedTuple):
     @property
     def where(self) -> str:
         """The document's name for people: its file and line or record."""
-        return f"{self.file}:{self.row}" if self.row else self.file
+        return printable(f"{self.file}:{self.row}" if self.row else self.file)
 
 
 Documents = Callable[[], Iterator[Piece]]  # each call reads the corpus anew, in the same order
@@ -82,13 +86,23 @@ def _cut(text: str, start: int) -> int:
 
 
 def whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yields the documents joined again, for what must see all of a document at once."""
+    """Yields the documents joined again, for what must see all of a document at once.
+
+    Raises:
+      BadInput: if one is longer than `LONGEST_WHOLE`, for which no memory is taken.
+    """
     held: list[Piece] = []
+    size = 0
     for piece in pieces:
         if held and not piece.continues:
             yield _joined(held)
-            held = []
+            held, size = [], 0
         held.append(piece)
+        if (size := size + len(piece.text)) > LONGEST_WHOLE:
+            raise BadInput(
+                f"{held[0].where} is a document of more than {LONGEST_WHOLE:,} characters, which"
+                " data.clean and this tokenizer must see whole; split it into documents"
+            )
     if held:
         yield _joined(held)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxgpt.config import BadInput, DataConfig
 from jaxgpt.text.chat import read_chat
-from jaxgpt.text.files import digest, expand
+from jaxgpt.text.files import digest, expand, stamps
 from jaxgpt.text.formats import (
     read_builtin,
     read_jsonl,
@@ -48,6 +48,7 @@ class Source:
     validation: "Source | None" = None
     num_bytes: int = 0  # of the files, for the progress bar; 0 = unknown
     masked: bool = False  # only parts of its documents are learnt
+    files: tuple[str, ...] = ()  # that it reads
 
 
 def open_sources(
@@ -66,7 +67,10 @@ def open_sources(
         return (_open(source, cfg, cache, tokenizer),)
     parts = [part.strip() for part in re.split(rf",(?={MIXED})", source)]
     weighted = [part.partition("*")[::2] for part in parts]
-    weights = [Fraction(weight) for weight, _ in weighted]
+    try:
+        weights = [Fraction(weight) for weight, _ in weighted]
+    except ValueError as e:  # thousands of digits
+        raise BadInput(f"data source {source}: a weight is no number: {e}") from e
     if min(weights) <= 0:
         raise BadInput(f"data source {source}: weights must be above 0")
     opened = [_open(spec, cfg, cache, tokenizer) for _, spec in weighted]
@@ -114,8 +118,15 @@ def _from_files(source, kind, decides, files, read, cache: Path, masked: bool) -
     def identity() -> str:
         return f"{kind} {decides} {digest(files, cache / DIGESTS)}"
 
-    sizes = (Path(file).stat().st_size for file in files if "://" not in file)
-    return Source(source, partial(read, files), identity, num_bytes=sum(sizes), masked=masked)
+    sizes = (stamp[0] for stamp in stamps([file for file in files if "://" not in file]))
+    return Source(
+        source,
+        partial(read, files),
+        identity,
+        num_bytes=sum(sizes),
+        masked=masked,
+        files=tuple(files),
+    )
 
 
 def _open_tfds(source: str, name: str, field: str, cache: Path, data_dir: str) -> Source:
@@ -125,7 +136,7 @@ def _open_tfds(source: str, name: str, field: str, cache: Path, data_dir: str) -
         def identity() -> str:
             return f"tfds {field} {digest(split.files(), cache / DIGESTS)}"
 
-        return Source(source, split, identity)
+        return Source(source, split, identity, files=tuple(split.files()))
 
     return dataclasses.replace(of(train), validation=held_out and of(held_out))
 

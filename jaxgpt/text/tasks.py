@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.encoding import check_text
 from jaxgpt.text.chat import piece_of
 from jaxgpt.text.formats import json_rows
 from jaxgpt.text.pieces import Part, Piece
@@ -29,11 +30,12 @@ class Example(NamedTuple):
 
 
 def _sentiment(row: dict) -> tuple[str, tuple[str, ...]]:
-    return f"Review: {row['text']}\nSentiment:", (_label(row, "sentiment"),)
+    return f"Review: {_text(row, 'text')}\nSentiment:", (_label(row, "sentiment"),)
 
 
 def _entailment(row: dict) -> tuple[str, tuple[str, ...]]:
-    prompt = f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}\nRelation:"
+    premise, hypothesis = _text(row, "premise"), _text(row, "hypothesis")
+    prompt = f"Premise: {premise}\nHypothesis: {hypothesis}\nRelation:"
     return prompt, (_label(row, "entailment"),)
 
 
@@ -43,7 +45,8 @@ def _questions(row: dict) -> tuple[str, tuple[str, ...]]:
     answers = [answers] if isinstance(answers, str) else answers
     if not answers or not all(isinstance(a, str) and a for a in answers):
         raise ValueError("answers must be texts, at least one")
-    prompt = f"Context: {row['context']}\nQuestion: {row['question']}\nAnswer:"
+    context, question = _text(row, "context"), _text(row, "question")
+    prompt = f"Context: {context}\nQuestion: {question}\nAnswer:"
     return prompt, tuple(answers)
 
 
@@ -54,9 +57,15 @@ TASKS: dict[str, Callable[[dict], tuple[str, tuple[str, ...]]]] = {
 }
 
 
+def _text(row: dict, field: str) -> str:
+    if not isinstance(row[field], str):
+        raise ValueError(f"{field} must be text")
+    return row[field]
+
+
 def _label(row: dict, task: str) -> str:
     label = row["label"]
-    if isinstance(label, int) and 0 <= label < len(LABELS[task]):
+    if type(label) is int and 0 <= label < len(LABELS[task]):
         return LABELS[task][label]
     if not isinstance(label, str) or not label:
         raise ValueError(f"label {label!r} is neither a word nor one of 0..{len(LABELS[task]) - 1}")
@@ -75,9 +84,12 @@ def read_examples(task: str, files: list[str]) -> Iterator[Example]:
 
 def _example(task: str, row, where: str) -> Example:
     try:
-        return Example(*TASKS[task](row), where)
+        prompt, answers = TASKS[task](row)
     except (KeyError, TypeError, ValueError) as e:
         raise BadInput(f"{where} is no row of task {task}: {e!r}") from e
+    for text in (prompt, *answers):
+        check_text(text, where)
+    return Example(prompt, answers, where)
 
 
 def read_task(files: list[str], task: str) -> Iterator[Piece]:

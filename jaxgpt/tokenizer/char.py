@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.files import Damaged, read_json
 from jaxgpt.tokenizer.base import HALF, TrainingText, known
 
 VOCAB_FILE = "characters.json"
@@ -54,7 +55,10 @@ class CharTokenizer:
 
     @classmethod
     def open(cls, folder: os.PathLike) -> "CharTokenizer":
-        return cls(json.loads((folder / VOCAB_FILE).read_text()))
+        characters = read_json(folder / VOCAB_FILE, str)
+        if not characters or characters != "".join(sorted(set(characters))):
+            raise Damaged(folder / VOCAB_FILE, "its characters are none or not in order")
+        return cls(characters)
 
     @classmethod
     def train(cls, texts: Sequence[TrainingText]) -> "CharTokenizer":

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.files import read_json
 from jaxgpt.tokenizer.base import known, without_half
 
 END_OF_TEXT = "<|endoftext|>"
@@ -19,8 +20,7 @@ SPELLINGS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 class Gpt2Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, section 2.2). `<|endoftext|>` in a text is plain
-    text."""
+    """Byte-level BPE (Radford et al. 2019, 2.2). `<|endoftext|>` in a text is plain text."""
 
     kind = "gpt2"
     cuttable = True  # its pattern never joins a line break or a single space to what is before
@@ -33,9 +33,16 @@ class Gpt2Tokenizer:
         self.vocab, self.merges = vocab, merges
         self.vocab_size = len(vocab)
         self.end_of_text = vocab[END_OF_TEXT]
+        if missing := sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys()):
+            raise BadInput(
+                f"the vocabulary in {where} lacks {len(missing)} of the 256 pieces that stand for"
+                f" bytes, for example {missing[0]!r}: text would be lost"
+            )
         try:
             self.fast = FastTokenizer(models.BPE(vocab=vocab, merges=merges))
-        except Exception as e:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # the library raises bare Exception, and its panics are none
             raise BadInput(f"the merges in {where} do not fit its vocabulary: {e}") from e
         self.fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self.fast.decoder = decoders.ByteLevel()
@@ -74,13 +81,14 @@ class Gpt2Tokenizer:
         try:
             for vocab_file, merges_file in SPELLINGS:
                 if (folder / vocab_file).is_file() and (folder / merges_file).is_file():
-                    vocab = json.loads((folder / vocab_file).read_text("utf-8"))
+                    vocab = read_json(folder / vocab_file, {str: int})
                     return cls(vocab, _read_merges(folder / merges_file), str(folder))
             if (folder / "tokenizer.json").is_file():
-                model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+                schema = {"model": {"vocab": {str: int}, "merges": [str | list]}}
+                model = read_json(folder / "tokenizer.json", schema)["model"]
                 merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
                 return cls(model["vocab"], merges, str(folder))
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+        except (ValueError, TypeError) as e:
             raise BadInput(f"the GPT-2 vocabulary in {folder} is damaged: {e}") from e
         raise BadInput(
             f"{folder} holds no GPT-2 vocabulary: expected vocab.json + merges.txt,"

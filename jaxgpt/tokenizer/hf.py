@@ -9,14 +9,20 @@ import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.files import read_json
 from jaxgpt.tokenizer.base import known, without_half
 from jaxgpt.tokenizer.gpt2 import bytes_of
 
 FILE, SETTINGS = "tokenizer.json", "end_of_text.json"
+MOST = 1 << 24  # ids: sixty times the largest vocabulary in use
 
 
 class HfTokenizer:
-    """A tokenizer.json, used as it is; names of special tokens in a text are plain text."""
+    """A tokenizer.json, used as it is, but for truncation and padding, which are switched off.
+
+    Names of special tokens in a text are plain text. Text comes back from its ids unless the
+    file's normaliser changes it, its pre-tokenizer adds a space or its vocabulary lacks something.
+    """
 
     kind = "hf"
     cuttable = False  # its pattern is not known
@@ -24,10 +30,14 @@ class HfTokenizer:
     def __init__(self, text: str, end_of_text: int, where: str):
         try:
             self.fast = FastTokenizer.from_str(text)
-        except Exception as e:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # the library raises bare Exception, and its panics are none
             raise BadInput(f"{where} is not a tokenizer: {e}") from e
         self.fast.encode_special_tokens = True
-        self.text, self.end_of_text = text, end_of_text
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        self.text, self.end_of_text, self.where = text, end_of_text, where
         pieces = self.fast.get_vocab(with_added_tokens=True)
         fallback = "ByteFallback" in repr(self.fast.decoder)
         self.bytes = {  # of pieces like <0xE6>
@@ -36,16 +46,45 @@ class HfTokenizer:
             if fallback and re.fullmatch("<0x[0-9A-F]{2}>", piece)
         }
         self.is_byte_level = "ByteLevel" in repr(self.fast.decoder)
-        self.vocab_size = max(pieces.values()) + 1
+        self.vocab_size = max(pieces.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MOST:
+            raise BadInput(f"{where} has token {self.vocab_size - 1:,} of at most {MOST:,}")
         if not 0 <= end_of_text < self.vocab_size:
             raise BadInput(f"{where} has no token {end_of_text} to serve as end-of-text")
+        added = self.fast.get_added_tokens_decoder()
+        special = {i: token.content for i, token in added.items() if token.special}
+        special.pop(_unknown(self.fast.model), None)  # which text may well turn into
+        special[end_of_text] = self.fast.id_to_token(end_of_text) or ""
+        self.special_ids = np.array(sorted(special), np.int32)
+        names = sorted(filter(None, special.values()), key=len, reverse=True)
+        places = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names]
+        self.inside = re.compile("|".join(places) or "(?!)")  # behind each name's first character
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self.fast.encode(text, add_special_tokens=False).ids, np.int32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        found = self.fast.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(one.ids, np.int32) for one in found]
+        try:
+            found = self.fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # a vocabulary without the token for unknown text, for example
+            raise BadInput(f"{self.where} cannot encode the text: {e}") from e
+        return [self._plain(text, one.ids) for text, one in zip(texts, found, strict=True)]
+
+    def _plain(self, text: str, ids: list[int]) -> np.ndarray:
+        """Returns the ids of `text` without special tokens.
+
+        Some models (Unigram, words) hold them as pieces like any other. Their names are then cut
+        behind the first character; what a normaliser makes into one nevertheless is left out.
+        """
+        ids = np.asarray(ids, np.int32)
+        if not np.isin(ids, self.special_ids).any():
+            return ids
+        parts = [part for part in self.inside.split(text) if part]
+        found = self.fast.encode_batch_fast(parts, add_special_tokens=False)
+        ids = np.concatenate([np.zeros(0, np.int32), *(np.asarray(f.ids, np.int32) for f in found)])
+        return ids[~np.isin(ids, self.special_ids)]
 
     def decode(self, ids: Iterable) -> str:
         return self.fast.decode(known(ids, self), skip_special_tokens=False)
@@ -64,7 +103,7 @@ class HfTokenizer:
         return self.decode([token, token])[len(self.decode([token])) :].encode()
 
     def save(self, folder: os.PathLike) -> None:
-        (folder / FILE).write_text(self.text)
+        (folder / FILE).write_bytes(self.text.encode())
         (folder / SETTINGS).write_text(json.dumps({"end_of_text": self.end_of_text}))
 
     @classmethod
@@ -74,9 +113,22 @@ class HfTokenizer:
         Raises:
           BadInput: if there is no tokenizer.json, or nothing says which token ends a text.
         """
-        if not (folder / FILE).is_file():
+        file = folder / FILE
+        if not file.is_file():
             raise BadInput(f"{folder} holds no {FILE}")
-        return cls((folder / FILE).read_text("utf-8"), _end_of_text(folder), str(folder / FILE))
+        try:
+            text = file.read_bytes().decode()
+        except UnicodeDecodeError as e:
+            raise BadInput(f"{file} is not a tokenizer: it is not UTF-8") from e
+        return cls(text, _end_of_text(folder), str(file))
+
+
+def _unknown(model) -> int | None:
+    """Returns the id that stands for what the vocabulary lacks."""
+    if found := re.match(r"Unigram\(unk_id=(\d+)", repr(model)):
+        return int(found[1])
+    token = getattr(model, "unk_token", None)
+    return None if token is None else model.token_to_id(token)
 
 
 def _end_of_text(folder) -> int:
@@ -86,10 +138,10 @@ def _end_of_text(folder) -> int:
         ("config.json", ("eos_token_id", "bos_token_id")),
     ):
         if (folder / name).is_file():
-            found = json.loads((folder / name).read_text("utf-8"))
+            found = read_json(folder / name, dict)
             for key in keys:
                 value = found.get(key)
                 value = value[0] if isinstance(value, list) and value else value
-                if isinstance(value, int):
+                if type(value) is int:
                     return value
     raise BadInput(f"nothing in {folder} names its end-of-text token (eos_token_id)")

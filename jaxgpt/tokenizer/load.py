@@ -10,6 +10,7 @@ from pathlib import Path
 from etils import epath
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.files import Damaged, path_of, read_json
 from jaxgpt.tokenizer.base import ByteTokenizer, Tokenizer, TrainingText
 from jaxgpt.tokenizer.char import CharTokenizer
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
@@ -35,7 +36,7 @@ def is_trained(spec: str) -> bool:
 
 def _pieces(spec: str) -> tuple[str, int] | None:
     """Returns (model type, size) of `sentencepiece:[bpe:|unigram:]N`, else None."""
-    match = re.fullmatch(r"sentencepiece:(?:(bpe|unigram):)?(\d+)", spec)
+    match = re.fullmatch(r"sentencepiece:(?:(bpe|unigram):)?(\d{1,9})", spec)
     return match and (match[1] or "bpe", int(match[2]))
 
 
@@ -82,11 +83,11 @@ def make_tokenizer(
     if pieces := _pieces(spec):
         return SentencePieceTokenizer.train(texts, *pieces)
     if kind == "sentencepiece" and argument:
-        return SentencePieceTokenizer.from_file(Path(argument).expanduser())
+        return SentencePieceTokenizer.from_file(path_of(argument, "data.tokenizer"))
     if kind == "gpt2" and argument:
-        return Gpt2Tokenizer.open(Path(argument).expanduser())
+        return Gpt2Tokenizer.open(path_of(argument, "data.tokenizer"))
     if kind == "hf" and argument:
-        return HfTokenizer.open(Path(argument).expanduser())
+        return HfTokenizer.open(path_of(argument, "data.tokenizer"))
     raise BadInput(f"data.tokenizer={spec!r} is unknown: {HELP}")
 
 
@@ -119,13 +120,19 @@ def load_tokenizer(folder) -> Tokenizer:
     """Reads what `save_tokenizer` wrote.
 
     Raises:
-      BadInput: if there is none.
+      BadInput: if there is none, or it is damaged.
     """
     folder = epath.Path(folder)
     if not (folder / KIND_FILE).exists():
         raise BadInput(f"{folder} holds no tokenizer")
-    base = KINDS[json.loads((folder / KIND_FILE).read_text())["kind"]].open(folder)
-    return open_special(base, folder)
+    saved = read_json(folder / KIND_FILE, {"kind": str, "vocab_size": int})
+    if saved["kind"] not in KINDS:
+        raise Damaged(folder / KIND_FILE, f"kind {saved['kind']!r} is unknown")
+    tokenizer = open_special(KINDS[saved["kind"]].open(folder), folder)
+    if tokenizer.vocab_size != saved["vocab_size"]:
+        why = f"it has {tokenizer.vocab_size:,} ids, {KIND_FILE} says {saved['vocab_size']:,}"
+        raise Damaged(folder, why)
+    return tokenizer
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -26,11 +26,14 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes, where: str = MODEL_FILE):
         try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as e:
+            self.processor = sentencepiece.SentencePieceProcessor()
+            self.processor.LoadFromSerializedProto(model)
+            self.vocab_size = self.processor.vocab_size()
+            for i in range(self.vocab_size):
+                self.processor.id_to_piece(i)
+        except (RuntimeError, ValueError) as e:  # ValueError: a piece that is not UTF-8
             raise BadInput(f"{where} is not a SentencePiece model") from e
         self.model = model
-        self.vocab_size = self.processor.vocab_size()
         special = (self.processor.bos_id(), self.processor.eos_id())
         self.end_of_text = next((i for i in special if i >= 0), -1)
         self.cuttable = all(

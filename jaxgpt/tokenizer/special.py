@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxgpt.config import BadInput
+from jaxgpt.config.files import read_json
 from jaxgpt.tokenizer.base import Tokenizer
 
 FILE = "special_tokens.json"
@@ -76,4 +77,4 @@ class SpecialTokens:
 def open_special(base: Tokenizer, folder: os.PathLike) -> Tokenizer:
     """Returns `base` with the special tokens saved in `folder`; `base` itself if there are none."""
     file = folder / FILE
-    return SpecialTokens(base, json.loads(file.read_text())) if file.exists() else base
+    return SpecialTokens(base, read_json(file, [str])) if file.exists() else base

@@ -20,6 +20,7 @@ from jaxgpt.data.windows import Packed
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.cross_entropy import IGNORE
 from tests.conftest import mesh_of, tiny_config
+from tests.data.damage import DAMAGE
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
@@ -150,16 +151,24 @@ def test_a_mixture_of_packed_or_plain_windows(corpus, pack, hosts):
     np.testing.assert_array_equal(again.batch(7)["inputs"], stream.batch(7)["inputs"])
 
 
-def test_a_damaged_plan_is_noticed(corpus):
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["first", "starts", "lengths", "meta.json", ".verified.json"])
+def test_a_damaged_plan_is_made_anew(corpus, capsys, name, damage):
     config = config_of(corpus, pack=True)
     data = prepare(config.data)
+    before = training_stream(data.train, config).batch(0)
+    folder = data.folder / "pack-64/train.1"
+    (folder / ".verified.json").unlink()
     plan_for(data.train, 1, 64, data.folder.parent / "locks")
-    file = data.folder / "pack-64/train.1/starts"
-    raw = bytearray(file.read_bytes())
-    raw[0] ^= 1
-    file.write_bytes(raw)
-    with pytest.raises(BadInput, match="starts is damaged"):
-        training_stream(data.train, config)
+    capsys.readouterr()
+    DAMAGE[damage](folder / name)
+    after = training_stream(data.train, config).batch(0)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 or name == ".verified.json", told
+    assert "made anew" in told or name == ".verified.json"
+    np.testing.assert_array_equal(before["inputs"], after["inputs"])
+    training_stream(data.train, config)
+    assert not capsys.readouterr().err, "it is whole now"
 
 
 def test_corpus_shorter_than_a_window(corpus):

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -18,11 +20,12 @@ from jaxgpt import train as train_command
 from jaxgpt.config import BadInput, DataConfig
 from jaxgpt.data import prepare as module
 from jaxgpt.data import shards
-from jaxgpt.data.prepare import prepare, prepare_whole
-from jaxgpt.data.shards import write_once
+from jaxgpt.data.prepare import prepare, prepare_whole, read_prepared
+from jaxgpt.data.shards import read_meta, write_once
 from jaxgpt.text import formats
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import CORPUS, wait_until
+from tests.data.damage import DAMAGE
 
 
 def config(corpus, **fields):
@@ -86,26 +89,158 @@ def test_a_failure_leaves_nothing_behind(corpus, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "corpus"]
 
 
-def test_truncated_shard_is_noticed(corpus):
-    data = prepare(config(corpus))
-    file = data.folder / "train.bin"
-    file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(BadInput, match="train.bin is damaged"):
+STORED = [
+    *(f"{split}.{kind}" for split in ("train", "validation") for kind in ("bin", "documents")),
+    *("train.origins", "meta.json", ".verified.json"),
+    *("tokenizer/tokenizer_kind.json", "tokenizer/characters.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def cached_corpus(tmp_path_factory):
+    """A prepared corpus to copy, its fingerprint and its config."""
+    folder = tmp_path_factory.mktemp("cached")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(CORPUS[500 * i : 500 * (i + 1)])
+    cfg = config(folder, tokenizer="char")
+    return prepare(cfg, str(folder / "out")), cfg
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", STORED)
+def test_a_damaged_cache_is_made_anew_and_a_damaged_folder_named(
+    cached_corpus, tmp_path, capsys, monkeypatch, name, damage
+):
+    """Every file of a prepared corpus, damaged in every way: one line, and the same batches.
+
+    A folder that the user named is not written to: the message says what to do.
+    """
+    whole, cfg = cached_corpus
+    key = read_meta(whole.folder)["key"]
+    cache, named = tmp_path / "cache" / key, tmp_path / "named"
+    for folder in (cache, named):
+        shutil.copytree(whole.folder, folder)
+        read_prepared(folder)
+        DAMAGE[damage](folder / name)
+    capsys.readouterr()
+    again = prepare(cfg)
+    told = [line for line in capsys.readouterr().err.splitlines() if "preparing" not in line]
+    told = [line for line in told if "training char" not in line]
+    assert again.fingerprint == whole.fingerprint and again.folder == cache
+    if name != ".verified.json":
+        assert len(told) == 1 and re.match(r"data      .*; it is made anew", told[0]), told
+        with pytest.raises(BadInput, match=r"named.*(delete .*/named and prepare again|--out)"):
+            prepare(DataConfig(source=f"shards:{named}"))
+    else:
+        assert len(told) <= 1 and prepare(DataConfig(source=f"shards:{named}"))
+    monkeypatch.setattr(module, "_write", lambda *a: pytest.fail("it is whole now"))
+    assert prepare(cfg).fingerprint == whole.fingerprint
+    text = again.tokenizer.decode(again.train.tokens)
+    assert text == whole.tokenizer.decode(whole.train.tokens)
+
+
+def test_one_bit_anywhere_in_meta_is_noticed(cached_corpus, tmp_path):
+    whole, _ = cached_corpus
+    raw = (whole.folder / "meta.json").read_bytes()
+    for at in range(0, len(raw), 13):
+        changed = bytearray(raw)
+        changed[at] ^= 1 << at % 8
+        (tmp_path / "meta.json").write_bytes(changed)
+        try:
+            found = read_meta(tmp_path)
+        except BadInput as e:
+            assert "Traceback" not in str(e)
+        else:
+            assert found == read_meta(whole.folder), "white space may change"
+
+
+@pytest.mark.parametrize("when", ["scan", "write_split"])
+@pytest.mark.parametrize("how", ["replaced", "same size and time", "restored", "gone"])
+def test_a_source_that_changes_meanwhile(corpus, monkeypatch, how, when):
+    """Never the old text under the new key, nor the new one under the old."""
+    file = corpus / "3.txt"
+    text, status = file.read_text(), file.stat()
+    original = getattr(module, when)
+
+    def meddled(*args):
+        found = original(*args)
+        if how == "gone":
+            file.unlink(missing_ok=True)
+            return found
+        (corpus / "new").write_text(text.upper())
+        os.utime(corpus / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
+        (corpus / "new").replace(file)
+        if how == "restored":
+            (corpus / "old").write_text(text)
+            (corpus / "old").replace(file)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, when, meddled)
+        with pytest.raises(BadInput, match="3.txt (changed while it was read|cannot be read)"):
+            prepare(config(corpus))
+    assert not list(Path(os.environ["JAXGPT_CACHE"]).glob("*/meta.json"))
+    if how != "gone":
+        data = prepare(config(corpus))
+        found = bytes(data.validation.tokens[1:].astype(np.uint8)).decode()
+        assert found == (text if how == "restored" else text.upper())
+
+
+def test_a_change_within_the_time_stamp_is_noticed(corpus, monkeypatch):
+    """Files written just now are compared by their bytes: the clock of time stamps is coarse."""
+    file, original = corpus / "3.txt", module.write_split
+    stamps = module.stamps([str(file)])
+
+    def meddled(*args):
+        file.write_text(file.read_text().upper())
+        return original(*args)
+
+    monkeypatch.setattr(module, "stamps", lambda files: stamps * len(files))
+    monkeypatch.setattr(module, "write_split", meddled)
+    with pytest.raises(BadInput, match="the text changed while it was read"):
         prepare(config(corpus))
 
 
-def test_a_flipped_byte_is_noticed(corpus):
-    data = prepare(config(corpus))
-    for name in ("train.bin", "validation.documents"):
-        file = data.folder / name
-        raw = bytearray(file.read_bytes())
-        raw[5] ^= 1
-        file.write_bytes(raw)
-        with pytest.raises(BadInput, match=f"{name} is damaged between .* its checksum differs"):
-            prepare(config(corpus))
-        raw[5] ^= 1
-        file.write_bytes(raw)
-    prepare(config(corpus))
+def test_an_interrupt_leaves_nothing_and_the_next_run_starts_clean(command, corpus, tmp_path):
+    (tmp_path / "c.py").write_text(
+        "from jaxgpt.config import *\ndef get_config():\n"
+        f"    return Config(data=DataConfig(source='text:{corpus}/*.txt', tokenizer='char'))\n"
+    )
+    argv, original = [f"--config={tmp_path}/c.py"], module.write_split
+    # where tests run in the background, SIGINT is ignored
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "write_split", lambda *a, n=number: signal.raise_signal(n))
+            found, out, err = command(prepare_command.main, *argv)
+        assert (found, out) == (code, "") and "Traceback" not in err
+        left = [p.name for p in (tmp_path / "cache").iterdir()]
+        assert left == ["locks"], "no half of a corpus"
+    signal.signal(signal.SIGINT, previous)
+    assert module.write_split is original
+    assert command(prepare_command.main, *argv)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "out", [".", "/", "..", "full", "full/.", "./full", "file", "~nobody-here/x"]
+)
+def test_out_never_overwrites_what_is_there(command, corpus, tmp_path, monkeypatch, out):
+    (tmp_path / "c.py").write_text(
+        "from jaxgpt.config import *\ndef get_config():\n"
+        f"    return Config(data=DataConfig(source='text:{corpus}/*.txt'))\n"
+    )
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(prepare_command.main, f"--config={tmp_path}/c.py", f"--out={out}")
+    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: "), err
+    assert (tmp_path / "full/mine").read_text() == (tmp_path / "file").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert command(prepare_command.main, f"--config={tmp_path}/c.py", "--out=.")[0] == 2
+    code, _, err = command(prepare_command.main, f"--config={tmp_path}/c.py", "--out=../new")
+    assert code == 0 and (tmp_path / "new/meta.json").exists(), err
 
 
 def test_checksums_of_many_blocks(tmp_path, monkeypatch):
@@ -118,7 +253,7 @@ def test_checksums_of_many_blocks(tmp_path, monkeypatch):
     shards.verify(tmp_path, sums)
     sums["f"]["crc32"][2] += 1
     (tmp_path / shards.VERIFIED).unlink()
-    with pytest.raises(BadInput, match="between bytes 20 and 30"):
+    with pytest.raises(BadInput, match="between bytes 20 and 30 its checksum differs"):
         shards.verify(tmp_path, sums)
 
 

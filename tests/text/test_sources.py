@@ -1,11 +1,14 @@
 """Documents out of files, archives, tables and datasets."""
 
+import glob
 import gzip
 import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +18,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
@@ -69,7 +74,7 @@ def test_builtin_is_python_and_the_same_each_time():
         (b'{"text": 3}', "line 1 has no text field"),
         (b"[1]", "line 1 has no text field 'text' .not an object"),
         (b'{"text": "\xff"}', "line 1 is not UTF-8"),
-        (b'{"text": "\\ud800"}', "unpaired surrogate"),
+        (b'{"text": "\\ud800"}', r"line 1 holds half a surrogate pair \(U\+D800\)"),
     ],
 )
 def test_broken_jsonl(tmp_path, content, message):
@@ -132,11 +137,55 @@ def test_folders_globs_and_zstd(tmp_path):
         documents("jsonl:d")
 
 
+def test_links_are_followed_once(tmp_path):
+    """A folder that links lead back into is read once, by a folder's name and by `**`."""
+    inner = tmp_path / "d/e"
+    inner.mkdir(parents=True)
+    (tmp_path / "d/a.txt").write_text("one")
+    (inner / "b.txt").write_text("two")
+    (inner / ".hidden.txt").write_text("not shown")
+    (tmp_path / "d/.git").mkdir()
+    (tmp_path / "d/.git/c.txt").write_text("not shown")
+    for i in range(20):  # each loop doubles the paths
+        (inner / f"up{i}").symlink_to("..", target_is_directory=True)
+    (inner / "same.txt").symlink_to("b.txt")
+    (inner / "self.txt").symlink_to("self.txt")
+    (inner / "gone.txt").symlink_to("nowhere")
+    for source in ("text:d", "text:d/**/*.txt", "text:./d/**", f"text:{tmp_path}/d/**/*.txt"):
+        assert documents(source) == ["one", "two"], source
+    assert documents("text:**/e/**/*.txt") == ["two"]
+    assert documents("text:d/*/*.txt") == ["two"]
+    assert documents("text:d/**/.hidden.txt") == ["not shown"]
+    (tmp_path / "elsewhere").symlink_to("d/e")
+    assert documents("text:elsewhere") == ["two", "one"], "a link to a folder is followed"
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(["a", "b", ".h", "a/b", "a/.h/c", "b/a/a", "a/a/b/c.t"]), unique=True),
+    st.lists(st.sampled_from(["**", "*", "a", "?", "[ab]", ".*", "c.t"]), min_size=1, max_size=4),
+)
+def test_patterns_mean_what_glob_says(names, pattern):
+    """Without links, the files are those of the standard library's `glob`."""
+    with tempfile.TemporaryDirectory() as root:
+        for name in names:
+            (Path(root) / name).mkdir(parents=True, exist_ok=True)
+            (Path(root) / name / "f").touch()
+        pattern = "/".join([root, *pattern])
+        expected = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
+        if os.path.isdir(pattern):
+            return  # a folder's name means all below it
+        try:
+            assert files.expand("x", pattern) == sorted(set(expected))
+        except BadInput:
+            assert not expected
+
+
 def test_parquet(tmp_path):
     table = pyarrow.table({"body": ["eins", None, "", "zwei"], "n": [1, 2, 3, 4]})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
     assert documents("parquet:t.parquet", "body") == ["eins", "zwei"]
-    with pytest.raises(BadInput, match="has no column 'text', only body, n; set data.field"):
+    with pytest.raises(BadInput, match="has no column 'text': it has body, n; set data.field"):
         documents("parquet:t.parquet")
     with pytest.raises(BadInput, match="'n' .* holds int64, not text"):
         documents("parquet:t.parquet", "n")
@@ -278,15 +327,39 @@ def test_mixtures():
 
 def test_hashes_of_large_files_are_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "REMEMBERED", 4)
-    file = tmp_path / "a.txt"
+    monkeypatch.setattr(files, "RACY_SECONDS", 0)
+    file, memory = tmp_path / "a.txt", tmp_path / "memory.json"
     file.write_text("hello")
     os.utime(file, (1, 1))
-    first = files.digest([str(file)], tmp_path / "memory.json")
+    first = files.digest([str(file)], memory)
     with monkeypatch.context() as patch:
         patch.setattr(files, "opened", lambda *a, **k: pytest.fail("should be remembered"))
-        assert files.digest([str(file)], tmp_path / "memory.json") == first
+        assert files.digest([str(file)], memory) == first
+    time.sleep(0.05)  # time stamps move on every few milliseconds
     file.write_text("jello")
-    assert files.digest([str(file)], tmp_path / "memory.json") != first
+    os.utime(file, (1, 1))
+    assert files.digest([str(file)], memory) != first, "of the same size and modification time"
+    monkeypatch.setattr(files, "RACY_SECONDS", 60)
+    young = tmp_path / "b.txt"
+    young.write_text("hello")
+    files.digest([str(young)], memory)
+    assert str(young) not in memory.read_text(), "it may still change within its time stamp"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["", "[]", "{", '{"FILE": 1}', '{"FILE": [[5, 1], "zz"]}', '{"FILE": [[5], 3]}', "\0", "NaN"],
+)
+def test_a_damaged_memory_of_hashes_is_begun_anew(tmp_path, monkeypatch, capsys, damaged):
+    monkeypatch.setattr(files, "REMEMBERED", 4)
+    monkeypatch.setattr(files, "RACY_SECONDS", 0)
+    file, memory = tmp_path / "a.txt", tmp_path / "memory.json"
+    file.write_text("hello")
+    first = files.digest([str(file)], tmp_path / "other.json")
+    memory.write_text(damaged.replace("FILE", str(file)))
+    assert files.digest([str(file)], memory) == first
+    assert "memory.json is damaged" in capsys.readouterr().err
+    assert files.digest([str(file)], memory) == first and not capsys.readouterr().err
 
 
 def test_a_missing_library_names_its_extra(monkeypatch):

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers
 
 from jaxgpt.tokenizer import GrowingText, make_tokenizer, text_before
 from tests.conftest import CORPUS
-from tests.tokenizer.test_tokenizers import gpt2_folder, made  # noqa: F401
+from tests.tokenizer.test_tokenizers import gpt2_folder, hf_folder, made  # noqa: F401
 
 KINDS = [
     "byte",

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxgpt.config import BadInput
 from jaxgpt.text.pieces import cut_at
 from jaxgpt.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
+from jaxgpt.tokenizer.hf import HfTokenizer
 from jaxgpt.tokenizer.load import check_spec
 from tests.conftest import CORPUS
 
@@ -22,7 +23,8 @@ def text_of(text: str) -> TrainingText:
     return TrainingText(lambda: iter([text]), len(text))
 
 
-KINDS = ["byte", "char", "sentencepiece", "unigram", "gpt2"]
+CUTTABLE = ["byte", "char", "sentencepiece", "unigram", "gpt2"]
+KINDS = [*CUTTABLE, "hf"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 
 
@@ -48,13 +50,30 @@ def gpt2_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(gpt2_folder):
+def hf_folder(gpt2_folder, tmp_path_factory):
+    """The same vocabulary as a tokenizer.json, which also truncates and pads."""
+    folder = tmp_path_factory.mktemp("hf")
+    gpt2 = Gpt2Tokenizer.open(gpt2_folder)
+    fast = FastTokenizer(models.BPE(vocab=gpt2.vocab, merges=gpt2.merges))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<|endoftext|>"])
+    fast.enable_truncation(5)
+    fast.enable_padding(length=9)
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": gpt2.end_of_text}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(gpt2_folder, hf_folder):
     return {
         "byte": make_tokenizer("byte"),
         "char": make_tokenizer("char", [text_of(CORPUS)]),
         "unigram": make_tokenizer("sentencepiece:unigram:400", [text_of(CORPUS)]),
         "sentencepiece": make_tokenizer("sentencepiece:400", [text_of(CORPUS)]),
         "gpt2": make_tokenizer(f"gpt2:{gpt2_folder}"),
+        "hf": make_tokenizer(f"hf:{hf_folder}"),
     }
 
 
@@ -150,7 +169,7 @@ def test_vocabulary_larger_than_the_corpus_allows():
         make_tokenizer("sentencepiece:5000", [text_of("a few words")])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CUTTABLE)
 @settings(max_examples=100, deadline=None)
 @given(words=st.lists(st.sampled_from(["a", "bc", " ", "  ", "\n", "\n\n", "'s", "1", "é", "\t"])))
 def test_a_cut_changes_no_token(made, kind, words):
@@ -177,6 +196,41 @@ def test_a_foreign_model_that_adds_a_space_is_not_cut(tmp_path):
     )
     (tmp_path / "m.model").write_bytes(model.getvalue())
     assert not make_tokenizer(f"sentencepiece:{tmp_path}/m.model").cuttable
+
+
+def test_truncation_and_padding_of_a_tokenizer_json_are_off(made, tmp_path):
+    """Such settings are for a classifier's batches: of a corpus they leave 5 tokens a document."""
+    plain = made["gpt2"].encode(CORPUS)
+    np.testing.assert_array_equal(made["hf"].encode(CORPUS), plain)
+    found = made["hf"].encode_batch(["a", CORPUS])
+    assert [len(ids) for ids in found] == [1, len(plain)]
+    save_tokenizer(made["hf"], tmp_path)
+    assert len(load_tokenizer(tmp_path).encode(CORPUS)) == len(plain)
+
+
+PIECES = ["<unk>", "</s>", "<", "/", "s", ">", "a", "b", "\u2581", "/s", "s>", "</"]
+UNIGRAM = models.Unigram([(p, -1.0 * (i > 1)) for i, p in enumerate(PIECES)], unk_id=0)
+WORDS = models.WordLevel({p: i for i, p in enumerate(PIECES)}, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("model", "added"), [(UNIGRAM, True), (UNIGRAM, False), (WORDS, False)])
+@settings(max_examples=40, deadline=None)
+@given(words=st.lists(st.sampled_from(["</s>", "<", "/s>", "a", "b", " ", "<unk>", "\uff1c/s>"])))
+def test_plain_text_never_turns_into_a_special_token(model, added, normalised, words):
+    """Though the model holds the special token as a piece like any other, as Unigram files do."""
+    fast, text = FastTokenizer(model), "".join(words)
+    if normalised:
+        fast.normalizer = normalizers.NFKC()  # makes a `<` of U+FF1C, after we have looked
+    if model is WORDS:
+        fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if added:
+        fast.add_special_tokens(["</s>", "<unk>"])
+    tokenizer = HfTokenizer(fast.to_str(), 1, "x")
+    ids = tokenizer.encode(text)
+    assert 1 not in ids
+    if model is UNIGRAM and not normalised and not set(text) - set("</s>ab"):
+        assert tokenizer.decode(ids).replace(" ", "") == text, "and the text is all there"
 
 
 def test_special_tokens_have_ids_of_their_own(made, tmp_path):
