@@ -131,9 +131,13 @@ def check_length(prompt_length: int, new: int, cfg: ModelConfig) -> None:
 
 def keys_of(seeds: Sequence[tuple[int, int]]) -> Key[Array, "B"]:
     """Returns the key of each (seed, number of the sample)."""
-    fold = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))
-    seed, number = np.array(seeds, np.uint32).T
-    return jax.jit(fold)(seed, number)
+    return _keys_of(*np.array(seeds, np.uint32).T)
+
+
+@jax.jit  # once: compiled anew for each request it took longer than the prompt
+@jax.vmap
+def _keys_of(seed, number):
+    return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def generate(

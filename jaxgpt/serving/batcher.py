@@ -166,6 +166,9 @@ class Batcher:
         return self.decoder.start([prompt] * count, sampling, keys_of([seed] * count), 1, self.room)
 
     def _admit(self, rows: Rows) -> Rows:
+        """Starts waiting jobs in free slots; beside texts that grow, one between two chunks, so that
+        they do not wait for the prompts of many."""
+        many = not self.active
         while None in self.jobs and (job := self._next()):
             request, slot = job.request, self.jobs.index(None)
             self.jobs[slot] = job  # first, so that it is told if the rest fails
@@ -177,6 +180,8 @@ class Batcher:
             else:
                 job.text.finish, self.jobs[slot] = "length", None
                 job.heard("", job.text)
+            if not many:
+                break
         return rows
 
     def _next(self) -> Job | None:

@@ -171,3 +171,10 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all(penalty):
         narrow = beam_search(decoder, prompt, 3, 1, end, penalty)
         greedy = until(generate(decoder, [prompt], 3, GREEDY)[0][0], end)
         assert narrow[0][0].tolist() == greedy.tolist(), "one beam is greedy"
+
+
+def test_a_key_makes_no_program_of_its_own(monkeypatch):
+    """A server makes one for each request, and compiling takes longer than the prompt."""
+    monkeypatch.setattr(jax, "jit", None)
+    first, second = keys_of([(3, 4)]), keys_of([(3, 5)])
+    assert (jax.random.key_data(first) != jax.random.key_data(second)).any()
