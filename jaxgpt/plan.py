@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_bool("search", False, "try other meshes and policies", flag_values=values)
     flags.DEFINE_float("price", 0.0, "dollars per device and hour", flag_values=values)
     config = config_of(parse(values, argv, __doc__))
-    if values.price < 0:
-        raise BadInput(f"--price={values.price} must not be negative")
+    if not 0 <= values.price < float("inf"):
+        raise BadInput(f"--price={values.price} must be a number of dollars, at least 0")
     size = config.model.vocab_size or vocabulary_size(
         config.data.tokenizer, config.data.special_tokens
     )

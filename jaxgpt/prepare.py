@@ -14,9 +14,10 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
-from jaxgpt.config import Config
+from jaxgpt.config import BadInput, Config
 from jaxgpt.config.cli import parse, run, say
 from jaxgpt.config.load import config_of, define_config_flag
+from jaxgpt.config.schema import INT32
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, cache_folder, check_shards, prepare
 from jaxgpt.data.show import show_batch
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("show", None, "print this batch as text", flag_values=values)
     flags.DEFINE_string("against", "", "an evaluation set to look for", flag_values=values)
     config = config_of(parse(values, argv, __doc__))
+    if values.show is not None and not 0 <= values.show < INT32:
+        raise BadInput(f"--show={values.show}: batches count from 0 (batch k trains step k + 1)")
     data = prepare(config.data, values.out)
     check_shards(config.data, data)
     if values.explain:

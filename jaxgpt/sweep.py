@@ -11,12 +11,20 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxgpt.config import BadInput
+from jaxgpt.config import BadInput, Config
 from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.load import config_of, config_path, define_config_flag
-from jaxgpt.sweeps.grid import Choice, applied, choices, parse_grid, rungs
-from jaxgpt.sweeps.report import write_results
-from jaxgpt.sweeps.runner import run_rung
+from jaxgpt.config.load import config_path, define_config_flag, given_config, load_file
+from jaxgpt.config.schema import fields_of, get_field
+from jaxgpt.data.prepare import cache_folder, find_data
+from jaxgpt.optim.groups import parse_multipliers, parse_patterns
+from jaxgpt.sweeps.grid import Choice, applied, choices, name_of, parse_grid, rungs
+from jaxgpt.sweeps.report import check_results, write_results
+from jaxgpt.sweeps.runner import DIVERGED, ended, flags_of, run_rung
+from jaxgpt.tokenizer.load import vocabulary_size
+from jaxgpt.training.setup import resolve_vocab
+from jaxgpt.training.warm_start import check_model, check_source
+
+MOST_JOBS = 1024
 
 
 def main(argv: list[str]) -> int:
@@ -28,42 +36,103 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_integer("halving", 0, "keep the best 1/N at a time; 0 = off", flag_values=values)
     flags.DEFINE_integer("jobs", 1, "runs at once, each on its own device", flag_values=values)
     flags.DEFINE_string("workdir", None, "default: runs/sweep-<config>", flag_values=values)
-    config = config_of(parse(values, argv, __doc__))
-    if values.random < 0 or values.jobs < 1 or values.halving < 0 or values.halving == 1:
-        raise BadInput("--random must be at least 0, --jobs at least 1, --halving 0 or at least 2")
+    config = given_config(parse(values, argv, __doc__))
+    if values.random < 0 or values.halving < 0 or values.halving == 1:
+        raise BadInput("--random must be at least 0, --halving 0 or at least 2")
+    if not 1 <= values.jobs <= MOST_JOBS:
+        raise BadInput(f"--jobs={values.jobs} must be at least 1 and at most {MOST_JOBS}")
     grid = parse_grid(values.grid)
-    if "num_steps" in grid and values.halving:
-        raise BadInput("--halving sets num_steps itself: take it out of --grid")
+    if values.halving and (config.num_epochs or {"num_steps", "num_epochs"} & set(grid)):
+        raise BadInput(
+            "--halving sets num_steps itself: take num_steps and num_epochs out of --grid, and set"
+            " --config.num_epochs=0"
+        )
     runs = choices(grid, values.random, values.seed)
-    for choice in runs:
-        applied(config, choice)
     file = config_path(argv)
     folder = Path(values.workdir or f"runs/sweep-{Path(file).stem}")
-    command = [f"--config={file}", *(a for a in argv[1:] if a.startswith("--config."))]
-    rows = climb(runs, command, folder, config.num_steps, values.jobs, values.halving)
+    plan = rungs(config.num_steps, len(runs), values.halving)
+    check_runs(config, runs, folder, [steps for steps, _ in plan])
+    command = [f"--config={file}", *flags_of(changes(load_file(file), config))]
+    rows, codes = climb(config, runs, command, folder, plan, values.jobs)
     print(write_results(folder, rows))
     say(f"results   {folder / 'results.json'}, {folder / 'results.svg'}")
-    return 0 if any(row["loss"] is not None for row in rows) else 3
+    if failed := [code for code in codes if code]:
+        say(f"error: {len(failed)} of {len(codes)} runs failed: their .log files say why")
+    return (DIVERGED if set(failed) == {DIVERGED} else 1) if failed else 0
+
+
+def changes(file: Config, config: Config) -> Choice:
+    """Returns the fields that the command line gave another value than the file, however it was
+    spelled (`--noconfig.x`, `-config.x=1`, `--config.x 1`)."""
+    return {
+        path: get_field(config, path)
+        for path in fields_of(config)
+        if get_field(config, path) != get_field(file, path)
+    }
+
+
+def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int]) -> None:
+    """Checks every run before the first one starts, without a device or a document.
+
+    Raises:
+      BadInput: naming a combination that describes no possible run, or a workdir that holds another.
+    """
+    check_results(folder, runs)
+    for choice in runs:
+        chosen = applied(config, choice)
+        try:
+            check_inputs(chosen)
+        except BadInput as e:
+            raise BadInput(f"--grid: {name_of(choice)} is no possible run: {e}") from e
+        for count in steps:
+            overrides = {"num_steps": count} | choice
+            ended(folder / f"{count}-steps" / name_of(choice), applied(config, overrides))
+
+
+def check_inputs(config: Config) -> None:
+    """Raises `BadInput` where `train` would, before it reads a document or compiles a program."""
+    data = config.data
+    if not data.source.startswith("shards:"):
+        find_data(data, cache_folder(data))
+        if data.tokenizer != "char":
+            resolve_vocab(config, vocabulary_size(data.tokenizer, data.special_tokens))
+    parse_patterns(config.optim.freeze, "optim.freeze")
+    parse_patterns(config.init_fresh, "init_fresh")
+    parse_multipliers(config.optim.lr_multipliers)
+    if config.init_from:
+        check_source(config.init_from)
+        check_model(config)
 
 
 def climb(
-    runs: list[Choice], command: list[str], folder: Path, num_steps: int, jobs: int, eta: int
-) -> list[dict]:
-    """Trains rung by rung and returns a row for each run of each rung."""
-    rows = []
-    for steps, count in rungs(num_steps, len(runs), eta):
+    config: Config,
+    runs: list[Choice],
+    command: list[str],
+    folder: Path,
+    plan: list[tuple[int, int]],
+    jobs: int,
+) -> tuple[list[dict], list[int]]:
+    """Trains rung by rung; returns a row for each run of each rung, and the exit codes."""
+    rows, codes = [], []
+    for rung, (steps, count) in enumerate(plan):
         if not runs:
             break  # every run failed
         runs = runs[:count]
-        losses = run_rung(runs, command, folder / f"{steps}-steps", steps, jobs)
+        outcomes = run_rung(config, runs, command, folder / f"{steps}-steps", steps, jobs)
         found = [
-            {"choice": c, "steps": c.get("num_steps", steps), "loss": loss}
-            for c, loss in zip(runs, losses, strict=True)
+            {
+                "choice": choice,
+                "rung": rung,
+                "steps": outcome.step or choice.get("num_steps", steps),
+                "loss": outcome.loss,
+            }
+            for choice, outcome in zip(runs, outcomes, strict=True)
         ]
         rows += found
+        codes += [outcome.code for outcome in outcomes]
         good = sorted((r for r in found if r["loss"] is not None), key=lambda r: r["loss"])
         runs = [row["choice"] for row in good]
-    return rows
+    return rows, codes
 
 
 if __name__ == "__main__":

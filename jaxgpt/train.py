@@ -35,6 +35,7 @@ from jaxgpt.config.load import (
     read_config,
     to_json,
 )
+from jaxgpt.config.schema import INT32
 from jaxgpt.config.stores import check_store_writable, is_object_store
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, check_shards, prepare
@@ -52,7 +53,7 @@ from jaxgpt.training.loop import DIVERGED, Clock, Loop, restore_or_init
 from jaxgpt.training.memory import check_memory
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 from jaxgpt.training.verify_resume import verify_resume
-from jaxgpt.training.warm_start import check_model, check_source
+from jaxgpt.training.warm_start import check_model, check_source, check_vocabulary
 
 
 def main(argv: list[str]) -> int:
@@ -81,6 +82,8 @@ def run_in(workdir: epath.Path, config: Config) -> int:
     data = prepare(config.data)
     if not (workdir / "config.json").exists():
         check_shards(config.data, data)  # runs from before keep the shards' own
+        if config.init_from:
+            check_vocabulary(config, data.tokenizer)
     config = resolve_epochs(config, data)
     if config.num_epochs and is_finished(workdir, config):
         return 0
@@ -227,6 +230,8 @@ def resolve_epochs(config: Config, data: Prepared) -> Config:
         return config
     windows = sum(len(source) for source in training_stream(data.train, config).sources)
     steps = max(1, round(config.num_epochs * windows / config.batch_size))
+    if steps > INT32:
+        raise BadInput(f"num_epochs={config.num_epochs} is {steps:,} steps, more than {INT32:,}")
     return dataclasses.replace(config, num_steps=steps)
 
 

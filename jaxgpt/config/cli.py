@@ -15,8 +15,10 @@ from logging import CRITICAL, getLogger
 from absl import flags, logging
 
 from jaxgpt.config.encoding import check_setting
-from jaxgpt.config.errors import BadInput, PeerLost, one_line
+from jaxgpt.config.errors import BadInput, PeerLost, described, one_line
 from jaxgpt.config.load import wrong_value
+from jaxgpt.config.schema import Config, fields_of
+from jaxgpt.config.validate import any_of, named
 
 
 def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValues:
@@ -33,7 +35,14 @@ def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValu
         raise SystemExit(0)
     try:
         rest = values(argv)
-    except flags.Error as e:
+    except flags.UnrecognizedFlagError as e:
+        if "config" in values:  # a field without its prefix?
+            if found := named(e.flagname, fields_of(Config())):
+                raise BadInput(
+                    f"unknown flag --{e.flagname}; did you mean {any_of(found, '--config.')}?"
+                ) from e
+        raise BadInput(str(e)) from e
+    except (flags.Error, ValueError) as e:  # ValueError: `--noflag=value`, a flagfile of no text
         raise BadInput(wrong_value(str(e))) from e
     if len(rest) > 1:
         raise BadInput(f"unexpected argument {rest[1]!r}: values are given as --flag=value")
@@ -55,6 +64,7 @@ GRACE = 5.0  # seconds for threads to end by themselves after an error
 REFUSED = {
     errno.EACCES: "",
     errno.EDQUOT: "; make room and run the same command again",
+    errno.EEXIST: "",
     errno.EISDIR: "",
     errno.ELOOP: "",
     errno.ENAMETOOLONG: "",
@@ -107,7 +117,7 @@ def unforeseen(e: Exception) -> tuple[int, str]:
     if isinstance(e, OSError) and e.errno in REFUSED:
         where = "".join(f"{name}: " for name in (e.filename, e.filename2) if name)
         return 2, one_line(f"{where}{e.strerror or e}{REFUSED[e.errno]}")
-    what = one_line(f"{type(e).__name__}: {e}")[:500]
+    what = one_line(described(e))[:500]
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="jaxgpt-", suffix=".txt", delete=False, errors="backslashreplace"

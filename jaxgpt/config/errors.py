@@ -24,3 +24,11 @@ def one_line(message: object) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def described(e: BaseException) -> str:
+    """Returns an exception's type and message, also if it cannot spell its message."""
+    try:
+        return f"{type(e).__name__}: {e}"
+    except Exception:
+        return type(e).__name__

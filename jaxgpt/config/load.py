@@ -2,20 +2,21 @@
 
 import copy
 import dataclasses
-import difflib
 import json
 import re
 import runpy
+import signal
 from pathlib import Path
 
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from jaxgpt.config.errors import BadInput
+from jaxgpt.config.errors import BadInput, described
+from jaxgpt.config.files import Damaged, parse_json, read_json
 from jaxgpt.config.schema import Config, MeshConfig, fields_of, get_field, set_field
 from jaxgpt.config.stores import check_store
-from jaxgpt.config.validate import check_types, validate
+from jaxgpt.config.validate import check_fields, check_known, check_model, check_types, validate
 
 # What a rerun may change (the contract's resume rules).
 MAY_CHANGE = {
@@ -36,6 +37,7 @@ MAY_CHANGE = {
     "model.scan_layers",
     *(f"mesh.{field}" for field in fields_of(MeshConfig())),
 }
+REMEDY = "restore it from a copy, or choose another --workdir"
 
 
 def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
@@ -48,30 +50,49 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
     for arg in argv[1:]:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
             check_known(match[1], known, "--config.")
-    config_flags.DEFINE_config_dataclass(
-        "config",
-        Config(),
-        "config file, for example configs/tiny.py; any field can be set with --config.FIELD=VALUE",
-        flag_values=values,
-        sys_argv=argv,
-        parse_fn=load_file,
-    )
+    try:
+        config_flags.DEFINE_config_dataclass(
+            "config",
+            Config(),
+            "config file, for example configs/tiny.py; any field can be set with --config.FIELD=VALUE",
+            flag_values=values,
+            sys_argv=argv,
+            parse_fn=load_file,
+        )
+    except (flags.Error, ValueError) as e:  # --flagfile is read here
+        raise BadInput(described(e)) from e
 
 
 def config_of(values: flags.FlagValues) -> Config:
-    """Returns the parsed, overridden, checked config.
+    """Returns the parsed, overridden, checked config, its derived sizes filled in.
 
     Raises:
       BadInput: if `--config` was not given, or see `validate`.
     """
+    config = given_config(values)
+    config.model = config.model.with_sizes()
+    return config
+
+
+def given_config(values: flags.FlagValues) -> Config:
+    """Returns the parsed, overridden, checked config as it was given: a size that is to be derived
+    is still 0."""
     if values["config"].using_default_value:
         raise BadInput("--config=FILE is required, for example --config=configs/tiny.py")
-    config = copy.deepcopy(values.config)
+    return checked(copy.deepcopy(values.config))
+
+
+def checked(config: Config) -> Config:
+    """Returns `config` itself, with integers in float fields turned into floats.
+
+    Raises:
+      BadInput: see `validate`.
+    """
+    check_fields(config)
     for path, kind in fields_of(config).items():
-        if kind is float and type(value := get_field(config, path)) is int:
-            set_field(config, path, float(value))
+        if kind is float:
+            set_field(config, path, float(get_field(config, path)))
     validate(config)
-    config.model = config.model.with_sizes()
     return config
 
 
@@ -95,8 +116,10 @@ def load_file(path: str) -> Config:
         raise BadInput(f"config file {path} does not exist; see configs/ for examples")
     try:
         config = runpy.run_path(path)["get_config"]()
-    except Exception as e:  # the file is the user's program: whatever it raises is bad input
-        raise BadInput(f"config file {path}: get_config() failed: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:  # the user's program: whatever it raises is bad input
+        if isinstance(e, SystemExit) and e.code == 128 + signal.SIGTERM:
+            raise  # somebody stopped us
+        raise BadInput(f"config file {path}: get_config() failed: {described(e)}") from e
     if not isinstance(config, Config):
         raise BadInput(
             f"config file {path}: get_config() must return a jaxgpt.config.Config,"
@@ -105,23 +128,12 @@ def load_file(path: str) -> Config:
     return config
 
 
-def check_known(path: str, known: dict, prefix: str = "") -> None:
-    """Raises `BadInput`, suggesting the nearest, if `path` is not in `known`."""
-    if path in known:
-        return
-    inside = [name for name in known if name.startswith(path + ".")]
-    close = inside or [name for name in known if name.split(".")[-1] == path.split(".")[-1]]
-    close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-    raise BadInput(f"unknown config field {prefix}{path}{hint}")
-
-
 def wrong_value(message: str) -> str:
     """Turns absl's words for an ill-typed `--config.` value into the contract's line."""
     match = re.match(r"flag --(config\.[\w.]+)=(.*?): ", message, re.DOTALL)
     if not match:
         return message
-    path, value = match[1], match[2]
+    path, value = match[1], match[2][:100]
     kind = fields_of(Config()).get(path.removeprefix("config."), str).__name__
     return f"--{path}={value} is not a valid value: expected {kind}"
 
@@ -138,30 +150,46 @@ def from_json(text: str, where: str = "config.json") -> Config:
       BadInput: if it is not JSON, or a field is unknown or ill-typed.
     """
     try:
-        nested = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise BadInput(f"{where} is not valid JSON: {e}") from e
-    config = Config()
-    known = fields_of(config)
-    for path, value in _flatten(nested):
-        if path not in known:
-            raise BadInput(f"{where}: unknown field {path}; was it written by another version?")
-        set_field(config, path, float(value) if known[path] is float else value)
-    check_types(config)
-    return config
+        return _from_nested(parse_json(text.encode(errors="surrogatepass"), dict))
+    except (ValueError, BadInput) as e:
+        raise BadInput(f"{where}: {e}") from e
 
 
 def read_config(workdir: epath.Path) -> Config:
     """Returns the config a workdir was trained with.
 
     Raises:
-      BadInput: if `workdir` holds no run.
+      BadInput: if `workdir` holds no run, or a config.json that is damaged or describes none.
     """
     check_store(workdir)
     file = workdir / "config.json"
     if not file.exists():
         raise BadInput(f"{workdir} holds no run: config.json is missing; train one first")
-    return from_json(file.read_text(), str(file))
+    nested = read_json(file, dict, REMEDY)
+    try:
+        config = _from_nested(nested)
+        check_fields(config)
+        check_model(config)
+    except BadInput as e:
+        raise Damaged(file, str(e), REMEDY) from e
+    return config
+
+
+def _from_nested(nested: dict) -> Config:
+    """Returns the config of `dataclasses.asdict`'s nested fields.
+
+    Raises:
+      BadInput: if a field is unknown or ill-typed.
+    """
+    config = Config()
+    known = fields_of(config)
+    for path, value in _flatten(nested, known):
+        if path not in known:
+            raise BadInput(f"unknown field {path}; was it written by another version?")
+        is_whole = known[path] is float and type(value) is int and abs(value) < 2**53
+        set_field(config, path, float(value) if is_whole else value)
+    check_types(config)
+    return config
 
 
 def check_resume(old: Config, new: Config, workdir) -> list[str]:
@@ -183,9 +211,9 @@ def check_resume(old: Config, new: Config, workdir) -> list[str]:
     return list(changes.values())
 
 
-def _flatten(nested: dict, prefix: str = ""):
+def _flatten(nested: dict, known: dict, prefix: str = ""):
     for name, value in nested.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+        if isinstance(value, dict) and any(path.startswith(f"{prefix}{name}.") for path in known):
+            yield from _flatten(value, known, f"{prefix}{name}.")
         else:
             yield prefix + name, value

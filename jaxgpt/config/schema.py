@@ -1,49 +1,94 @@
-"""The fields of a run: plain dataclasses, with every derived size as a property."""
+"""The fields of a run: plain dataclasses, with every derived size as a property.
+
+A field's metadata says what it may hold (`Range`, or a tuple of choices); `validate` checks it.
+"""
 
 import dataclasses
+from typing import NamedTuple
 
 VOCAB_MULTIPLE = 128  # TPU lane width; also divisible by any usual tensor axis
+INT32 = 2**31 - 1  # steps, tokens and ids are counted in int32 on the devices
+FLOAT32 = 3.4e38  # above it a float32 is infinite
+
+
+class Range(NamedTuple):
+    """The numbers from `low` to `high`, without either end if it is `open`ed: "(", ")" or "()"."""
+
+    low: int | float
+    high: int | float
+    opened: str = ""
+
+    def holds(self, value: int | float) -> bool:
+        """Says whether `value` lies inside; NaN never does."""
+        above = value > self.low if "(" in self.opened else value >= self.low
+        return above and (value < self.high if ")" in self.opened else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if "(" in self.opened else f"at least {self.low}"
+        if self.high == FLOAT32:
+            return f"{low} and finite"
+        return f"{low} and {'below' if ')' in self.opened else 'at most'} {self.high}"
+
+
+ANY_INT, ANY_FLOAT = Range(-INT32, INT32), Range(-FLOAT32, FLOAT32)
+
+
+def number(default, low: int | float, high: int | float | None = None, opened: str = ""):
+    """Returns a field for numbers from `low` to `high` (default: what an int32 or float32 holds)."""
+    high = high if high is not None else INT32 if type(default) is int else FLOAT32
+    return dataclasses.field(default=default, metadata={"range": Range(low, high, opened)})
+
+
+def choice(default: str, *others: str):
+    """Returns a field for `default` or one of `others`."""
+    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
 
 
 @dataclasses.dataclass
 class ModelConfig:
     """Architecture. The defaults are GPT-2 124M (OpenAI 2019, table 2) but for the vocabulary."""
 
-    vocab_size: int = 0  # 0 = the tokenizer's
-    max_seq_len: int = 1024
-    num_layers: int = 12
-    num_heads: int = 12
-    num_kv_heads: int = 0  # 0 = num_heads; fewer: grouped-query attention
-    head_dim: int = 0  # 0 = embed_dim / num_heads
-    embed_dim: int = 768
-    mlp_dim: int = 0  # 0 = 4 * embed_dim
-    norm: str = "layernorm"
-    norm_eps: float = 1e-5
-    norm_position: str = "pre"
-    position: str = "learned"
-    rope_theta: float = 10_000.0
-    rope_scaling: str = "none"  # for contexts beyond rope_original_len
-    rope_factor: float = 1.0
-    rope_original_len: int = 8192
-    activation: str = "gelu_tanh"
+    vocab_size: int = number(0, 0, 2**24)  # 0 = the tokenizer's
+    max_seq_len: int = number(1024, 1, 2**24)
+    num_layers: int = number(12, 1, 10_000)
+    num_heads: int = number(12, 1, 2**16)
+    num_kv_heads: int = number(0, 0, 2**16)  # 0 = num_heads; fewer: grouped-query attention
+    head_dim: int = number(0, 0, 2**16)  # 0 = embed_dim / num_heads
+    embed_dim: int = number(768, 1, 2**20)
+    mlp_dim: int = number(0, 0, 2**22)  # 0 = 4 * embed_dim
+    norm: str = choice("layernorm", "rmsnorm")
+    norm_eps: float = number(1e-5, 0, 1, "()")
+    norm_position: str = choice("pre", "post")
+    position: str = choice("learned", "sinusoidal", "rope", "none")
+    rope_theta: float = number(10_000.0, 1, opened="(")
+    rope_scaling: str = choice("none", "linear", "llama3")  # for contexts beyond rope_original_len
+    rope_factor: float = number(1.0, 1)
+    rope_original_len: int = number(8192, 1)
+    activation: str = choice(
+        "gelu_tanh", "gelu", "relu", "leaky_relu", "relu2", "silu", "swiglu", "geglu"
+    )
     bias: bool = True  # of every projection and layer norm
     qkv_bias: bool = False  # of query, key and value, also without `bias`
     tie_embeddings: bool = True
     scale_embeddings: bool = False  # multiply token embeddings by sqrt(embed_dim)
     qk_norm: bool = False  # normalise queries and keys per head
-    window: int = 0  # attend to the last so many tokens; 0 = all
-    full_attention_every: int = 0  # with a window: every so many-th layer attends to all; 0 = none
-    logit_softcap: float = 0.0  # c * tanh(logits / c); 0 = off
-    mup_base_width: int = 0  # muP: the embed_dim at which the learning rate was tuned; 0 = off
-    dropout: float = 0.0
-    lora_rank: int = 0  # train low-rank additions to `lora_targets` instead of the weights; 0 = off
-    lora_alpha: float = 16.0  # the additions are scaled by lora_alpha / lora_rank
+    window: int = number(0, 0)  # attend to the last so many tokens; 0 = all
+    # With a window: every so many-th layer attends to all; 0 = none
+    full_attention_every: int = number(0, 0)
+    logit_softcap: float = number(0.0, 0)  # c * tanh(logits / c); 0 = off
+    # muP: the embed_dim at which the learning rate was tuned; 0 = off
+    mup_base_width: int = number(0, 0, 2**20)
+    dropout: float = number(0.0, 0, 1, ")")
+    # Train low-rank additions to `lora_targets` instead of the weights; 0 = off
+    lora_rank: int = number(0, 0, 2**16)
+    # The additions are scaled by lora_alpha / lora_rank
+    lora_alpha: float = number(16.0, 0, opened="(")
     lora_targets: str = "query,value"  # of query, key, value, out, up, gate, down
     lora_dora: bool = False  # learn each output's magnitude apart (DoRA)
-    dtype: str = "float32"  # of activations and matrix products
-    param_dtype: str = "float32"  # of parameters and optimizer state
-    attention: str = "auto"
-    remat: str = "none"
+    dtype: str = choice("float32", "bfloat16", "float16")  # of activations and matrix products
+    param_dtype: str = choice("float32", "bfloat16")  # of parameters and optimizer state
+    attention: str = choice("auto", "xla", "cudnn", "splash")
+    remat: str = choice("none", "dots", "full", "offload")
     scan_layers: bool = True
 
     def with_sizes(self) -> "ModelConfig":
@@ -78,7 +123,9 @@ class DataConfig:
     data_dir: str = ""  # of TFDS; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     clean: str = ""  # steps in this order: html,unicode,quality,exact_dedup,near_dedup,pii
     pack: bool = False  # whole documents in each window, instead of windows of one stream
-    chat_template: str = "plain"  # of sft: rows with messages; chatml needs its special tokens
+    chat_template: str = choice(
+        "plain", "chatml"
+    )  # of sft: rows with messages; chatml needs its special tokens
     special_tokens: str = ""  # names of further ids, comma-separated
     shuffle: bool = True
     cache_dir: str = ""  # "" = $JAXGPT_CACHE, else ~/.cache/jaxgpt
@@ -88,20 +135,28 @@ class DataConfig:
 class OptimConfig:
     """The update and its schedule. The defaults follow GPT-3 (arXiv:2005.14165, appendix B)."""
 
-    name: str = "adamw"
-    learning_rate: float = 6e-4
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    final_lr_ratio: float = 0.1
-    decay_fraction: float = 0.2  # of wsd: the share of the steps in its final descent
-    weight_decay: float = 0.1
-    b1: float = 0.9  # also sgd's momentum and muon's
-    b2: float = 0.95
-    eps: float = 1e-8
-    moment_dtype: str = ""  # of the first moment (momentum): bfloat16 halves it; "" = param_dtype
-    clip_norm: float = 1.0  # 0 = no clipping
-    z_loss: float = 0.0  # weight of logsumexp(logits)**2 (PaLM, arXiv:2204.02311, section 5)
-    ema_decay: float = 0.0  # evaluate and sample an exponential average of the weights; 0 = off
+    name: str = choice("adamw", "muon", "lion", "adafactor", "sgd")
+    learning_rate: float = number(6e-4, 0, opened="(")
+    schedule: str = choice("cosine", "wsd", "linear", "constant", "rsqrt")
+    warmup_steps: int = number(100, 0)
+    final_lr_ratio: float = number(0.1, 0)
+    decay_fraction: float = number(
+        0.2, 0, 1, "()"
+    )  # of wsd: the share of the steps in its final descent
+    weight_decay: float = number(0.1, 0)
+    b1: float = number(0.9, 0, 1, ")")  # also sgd's momentum and muon's
+    b2: float = number(0.95, 0, 1, ")")
+    eps: float = number(1e-8, 0, 1, "()")
+    moment_dtype: str = choice(
+        "", "float32", "bfloat16"
+    )  # of the first moment (momentum): bfloat16 halves it; "" = param_dtype
+    clip_norm: float = number(1.0, 0)  # 0 = no clipping
+    z_loss: float = number(
+        0.0, 0
+    )  # weight of logsumexp(logits)**2 (PaLM, arXiv:2204.02311, section 5)
+    ema_decay: float = number(
+        0.0, 0, 1, ")"
+    )  # evaluate and sample an exponential average of the weights; 0 = off
     freeze: str = ""  # patterns of paths that stay as they are: "tokens,blocks/mlp"
     lr_multipliers: str = ""  # by path, first match: "tokens=0.1,blocks/.*norm=2"
 
@@ -121,32 +176,34 @@ class SampleConfig:
     """The samples taken while training."""
 
     prompt: str = ""  # "" = start from end-of-text
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int = 40
+    max_new_tokens: int = number(128, 0, 2**24)
+    temperature: float = number(0.8, 0)
+    top_k: int = number(40, 0)
 
 
 @dataclasses.dataclass
 class Config:
     """A whole run. `batch_size` counts sequences per optimizer step over all devices."""
 
-    seed: int = 0
-    num_steps: int = 1000
-    num_epochs: float = 0.0  # passes over the training part; > 0 sets num_steps
+    seed: int = number(0, 0, 2**63 - 1)
+    num_steps: int = number(1000, 1)
+    num_epochs: float = number(0.0, 0, 1e6)  # passes over the training part; > 0 sets num_steps
     init_from: str = ""  # a workdir or a Hugging Face folder to start from
     init_fresh: str = ""  # patterns of paths that are not taken from there: "head"
-    early_stop: int = 0  # end after so many validations without a better loss; 0 = never
-    batch_size: int = 8
-    grad_accum: int = 1
-    log_every: int = 10
-    max_bad_steps: int = 10  # non-finite ones in a row before a rollback
-    max_rollbacks: int = 3
-    eval_every: int = 100
-    eval_batches: int = 0  # of batch_size windows each; 0 = the whole split
-    sample_every: int = 0  # 0 = only at the end
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 3  # the newest; the best and every `keep_every`-th stay besides
-    keep_every: int = 0
+    early_stop: int = number(0, 0)  # end after so many validations without a better loss; 0 = never
+    batch_size: int = number(8, 1)
+    grad_accum: int = number(1, 1)
+    log_every: int = number(10, 1)
+    max_bad_steps: int = number(10, 1)  # non-finite ones in a row before a rollback
+    max_rollbacks: int = number(3, 0)
+    eval_every: int = number(100, 0)
+    eval_batches: int = number(0, 0)  # of batch_size windows each; 0 = the whole split
+    sample_every: int = number(0, 0)  # 0 = only at the end
+    checkpoint_every: int = number(100, 0)
+    keep_checkpoints: int = number(
+        3, 1
+    )  # the newest; the best and every `keep_every`-th stay besides
+    keep_every: int = number(0, 0)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -156,13 +213,17 @@ class Config:
 
 def fields_of(config) -> dict[str, type]:
     """Returns `{"model.num_layers": int, ...}` for every leaf field, in order."""
+    return {path: field.type for path, field in leaves_of(type(config)).items()}
+
+
+def leaves_of(kind: type = Config) -> dict[str, dataclasses.Field]:
+    """Returns `{"model.num_layers": its dataclasses.Field, ...}` for every leaf field, in order."""
     found = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= {f"{field.name}.{k}": t for k, t in fields_of(value).items()}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            found |= {f"{field.name}.{k}": leaf for k, leaf in leaves_of(field.type).items()}
         else:
-            found[field.name] = field.type
+            found[field.name] = field
     return found
 
 

@@ -1,128 +1,129 @@
 """Checks across fields, run before any device is touched or any file read."""
 
-from jaxgpt.config.errors import BadInput
-from jaxgpt.config.schema import Config, fields_of, get_field
+import dataclasses
+import difflib
+from collections.abc import Collection
 
-CHOICES = {
-    "model.norm": ("layernorm", "rmsnorm"),
-    "model.norm_position": ("pre", "post"),
-    "model.position": ("learned", "sinusoidal", "rope", "none"),
-    "model.rope_scaling": ("none", "linear", "llama3"),
-    "model.activation": (
-        "gelu",
-        "gelu_tanh",
-        "relu",
-        "leaky_relu",
-        "relu2",
-        "silu",
-        "swiglu",
-        "geglu",
-    ),
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.param_dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
-    "model.remat": ("none", "dots", "full", "offload"),
-    "optim.moment_dtype": ("", "float32", "bfloat16"),
-    "data.chat_template": ("plain", "chatml"),
-    "optim.name": ("adamw", "muon", "lion", "adafactor", "sgd"),
-    "optim.schedule": ("cosine", "wsd", "linear", "constant", "rsqrt"),
-}
+from jaxgpt.config.encoding import check_setting
+from jaxgpt.config.errors import BadInput
+from jaxgpt.config.schema import (
+    ANY_FLOAT,
+    ANY_INT,
+    Config,
+    ModelConfig,
+    fields_of,
+    get_field,
+    leaves_of,
+)
+
 CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
-AT_LEAST = {
-    "num_steps": 1,
-    "batch_size": 1,
-    "grad_accum": 1,
-    "log_every": 1,
-    "keep_checkpoints": 1,
-    "eval_every": 0,
-    "eval_batches": 0,
-    "sample_every": 0,
-    "checkpoint_every": 0,
-    "keep_every": 0,
-    "max_bad_steps": 1,
-    "max_rollbacks": 0,
-    "num_epochs": 0,
-    "early_stop": 0,
-    "model.lora_rank": 0,
-    "model.vocab_size": 0,
-    "model.max_seq_len": 1,
-    "model.num_layers": 1,
-    "model.num_heads": 1,
-    "model.embed_dim": 1,
-    "model.mlp_dim": 0,
-    "model.num_kv_heads": 0,
-    "model.head_dim": 0,
-    "model.window": 0,
-    "model.full_attention_every": 0,
-    "model.logit_softcap": 0,
-    "model.mup_base_width": 0,
-    "model.rope_factor": 1,
-    "model.rope_original_len": 1,
-    "optim.warmup_steps": 0,
-    "optim.weight_decay": 0,
-    "optim.clip_norm": 0,
-    "optim.z_loss": 0,
-    "optim.final_lr_ratio": 0,
-    "sample.max_new_tokens": 0,
-    "sample.temperature": 0,
-    "sample.top_k": 0,
-    "seed": 0,
-}
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
-OPEN_INTERVALS = {
-    "optim.learning_rate": (0, float("inf")),
-    "optim.eps": (0, 1),
-    "model.norm_eps": (0, 1),
-    "model.rope_theta": (1, float("inf")),
-    "model.lora_alpha": (0, float("inf")),
-    "optim.decay_fraction": (0, 1),
-}
-HALF_OPEN = {
-    "model.dropout": (0, 1),
-    "optim.b1": (0, 1),
-    "optim.b2": (0, 1),
-    "optim.ema_decay": (0, 1),
-}
+MOST_PARAMETERS = 10**14  # no machine holds them: a slip of the pen
 
 
 def validate(config: Config) -> None:
     """Raises `BadInput`, naming fields and values, if `config` describes no possible run."""
-    check_types(config)
-    for path, allowed in CHOICES.items():
-        if (value := get_field(config, path)) not in allowed:
-            raise BadInput(f"{path}={value!r} is unknown; choose one of {', '.join(allowed)}")
-    for path, least in AT_LEAST.items():
-        if not (value := get_field(config, path)) >= least:
-            raise BadInput(f"{path}={value} must be at least {least}")
-    for path, (low, high) in OPEN_INTERVALS.items():
-        if not low < (value := get_field(config, path)) < high:
-            raise BadInput(f"{path}={value} must lie between {low} and {high}, both excluded")
-    for path, (low, high) in HALF_OPEN.items():
-        if not low <= (value := get_field(config, path)) < high:
-            raise BadInput(f"{path}={value} must be at least {low} and below {high}")
-    _check_model(config)
+    check_fields(config)
+    check_model(config)
     _check_batch_and_mesh(config)
     _check_data(config)
 
 
+def check_fields(config: Config) -> None:
+    """Raises `BadInput` where a field holds another type than it declares or a value that its
+    metadata excludes."""
+    check_types(config)
+    for path, field in leaves_of().items():
+        value = get_field(config, path)
+        if field.type is str:
+            check_setting(value, path)
+            allowed = field.metadata.get("choices")
+            if allowed and value not in allowed:
+                raise BadInput(f"{path}={value!r} is unknown; choose one of {', '.join(allowed)}")
+        elif field.type is not bool:
+            default = ANY_INT if field.type is int else ANY_FLOAT
+            if not (bounds := field.metadata.get("range", default)).holds(value):
+                raise BadInput(f"{path}={shown(value)} must be {bounds}")
+
+
 def check_types(config: Config) -> None:
-    """Raises `BadInput` where a field holds another type than it declares."""
+    """Raises `BadInput` where a field holds another type than it declares, or a name is no field."""
+    _check_names(config)
     for path, kind in fields_of(config).items():
         value = get_field(config, path)
         if kind is float and type(value) is int:
             continue
         if type(value) is not kind:
             raise BadInput(
-                f"{path}={value!r} has type {type(value).__name__}, expected {kind.__name__}"
+                f"{path}={shown(value)} has type {type(value).__name__}, expected {kind.__name__}"
             )
 
 
-def _check_model(config: Config) -> None:
+def shown(value: object) -> str:
+    """Returns a value for a message; Python refuses to spell out an integer of 4,300 digits."""
+    if type(value) is int and value.bit_length() > 256:
+        return f"({'-' * (value < 0)}2**{value.bit_length() - 1} or more)"
+    return repr(value)[:200]
+
+
+def _check_names(config, prefix: str = "") -> None:
+    """A dataclass takes any attribute: one that no field declares would be passed over in silence."""
+    declared = {field.name: field for field in dataclasses.fields(config)}
+    for name in vars(config):
+        if name not in declared:
+            check_known(prefix + name, fields_of(Config()), where="the config file sets ")
+    for name, field in declared.items():
+        if dataclasses.is_dataclass(field.type):
+            if type(part := getattr(config, name, None)) is not field.type:
+                raise BadInput(
+                    f"{prefix}{name} must be a {field.type.__name__}, not {type(part).__name__}"
+                )
+            _check_names(part, f"{prefix}{name}.")
+
+
+def check_known(path: str, known: Collection[str], prefix: str = "", where: str = "") -> None:
+    """Raises `BadInput`, suggesting the nearest, if `path` is not in `known`."""
+    if path in known:
+        return
+    close = (
+        [field for field in known if field.startswith(path + ".")]
+        or named(path, known)
+        or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    )
+    hint = f"; did you mean {any_of(close, prefix)}?" if close else ""
+    raise BadInput(f"{where}unknown config field {prefix}{path}{hint}")
+
+
+def named(path: str, known: Collection[str]) -> list[str]:
+    """Returns the fields whose own name is `path`'s, in full (`model.batch_size`), by its initials
+    (`lr`) or by one of its words (`layers`)."""
+    name = path.split(".")[-1]
+    words = {field: field.split(".")[-1].split("_") for field in known}
+    return (
+        [field for field in known if "_".join(words[field]) == name]
+        or [field for field in known if "".join(w[:1] for w in words[field]) == name]
+        or [field for field in known if name in words[field]]
+    )
+
+
+def any_of(fields: list[str], prefix: str = "") -> str:
+    """Returns the first three of `fields` for a question: `--config.seed or --config.sample.seed`."""
+    return " or ".join(prefix + field for field in fields[:3])
+
+
+def check_model(config: Config) -> None:
+    """Raises `BadInput` where the sizes and parts of the model do not go together."""
     model, sizes = config.model, config.model.with_sizes()
     if not model.head_dim and model.embed_dim % model.num_heads:
         raise BadInput(
             f"model.embed_dim={model.embed_dim} is not divisible by"
             f" model.num_heads={model.num_heads}: heads must have equal width (or set head_dim)"
+        )
+    if (count := _parameters(sizes)) > MOST_PARAMETERS:
+        raise BadInput(
+            f"the model would have {count:,} parameters: model.vocab_size={sizes.vocab_size},"
+            f" num_layers={sizes.num_layers}, embed_dim={sizes.embed_dim},"
+            f" num_heads={sizes.num_heads}, head_dim={sizes.head_dim}, mlp_dim={sizes.mlp_dim}"
         )
     if model.num_heads % sizes.num_kv_heads:
         raise BadInput(
@@ -161,6 +162,13 @@ def _check_model(config: Config) -> None:
             " only 'xla' attention"
             " has dropout; set model.attention=auto or model.dropout=0"
         )
+
+
+def _parameters(sizes: ModelConfig) -> int:
+    """Returns the number of parameters, but for biases, norms and gates."""
+    heads = sizes.num_heads + sizes.num_kv_heads
+    layer = 2 * sizes.embed_dim * (heads * sizes.head_dim + sizes.mlp_dim)
+    return sizes.vocab_size * sizes.embed_dim + sizes.num_layers * layer
 
 
 def _check_batch_and_mesh(config: Config) -> None:

@@ -104,19 +104,12 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
         if is_object_store(place):
             return fetched(place, cache_folder(cfg), read_prepared)
         return open_prepared(path_of(place, "data.source=shards"))
-    check_spec(cfg.tokenizer)
-    make_steps(cfg.clean)  # for its errors
-    cache, given = cache_folder(cfg), None
-    if not is_trained(cfg.tokenizer):
-        given = make_tokenizer(cfg.tokenizer, special_tokens=cfg.special_tokens)
+    cache = cache_folder(cfg)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"data.cache_dir {cache} cannot be made: {e}") from e
-    sources = open_sources(cfg.source, cfg, cache, given)
-    held_out = ()
-    if cfg.validation_source:
-        held_out = open_sources(cfg.validation_source, cfg, cache, given)
+    given, sources, held_out = find_data(cfg, cache)
 
     def make_key() -> str:
         return _hash(
@@ -144,6 +137,27 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     folder = _chosen(out, seen.key)
     write_once(folder, cache / "locks", write)
     return open_prepared(folder)
+
+
+def find_data(
+    cfg: DataConfig, cache: Path
+) -> tuple[Tokenizer | None, tuple[Source, ...], tuple[Source, ...]]:
+    """Returns the tokenizer, None if it is to be trained, and the sources of both splits; reads no
+    document yet.
+
+    Raises:
+      BadInput: for a tokenizer, cleaning step or source that cannot be, or that has no file.
+    """
+    check_spec(cfg.tokenizer)
+    make_steps(cfg.clean)  # for its errors
+    given = None
+    if not is_trained(cfg.tokenizer):
+        given = make_tokenizer(cfg.tokenizer, special_tokens=cfg.special_tokens)
+    sources = open_sources(cfg.source, cfg, cache, given)
+    held_out = ()
+    if cfg.validation_source:
+        held_out = open_sources(cfg.validation_source, cfg, cache, given)
+    return given, sources, held_out
 
 
 class Seen:

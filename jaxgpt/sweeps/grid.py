@@ -1,16 +1,18 @@
 """From `--grid`'s text to the runs of a sweep."""
 
 import copy
-import itertools
+import hashlib
+import math
 import random
 import re
 
 from jaxgpt.config import BadInput, Config
-from jaxgpt.config.load import check_known
 from jaxgpt.config.schema import fields_of, set_field
-from jaxgpt.config.validate import validate
+from jaxgpt.config.validate import check_known, validate
 
 Choice = dict[str, object]  # field path -> value
+MOST_RUNS = 10_000
+NAME_LENGTH = 100  # a folder's name must stay below 255 bytes
 
 
 def parse_grid(text: str) -> dict[str, list]:
@@ -42,19 +44,37 @@ def _value(path: str, kind: type, text: str):
         return text.lower() == "true"
     try:
         return kind(text)
-    except ValueError as e:
+    except (ValueError, OverflowError) as e:
         raise BadInput(
             f"--grid: {path}={text} is not a valid value: expected {kind.__name__}"
         ) from e
 
 
 def choices(grid: dict[str, list], how_many: int, seed: int) -> list[Choice]:
-    """Returns every combination in order, or `how_many` > 0 of them drawn without repetition."""
-    every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    if 0 < how_many < len(every):
-        drawn = sorted(random.Random(seed).sample(range(len(every)), how_many))
-        return [every[i] for i in drawn]
-    return every
+    """Returns every combination in order, or `how_many` > 0 of them drawn without repetition.
+
+    Raises:
+      BadInput: if that is more than `MOST_RUNS`.
+    """
+    total = math.prod(map(len, grid.values()))
+    count = min(how_many, total) if how_many > 0 else total
+    if count > MOST_RUNS:
+        raise BadInput(
+            f"--grid asks for {count} runs, more than {MOST_RUNS}: draw some with --random=K"
+        )
+    drawn = range(total)
+    if count < total:
+        drawn = sorted(random.Random(seed).sample(range(total), count))
+    return [_numbered(grid, number) for number in drawn]
+
+
+def _numbered(grid: dict[str, list], number: int) -> Choice:
+    """Returns combination `number`; the last field's value changes fastest."""
+    found = {}
+    for path, values in reversed(grid.items()):
+        number, place = divmod(number, len(values))
+        found[path] = values[place]
+    return dict(reversed(found.items()))
 
 
 def applied(config: Config, choice: Choice) -> Config:
@@ -74,9 +94,15 @@ def applied(config: Config, choice: Choice) -> Config:
 
 
 def name_of(choice: Choice) -> str:
-    """Returns a folder name that tells the choice: `learning_rate=0.001,batch_size=16`."""
-    parts = (f"{path.split('.')[-1]}={value}" for path, value in choice.items())
-    return re.sub(r"[^\w=.,+-]", "_", ",".join(parts))
+    """Returns a folder name that tells the choice: `learning_rate=0.001,batch_size=16`.
+
+    Where characters of the values cannot stand in it, a hash tells such names apart.
+    """
+    plain = ",".join(f"{path.split('.')[-1]}={value}" for path, value in choice.items())
+    name = re.sub(r"[^\w=.,+-]", "_", plain)[:NAME_LENGTH]
+    if name == plain:
+        return name
+    return f"{name}-{hashlib.sha256(repr(sorted(choice.items())).encode()).hexdigest()[:8]}"
 
 
 def rungs(num_steps: int, count: int, eta: int) -> list[tuple[int, int]]:

@@ -5,19 +5,37 @@ import math
 from html import escape
 from pathlib import Path
 
-from jaxgpt.config.files import write_whole
-from jaxgpt.sweeps.grid import Choice
+from jaxgpt.config import BadInput
+from jaxgpt.config.files import read_json, write_whole
+from jaxgpt.sweeps.grid import Choice, name_of
 
+RESULTS = "results.json"
+COLOURS = ("#d95f02", "#1b6ca8", "#5a9bd4", "#a6c8e4", "#cfdfec")
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 280, 220, 48
+
+
+def check_results(folder: Path, choices: list[Choice]) -> None:
+    """Raises `BadInput` if `folder` holds the results of a grid that `choices` do not repeat."""
+    file = folder / RESULTS
+    if not file.exists():
+        return
+    held = read_json(file, [{"choice": {str: object}}], "delete it if the runs are to be read anew")
+    missing = [row["choice"] for row in held if row["choice"] not in choices]
+    if missing:
+        raise BadInput(
+            f"{file} holds another grid's results, {name_of(missing[0])} for one; choose another"
+            " --workdir, or a --grid with all of its runs"
+        )
 
 
 def write_results(folder: Path, rows: list[dict]) -> str:
     """Writes results.json and results.svg into `folder`; returns the table as text.
 
-    A row is {"choice", "steps", "loss"}; loss None = failed. Best first, most steps first.
+    A row is {"choice", "rung", "steps", "loss"}; loss None = failed. The last rung comes first, and
+    in each rung the best run.
     """
-    rows = sorted(rows, key=lambda r: (-r["steps"], math.inf if r["loss"] is None else r["loss"]))
-    write_whole(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    rows = sorted(rows, key=lambda r: (-r["rung"], math.inf if r["loss"] is None else r["loss"]))
+    write_whole(folder / RESULTS, json.dumps(rows, indent=1) + "\n")
     write_whole(folder / "results.svg", plot(rows))
     return table(rows)
 
@@ -37,9 +55,10 @@ def table(rows: list[dict]) -> str:
 def plot(rows: list[dict]) -> str:
     """Returns an SVG with a panel per field: validation loss over the field's values in order.
 
-    Only the runs of the longest rung are drawn: others are not comparable.
+    Every rung of a halving is drawn, in a colour of its own, as a legend tells: losses after
+    different numbers of steps are not to be compared.
     """
-    done = [r for r in rows if r["loss"] is not None and r["steps"] == rows[0]["steps"]]
+    done = [r for r in rows if r["loss"] is not None]
     fields = list(rows[0]["choice"])
     width, height = MARGIN + len(fields) * PANEL_WIDTH, PANEL_HEIGHT + 2 * MARGIN
     parts = [
@@ -51,12 +70,25 @@ def plot(rows: list[dict]) -> str:
         low, high = min(r["loss"] for r in done), max(r["loss"] for r in done)
         for i, field in enumerate(fields):
             parts += _panel(field, done, MARGIN + i * PANEL_WIDTH, low, (high - low) or 1.0)
+        rungs = sorted({r["rung"] for r in done}, reverse=True)
+        for i, rung in enumerate(rungs if len(rungs) > 1 else []):
+            steps = max(r["steps"] for r in done if r["rung"] == rung)
+            parts.append(
+                f'<text x="{MARGIN + 100 * i}" y="16" fill="{_colour(rung, done)}">{steps} steps</text>'
+            )
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _colour(rung: int, rows: list[dict]) -> str:
+    """Orange for the last rung, then from dark to light blue."""
+    return COLOURS[min(max(r["rung"] for r in rows) - rung, len(COLOURS) - 1)]
 
 
 def _panel(field: str, rows: list[dict], left: int, low: float, span: float) -> list[str]:
     values = sorted({r["choice"][field] for r in rows})
     inner, bottom = PANEL_WIDTH - MARGIN, MARGIN + PANEL_HEIGHT
+    last = max(r["rung"] for r in rows)
+    best = min((r for r in rows if r["rung"] == last), key=lambda r: r["loss"])
 
     def x(choice: Choice) -> float:
         return left + inner * (values.index(choice[field]) + 0.5) / len(values)
@@ -76,9 +108,9 @@ def _panel(field: str, rows: list[dict], left: int, low: float, span: float) -> 
             f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(str(value))}</text>'
         )
     for row in rows:
-        best = row["loss"] == low
         parts.append(
-            f'<circle cx="{x(row["choice"]):.1f}" cy="{y(row["loss"]):.1f}" r="{6 if best else 4}"'
-            f' fill="{"#d95f02" if best else "#1b6ca8"}" fill-opacity="0.75"/>'
+            f'<circle cx="{x(row["choice"]):.1f}" cy="{y(row["loss"]):.1f}"'
+            f' r="{6 if row is best else 4}" fill="{_colour(row["rung"], rows)}"'
+            ' fill-opacity="0.75"/>'
         )
     return parts

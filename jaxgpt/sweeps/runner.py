@@ -1,66 +1,154 @@
 """Trains the runs of a sweep, each in a process of its own, and reads what they reached."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
+from etils import epath
+
+from jaxgpt.config import Config
 from jaxgpt.config.cli import say
+from jaxgpt.config.load import check_resume, read_config
 from jaxgpt.metrics.rows import METRICS, read_rows
-from jaxgpt.sweeps.grid import Choice, name_of
+from jaxgpt.sweeps.grid import Choice, applied, name_of
+from jaxgpt.training.end import read_end
 
 # One process sees one device: the variables that CUDA, ROCm and libtpu read.
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS")
 ONE_CHIP = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
+DIVERGED = 3  # train's exit code
+WHOLE = ("num_steps", "early_stop")  # a run that diverged may be tried again
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its exit code, and the step and validation loss it is judged by. With early
+    stopping that is the best validation, as its checkpoint is the one to use; else the last.
+    """
+
+    code: int
+    step: int = 0
+    loss: float | None = None
 
 
 def run_rung(
-    choices: list[Choice], command: list[str], folder: Path, steps: int, jobs: int
-) -> list[float | None]:
-    """Trains each choice for `steps` in `folder`; returns their validation losses, None = failed.
+    config: Config, choices: list[Choice], command: list[str], folder: Path, steps: int, jobs: int
+) -> list[Outcome]:
+    """Trains each choice of `config` for `steps` in `folder` and returns how each ended.
 
-    Each run resumes or is found finished by itself, so a sweep that was killed just goes on.
-    With `jobs` > 1 so many run at once, job i on device i.
+    A run that has ended with the same config is not trained again, any other one resumes by itself:
+    a sweep that was killed just goes on. With `jobs` > 1 so many run at once, job i on device i.
     """
     devices: SimpleQueue = SimpleQueue()
     for device in range(jobs):
         devices.put(device)
     folder.mkdir(parents=True, exist_ok=True)
+    children = Children()
 
-    def run(numbered: tuple[int, Choice]) -> float | None:
+    def run(numbered: tuple[int, Choice]) -> Outcome:
         number, choice = numbered
         workdir, overrides = folder / name_of(choice), {"num_steps": steps} | choice
-        if (loss := final_loss(workdir, overrides["num_steps"])) is None:
+        outcome = ended(workdir, applied(config, overrides))
+        if outcome is None:
             device = devices.get()
             try:
-                code = _train(overrides, command, workdir, device if jobs > 1 else None)
+                argv = [*command, *flags_of(overrides), f"--workdir={workdir}"]
+                code = children.train(argv, f"{workdir}.log", device if jobs > 1 else None)
             finally:
                 devices.put(device)
-            loss = final_loss(workdir, overrides["num_steps"]) if code == 0 else None
-        outcome = f"failed, see {workdir}.log" if loss is None else f"validation loss {loss:.4f}"
-        say(f"{number:>3}/{len(choices)}  {name_of(choice)}  {outcome}")
-        return loss
+            outcome = outcome_of(workdir, code)
+        text = f"validation loss {outcome.loss:.4f}" if outcome.loss is not None else ""
+        failed = f"failed with exit code {outcome.code}, see {workdir}.log"
+        if not children.stopped:
+            say(f"{number:>3}/{len(choices)}  {name_of(choice)}  {text or failed}")
+        return outcome
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(run, enumerate(choices, start=1)))
+        try:
+            return list(pool.map(run, enumerate(choices, start=1)))
+        except BaseException:  # also a signal to this process
+            pool.shutdown(wait=False, cancel_futures=True)
+            children.stop()
+            raise
 
 
-def _train(overrides: Choice, command: list[str], workdir: Path, device: int | None) -> int:
-    argv = [sys.executable, "-m", "jaxgpt.sweeps.child", str(os.getpid())]
-    argv += ["jaxgpt.train", *command, f"--workdir={workdir}"]
-    argv += [f"--config.{path}={value}" for path, value in overrides.items()]
-    env = dict(os.environ)
-    if device is not None:
-        env |= {name: str(device) for name in VISIBLE} | ONE_CHIP
-    with open(f"{workdir}.log", "a") as log:
-        return subprocess.run(argv, env=env, stdout=log, stderr=log).returncode
+class Children:
+    """The processes that train now."""
+
+    def __init__(self):
+        self.lock, self.running, self.stopped = threading.Lock(), set(), False
+
+    def train(self, argv: list[str], log: str, device: int | None) -> int:
+        """Runs `train` with these arguments to its end; returns its exit code."""
+        env = dict(os.environ)
+        if device is not None:
+            env |= {name: str(device) for name in VISIBLE} | ONE_CHIP
+        child = [sys.executable, "-m", "jaxgpt.sweeps.child", str(os.getpid()), "jaxgpt.train"]
+        with open(log, "a") as out:
+            with self.lock:
+                if self.stopped:
+                    return -1
+                # in a group of its own: Ctrl-C reaches the sweep alone, which passes it on once
+                process = subprocess.Popen(
+                    [*child, *argv], env=env, stdout=out, stderr=out, process_group=0
+                )
+                self.running.add(process)
+            try:
+                return process.wait()
+            finally:
+                self.running.discard(process)
+
+    def stop(self) -> None:
+        """Has the processes save and end, and waits for that; another signal meanwhile kills them."""
+        with self.lock:
+            self.stopped, running = True, list(self.running)
+        for process in running:
+            process.terminate()
+        if running:
+            say(f"stopping  {len(running)} run(s), which save first")
+        try:
+            for process in running:
+                process.wait()
+        except BaseException:
+            for process in running:
+                process.kill()
+            raise
 
 
-def final_loss(workdir: Path, steps: int) -> float | None:
-    """Returns the validation loss at `steps`, None if the run has not got there."""
-    for row in read_rows(workdir / "metrics.jsonl", METRICS):
-        if row["split"] == "validation" and row["step"] == steps:
-            return row["loss"]
-    return None
+def flags_of(values: Choice) -> list[str]:
+    """Returns fields and their values as flags for `train`."""
+    return [f"--config.{path}={value}" for path, value in values.items()]
+
+
+def ended(workdir: Path, config: Config) -> Outcome | None:
+    """Returns how the run in `workdir` ended, None if it has not, or not with this `config`.
+
+    Raises:
+      BadInput: if it is a run that cannot become one of this config.
+    """
+    if not (workdir / "config.json").exists():
+        return None
+    old = read_config(epath.Path(workdir))
+    config = dataclasses.replace(config, model=config.model.with_sizes())
+    config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
+    if config.num_epochs:  # that is where the number of steps comes from
+        config.num_steps = old.num_steps
+    if check_resume(old, config, workdir) or read_end(epath.Path(workdir)) not in WHOLE:
+        return None
+    return outcome_of(workdir, 0)
+
+
+def outcome_of(workdir: Path, code: int) -> Outcome:
+    """Returns the outcome of a run whose process ended with `code`."""
+    every = [] if code else read_rows(workdir / "metrics.jsonl", METRICS)
+    rows = [row for row in every if row["split"] == "validation" and row["loss"] is not None]
+    if not rows:
+        return Outcome(code or DIVERGED)  # trained to its end, but to no finite loss
+    patience = read_config(epath.Path(workdir)).early_stop
+    row = min(rows, key=lambda row: row["loss"]) if patience else rows[-1]
+    return Outcome(0, row["step"], row["loss"])

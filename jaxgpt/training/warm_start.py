@@ -10,14 +10,17 @@ from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
 from jaxgpt.config import BadInput, Config, MeshConfig, ModelConfig
+from jaxgpt.config.cli import say
 from jaxgpt.config.load import read_config
 from jaxgpt.interchange.folder import is_model_folder, open_folder
+from jaxgpt.interchange.tokenizers import read_tokenizer
 from jaxgpt.interchange.weights import flatten, read_params, unflatten
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import is_addition, magnitudes, merged
 from jaxgpt.optim.groups import parse_patterns
 from jaxgpt.parallel import hosts
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows
 # What may differ between the two models: it changes no function of the weights, or only its domain
@@ -36,11 +39,11 @@ FREE = {
     "lora_targets",
     "lora_dora",
     "qkv_bias",
-    "rope_scaling",
-    "rope_factor",
-    "rope_original_len",
-    "rope_theta",
 }
+ROPE = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_len")
+# Texts and ids by which two tokenizers are told apart
+PROBE = "The naïve café (東京), 2024:\tfor i in range(10):\n\n    return x != None  # don't\n"
+PROBED_IDS = 2000
 
 
 def check_source(path: str) -> None:
@@ -61,17 +64,61 @@ def check_model(config: Config) -> None:
     else:
         theirs = open_folder(Path(path)).model
     mine = config.model.with_sizes()
-    if differing := [
-        f"model.{f.name}: {getattr(theirs, f.name)!r} there, {getattr(mine, f.name)!r} here"
+    free, anew = FREE, parse_patterns(config.init_fresh, "init_fresh")
+    if mine.position != "rope" or _any(anew, "rope"):
+        free = FREE | set(ROPE)
+    elif mine.rope_scaling == theirs.rope_scaling == "none":
+        free = FREE | set(ROPE) - {"rope_theta"}
+    if differing := {
+        f.name: f"model.{f.name}: {getattr(theirs, f.name)!r} there, {getattr(mine, f.name)!r} here"
         for f in dataclasses.fields(ModelConfig)
-        if f.name not in FREE and getattr(theirs, f.name) != getattr(mine, f.name)
-    ]:
-        raise BadInput(f"init_from={path} is another model: {'; '.join(differing)}")
+        if f.name not in free and getattr(theirs, f.name) != getattr(mine, f.name)
+    }:
+        hint = "; name rope in init_fresh to change it" if set(differing) <= set(ROPE) else ""
+        raise BadInput(f"init_from={path} is another model: {'; '.join(differing.values())}{hint}")
     if mine.position == "learned" and mine.max_seq_len > theirs.max_seq_len:
         raise BadInput(
             f"init_from={path} has {theirs.max_seq_len} positions,"
             f" model.max_seq_len={mine.max_seq_len}"
         )
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises `BadInput` if the ids of the tokenizer at `init_from` mean another text than those of
+    `tokenizer`, unless `init_fresh` names the embeddings (`tokens`). Further ids are no difference.
+    """
+    path, kind = config.init_from, config.data.tokenizer
+    if _any(parse_patterns(config.init_fresh, "init_fresh"), "tokens"):
+        return
+    theirs = _tokenizer_of(path)
+    if theirs is None:
+        say(f"init_from {path} holds no tokenizer: data.tokenizer={kind} must be the one it knows")
+    elif difference := _difference(theirs, tokenizer):
+        raise BadInput(
+            f"init_from={path} has another tokenizer than data.tokenizer={kind}: {difference};"
+            " take that one, or name tokens in init_fresh to draw the embeddings anew"
+        )
+
+
+def _tokenizer_of(path: str) -> Tokenizer | None:
+    if (epath.Path(path) / "checkpoints").exists():
+        return load_tokenizer(epath.Path(path) / "tokenizer")
+    files = ("tokenizer.json", "vocab.json", "encoder.json")
+    return read_tokenizer(Path(path)) if any((Path(path) / f).exists() for f in files) else None
+
+
+def _difference(theirs: Tokenizer, mine: Tokenizer) -> str:
+    """Says what differs between two tokenizers, in the text of ids or in the ids of a text; '' if
+    nothing does. Two classes may read the same vocabulary, so files are not compared."""
+    if theirs.end_of_text != mine.end_of_text:
+        return f"its end-of-text is {theirs.end_of_text}, not {mine.end_of_text}"
+    shared = min(theirs.vocab_size, mine.vocab_size)
+    for i in range(0, shared, max(1, shared // PROBED_IDS)):
+        if (one := theirs.decode([i])) != (other := mine.decode([i])):
+            return f"its id {i} is {one!r}, not {other!r}"
+    if not np.array_equal(theirs.encode(PROBE), mine.encode(PROBE)):
+        return f"it cuts {PROBE!r} elsewhere"
+    return ""
 
 
 def warm_params(config: Config, spec: ModelSpec) -> dict:

@@ -12,16 +12,22 @@ from etils import epath
 from jaxgpt import checkpoint, convert, evaluate, sample, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import BadInput
+from jaxgpt.config.load import to_json
+from jaxgpt.interchange.tokenizers import write_tokenizer
 from jaxgpt.interchange.weights import flatten
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import merged
 from jaxgpt.optim.groups import join, split, trainable
+from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
+from jaxgpt.tokenizer.base import TrainingText
+from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.training.end import read_end
 from jaxgpt.training.loop import Clock
 from jaxgpt.training.setup import make_training
+from jaxgpt.training.warm_start import check_model, check_vocabulary
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
 from tests.evaluation.test_watch import no_more_waiting
-from tests.interchange.test_import_export import model_folder
+from tests.interchange.test_import_export import model_folder, write_vocab
 
 LORA = dict(lora_rank=4, lora_targets="query,value,out,up,down", lora_alpha=8.0)
 
@@ -173,10 +179,88 @@ def test_what_init_from_refuses(command, tmp_path, corpus):
         (("--config.model.max_seq_len=25",), "has 24 positions, model.max_seq_len=25"),
         (("--config.init_from=nowhere",), "nowhere is neither a workdir with checkpoints nor"),
         ((f"--workdir={tmp_path}/imported",), "holds imported weights: start from them"),
+        (("--config.data.tokenizer=char",), "has another tokenizer than data.tokenizer=char"),
     ):
         code, _, err = started(command, tmp_path, corpus, tmp_path / "hf", *args)
         assert code == 2 and message in err, err
         assert not (tmp_path / "w").exists(), "nothing half-written"
+
+
+LLAMA3 = dict(position="rope", rope_theta=5e5, rope_scaling="llama3", rope_factor=8.0)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "fresh", "message"),
+    [
+        (LLAMA3, LLAMA3, "", ""),
+        (LLAMA3, {"position": "rope"}, "", "model.rope_theta: 500000.0 there, 10000.0 here; model"),
+        (LLAMA3, LLAMA3 | {"rope_factor": 4.0}, "", "model.rope_factor: 8.0 there, 4.0 here"),
+        (LLAMA3, LLAMA3 | {"rope_scaling": "linear"}, "", "rope_scaling: 'llama3' there, 'linear'"),
+        (LLAMA3, LLAMA3 | {"rope_original_len": 16}, "", "rope_original_len: 8192 there, 16 here"),
+        (LLAMA3, LLAMA3 | {"rope_factor": 4.0}, "head,rope", ""),
+        (LLAMA3, {"position": "none"}, "rope", "model.position: 'rope' there, 'none' here"),
+        ({}, {"rope_theta": 7.0}, "", ""),
+        ({"position": "rope"}, {"position": "rope", "rope_original_len": 16}, "", ""),
+    ],
+)
+def test_init_from_takes_rope_as_it_is_there(tmp_path, there, here, fresh, message):
+    source = tiny_config(**there)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(to_json(source))
+    config = dataclasses.replace(tiny_config(**here), init_from=str(tmp_path), init_fresh=fresh)
+    if message:
+        with pytest.raises(BadInput, match=message):
+            check_model(config)
+    else:
+        check_model(config)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        ("byte", "byte", ""),
+        ("byte", "gpt2:{}", ""),  # the same ids in other files
+        ("byte", "hf:{}", ""),
+        ("byte", "byte <a>,<b>", ""),
+        ("byte <a>", "byte", ""),
+        ("byte", "char", "its end-of-text is 256, not"),
+        ("byte", "sentencepiece:400", "its end-of-text is 256, not"),
+        ("sentencepiece:400", "sentencepiece:400", ""),
+        ("gpt2:{}", "hf:{}/swapped", "its id 97 is 'a', not 'b'"),
+        ("gpt2:{}", "hf:{}/merged", "its id"),
+        ("gpt2:{}/merged", "gpt2:{}/unmerged", "it cuts"),
+    ],
+)
+def test_init_from_takes_the_tokenizer_that_is_there(tmp_path, there, here, message):
+    write_vocab(tmp_path)
+    merged_ids = {"th": 97, "a": 257}
+    for name, change in (
+        ("swapped", {"a": 98, "b": 97}),
+        ("merged", merged_ids),
+        ("unmerged", merged_ids),
+    ):
+        (tmp_path / name).mkdir()
+        vocab = json.loads((tmp_path / "vocab.json").read_text()) | change
+        (tmp_path / name / "vocab.json").write_text(json.dumps(vocab))
+        (tmp_path / name / "merges.txt").write_text("t h\n" if name == "merged" else "")
+    for folder in (tmp_path, *(tmp_path / name for name in ("swapped", "merged", "unmerged"))):
+        write_tokenizer(Gpt2Tokenizer.open(folder), folder, 24, "")
+        (folder / "config.json").write_text('{"eos_token_id": 256}')
+    texts = [TrainingText(lambda: [CORPUS], len(CORPUS))]
+
+    def tokenizer(text: str):
+        spec, _, special = text.format(tmp_path).partition(" ")
+        return make_tokenizer(spec, texts, special)
+
+    (tmp_path / "w/checkpoints").mkdir(parents=True)
+    save_tokenizer(tokenizer(there), tmp_path / "w/tokenizer")
+    config = dataclasses.replace(tiny_config(), init_from=str(tmp_path / "w"))
+    mine = tokenizer(here)
+    if not message:
+        return check_vocabulary(config, mine)
+    with pytest.raises(BadInput, match=message):
+        check_vocabulary(config, mine)
+    check_vocabulary(dataclasses.replace(config, init_fresh="tokens"), mine)
 
 
 def test_a_larger_vocabulary_a_shorter_context_a_new_head_and_lora(command, tmp_path, corpus):
