@@ -32,14 +32,14 @@ WORKDIRS = {
     "NUL": ("w\0", "holds a NUL"),
 }
 OVERRIDES = {
-    "~nouser": ("data.source=text:~nouser/*", "no such user"),
+    "~nouser": ("data.source=text:~nouser/*", "cannot be listed"),
     "no such user's tokenizer": ("data.tokenizer=hf:~nouser/x", "~nouser"),
     "no such user's vocabulary": ("data.tokenizer=gpt2:~nouser", "~nouser"),
     "no such user's pieces": ("data.tokenizer=sentencepiece:~nouser/a.model", "~nouser"),
     "no such user's cache": ("data.cache_dir=~nouser/cache", "~nouser"),
     "no such user's shards": ("data.source=shards:~nouser/shards", "~nouser"),
-    "a long source": (f"data.source=text:{LONG}", "File name too long"),
-    "a long path of a source": (f"data.source=text:{DEEP}", "File name too long"),
+    "a long source": (f"data.source=text:{LONG}", "no file matches"),
+    "a long path of a source": (f"data.source=text:{DEEP}", "no file matches"),
     "a long tokenizer": (f"data.tokenizer=hf:{LONG}", ""),
     "a long cache": (f"data.cache_dir={LONG}", "File name too long"),
     "long shards": (f"data.source=shards:{LONG}", ""),
@@ -95,11 +95,7 @@ OTHERS = [
     (
         prepare,
         Case(
-            "against no user",
-            ["--config=c.py", "--against=text:~nouser/*"],
-            FILES,
-            "~nouser",
-            (2,),
+            "against no user", ["--config=c.py", "--against=text:~nouser/*"], FILES, "~nouser", (2,)
         ),
     ),
     (
@@ -126,11 +122,7 @@ OTHERS = [
     (
         convert,
         Case(
-            "export to no user",
-            ["export", "--workdir=w", "--to=~nouser/x"],
-            FILES,
-            "~nouser",
-            (2,),
+            "export to no user", ["export", "--workdir=w", "--to=~nouser/x"], FILES, "~nouser", (2,)
         ),
     ),
     (plan, Case("topology of a novel", ["--config=c.py", f"--topology={LONG}"], FILES, "", (2,))),
