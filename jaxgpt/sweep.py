@@ -75,7 +75,8 @@ def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int
     """Checks every run before the first one starts, without a device or a document.
 
     Raises:
-      BadInput: naming a combination that describes no possible run, or a workdir that holds another.
+      BadInput: naming a combination that describes no possible run, or a workdir that holds
+        another one.
     """
     check_results(folder, runs)
     for choice in runs:

@@ -35,5 +35,5 @@ def check_setting(text: str, what: str) -> str:
 
 
 def printable(name: str) -> str:
-    """Returns a file's name as text: bytes that are not UTF-8, which POSIX allows, are spelled out."""
+    """Returns a file's name as text: bytes that are not UTF-8, as POSIX allows, are spelled out."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

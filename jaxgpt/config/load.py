@@ -54,7 +54,7 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
         config_flags.DEFINE_config_dataclass(
             "config",
             Config(),
-            "config file, for example configs/tiny.py; any field can be set with --config.FIELD=VALUE",
+            "config file, for example configs/tiny.py; --config.FIELD=VALUE sets any field",
             flag_values=values,
             sys_argv=argv,
             parse_fn=load_file,

@@ -34,7 +34,8 @@ ANY_INT, ANY_FLOAT = Range(-INT32, INT32), Range(-FLOAT32, FLOAT32)
 
 
 def number(default, low: int | float, high: int | float | None = None, opened: str = ""):
-    """Returns a field for numbers from `low` to `high` (default: what an int32 or float32 holds)."""
+    """Returns a field for numbers from `low` to `high` (default: what an int32 or a float32
+    holds)."""
     high = high if high is not None else INT32 if type(default) is int else FLOAT32
     return dataclasses.field(default=default, metadata={"range": Range(low, high, opened)})
 

@@ -47,7 +47,7 @@ def check_fields(config: Config) -> None:
 
 
 def check_types(config: Config) -> None:
-    """Raises `BadInput` where a field holds another type than it declares, or a name is no field."""
+    """Raises `BadInput` where a field holds another type than it declares, or a name is none."""
     _check_names(config)
     for path, kind in fields_of(config).items():
         value = get_field(config, path)
@@ -67,7 +67,7 @@ def shown(value: object) -> str:
 
 
 def _check_names(config, prefix: str = "") -> None:
-    """A dataclass takes any attribute: one that no field declares would be passed over in silence."""
+    """A dataclass takes any attribute: one that no field declares would go unnoticed."""
     declared = {field.name: field for field in dataclasses.fields(config)}
     for name in vars(config):
         if name not in declared:
@@ -107,7 +107,7 @@ def named(path: str, known: Collection[str]) -> list[str]:
 
 
 def any_of(fields: list[str], prefix: str = "") -> str:
-    """Returns the first three of `fields` for a question: `--config.seed or --config.sample.seed`."""
+    """Returns the first three of `fields` for a question: `model.lora_rank or ...`."""
     return " or ".join(prefix + field for field in fields[:3])
 
 

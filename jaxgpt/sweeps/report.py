@@ -74,7 +74,8 @@ def plot(rows: list[dict]) -> str:
         for i, rung in enumerate(rungs if len(rungs) > 1 else []):
             steps = max(r["steps"] for r in done if r["rung"] == rung)
             parts.append(
-                f'<text x="{MARGIN + 100 * i}" y="16" fill="{_colour(rung, done)}">{steps} steps</text>'
+                f'<text x="{MARGIN + 100 * i}" y="16" fill="{_colour(rung, done)}">'
+                f"{steps} steps</text>"
             )
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -104,7 +104,7 @@ class Children:
                 self.running.discard(process)
 
     def stop(self) -> None:
-        """Has the processes save and end, and waits for that; another signal meanwhile kills them."""
+        """Has the processes save and end, and waits for that; another signal kills them."""
         with self.lock:
             self.stopped, running = True, list(self.running)
         for process in running:

@@ -59,22 +59,23 @@ def wrong_values() -> list[Case]:
 
 # Beyond what a machine can hold or count: they hung, or ended in a traceback, one by one.
 BEYOND = """
-num_steps=2147483648 num_steps=100000000000000000000 num_epochs=1e7 seed=-1 seed=18446744073709551616
-batch_size=0 batch_size=-8 batch_size=2147483648 grad_accum=0 grad_accum=3 log_every=0 log_every=-1
-eval_every=-1 eval_batches=-1 sample_every=-1 checkpoint_every=-1 keep_checkpoints=0 keep_every=-1
-max_bad_steps=0 max_rollbacks=-1 early_stop=-1 num_epochs=-1
-model.vocab_size=1000000000000000 model.vocab_size=-1 model.num_layers=1000000000000
-model.num_layers=0 model.head_dim=1099511627776 model.head_dim=-1 model.num_heads=0 model.num_heads=7
-model.num_heads=100000 model.num_kv_heads=5 model.num_kv_heads=-1 model.embed_dim=0
-model.embed_dim=1000000000 model.embed_dim=1000003 model.mlp_dim=1000000000 model.mlp_dim=-1
-model.max_seq_len=0 model.max_seq_len=1000000000 model.window=1000000000000000000000000000000
-model.window=-1 model.full_attention_every=5 model.dropout=1 model.dropout=-0.1 model.norm_eps=0
-model.rope_theta=1 model.rope_factor=0.5 model.rope_original_len=0 model.rope_scaling=llama3
-model.logit_softcap=-1 model.lora_rank=-1 model.lora_rank=1000000 model.lora_alpha=0
-model.mup_base_width=-1 model.mup_base_width=10000000 optim.warmup_steps=-1
-optim.warmup_steps=1000000000000 optim.learning_rate=0 optim.learning_rate=-1 optim.b1=1 optim.b2=1.5
-optim.eps=0 optim.eps=1 optim.weight_decay=-1 optim.clip_norm=-1 optim.z_loss=-1 optim.ema_decay=1
-optim.final_lr_ratio=-1 optim.decay_fraction=0 optim.decay_fraction=1 data.validation_fraction=0
+num_steps=2147483648 num_steps=100000000000000000000 num_epochs=1e7 seed=-1
+seed=18446744073709551616 batch_size=0 batch_size=-8 batch_size=2147483648 grad_accum=0
+grad_accum=3 log_every=0 log_every=-1 eval_every=-1 eval_batches=-1 sample_every=-1
+checkpoint_every=-1 keep_checkpoints=0 keep_every=-1 max_bad_steps=0 max_rollbacks=-1
+early_stop=-1 num_epochs=-1 model.vocab_size=1000000000000000 model.vocab_size=-1
+model.num_layers=1000000000000 model.num_layers=0 model.head_dim=1099511627776 model.head_dim=-1
+model.num_heads=0 model.num_heads=7 model.num_heads=100000 model.num_kv_heads=5
+model.num_kv_heads=-1 model.embed_dim=0 model.embed_dim=1000000000 model.embed_dim=1000003
+model.mlp_dim=1000000000 model.mlp_dim=-1 model.max_seq_len=0 model.max_seq_len=1000000000
+model.window=1000000000000000000000000000000 model.window=-1 model.full_attention_every=5
+model.dropout=1 model.dropout=-0.1 model.norm_eps=0 model.rope_theta=1 model.rope_factor=0.5
+model.rope_original_len=0 model.rope_scaling=llama3 model.logit_softcap=-1 model.lora_rank=-1
+model.lora_rank=1000000 model.lora_alpha=0 model.mup_base_width=-1 model.mup_base_width=10000000
+optim.warmup_steps=-1 optim.warmup_steps=1000000000000 optim.learning_rate=0
+optim.learning_rate=-1 optim.b1=1 optim.b2=1.5 optim.eps=0 optim.eps=1 optim.weight_decay=-1
+optim.clip_norm=-1 optim.z_loss=-1 optim.ema_decay=1 optim.final_lr_ratio=-1
+optim.decay_fraction=0 optim.decay_fraction=1 data.validation_fraction=0
 data.validation_fraction=1 data.validation_fraction=-1 data.chat_template=chatml mesh.data=0
 mesh.data=-2 mesh.fsdp=-1 mesh.tensor=5 mesh.tensor=2147483647 mesh.data=7 sample.temperature=-1
 sample.top_k=3000000000 sample.top_k=-1 sample.max_new_tokens=-1 sample.max_new_tokens=100000000
