@@ -157,3 +157,10 @@ def test_every_filter_leaves_the_likeliest():
 def test_values_out_of_range(field, value):
     with pytest.raises(BadInput, match=f"--{field}="):
         Sampling(**{field: value}).check()
+
+
+def test_a_temperature_that_overflows_float32_is_greedy():
+    rows = Samplings.of([Sampling(1e-38, 0)])
+    logits = jnp.array([[1000.0, 999.0, 1001.0]])
+    key = jax.random.split(jax.random.key(0), 1)
+    assert draw(logits, key, rows, jnp.zeros((1, 3), bool)).tolist() == [2]
