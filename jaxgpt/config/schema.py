@@ -186,7 +186,7 @@ class SampleConfig:
 class Config:
     """A whole run. `batch_size` counts sequences per optimizer step over all devices."""
 
-    seed: int = number(0, 0, 2**63 - 1)
+    seed: int = number(0, 0, 2**32 - 1)  # JAX keys take the lower 32 bits: 2**32 would be 0 again
     num_steps: int = number(1000, 1)
     num_epochs: float = number(0.0, 0, 1e6)  # passes over the training part; > 0 sets num_steps
     init_from: str = ""  # a workdir or a Hugging Face folder to start from

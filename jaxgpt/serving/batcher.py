@@ -166,8 +166,8 @@ class Batcher:
         return self.decoder.start([prompt] * count, sampling, keys_of([seed] * count), 1, self.room)
 
     def _admit(self, rows: Rows) -> Rows:
-        """Starts waiting jobs in free slots; beside texts that grow, one between two chunks, so that
-        they do not wait for the prompts of many."""
+        """Starts waiting jobs in free slots: one between two chunks where texts are being decoded,
+        which so do not wait for the prompts of many."""
         many = not self.active
         while None in self.jobs and (job := self._next()):
             request, slot = job.request, self.jobs.index(None)

@@ -1,10 +1,10 @@
 """A normal client beside a hostile one of each kind: python tests/benchmarks/hostile_serving.py
 
 Serves a tiny model from a process that may open 256 files. For each kind of hostile client, turns
-are taken: a part of the normal client's requests alone, then some beside the hostile one, which goes
-on as fast as it can in a process of its own. Prints the 95th percentile of the normal client's
-seconds for both, by kind, and at the end whether SIGTERM in the middle of all that ended the server
-with 143. --requests=10000 are shared among the kinds. Needs the extra [serve].
+are taken: a part of the normal client's requests alone, then some beside the hostile one, which
+goes on as fast as it can in a process of its own. Prints the 95th percentile of the normal
+client's seconds for both, by kind, and at the end whether SIGTERM in the middle of all that ended
+the server with 143. --requests=10000 are shared among the kinds. Needs the extra [serve].
 """
 
 import argparse

@@ -59,7 +59,7 @@ def wrong_values() -> list[Case]:
 
 # Beyond what a machine can hold or count: they hung, or ended in a traceback, one by one.
 BEYOND = """
-num_steps=2147483648 num_steps=100000000000000000000 num_epochs=1e7 seed=-1
+num_steps=2147483648 num_steps=100000000000000000000 num_epochs=1e7 seed=-1 seed=4294967296
 seed=18446744073709551616 batch_size=0 batch_size=-8 batch_size=2147483648 grad_accum=0
 grad_accum=3 log_every=0 log_every=-1 eval_every=-1 eval_batches=-1 sample_every=-1
 checkpoint_every=-1 keep_checkpoints=0 keep_every=-1 max_bad_steps=0 max_rollbacks=-1

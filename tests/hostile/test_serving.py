@@ -302,7 +302,7 @@ HALVES = [b"", b"GET / HT", HALF, HALF + b"Content-Length: 90\r\n\r\n{", GET[:-2
 
 
 def test_half_sent_requests_make_room(app):
-    """More of them than connections are allowed: the oldest are cut, and a new client is answered."""
+    """More of them than connections are allowed: the oldest are cut, a new client is answered."""
 
     async def run():
         server, port = await serving(app, most=10, seconds=600.0)
