@@ -154,7 +154,7 @@ def test_a_thousand_different_documents_are_no_duplicates():
     )
 
 
-@pytest.mark.parametrize(("changed", "kept"), [(0, 1), (12, 1), (40, 2), (200, 2)])
+@pytest.mark.parametrize(("changed", "kept"), [(0, 1), (12, 1), (20, 2), (40, 2), (200, 2)])
 def test_the_similarity_from_which_on_documents_are_near(changed, kept):
     """400 words, of which some are replaced, one in ten so that each costs five 5-grams."""
     words = [f"w{i}" for i in range(400)]

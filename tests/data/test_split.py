@@ -22,6 +22,8 @@ def test_whole_documents_are_held_out_from_the_end():
     assert split(texts, 0.34) == (texts[:7], texts[7:])
     assert split(texts, 0.001) == (texts[:9], texts[9:]), "at least one"
     assert split(texts, 0.999) == (texts[:1], texts[1:]), "not all"
+    assert split(["x" * 10, "y" * 50, "z" * 40], 0.4) == (["x" * 10, "y" * 50], ["z" * 40])
+    assert split(["x" * 60, "y" * 30, "z" * 10], 0.4) == (["x" * 60], ["y" * 30, "z" * 10])
     assert split(["x" * 90, "y" * 5, "z" * 5], 0.05) == (["x" * 90, "y" * 5], ["z" * 5])
 
 
