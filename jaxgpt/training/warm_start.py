@@ -42,7 +42,10 @@ FREE = {
 }
 ROPE = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_len")
 # Texts and ids by which two tokenizers are told apart
-PROBE = "The naïve café (東京), 2024:\tfor i in range(10):\n\n    return x != None  # don't\n"
+PROBE = (
+    "The naïve café (東京), 2024: is this the one?\n\n"
+    "\tfor i in range(10):\n    return x != None  # don't\n"
+)
 PROBED_IDS = 2000
 
 

@@ -19,6 +19,7 @@ from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
 from jaxgpt.training import verify_resume as verify_module
 from tests.conftest import ROOT, wait_until, xla_flags
 
@@ -85,6 +86,7 @@ def test_train_evaluate_sample(command, config_file, tmp_path):
     assert sorted(p.name for p in workdir.iterdir()) == [
         "checkpoints",
         "config.json",
+        "end.json",
         "metrics.jsonl",
         "samples.jsonl",
         "tensorboard",
@@ -293,7 +295,7 @@ def test_packed_training_counts_real_targets_and_minds_its_tokenizer(
     counts = [int((stream.batch(k)["targets"] != IGNORE).sum()) for k in range(4)]
     assert [row["tokens"] for row in rows(workdir)] == np.cumsum(counts).tolist()
     assert min(counts) < 16 * 32
-    (workdir / "tokenizer/special_tokens.json").write_text('["<|x|>"]')
+    save_tokenizer(make_tokenizer("byte", [], "<|x|>"), workdir / "tokenizer")
     code, _, err = command(train.main, *argv[:3], "--config.num_steps=6", argv[-1])
     assert code == 2 and "tokenizer is not the tokenizer that" in err
 

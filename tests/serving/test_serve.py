@@ -394,7 +394,7 @@ def test_a_shutdown_under_load_is_clean(workdir):
     threads = [threading.Thread(target=ask) for _ in range(40)]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    wait_until(lambda: codes)
     process.terminate()
     assert process.wait(timeout=PATIENCE) == 143
     for thread in threads:

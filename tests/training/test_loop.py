@@ -115,8 +115,8 @@ def test_a_sample_or_validation_that_fails_never_ends_the_run(run, tmp_path, mon
         ("sample.top_k=3000000000", "sample.top_k=3000000000 must be"),
         ("sample.temperature=inf", "sample.temperature=inf must be"),
         ("sample.prompt=" + "x" * 99, "sample.prompt has 99 tokens, more than"),
-        ("model.mlp_dim=10000000000", " GiB) a device, "),
-        ("model.num_layers=100000000", " GiB) a device, "),
+        ("model.mlp_dim=10000000000", "model.mlp_dim=10000000000 must be"),
+        ("model.embed_dim=1048576", " GiB) a device, "),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_first_step(run, tmp_path, flag, message):

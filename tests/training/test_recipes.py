@@ -1,6 +1,7 @@
 """What some recipes add to a step: averages, loss scaling, muP, every optimizer on a mesh."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, OptimConfig
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.training import loss_scale
 from jaxgpt.training import step as step_module
 from jaxgpt.training.setup import make_training
@@ -49,7 +51,9 @@ def test_ema_is_the_average_of_the_weights():
     assert states[-1].best_params is states[-1].ema
     _, plain = train(tiny_config())
     assert plain[-1].best_params is plain[-1].params
-    jax.tree.map(np.testing.assert_array_equal, plain[-1].params, states[-1].params)
+    # two programs round differently, and Adam makes steps of 1e-2 of it
+    same = partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+    jax.tree.map(same, plain[-1].params, states[-1].params)
 
 
 def test_ema_of_bfloat16_weights_moves_in_float32(tmp_path):
@@ -256,7 +260,7 @@ def changes(width: int, mup: bool) -> tuple[float, float]:
         @jax.jit
         def coordinates(params):  # before the final norm, which would hide the growth
             model = spec.bind(params)
-            stream = model._run(tokens, positions, None, None)
+            stream, _ = model._run(tokens, AttentionMask(positions, positions), None)
             return stream, model(tokens)[..., :203]
 
         first, last = (coordinates(states[i].params) for i in (0, -1))
