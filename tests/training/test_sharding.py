@@ -250,6 +250,7 @@ def test_the_train_step_compiles_for_a_tpu_slice(monkeypatch):
 
     for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.setenv(name, {"TPU_SKIP_MDS_QUERY": "1"}.get(name, ""))
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else libtpu ends the process
     devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
     config = tiny_config(
         (2, 2, 2),
