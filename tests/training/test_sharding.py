@@ -17,6 +17,7 @@ from jaxgpt.parallel.fsdp import embed_columns_to_rows, gather_weight, sum_gradi
 from jaxgpt.parallel.mesh import AXES, devices_along, make_mesh
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.parallel.torus import Torus, torus_of
+from jaxgpt.planning.hardware import LIBTPU_ENVIRONMENT
 from jaxgpt.planning.program import Program
 from jaxgpt.training.setup import make_training
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
@@ -243,15 +244,21 @@ def test_golden_curve():
     )
 
 
-@pytest.mark.tpu_compile
-def test_the_train_step_compiles_for_a_tpu_slice(monkeypatch):
-    """The very step, for eight v5e chips, sharded every way at once."""
+@pytest.fixture
+def topology(monkeypatch):
+    """JAX's `get_topology_desc`, in an environment that libtpu takes."""
     from jax.experimental import topologies
 
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.setenv(name, {"TPU_SKIP_MDS_QUERY": "1"}.get(name, ""))
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else libtpu ends the process
-    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    jax.devices()  # the CPU's flags are read here; libtpu ends the process over those it lacks
+    for name, value in (LIBTPU_ENVIRONMENT | {"XLA_FLAGS": ""}).items():
+        monkeypatch.setenv(name, value)
+    return topologies.get_topology_desc
+
+
+@pytest.mark.tpu_compile
+def test_the_train_step_compiles_for_a_tpu_slice(topology):
+    """The very step, for eight v5e chips, sharded every way at once."""
+    devices = topology("v5e:2x4", platform="tpu").devices
     config = tiny_config(
         (2, 2, 2),
         dtype="bfloat16",
@@ -275,12 +282,8 @@ def test_the_train_step_compiles_for_a_tpu_slice(monkeypatch):
 
 
 @pytest.mark.tpu_compile
-def test_data_goes_over_slices_and_nothing_else_does(monkeypatch):
-    from jax.experimental import topologies
-
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.setenv(name, {"TPU_SKIP_MDS_QUERY": "1"}.get(name, ""))
-    two = topologies.get_topology_desc("v5e:2x2", platform="tpu", num_slices=2).devices
+def test_data_goes_over_slices_and_nothing_else_does(topology):
+    two = topology("v5e:2x2", platform="tpu", num_slices=2).devices
     config = dataclasses.replace(tiny_config(), mesh=MeshConfig(data=-1, fsdp=2))
     mesh = make_mesh(config, list(two))
     assert mesh.devices.shape == (4, 2, 1)
