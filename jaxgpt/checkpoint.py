@@ -15,8 +15,10 @@ from absl import flags
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.checkpointing.choice import BEST, define_step
 from jaxgpt.checkpointing.manifest import size_of
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import parse, run, say
+from jaxgpt.cli.flags import parse
+from jaxgpt.cli.run import run
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
 
 ACTIONS = ("list", "show", "verify")
 

@@ -21,11 +21,10 @@ from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.checkpointing.choice import define_step
-from jaxgpt.config import BadInput, Config, DataConfig, ModelConfig
-from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.files import path_of, whole_folder
-from jaxgpt.config.load import to_json
-from jaxgpt.config.stores import is_object_store
+from jaxgpt.cli.flags import parse
+from jaxgpt.cli.run import run
+from jaxgpt.config import Config, DataConfig, ModelConfig
+from jaxgpt.config.stored import to_json
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.interchange.families import Family, family_of
 from jaxgpt.interchange.folder import open_folder
@@ -35,6 +34,10 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.model.lora import merged
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import path_of, whole_folder
+from jaxgpt.system.stores import is_object_store
 from jaxgpt.text.chat import saved_template
 from jaxgpt.tokenizer import save_tokenizer
 

@@ -29,10 +29,9 @@ from jax.sharding import NamedSharding
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.checkpointing.choice import define_step
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.extras import require
-from jaxgpt.config.load import read_config
+from jaxgpt.cli.flags import parse
+from jaxgpt.cli.run import run
+from jaxgpt.config.stored import read_config
 from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
 from jaxgpt.data.shards import Split
 from jaxgpt.evaluation.multiple_choice import BENCHMARKS, last_words, multiple_choice, read_items
@@ -41,7 +40,10 @@ from jaxgpt.evaluation.tasks import Choices, classification, document_start, que
 from jaxgpt.inference.decode import Decoder, generate, until
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
-from jaxgpt.parallel import hosts
+from jaxgpt.processes import hosts
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.extras import require
 from jaxgpt.text.files import expand
 from jaxgpt.text.tasks import TASKS, read_examples
 from jaxgpt.training.end import read_end

@@ -13,12 +13,13 @@ from functools import partial
 
 from absl import flags
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.load import config_of, define_config_flag
+from jaxgpt.cli.flags import config_of, define_config_flag, parse
+from jaxgpt.cli.run import run
 from jaxgpt.planning.estimate import make_plan
 from jaxgpt.planning.hardware import devices_of, use_compilers_alone
 from jaxgpt.planning.search import cheapest_that_fits, search
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer.load import vocabulary_size
 from jaxgpt.training.setup import resolve_vocab
 

@@ -14,13 +14,15 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
-from jaxgpt.config import BadInput, Config
-from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.load import config_of, define_config_flag
+from jaxgpt.cli.flags import config_of, define_config_flag, parse
+from jaxgpt.cli.run import run
+from jaxgpt.config import Config
 from jaxgpt.config.schema import INT32
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, cache_folder, check_shards, prepare
 from jaxgpt.data.show import show_batch
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.contamination import contamination
 from jaxgpt.text.pieces import whole
 from jaxgpt.text.sources import open_sources

@@ -7,11 +7,12 @@ to DIR/report.html; several workdirs are compared on one page.
 from absl import flags
 from etils import epath
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import parse, run
-from jaxgpt.config.files import write_whole
+from jaxgpt.cli.flags import parse
+from jaxgpt.cli.run import run
 from jaxgpt.reports.gather import gathered
 from jaxgpt.reports.page import page
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import write_whole
 
 
 def main(argv: list[str]) -> None:

@@ -18,9 +18,8 @@ import jax
 from absl import flags
 
 from jaxgpt.checkpointing.choice import define_step
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.encoding import check_text
+from jaxgpt.cli.flags import parse
+from jaxgpt.cli.run import run
 from jaxgpt.inference.beam import beam_search
 from jaxgpt.inference.complete import (
     MOST,
@@ -35,6 +34,9 @@ from jaxgpt.inference.complete import (
 from jaxgpt.inference.decode import Decoder, check_length, prompt_tokens
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
+from jaxgpt.system.console import say
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.files import expand
 from jaxgpt.text.formats import json_rows
 

@@ -18,10 +18,12 @@ import jax
 from absl import flags
 
 from jaxgpt.checkpointing.choice import define_step
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.extras import require
+from jaxgpt.cli.flags import parse
+from jaxgpt.cli.run import run
 from jaxgpt.inference.trained import open_trained
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.extras import require
 
 PATIENCE = 20  # seconds that a client has to send its whole request
 GRACE = 4  # seconds that texts under way have to finish once the server is told to end

@@ -11,15 +11,17 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxgpt.config import BadInput, Config
-from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.load import config_path, define_config_flag, given_config, load_file
+from jaxgpt.cli.flags import config_path, define_config_flag, given_config, load_file, parse
+from jaxgpt.cli.run import run
+from jaxgpt.config import Config
 from jaxgpt.config.schema import fields_of, get_field
 from jaxgpt.data.prepare import cache_folder, find_data
 from jaxgpt.optim.groups import parse_multipliers, parse_patterns
 from jaxgpt.sweeps.grid import Choice, applied, choices, name_of, parse_grid, rungs
 from jaxgpt.sweeps.report import check_results, write_results
 from jaxgpt.sweeps.runner import DIVERGED, ended, flags_of, run_rung
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer.load import vocabulary_size
 from jaxgpt.training.setup import resolve_vocab
 from jaxgpt.training.warm_start import check_model, check_source

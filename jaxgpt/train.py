@@ -24,27 +24,23 @@ from absl import flags
 from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import BadInput, Config
-from jaxgpt.config.cli import parse, run, say
-from jaxgpt.config.files import write_whole
-from jaxgpt.config.load import (
-    check_resume,
-    config_of,
-    config_path,
-    define_config_flag,
-    read_config,
-    to_json,
-)
+from jaxgpt.cli.flags import config_of, config_path, define_config_flag, parse
+from jaxgpt.cli.run import run
+from jaxgpt.config import Config
 from jaxgpt.config.schema import INT32
-from jaxgpt.config.stores import check_store_writable, is_object_store
+from jaxgpt.config.stored import check_resume, read_config, to_json
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, check_shards, prepare
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.optim.groups import split, trainable
-from jaxgpt.parallel import hosts
 from jaxgpt.parallel.mesh import AXES, make_mesh
+from jaxgpt.processes import hosts
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import write_whole
+from jaxgpt.system.stores import check_store_writable, is_object_store, read_bytes
 from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.load import fingerprint
@@ -277,7 +273,7 @@ def check_writable(workdir: epath.Path) -> None:
 def check_shared(workdir: epath.Path) -> None:
     """Raises `BadInput` if not all processes see the same `workdir`."""
     file = workdir / "config.json"
-    seen = file.read_text() if file.exists() else "nothing"
+    seen = read_bytes(file).decode() if file.exists() else "nothing"
     hosts.check_same(seen, f"{workdir}/config.json, in the folder that all hosts must share,")
 
 

@@ -37,8 +37,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from jaxgpt.cli.run import run  # noqa: E402
 from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig  # noqa: E402
-from jaxgpt.config.cli import run  # noqa: E402
 from jaxgpt.parallel.mesh import make_mesh  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxgpt"
 ROOMS = [
+    "system",
     "config",
+    "cli",
+    "processes",
     "metrics",
     "tokenizer",
     "text",

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from jaxgpt.config import BadInput, Config, DataConfig
+from jaxgpt.config import Config, DataConfig
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text import sources
 from tests.conftest import ROOT
 

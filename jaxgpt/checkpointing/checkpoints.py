@@ -13,11 +13,11 @@ from orbax.checkpoint.path import atomicity
 from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_in, loss_of, read_meta
 from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.checkpointing.s3 import use_s3
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import say
-from jaxgpt.config.files import remove_folder
-from jaxgpt.config.stores import absolute, check_store, is_object_store, move_folder
-from jaxgpt.parallel.hosts import is_peer_lost, on_first
+from jaxgpt.processes.hosts import is_peer_lost, on_first
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import remove_folder
+from jaxgpt.system.stores import absolute, check_store, is_object_store, move_folder
 
 SET_ASIDE = "checkpoints-damaged"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxgpt.config.files import Damaged, read_json
+from jaxgpt.system.files import Damaged, read_json
 
 BEST = "best"
 META = {

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from jaxgpt.config.files import Damaged, Missing, read_json
+from jaxgpt.system.files import Damaged, Missing, read_json
 
 MANIFEST = "manifest.json"
 REWRITTEN = "_CHECKPOINT_METADATA"  # by Orbax, with the time of the commit

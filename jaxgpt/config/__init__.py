@@ -1,7 +1,6 @@
 """A run's description: dataclasses, validation, load and save."""
 
 from jaxgpt.config import presets
-from jaxgpt.config.errors import BadInput, PeerLost
 from jaxgpt.config.schema import (
     Config,
     DataConfig,
@@ -12,13 +11,11 @@ from jaxgpt.config.schema import (
 )
 
 __all__ = [
-    "BadInput",
     "Config",
     "DataConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
-    "PeerLost",
     "SampleConfig",
     "presets",
 ]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 VOCAB_MULTIPLE = 128  # TPU lane width; also divisible by any usual tensor axis
 INT32 = 2**31 - 1  # steps, tokens and ids are counted in int32 on the devices
+IGNORE = -1  # the target of a position that has none
 FLOAT32 = 3.4e38  # above it a float32 is infinite
 
 

@@ -4,8 +4,6 @@ import dataclasses
 import difflib
 from collections.abc import Collection
 
-from jaxgpt.config.encoding import check_setting
-from jaxgpt.config.errors import BadInput
 from jaxgpt.config.schema import (
     ANY_FLOAT,
     ANY_INT,
@@ -14,7 +12,10 @@ from jaxgpt.config.schema import (
     fields_of,
     get_field,
     leaves_of,
+    set_field,
 )
+from jaxgpt.system.encoding import check_setting
+from jaxgpt.system.errors import BadInput
 
 CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -228,3 +229,17 @@ def _check_data(config: Config) -> None:
             f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1"
             " (both excluded), or set data.validation_source"
         )
+
+
+def checked(config: Config) -> Config:
+    """Returns `config` itself, with integers in float fields turned into floats.
+
+    Raises:
+      BadInput: see `validate`.
+    """
+    check_fields(config)
+    for path, kind in fields_of(config).items():
+        if kind is float:
+            set_field(config, path, float(get_field(config, path)))
+    validate(config)
+    return config

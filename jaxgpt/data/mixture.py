@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 
 LONGEST_PERIOD = 1 << 17  # about a second to lay out
 

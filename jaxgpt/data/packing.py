@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import read_json
 from jaxgpt.data.shards import META, ChecksummedFile, Split, cached, verify
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import read_json
 
 PLAN = {"first": "<i8", "starts": "<i8", "lengths": "<i4"}
 

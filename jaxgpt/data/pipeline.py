@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxgpt.config import BadInput, Config
+from jaxgpt.config import Config
 from jaxgpt.data.mixture import Turns
 from jaxgpt.data.packing import plan_for
 from jaxgpt.data.prepare import cache_folder
 from jaxgpt.data.shards import Split
 from jaxgpt.data.windows import Contiguous, Packed
-from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.system.errors import BadInput
 
 ON_DEVICE = 1  # batches sent ahead of the one in use: the copy runs beside the step
 SHUFFLE_ROUNDS = 4  # of grain's block cipher over indices
@@ -179,37 +179,3 @@ def put(local: np.ndarray, rows: np.ndarray, sharding: NamedSharding, shape: tup
         return local[index[0], np.searchsorted(rows, wanted), index[2]]
 
     return jax.make_array_from_callback(shape, sharding, piece)
-
-
-def evaluation_windows(num_tokens: int, seq_len: int, stride: int) -> int:
-    """Returns how many windows, `stride` tokens apart, cover every target of a split."""
-    return 1 + max(0, -(-(num_tokens - 1 - seq_len) // stride))
-
-
-def evaluation_batch(
-    tokens: np.ndarray,
-    seq_len: int,
-    batch_size: int,
-    k: int,
-    mask: np.ndarray | None = None,
-    stride: int = 0,
-) -> dict[str, np.ndarray]:
-    """Returns windows k*batch_size .. of a split, in order, int32 [1, batch_size, seq_len].
-
-    Windows are `stride` tokens apart (0: seq_len). A target counts in the first window that has
-    it. What lies past the end has input 0 and target IGNORE, as has what `mask` leaves out.
-    """
-    stride = stride or seq_len
-    inputs = np.zeros((batch_size, seq_len), np.int32)
-    targets = np.full((batch_size, seq_len), IGNORE, np.int32)
-    for row in range(batch_size):
-        start = (k * batch_size + row) * stride
-        window = np.asarray(tokens[start : start + seq_len + 1]).astype(np.int32)
-        count = max(len(window) - 1, 0)
-        known = seq_len - stride if start else 0
-        inputs[row, :count] = window[:-1]
-        targets[row, known:count] = window[1 + known :]
-        if mask is not None:
-            counted = np.asarray(mask[start + 1 : start + 1 + count])
-            targets[row, :count] = np.where(counted, targets[row, :count], IGNORE)
-    return {"inputs": inputs[None], "targets": targets[None]}

@@ -10,10 +10,7 @@ from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
-from jaxgpt.config import BadInput, DataConfig
-from jaxgpt.config.cli import say
-from jaxgpt.config.files import Damaged, path_of
-from jaxgpt.config.stores import is_object_store
+from jaxgpt.config import DataConfig
 from jaxgpt.data.remote import fetched, publish
 from jaxgpt.data.shards import (
     FORMAT,
@@ -31,6 +28,10 @@ from jaxgpt.data.shards import (
 from jaxgpt.data.split import Part, hold_out, scan
 from jaxgpt.data.tokenize import write_split
 from jaxgpt.metrics.progress import Bar
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import Damaged, path_of
+from jaxgpt.system.stores import is_object_store
 from jaxgpt.text.cleaning import Report, clean, identity, make_steps
 from jaxgpt.text.files import is_young, stamps
 from jaxgpt.text.pieces import Documents, Piece, num_bytes

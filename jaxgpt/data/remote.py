@@ -7,11 +7,11 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import say
-from jaxgpt.config.files import parse_json
-from jaxgpt.config.stores import check_store, check_store_writable, copy_folder
 from jaxgpt.data.shards import META, VERIFIED, T, cached, read_meta
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import parse_json
+from jaxgpt.system.stores import check_store, check_store_writable, copy_folder
 
 
 def publish(folder: Path, url: str) -> None:

@@ -40,10 +40,10 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import say
-from jaxgpt.config.encoding import printable
-from jaxgpt.config.files import Damaged, Missing, read_json, write_whole
+from jaxgpt.system.console import say
+from jaxgpt.system.encoding import printable
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import Damaged, Missing, read_json, write_whole
 from jaxgpt.text.files import stamp_of
 
 T = TypeVar("T")

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxgpt.config import BadInput
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.pipeline import Stream
 from jaxgpt.data.prepare import Prepared
-from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.system.errors import BadInput
 
 
 def show_batch(stream: Stream, data: Prepared, k: int) -> Iterator[str]:

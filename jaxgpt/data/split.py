@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.pieces import Documents, Piece, num_bytes
 
 

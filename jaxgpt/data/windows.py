@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.packing import Plan, count_up
-from jaxgpt.ops.cross_entropy import IGNORE
 
 
 @dataclasses.dataclass(frozen=True)

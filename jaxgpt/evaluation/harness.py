@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.inference.complete import Request, completed
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
-from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.tokenizer import Tokenizer
 
 COLUMNS = 64  # positions whose logits exist at a time

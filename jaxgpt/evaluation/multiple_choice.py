@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.encoding import check_text
 from jaxgpt.evaluation.tasks import Choices
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.formats import json_rows
 from jaxgpt.tokenizer import Tokenizer
 

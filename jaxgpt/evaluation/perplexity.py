@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxgpt.config import BadInput
-from jaxgpt.data.pipeline import evaluation_batch, evaluation_windows, put
+from jaxgpt.config.schema import IGNORE
+from jaxgpt.data.pipeline import put
 from jaxgpt.data.shards import Split
-from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows
+from jaxgpt.system.errors import BadInput
 
 LAG = 2  # batches on the device whose numbers are not asked for yet
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxgpt.config import BadInput
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.pipeline import put
-from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.tasks import LABELS, Example
 from jaxgpt.tokenizer import Tokenizer
 

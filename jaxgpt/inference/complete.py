@@ -6,10 +6,10 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.encoding import check_text
 from jaxgpt.inference.decode import CHUNK, Decoder, check_length, keys_of, prompt_tokens, stream
 from jaxgpt.inference.samplers import Sampling
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import GrowingText, Tokenizer
 
 LONGEST_STOP = 1000  # characters

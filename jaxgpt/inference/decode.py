@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jaxgpt.config import BadInput, ModelConfig
+from jaxgpt.config import ModelConfig
 from jaxgpt.inference.samplers import Sampling, Samplings, draw
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import UNWRITTEN, Cache, empty, first, merged
 from jaxgpt.model.gpt import split_layers, windows
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 
 BUCKET = 64  # slots of a cache are rounded up to a multiple, so that few shapes are compiled

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 
 BLOCK = 128  # ids that are drawn from together
 COLDEST, HOTTEST = 1e-5, 1e6  # temperatures

@@ -8,12 +8,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import BadInput, Config, MeshConfig
-from jaxgpt.config.load import read_config
+from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config.stored import read_config
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.config import BadInput, ModelConfig
-from jaxgpt.config.files import check_json
+from jaxgpt.config import ModelConfig
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import check_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import BadInput, Config, ModelConfig
-from jaxgpt.config.files import check_json, parse_json
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.validate import validate
 from jaxgpt.interchange.families import FAMILIES, GPT2, Family
 from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
 from jaxgpt.interchange.torch_file import TorchFile
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import check_json, parse_json
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 SIZES = ("vocab_size", "num_heads", "head_dim", "embed_dim", "mlp_dim")  # each an axis of a tensor

@@ -17,8 +17,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import check_json, parse_json
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import check_json, parse_json
 
 DTYPES = {
     "F64": np.dtype("<f8"),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import BadInput
 from jaxgpt.interchange.protobuf import message, varint
+from jaxgpt.system.errors import BadInput
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER_BYTES = 48

@@ -6,9 +6,9 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import parse_json
 from jaxgpt.interchange.sentencepiece import fast_tokenizer
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import parse_json
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer.gpt2 import END_OF_TEXT, Gpt2Tokenizer
 from jaxgpt.tokenizer.hf import HfTokenizer

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 
 STORAGES = {
     "FloatStorage": np.dtype("<f4"),

@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgpt.config import BadInput, ModelConfig
+from jaxgpt.config import ModelConfig
 from jaxgpt.interchange.families import Family, Rule
 from jaxgpt.interchange.folder import Folder
 from jaxgpt.interchange.safetensors import write_safetensors
+from jaxgpt.system.errors import BadInput
 
 TABLES = ("tokens", "head")  # whose rows are padded
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from etils import epath
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import say
-from jaxgpt.config.files import parse_json, write_whole
-from jaxgpt.config.stores import is_object_store
 from jaxgpt.metrics.board import Board
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import parse_json, write_whole
+from jaxgpt.system.stores import is_object_store, read_bytes
 
 NOT_PLOTTED = {"step", "split", "seconds"}
 ROW = {"step": int}
@@ -50,7 +50,7 @@ def _read_lines(path, schema: dict) -> tuple[list[tuple[bytes, dict]], str]:
     """
     path = epath.Path(path)
     found, faults = [], []
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = read_bytes(path).split(b"\n") if path.exists() else [b""]
     for number, line in enumerate(lines[:-1], start=1):
         try:
             found.append((line + b"\n", parse_json(line, schema)))
@@ -77,10 +77,10 @@ class RowFile:
         lines, fault = _read_lines(path, schema)
         if fault:
             aside = self.path.with_name(f"{self.path.name}.damaged")
-            aside.write_bytes(self.path.read_bytes())
+            aside.write_bytes(read_bytes(path))
             say(f"damaged   {fault}; cut away, and kept in {aside}")
         kept = b"".join(line for line, row in lines if row["step"] <= last_step).decode()
-        if self.path.exists() and kept.encode() != self.path.read_bytes():
+        if self.path.exists() and kept.encode() != read_bytes(path):
             write_whole(self.path, kept)
         self.file = None if is_object_store(path) else self.path.open("ab")
         self.text, self.synced = kept, True

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgpt.config import BadInput
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.splash import splash_attention
 from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.system.errors import BadInput
 
 Kernel = Callable[..., Float[Array, "B T N H"]]
 

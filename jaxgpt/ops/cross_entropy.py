@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.parallel.collectives import all_gather, reduce_scatter
 from jaxgpt.parallel.rules import REPLICAS, AxisRules
 
-IGNORE = -1  # a target that is not counted
 LOWEST = -1e30  # below every logit, and finite
 
 

@@ -8,8 +8,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
 
-from jaxgpt.config import BadInput
 from jaxgpt.ops.mask import AttentionMask, Reach
+from jaxgpt.system.errors import BadInput
 
 LANES = 128  # blocks are multiples of this; shorter sequences are padded to it
 BLOCK = 512  # positions of a block, at most

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import jax
 
-from jaxgpt.config import BadInput, ModelConfig
+from jaxgpt.config import ModelConfig
 from jaxgpt.model.lora import is_addition
+from jaxgpt.system.errors import BadInput
 
 MATRICES = (
     "kernel",

@@ -7,8 +7,9 @@ import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
-from jaxgpt.config import BadInput, Config
+from jaxgpt.config import Config
 from jaxgpt.config.validate import check_divisible
+from jaxgpt.system.errors import BadInput
 
 AXES = ("data", "fsdp", "tensor")
 

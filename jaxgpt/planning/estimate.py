@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.config import BadInput, Config
-from jaxgpt.metrics.throughput import flops_per_token
+from jaxgpt.config import Config
+from jaxgpt.model.flops import flops_per_token
 from jaxgpt.model.gpt import count_parameters, windows
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.planning.hardware import Chip, quiet
 from jaxgpt.planning.program import FUSIONS, VMEM, Collective, Program
+from jaxgpt.system.errors import BadInput
 from jaxgpt.training.setup import Training, make_training
 
 PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "bwd": 5}  # of matrices in splash's and cuDNN's kernels

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 from jax.experimental import topologies
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.extras import require
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.extras import require
 
 GIB = 2**30
 

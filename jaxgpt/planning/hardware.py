@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.extras import require
-from jaxgpt.metrics.throughput import PEAK_FLOPS
+from jaxgpt.model.flops import PEAK_FLOPS
 from jaxgpt.planning.gpus import GIB, GPUS, described_gpus
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.extras import require
 
 LIBTPU_ENVIRONMENT = {  # or it looks for a metadata server for minutes, and talks
     "TPU_SKIP_MDS_QUERY": "1",

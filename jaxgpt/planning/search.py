@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxgpt.config import BadInput, Config
+from jaxgpt.config import Config
 from jaxgpt.config.schema import set_field
 from jaxgpt.config.validate import validate
 from jaxgpt.parallel.mesh import mesh_shape
+from jaxgpt.system.errors import BadInput
 
 POLICIES = ("none", "dots", "full", "offload")  # the one that keeps most first
 MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")

@@ -5,9 +5,9 @@ import dataclasses
 from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import BadInput
-from jaxgpt.config.load import read_config
+from jaxgpt.config.stored import read_config
 from jaxgpt.metrics.rows import METRICS, SAMPLES, read_rows
+from jaxgpt.system.errors import BadInput
 
 MAX_POINTS = 1500  # of a curve: more than a screen has pixels
 MAX_SAMPLES = 60

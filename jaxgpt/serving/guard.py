@@ -17,8 +17,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxgpt.config import BadInput
 from jaxgpt.serving.openai import Refused
+from jaxgpt.system.errors import BadInput
 
 
 def reply(value: object, status: int = 200, headers: dict | None = None) -> Response:

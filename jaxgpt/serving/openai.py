@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxgpt.config import BadInput, ModelConfig
-from jaxgpt.config.encoding import check_text
+from jaxgpt.config import ModelConfig
 from jaxgpt.inference.complete import Continuation, Request, request_of, shown
 from jaxgpt.inference.decode import BEST, check_length, prompt_tokens
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.score import Scores
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import GrowingText, Tokenizer, text_before
 
 END_OF_TEXT = "<|endoftext|>"

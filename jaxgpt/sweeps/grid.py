@@ -6,9 +6,10 @@ import math
 import random
 import re
 
-from jaxgpt.config import BadInput, Config
+from jaxgpt.config import Config
 from jaxgpt.config.schema import fields_of, set_field
 from jaxgpt.config.validate import check_known, validate
+from jaxgpt.system.errors import BadInput
 
 Choice = dict[str, object]  # field path -> value
 MOST_RUNS = 10_000

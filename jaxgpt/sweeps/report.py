@@ -5,9 +5,9 @@ import math
 from html import escape
 from pathlib import Path
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import read_json, write_whole
 from jaxgpt.sweeps.grid import Choice, name_of
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import read_json, write_whole
 
 RESULTS = "results.json"
 COLOURS = ("#d95f02", "#1b6ca8", "#5a9bd4", "#a6c8e4", "#cfdfec")

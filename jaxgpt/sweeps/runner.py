@@ -12,10 +12,10 @@ from queue import SimpleQueue
 from etils import epath
 
 from jaxgpt.config import Config
-from jaxgpt.config.cli import say
-from jaxgpt.config.load import check_resume, read_config
+from jaxgpt.config.stored import check_resume, read_config
 from jaxgpt.metrics.rows import METRICS, read_rows
 from jaxgpt.sweeps.grid import Choice, applied, name_of
+from jaxgpt.system.console import say
 from jaxgpt.training.end import read_end
 
 # One process sees one device: the variables that CUDA, ROCm and libtpu read.

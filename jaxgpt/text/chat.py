@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.encoding import check_text
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.formats import json_rows
 from jaxgpt.text.pieces import Part, Piece
 

@@ -19,8 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.extras import require
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.extras import require
 from jaxgpt.text.ngrams import ngram_hashes
 from jaxgpt.text.pieces import Piece, whole
 from jaxgpt.text.quality import quality_fault

@@ -14,11 +14,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import say
-from jaxgpt.config.encoding import printable
-from jaxgpt.config.extras import require
-from jaxgpt.config.files import Damaged, Missing, read_json, write_whole
+from jaxgpt.system.console import say
+from jaxgpt.system.encoding import printable
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.extras import require
+from jaxgpt.system.files import Damaged, Missing, read_json, write_whole
 
 BLOCK = 1 << 20
 ZSTD_BLOCK = 1 << 12  # of compressed bytes: at most 128 MB of zeros come out of it at once

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.encoding import check_text
-from jaxgpt.config.extras import require
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.extras import require
 from jaxgpt.text.files import LONGEST, blocks, lines, opened
 from jaxgpt.text.pieces import Piece, in_pieces
 

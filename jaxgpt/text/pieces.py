@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.encoding import printable
+from jaxgpt.system.encoding import printable
+from jaxgpt.system.errors import BadInput
 
 PIECE_CHARS = 1 << 16  # longer documents come in pieces: no corpus need fit in memory, and
 # SentencePiece takes less time for ten pieces than for one ten times as long

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import BadInput, DataConfig
+from jaxgpt.config import DataConfig
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.chat import read_chat
 from jaxgpt.text.files import digest, expand, stamps
 from jaxgpt.text.formats import (

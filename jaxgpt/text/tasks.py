@@ -9,8 +9,8 @@ questions   {"context", "question", "answers"}      SQuAD's answers, a list, or 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.encoding import check_text
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.chat import piece_of
 from jaxgpt.text.formats import json_rows
 from jaxgpt.text.pieces import Part, Piece

@@ -5,7 +5,7 @@ import importlib
 import os
 from collections.abc import Iterator
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.pieces import Piece
 
 HELD_OUT = ("validation", "valid", "dev", "test")  # splits that serve for validation, best first

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import Damaged, read_json
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import Damaged, read_json
 from jaxgpt.tokenizer.base import HALF, TrainingText, known
 
 VOCAB_FILE = "characters.json"

@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import read_json
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import read_json
 from jaxgpt.tokenizer.base import known, without_half
 
 END_OF_TEXT = "<|endoftext|>"

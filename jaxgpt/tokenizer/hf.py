@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import read_json
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import read_json
 from jaxgpt.tokenizer.base import known, without_half
 from jaxgpt.tokenizer.gpt2 import bytes_of
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import Damaged, path_of, read_json
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import Damaged, path_of, read_json
 from jaxgpt.tokenizer.base import ByteTokenizer, Tokenizer, TrainingText
 from jaxgpt.tokenizer.char import CharTokenizer
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer

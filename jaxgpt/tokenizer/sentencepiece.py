@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import sentencepiece
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer.base import TrainingText, known, without_half
 
 MODEL_FILE = "sentencepiece.model"

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import read_json
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import read_json
 from jaxgpt.tokenizer.base import Tokenizer
 
 FILE = "special_tokens.json"

@@ -9,7 +9,7 @@ import json
 
 from etils import epath
 
-from jaxgpt.config.files import Damaged, read_json, write_whole
+from jaxgpt.system.files import Damaged, read_json, write_whole
 
 FILE = "end.json"
 REASONS = ("num_steps", "early_stop", "diverged")

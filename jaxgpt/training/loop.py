@@ -19,25 +19,21 @@ from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.checkpointing.choice import best_of, is_out_of_patience
-from jaxgpt.config import BadInput, SampleConfig
-from jaxgpt.config.cli import say
 from jaxgpt.data.pipeline import device_batches, training_stream
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.inference.complete import Request, completed
-from jaxgpt.inference.decode import Decoder, prompt_tokens
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.training_sample import Sampler
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
-from jaxgpt.metrics.throughput import mfu
-from jaxgpt.model import ModelSpec
-from jaxgpt.parallel.hosts import Vote
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.model.flops import mfu
+from jaxgpt.processes.hosts import Vote
+from jaxgpt.processes.stop import StopRequest
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
 from jaxgpt.training.divergence import Diverged, Spikes, batch_of
 from jaxgpt.training.setup import Training
 from jaxgpt.training.state import TrainState
 from jaxgpt.training.step import make_eval_step
-from jaxgpt.training.stop import StopRequest
 
 DIVERGED = 3  # the exit code of a run that diverged and could not recover
 WORST = 1e30  # stands for a validation loss that is not finite: JSON has no infinity
@@ -337,29 +333,6 @@ def _finite(value: float) -> float | None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class Sampler:
-    """The sample taken while training; compiled once, seeded by the step."""
-
-    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, cfg: SampleConfig):
-        self.spec, self.tokenizer = spec, tokenizer
-        self.text, length = cfg.prompt, len(prompt_tokens(tokenizer, cfg.prompt))
-        self.room = min(cfg.max_new_tokens, spec.cfg.max_seq_len - length)
-        if self.room < 0:
-            raise BadInput(
-                f"sample.prompt has {length} tokens, more than"
-                f" model.max_seq_len={spec.cfg.max_seq_len}"
-            )
-        self.sampling = Sampling(cfg.temperature, cfg.top_k)
-        self.sampling.check("sample.")
-
-    def __call__(self, params: dict, seed: int) -> str:
-        if not self.room:
-            return ""
-        decoder = Decoder.of(self.spec, params, self.tokenizer.vocab_size)
-        request = Request(self.text, self.room, self.sampling, seed)
-        return completed(decoder, self.tokenizer, [request])[0].text
 
 
 class _Speed:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 from jaxgpt.training.state import TrainState
 
 GIB = 2**30

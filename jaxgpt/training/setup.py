@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jaxgpt.config import BadInput, Config
+from jaxgpt.config import Config
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.parallel.mesh import devices_along
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.parallel.torus import torus_of
+from jaxgpt.system.errors import BadInput
 from jaxgpt.training.state import TrainState, init_state
 from jaxgpt.training.step import make_train_step
 from jaxgpt.training.warm_start import warm_params

@@ -8,8 +8,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.model import GPT, ModelSpec
-from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.optim.groups import join, split, trainable
 from jaxgpt.optim.optimizers import at_step, make_optimizer
 from jaxgpt.optim.schedules import make_schedule

@@ -7,9 +7,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.cli import say
 from jaxgpt.metrics.rows import METRICS, read_rows
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens")
 OURS = ("--verify_resume", "--workdir")

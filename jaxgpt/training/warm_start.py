@@ -9,17 +9,18 @@ import numpy as np
 from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
-from jaxgpt.config import BadInput, Config, MeshConfig, ModelConfig
-from jaxgpt.config.cli import say
-from jaxgpt.config.load import read_config
+from jaxgpt.config import Config, MeshConfig, ModelConfig
+from jaxgpt.config.stored import read_config
 from jaxgpt.interchange.folder import is_model_folder, open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer
 from jaxgpt.interchange.weights import flatten, read_params, unflatten
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import is_addition, magnitudes, merged
 from jaxgpt.optim.groups import parse_patterns
-from jaxgpt.parallel import hosts
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.processes import hosts
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows

@@ -28,10 +28,11 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxgpt.config import stores
+from jaxgpt.metrics.rows import ROW, read_rows
+from jaxgpt.system import stores
 from tests.conftest import ROOT, xla_flags
 from tests.parallel.processes import free_port
-from tests.parallel.stores import served, text_of
+from tests.parallel.stores import served
 
 FORKS = multiprocessing.get_context("forkserver")
 KILLED = """
@@ -63,7 +64,7 @@ def train_as_ordered(argv: list[str], log: str) -> None:
     os.environ["XLA_FLAGS"] = xla_flags(1)  # the tests' modules have asked for eight devices
     sys.argv = ["train", *argv]
     from jaxgpt import train
-    from jaxgpt.config.cli import run
+    from jaxgpt.cli.run import run
 
     run(train.main)
 
@@ -87,9 +88,8 @@ def started(folder: Path, workdir: str, processes: int = 1) -> list[BaseProcess]
 
 
 def rows(workdir: str) -> list[dict]:
-    """The rows so far, without what time decides; a half-written last line is left out."""
-    text = text_of(epath.Path(workdir) / "metrics.jsonl")
-    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """The rows so far, without what time decides."""
+    found = read_rows(epath.Path(workdir) / "metrics.jsonl", ROW)
     return [{k: row[k] for k in ("step", "split", "loss")} for row in found]
 
 

@@ -14,11 +14,11 @@ import pytest
 from etils import epath
 
 from jaxgpt import evaluate, sample, train
-from jaxgpt.config.load import read_config
+from jaxgpt.config.schema import IGNORE
+from jaxgpt.config.stored import read_config
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.inference.trained import open_trained
-from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
 from jaxgpt.training import verify_resume as verify_module
 from tests.conftest import ROOT, wait_until, xla_flags

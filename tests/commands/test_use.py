@@ -35,7 +35,7 @@ import jaxgpt
 for found in pkgutil.iter_modules(jaxgpt.__path__):
     importlib.import_module(f"jaxgpt.{found.name}")
 from jaxgpt import train
-from jaxgpt.config.cli import run
+from jaxgpt.cli.run import run
 run(train.main)
 """
 # Stands for a package that is installed, and writes down who imports it.

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 from absl import flags
 
-from jaxgpt.config import BadInput, Config, MeshConfig, ModelConfig
-from jaxgpt.config.cli import parse
-from jaxgpt.config.load import check_resume, config_of, define_config_flag, from_json, to_json
+from jaxgpt.cli.flags import config_of, define_config_flag, parse
+from jaxgpt.config import Config, MeshConfig, ModelConfig
 from jaxgpt.config.schema import fields_of, get_field, set_field
+from jaxgpt.config.stored import check_resume, from_json, to_json
 from jaxgpt.config.validate import validate
 from jaxgpt.parallel.mesh import mesh_shape
+from jaxgpt.system.errors import BadInput
 
 FILE = "from jaxgpt.config import Config\ndef get_config():\n    return Config(batch_size=4)\n"
 

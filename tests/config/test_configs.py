@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxgpt.cli.flags import load_file
 from jaxgpt.config import Config, MeshConfig
-from jaxgpt.config.load import load_file
 from jaxgpt.config.validate import validate
 from jaxgpt.model.gpt import count_parameters
 from jaxgpt.parallel.mesh import make_mesh

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.files import Damaged, Missing, read_json, scratch_for, whole_folder, write_whole
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import Damaged, Missing, read_json, scratch_for, whole_folder, write_whole
 from jaxgpt.text import files as text_files
 from jaxgpt.text.files import digest
 

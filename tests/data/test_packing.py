@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import prepare as prepare_command
-from jaxgpt.config import BadInput, Config, DataConfig, ModelConfig
+from jaxgpt.config import Config, DataConfig, ModelConfig
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.mixture import Turns
 from jaxgpt.data.packing import make_plan, plan_for
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.data.windows import Packed
 from jaxgpt.model import ModelSpec
-from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, tiny_config
 from tests.data.damage import DAMAGE
 

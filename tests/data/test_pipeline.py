@@ -9,16 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.mixture import Turns
-from jaxgpt.data.pipeline import (
-    Stream,
-    _local_rows,
-    device_batches,
-    evaluation_batch,
-    evaluation_windows,
-)
+from jaxgpt.data.pipeline import Stream, _local_rows, device_batches
 from jaxgpt.data.windows import Contiguous
-from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows
 from jaxgpt.parallel.rules import AxisRules
 from tests.conftest import mesh_of, tiny_config
 

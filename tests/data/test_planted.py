@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data.pipeline import evaluation_batch, evaluation_windows
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.prepare import prepare, prepare_whole
 from jaxgpt.data.shards import SplitWriter, token_dtype
-from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows
 from jaxgpt.text import files, formats, pieces
 from jaxgpt.text.cleaning import Report, clean, make_steps
 from jaxgpt.text.pieces import Piece

@@ -17,11 +17,12 @@ from tokenizers import models, pre_tokenizers
 
 from jaxgpt import prepare as prepare_command
 from jaxgpt import train as train_command
-from jaxgpt.config import BadInput, DataConfig
+from jaxgpt.config import DataConfig
 from jaxgpt.data import prepare as module
 from jaxgpt.data import shards
 from jaxgpt.data.prepare import prepare, prepare_whole, read_prepared
 from jaxgpt.data.shards import read_meta, write_once
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text import formats
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import CORPUS, wait_until
@@ -298,7 +299,7 @@ def test_a_full_disk_leaves_nothing(corpus, tmp_path):
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
-        "from jaxgpt.config.cli import run; from jaxgpt.config import DataConfig;"
+        "from jaxgpt.cli.run import run; from jaxgpt.config import DataConfig;"
         "from jaxgpt.data.prepare import prepare;"
         f"run(lambda argv: prepare(DataConfig(source='text:{corpus}/*.txt'), '{tmp_path}/out'))"
     )

@@ -10,13 +10,15 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxgpt import convert, evaluate, train
-from jaxgpt.config import BadInput, Config, DataConfig, ModelConfig
+from jaxgpt.config import Config, DataConfig, ModelConfig
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.config.validate import validate
-from jaxgpt.data.pipeline import evaluation_batch, training_stream
+from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluation.tasks import Choices, normalised, overlap, questions
+from jaxgpt.evaluation.windows import evaluation_batch
 from jaxgpt.model import ModelSpec
-from jaxgpt.ops.cross_entropy import IGNORE
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.chat import JINJA, TEMPLATES, row_parts
 from jaxgpt.text.tasks import Example, read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import convert, evaluate
-from jaxgpt.config import BadInput, DataConfig
+from jaxgpt.config import DataConfig
 from jaxgpt.data.prepare import prepare_whole
 from jaxgpt.evaluation import tasks
 from jaxgpt.evaluation.multiple_choice import (
@@ -19,6 +19,7 @@ from jaxgpt.evaluation.multiple_choice import (
     token_pair,
 )
 from jaxgpt.inference.trained import open_trained
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.tasks import read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer
 from tests.interchange.test_import_export import model_folder

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from jaxgpt import convert, evaluate
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 from jaxgpt.training.end import REASONS, forget_end, read_end, record_end
 from tests.conftest import CORPUS
 from tests.interchange.test_import_export import model_folder

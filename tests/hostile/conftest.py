@@ -26,7 +26,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 
 LONGEST = 10.0  # seconds of this process's CPU time that a case may take
 HANGS = 120.0  # seconds after which a case that waits for something is given up

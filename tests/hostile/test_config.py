@@ -8,18 +8,12 @@ from absl import flags
 from etils import epath
 from hypothesis import strategies as st
 
-from jaxgpt.config import BadInput, Config
-from jaxgpt.config.cli import parse
-from jaxgpt.config.load import (
-    checked,
-    config_of,
-    define_config_flag,
-    from_json,
-    read_config,
-    to_json,
-)
+from jaxgpt.cli.flags import config_of, define_config_flag, parse
+from jaxgpt.config import Config
 from jaxgpt.config.schema import fields_of, get_field, leaves_of, set_field
-from jaxgpt.config.validate import validate
+from jaxgpt.config.stored import from_json, read_config, to_json
+from jaxgpt.config.validate import checked, validate
+from jaxgpt.system.errors import BadInput
 from tests.hostile.conftest import FUZZ, Case, mutated, name_of, refused
 
 FILE = "from jaxgpt.config import *\ndef get_config():\n    c = Config()\n    {}\n    return c\n"

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
 
 from jaxgpt import prepare
-from jaxgpt.config import BadInput, DataConfig
+from jaxgpt.config import DataConfig
 from jaxgpt.data.prepare import prepare as prepare_data
 from jaxgpt.data.prepare import read_prepared
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text import files, formats, pieces
 from jaxgpt.text.cleaning import make_steps
 from jaxgpt.text.sources import open_sources

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxgpt import convert
-from jaxgpt.config.files import scratch_for
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
@@ -24,6 +23,7 @@ from jaxgpt.interchange.tokenizers import read_tokenizer
 from jaxgpt.interchange.torch_file import TorchFile
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
+from jaxgpt.system.files import scratch_for
 from tests.conftest import mesh_of, tiny_config
 from tests.golden.openai_gpt2 import FOLDER as OPENAI
 from tests.hostile.conftest import FUZZ, Case, in_time, mutated, name_of, refused

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.encoding import check_text
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
 
 
 def raising(error):

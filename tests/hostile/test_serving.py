@@ -13,13 +13,13 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from jaxgpt.config import BadInput
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.model import ModelSpec
 from jaxgpt.serving.app import MAX_BODY, make_app
 from jaxgpt.serving.batcher import Batcher, Busy
 from jaxgpt.serving.connections import connection_class
 from jaxgpt.serving.guard import Guard
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import mesh_of, tiny_config
 from tests.hostile.conftest import FUZZ, mutated

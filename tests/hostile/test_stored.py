@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxgpt.checkpointing import choice, manifest
 from jaxgpt.config import Config
-from jaxgpt.config.load import to_json
+from jaxgpt.config.stored import to_json
 from jaxgpt.metrics.rows import METRICS, SAMPLES, RowFile, read_rows
 from jaxgpt.reports import gather
 from jaxgpt.training.end import read_end, record_end

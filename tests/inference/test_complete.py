@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxgpt.config import BadInput
 from jaxgpt.inference.complete import Continuation, Request, complete, completed, request_of
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import mesh_of, tiny_config
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import BadInput
 from jaxgpt.inference.beam import beam_search
 from jaxgpt.inference.decode import Decoder, check_length, generate, keys_of, stream, until
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
+from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, tiny_config
 from tests.model.test_gpt import VARIANTS
 

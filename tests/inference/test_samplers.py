@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import BadInput
 from jaxgpt.inference.samplers import (
     BLOCK,
     Sampling,
@@ -15,6 +14,7 @@ from jaxgpt.inference.samplers import (
     keep_top_k,
     keep_top_p,
 )
+from jaxgpt.system.errors import BadInput
 
 DRAWS = 20_000
 LOGITS = np.log([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])

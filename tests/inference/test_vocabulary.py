@@ -56,7 +56,7 @@ def test_beams(model):
 
 
 def test_the_sample_of_training(model):
-    from jaxgpt.training.loop import Sampler
+    from jaxgpt.inference.training_sample import Sampler
 
     text = Sampler(model[0], BYTES, SampleConfig(prompt="ab", max_new_tokens=40))(model[1], 7)
     decoder = Decoder.of(*model, BYTES.vocab_size)

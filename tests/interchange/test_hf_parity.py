@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from jaxgpt import convert, evaluate, sample, train
-from jaxgpt.config.load import read_config
+from jaxgpt.config.stored import read_config
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.interchange.folder import open_folder

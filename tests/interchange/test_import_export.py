@@ -15,8 +15,8 @@ from etils import epath
 
 from jaxgpt import convert, evaluate, sample
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import BadInput, ModelConfig
-from jaxgpt.config.load import read_config
+from jaxgpt.config import ModelConfig
+from jaxgpt.config.stored import read_config
 from jaxgpt.interchange.families import FAMILIES, family_of
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
@@ -24,6 +24,7 @@ from jaxgpt.interchange.tokenizers import _byte_name
 from jaxgpt.interchange.torch_file import TorchFile
 from jaxgpt.interchange.weights import flatten, read_params, write_params
 from jaxgpt.model import ModelSpec
+from jaxgpt.system.errors import BadInput
 from tests.conftest import CORPUS, ROOT, mesh_of, tiny_config
 from tests.golden.openai_gpt2 import FOLDER as OPENAI
 from tests.golden.openai_gpt2 import variables

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from jaxgpt.parallel import hosts
+from jaxgpt.processes import hosts
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "launch"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from jaxgpt.config import BadInput
 from jaxgpt.metrics.rows import METRICS, SAMPLES, RowFile, read_rows
+from jaxgpt.system.errors import BadInput
 
 ENDS = "a\u2028b\u2029c\u0085d\x1ce\x0bf\r\ng\nh"  # what str.splitlines cuts at
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import BadInput
 from jaxgpt.ops import splash
 from jaxgpt.ops.attention import choose_kernel, xla_attention
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.splash import splash_attention
+from jaxgpt.system.errors import BadInput
 from tests.ops.test_ops import normal
 
 

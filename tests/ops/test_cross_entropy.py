@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.ops import cross_entropy as module
-from jaxgpt.ops.cross_entropy import IGNORE, cross_entropy, parts_for
+from jaxgpt.ops.cross_entropy import cross_entropy, parts_for
 from jaxgpt.parallel.rules import AxisRules
 from tests.conftest import mesh_of, tiny_config
 from tests.ops.test_ops import normal

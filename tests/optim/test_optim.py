@@ -10,12 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt.config import BadInput, ModelConfig, OptimConfig
+from jaxgpt.config import ModelConfig, OptimConfig
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.layers import hidden_std
 from jaxgpt.optim.groups import decay_mask, lr_factors
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.optim.schedules import make_schedule
+from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, tiny_config
 
 

@@ -12,18 +12,6 @@ from contextlib import contextmanager
 from tests.parallel.processes import free_port
 
 
-def text_of(path) -> str:
-    """Returns the text of a file that another process may be replacing; '' if there is none yet."""
-    for _ in range(100):
-        try:
-            return path.read_text()
-        except FileNotFoundError:
-            return ""
-        except OSError:  # s3fs: replaced between its two requests
-            time.sleep(0.05)
-    raise AssertionError(f"{path} cannot be read")
-
-
 @contextmanager
 def served(kind: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Starts a server of `kind`, s3 or gs; yields a bucket's URL and what a process must have in

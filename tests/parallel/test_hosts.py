@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import train
-from jaxgpt.parallel.hosts import HEARTBEAT
+from jaxgpt.processes.hosts import HEARTBEAT
 from jaxgpt.training import step
 from tests.conftest import CORPUS, xla_flags
 from tests.parallel.processes import (
@@ -28,8 +28,8 @@ SCRIPT = r"""
 import sys, jax
 jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 from jaxgpt.config import BadInput, PeerLost
-from jaxgpt.config.cli import run
-from jaxgpt.parallel.hosts import check_same, on_first
+from jaxgpt.cli.run import run
+from jaxgpt.processes.hosts import check_same, on_first
 FAULTS = [  # what process 0 does, what it raises, what the others raise, what that says
     (lambda: open("/no/file"), FileNotFoundError, PeerLost, "No such file"),
     (lambda: 1 / 0, ZeroDivisionError, PeerLost, "ZeroDivisionError"),
@@ -164,7 +164,7 @@ def test_weights_to_start_from_are_split_over_processes(place, command):
 
 POISONED = """
 import jax.numpy as jnp
-from jaxgpt.parallel.hosts import HEARTBEAT
+from jaxgpt.processes.hosts import HEARTBEAT
 from jaxgpt.training import step
 honest = step.token_losses
 def poisoned(model, micro, key):

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from jaxgpt import plan
-from jaxgpt.config import BadInput, Config
-from jaxgpt.config.load import load_file
-from jaxgpt.metrics.throughput import flops_per_token
+from jaxgpt.cli.flags import load_file
+from jaxgpt.config import Config
+from jaxgpt.model.flops import flops_per_token
 from jaxgpt.planning.hardware import TPUS, Chip, gpu_chip, local_chip
 from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
+from jaxgpt.system.errors import BadInput
 from tests.conftest import ROOT
 
 KEYS = {

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from jaxgpt.config import BadInput
-from jaxgpt.config.load import to_json
+from jaxgpt.config.stored import to_json
 from jaxgpt.reports.gather import MAX_POINTS, MAX_SAMPLES, gathered
+from jaxgpt.system.errors import BadInput
 from tests.conftest import tiny_config
 
 

@@ -14,12 +14,13 @@ from absl import flags
 from etils import epath
 
 from jaxgpt import sweep
-from jaxgpt.config import BadInput, Config
-from jaxgpt.config.cli import parse
-from jaxgpt.config.load import config_of, define_config_flag, to_json
+from jaxgpt.cli.flags import config_of, define_config_flag, parse
+from jaxgpt.config import Config
+from jaxgpt.config.stored import to_json
 from jaxgpt.sweeps.grid import applied, choices, name_of, parse_grid, rungs
 from jaxgpt.sweeps.report import write_results
 from jaxgpt.sweeps.runner import Children
+from jaxgpt.system.errors import BadInput
 from jaxgpt.training.end import record_end
 from tests.conftest import ROOT, wait_until, xla_flags
 

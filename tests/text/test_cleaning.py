@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.cleaning import (
     Report,
     clean,

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from jaxgpt.config import BadInput, DataConfig
+from jaxgpt.config import DataConfig
 from jaxgpt.data.split import scan
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text import files, pieces
 from jaxgpt.text.sources import open_sources
 from jaxgpt.tokenizer.base import ByteTokenizer

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 from jaxgpt.text.pieces import cut_at
 from jaxgpt.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 
 STATE = {"a": jax.numpy.ones(3)}
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxgpt.checkpointing import checkpoints as module
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 from jaxgpt.training.setup import make_training
 from tests.conftest import mesh_of, random_batch, tiny_config
 

@@ -18,7 +18,7 @@ from tensorboard.compat.proto import event_pb2
 
 from jaxgpt import prepare, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import cli
+from jaxgpt.cli import run as cli
 from jaxgpt.metrics import rows as rows_module
 from tests.conftest import xla_flags
 from tests.parallel.processes import finish, rows, wait_for_step

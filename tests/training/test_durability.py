@@ -8,7 +8,7 @@ import pytest
 
 from jaxgpt import checkpoint, evaluate, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import BadInput
+from jaxgpt.system.errors import BadInput
 from jaxgpt.training.setup import make_training
 from tests.conftest import mesh_of, tiny_config
 

@@ -11,13 +11,13 @@ from etils import epath
 
 from jaxgpt import checkpoint, convert, evaluate, sample, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import BadInput
-from jaxgpt.config.load import to_json
+from jaxgpt.config.stored import to_json
 from jaxgpt.interchange.tokenizers import write_tokenizer
 from jaxgpt.interchange.weights import flatten
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import merged
 from jaxgpt.optim.groups import join, split, trainable
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
@@ -280,7 +280,7 @@ def test_a_larger_vocabulary_a_shorter_context_a_new_head_and_lora(command, tmp_
     assert code == 0 and "of them trained" in err, err
     from etils import epath
 
-    from jaxgpt.config.load import read_config
+    from jaxgpt.config.stored import read_config
 
     config = read_config(epath.Path(tmp_path / "w"))
     with jax.set_mesh(mesh_of(tiny_config())):

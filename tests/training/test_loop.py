@@ -11,7 +11,8 @@ from jaxgpt import train
 from jaxgpt.config import Config, DataConfig, ModelConfig
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.training.loop import Clock, Loop, Sampler
+from jaxgpt.inference.training_sample import Sampler
+from jaxgpt.training.loop import Clock, Loop
 from jaxgpt.training.setup import make_training, resolve_vocab
 from jaxgpt.training.state import TrainState
 from tests.conftest import mesh_of

@@ -11,9 +11,11 @@ import pytest
 from etils import epath
 
 from jaxgpt import checkpoint, convert, evaluate, prepare, report, sample, train
-from jaxgpt.config import BadInput, stores
+from jaxgpt.metrics.rows import ROW, read_rows
+from jaxgpt.system import stores
+from jaxgpt.system.errors import BadInput
 from tests.conftest import CORPUS, xla_flags
-from tests.parallel.stores import served, text_of
+from tests.parallel.stores import served
 
 CONFIG = """
 from jaxgpt.config import *
@@ -43,8 +45,7 @@ def bucket(request):
 
 def rows(workdir) -> list[dict]:
     """The rows so far without what time decides, each of which must stand once."""
-    text = text_of(epath.Path(workdir) / "metrics.jsonl")
-    found = [json.loads(line) for line in text.splitlines()]
+    found = read_rows(epath.Path(workdir) / "metrics.jsonl", ROW)  # while training replaces it
     assert len({(row["step"], row["split"]) for row in found}) == len(found)
     return [{k: row[k] for k in ("step", "split", "loss")} for row in found]
 

@@ -10,8 +10,8 @@ import pytest
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, OptimConfig
+from jaxgpt.config.schema import IGNORE
 from jaxgpt.model import ModelSpec
-from jaxgpt.ops.cross_entropy import IGNORE
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.training import loss_scale
 from jaxgpt.training import step as step_module

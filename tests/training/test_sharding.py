@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.config import BadInput, Config, MeshConfig
+from jaxgpt.config import Config, MeshConfig
 from jaxgpt.data.mixture import Turns
 from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.windows import Contiguous
@@ -19,6 +19,7 @@ from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.parallel.torus import Torus, torus_of
 from jaxgpt.planning.hardware import LIBTPU_ENVIRONMENT
 from jaxgpt.planning.program import Program
+from jaxgpt.system.errors import BadInput
 from jaxgpt.training.setup import make_training
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
 

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints, save_weights
-from jaxgpt.config import cli
-from jaxgpt.config.files import whole_folder
+from jaxgpt.cli import run as cli
+from jaxgpt.system.files import whole_folder
 
 STATE = {f"a{i}": jnp.ones((100, 100)) for i in range(10)}  # 40 KB each
 

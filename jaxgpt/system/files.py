@@ -15,7 +15,8 @@ from typing import Any
 
 from etils import epath
 
-from jaxgpt.config.errors import BadInput
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.stores import read_bytes
 
 DEEPEST = 100  # nested levels of a JSON value; ours have at most six
 NUMBERS = 1 << 63  # integers are below it in magnitude
@@ -52,7 +53,7 @@ def read_json(path: os.PathLike, schema: Any = object, remedy: str = "") -> Any:
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise Damaged(path, "it is not a file", remedy)
-        return parse_json(epath.Path(path).read_bytes(), schema)
+        return parse_json(read_bytes(path), schema)
     except FileNotFoundError as e:
         raise Missing(path, remedy) from e
     except OSError as e:

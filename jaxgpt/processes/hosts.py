@@ -24,9 +24,8 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from jaxgpt.config import BadInput, PeerLost
-from jaxgpt.config.cli import silence
-from jaxgpt.config.errors import one_line
+from jaxgpt.system.console import silence
+from jaxgpt.system.errors import BadInput, PeerLost, one_line
 
 HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
 VOTE_LAG = 2  # steps between a vote and its count: by then it is on the host

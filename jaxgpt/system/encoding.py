@@ -1,6 +1,6 @@
 """Where text from outside is checked: what is no Unicode text is refused here, by name."""
 
-from jaxgpt.config.errors import BadInput
+from jaxgpt.system.errors import BadInput
 
 
 def check_text(text: str, what: str) -> str:

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from jaxgpt.config.errors import BadInput
+from jaxgpt.system.errors import BadInput
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

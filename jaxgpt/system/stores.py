@@ -11,8 +11,8 @@ import shutil
 
 from etils import epath
 
-from jaxgpt.config.errors import BadInput
-from jaxgpt.config.extras import require
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.extras import require
 
 PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # fsspec's package, our extra
 
@@ -47,6 +47,20 @@ def _reach(url: str) -> None:
         epath.Path(url).exists()
     except Exception as e:  # each store raises its own
         raise BadInput(f"{url} cannot be reached: {e}") from e
+
+
+def read_bytes(path) -> bytes:
+    """Returns a file's bytes, all of one moment, though another process may be replacing it.
+
+    On an object store that is one request: fsspec's open files ask for the size first, and then for
+    as many bytes of whatever is there by then.
+    """
+    if not is_object_store(path):
+        return epath.Path(path).read_bytes()
+    import fsspec
+
+    store, name = fsspec.core.url_to_fs(os.fspath(path))
+    return store.cat_file(name)
 
 
 def check_store_writable(url) -> None:

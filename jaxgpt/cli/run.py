@@ -12,52 +12,9 @@ import warnings
 from collections.abc import Callable
 from logging import CRITICAL, getLogger
 
-from absl import flags, logging
+from absl import logging
 
-from jaxgpt.config.encoding import check_setting
-from jaxgpt.config.errors import BadInput, PeerLost, described, one_line
-from jaxgpt.config.load import wrong_value
-from jaxgpt.config.schema import Config, fields_of
-from jaxgpt.config.validate import any_of, named
-
-
-def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValues:
-    """Parses `argv` into `values`; prints the help and exits 0 on `--help`.
-
-    Raises:
-      BadInput: for an unknown flag, an ill-typed value, a stray positional argument, or bytes that
-        are not UTF-8.
-    """
-    for arg in argv[1:]:
-        check_setting(arg, f"the argument {arg[:100]}")
-    if any(arg in ("-h", "-help", "--help") for arg in argv[1:]):
-        print(f"{doc.strip()}\n\nflags:\n{_help(values)}")
-        raise SystemExit(0)
-    try:
-        rest = values(argv)
-    except flags.UnrecognizedFlagError as e:
-        if "config" in values:  # a field without its prefix?
-            if found := named(e.flagname, fields_of(Config())):
-                raise BadInput(
-                    f"unknown flag --{e.flagname}; did you mean {any_of(found, '--config.')}?"
-                ) from e
-        raise BadInput(str(e)) from e
-    except (flags.Error, ValueError) as e:  # ValueError: `--noflag=value`, a flagfile of no text
-        raise BadInput(wrong_value(str(e))) from e
-    if len(rest) > 1:
-        raise BadInput(f"unexpected argument {rest[1]!r}: values are given as --flag=value")
-    return values
-
-
-def _help(values: flags.FlagValues) -> str:
-    lines = []
-    for name in sorted(values):
-        flag = values[name]
-        plain = flag.default in (None, "") or name == "config"
-        default = "" if plain else f" (default: {flag.default})"
-        lines.append(f"  --{name}: {flag.help}{default}")
-    return "\n".join(lines)
-
+from jaxgpt.system.errors import BadInput, PeerLost, described, one_line
 
 GRACE = 5.0  # seconds for threads to end by themselves after an error
 # What the system refuses because of the path, the permissions or the space that it was given.
@@ -155,18 +112,3 @@ def _no_closed_loops(found) -> None:
     """
     if "Event loop is closed" not in str(found.exc_value):
         sys.__unraisablehook__(found)
-
-
-_speaks = True
-
-
-def silence() -> None:
-    """Makes `say` print nothing from here on: what people read comes from one process."""
-    global _speaks
-    _speaks = False
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Prints a line for people: stderr, at once."""
-    if _speaks:
-        print(text, end=end, file=sys.stderr, flush=True)

@@ -1,8 +1,7 @@
 """Model FLOPs and how much of the devices' peak they use."""
 
 from jaxgpt.config import ModelConfig
-
-GATED = ("swiglu", "geglu")  # feed-forward layers of three matrices
+from jaxgpt.ops.activations import GATED
 
 # Dense bf16 FLOP/s of one device by `device_kind`, from the makers' data sheets.
 PEAK_FLOPS = {

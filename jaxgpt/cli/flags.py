@@ -1,0 +1,137 @@
+"""A command's flags, `--config=FILE` and `--config.FIELD=VALUE` among them."""
+
+import copy
+import re
+import runpy
+import signal
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from jaxgpt.config.schema import Config, fields_of
+from jaxgpt.config.validate import any_of, check_known, checked, named
+from jaxgpt.system.encoding import check_setting
+from jaxgpt.system.errors import BadInput, described
+
+
+def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValues:
+    """Parses `argv` into `values`; prints the help and exits 0 on `--help`.
+
+    Raises:
+      BadInput: for an unknown flag, an ill-typed value, a stray positional argument, or bytes that
+        are not UTF-8.
+    """
+    for arg in argv[1:]:
+        check_setting(arg, f"the argument {arg[:100]}")
+    if any(arg in ("-h", "-help", "--help") for arg in argv[1:]):
+        print(f"{doc.strip()}\n\nflags:\n{_help(values)}")
+        raise SystemExit(0)
+    try:
+        rest = values(argv)
+    except flags.UnrecognizedFlagError as e:
+        if "config" in values:  # a field without its prefix?
+            if found := named(e.flagname, fields_of(Config())):
+                raise BadInput(
+                    f"unknown flag --{e.flagname}; did you mean {any_of(found, '--config.')}?"
+                ) from e
+        raise BadInput(str(e)) from e
+    except (flags.Error, ValueError) as e:  # ValueError: `--noflag=value`, a flagfile of no text
+        raise BadInput(wrong_value(str(e))) from e
+    if len(rest) > 1:
+        raise BadInput(f"unexpected argument {rest[1]!r}: values are given as --flag=value")
+    return values
+
+
+def _help(values: flags.FlagValues) -> str:
+    lines = []
+    for name in sorted(values):
+        flag = values[name]
+        plain = flag.default in (None, "") or name == "config"
+        default = "" if plain else f" (default: {flag.default})"
+        lines.append(f"  --{name}: {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
+    """Defines `--config=FILE` and its `--config.a.b=value` overrides on `values`.
+
+    Raises:
+      BadInput: if an override names no field; the message suggests the nearest.
+    """
+    known = fields_of(Config())
+    for arg in argv[1:]:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
+            check_known(match[1], known, "--config.")
+    try:
+        config_flags.DEFINE_config_dataclass(
+            "config",
+            Config(),
+            "config file, for example configs/tiny.py; --config.FIELD=VALUE sets any field",
+            flag_values=values,
+            sys_argv=argv,
+            parse_fn=load_file,
+        )
+    except (flags.Error, ValueError) as e:  # --flagfile is read here
+        raise BadInput(described(e)) from e
+
+
+def config_of(values: flags.FlagValues) -> Config:
+    """Returns the parsed, overridden, checked config, its derived sizes filled in.
+
+    Raises:
+      BadInput: if `--config` was not given, or see `validate`.
+    """
+    config = given_config(values)
+    config.model = config.model.with_sizes()
+    return config
+
+
+def given_config(values: flags.FlagValues) -> Config:
+    """Returns the parsed, overridden, checked config as it was given: a size that is to be derived
+    is still 0."""
+    if values["config"].using_default_value:
+        raise BadInput("--config=FILE is required, for example --config=configs/tiny.py")
+    return checked(copy.deepcopy(values.config))
+
+
+def config_path(argv: list[str]) -> str:
+    """Returns the last `--config`'s file as given."""
+    found = ""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.lstrip("-").partition("=")
+        if arg.startswith("-") and name == "config":
+            found = value if equals else following
+    return found
+
+
+def load_file(path: str) -> Config:
+    """Returns `get_config()` of a Python file.
+
+    Raises:
+      BadInput: if there is no such file or function, it fails, or it returns something else.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"config file {path} does not exist; see configs/ for examples")
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except (Exception, SystemExit) as e:  # the user's program: whatever it raises is bad input
+        if isinstance(e, SystemExit) and e.code == 128 + signal.SIGTERM:
+            raise  # somebody stopped us
+        raise BadInput(f"config file {path}: get_config() failed: {described(e)}") from e
+    if not isinstance(config, Config):
+        raise BadInput(
+            f"config file {path}: get_config() must return a jaxgpt.config.Config,"
+            f" not {type(config).__name__}"
+        )
+    return config
+
+
+def wrong_value(message: str) -> str:
+    """Turns absl's words for an ill-typed `--config.` value into the contract's line."""
+    match = re.match(r"flag --(config\.[\w.]+)=(.*?): ", message, re.DOTALL)
+    if not match:
+        return message
+    path, value = match[1], match[2][:100]
+    kind = fields_of(Config()).get(path.removeprefix("config."), str).__name__
+    return f"--{path}={value} is not a valid value: expected {kind}"

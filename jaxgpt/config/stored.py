@@ -1,0 +1,114 @@
+"""Configs from the command line and from `config.json`, and the resume rules between them."""
+
+import dataclasses
+import json
+
+from etils import epath
+
+from jaxgpt.config.schema import Config, MeshConfig, fields_of, get_field, set_field
+from jaxgpt.config.validate import check_fields, check_model, check_types
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import Damaged, parse_json, read_json
+from jaxgpt.system.stores import check_store
+
+# What a rerun may change (the contract's resume rules).
+MAY_CHANGE = {
+    "num_steps",
+    "num_epochs",
+    "early_stop",
+    "log_every",
+    "eval_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "max_bad_steps",
+    "max_rollbacks",
+    "grad_accum",
+    "model.attention",
+    "model.remat",
+    "model.scan_layers",
+    *(f"mesh.{field}" for field in fields_of(MeshConfig())),
+}
+REMEDY = "restore it from a copy, or choose another --workdir"
+
+
+def to_json(config: Config) -> str:
+    """Returns the whole config as JSON text; `from_json` reads it back unchanged."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> Config:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      BadInput: if it is not JSON, or a field is unknown or ill-typed.
+    """
+    try:
+        return _from_nested(parse_json(text.encode(errors="surrogatepass"), dict))
+    except (ValueError, BadInput) as e:
+        raise BadInput(f"{where}: {e}") from e
+
+
+def read_config(workdir: epath.Path) -> Config:
+    """Returns the config a workdir was trained with.
+
+    Raises:
+      BadInput: if `workdir` holds no run, or a config.json that is damaged or describes none.
+    """
+    check_store(workdir)
+    file = workdir / "config.json"
+    if not file.exists():
+        raise BadInput(f"{workdir} holds no run: config.json is missing; train one first")
+    nested = read_json(file, dict, REMEDY)
+    try:
+        config = _from_nested(nested)
+        check_fields(config)
+        check_model(config)
+    except BadInput as e:
+        raise Damaged(file, str(e), REMEDY) from e
+    return config
+
+
+def _from_nested(nested: dict) -> Config:
+    """Returns the config of `dataclasses.asdict`'s nested fields.
+
+    Raises:
+      BadInput: if a field is unknown or ill-typed.
+    """
+    config = Config()
+    known = fields_of(config)
+    for path, value in _flatten(nested, known):
+        if path not in known:
+            raise BadInput(f"unknown field {path}; was it written by another version?")
+        is_whole = known[path] is float and type(value) is int and abs(value) < 2**53
+        set_field(config, path, float(value) if is_whole else value)
+    check_types(config)
+    return config
+
+
+def check_resume(old: Config, new: Config, workdir) -> list[str]:
+    """Returns `field: old -> new` for every allowed change.
+
+    Raises:
+      BadInput: naming every field that differs and may not.
+    """
+    changes = {
+        path: f"{path}: {get_field(old, path)} -> {get_field(new, path)}"
+        for path in fields_of(new)
+        if get_field(old, path) != get_field(new, path)
+    }
+    if refused := [text for path, text in changes.items() if path not in MAY_CHANGE]:
+        raise BadInput(
+            f"{workdir} holds a run with another config ({'; '.join(refused)});"
+            " choose another --workdir or restore these fields"
+        )
+    return list(changes.values())
+
+
+def _flatten(nested: dict, known: dict, prefix: str = ""):
+    for name, value in nested.items():
+        if isinstance(value, dict) and any(path.startswith(f"{prefix}{name}.") for path in known):
+            yield from _flatten(value, known, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
