@@ -6,7 +6,7 @@
 `kills` runs one config without a kill, then again with `count` SIGKILLs, each at a random instant
 after new progress (during saves too), and compares every row; of several processes one is killed
 and the others must end by themselves; a store is a server on this machine
-(tests/parallel/stores.py). `saving` trains GPT-2 124M's shape
+(tests/processes/stores.py). `saving` trains GPT-2 124M's shape
 with and without a save every tenth step, and prints the share of the time that saving took (what
 the steps in which a save begins or runs took beyond the median step, after the first two saves),
 and the peak memory during it beyond training's own, over the state's size.
@@ -31,8 +31,8 @@ from etils import epath
 from jaxgpt.metrics.rows import ROW, read_rows
 from jaxgpt.system import stores
 from tests.conftest import ROOT, xla_flags
-from tests.parallel.processes import free_port
-from tests.parallel.stores import served
+from tests.processes.processes import free_port
+from tests.processes.stores import served
 
 FORKS = multiprocessing.get_context("forkserver")
 KILLED = """

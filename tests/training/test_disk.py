@@ -21,7 +21,7 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.cli import run as cli
 from jaxgpt.metrics import rows as rows_module
 from tests.conftest import xla_flags
-from tests.parallel.processes import finish, rows, wait_for_step
+from tests.processes.processes import finish, rows, wait_for_step
 from tests.training import until_full
 
 CONFIG = """

@@ -15,7 +15,7 @@ from jaxgpt.metrics.rows import ROW, read_rows
 from jaxgpt.system import stores
 from jaxgpt.system.errors import BadInput
 from tests.conftest import CORPUS, xla_flags
-from tests.parallel.stores import served
+from tests.processes.stores import served
 
 CONFIG = """
 from jaxgpt.config import *

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.parallel.processes import free_port
+from tests.processes.processes import free_port
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from jaxgpt import train
 from jaxgpt.processes.hosts import HEARTBEAT
 from jaxgpt.training import step
 from tests.conftest import CORPUS, xla_flags
-from tests.parallel.processes import (
+from tests.processes.processes import (
     CONFIG,
     finish,
     free_port,
