@@ -9,7 +9,7 @@ import numpy as np
 from jaxgpt.inference.decode import Decoder, Rows, check_length, keys_of, only
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.cache import empty
+from jaxgpt.model.cache import empty_cache
 
 
 def beam_search(
@@ -72,7 +72,7 @@ def _search(spec: ModelSpec, new: int, end: int, drawable: int, params: dict, ro
     first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # all beams are one at the start
     zeros = jnp.zeros(beams, jnp.int32)
     carry = (
-        empty(spec.cfg, beams, new, spec.rules),
+        empty_cache(spec.cfg, beams, new, spec.rules),
         rows.token,
         rows.position,
         first,

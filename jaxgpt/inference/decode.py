@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxgpt.config import ModelConfig
 from jaxgpt.inference.samplers import Sampling, Samplings, draw
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.cache import UNWRITTEN, Cache, empty, first, merged
+from jaxgpt.model.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
 from jaxgpt.model.gpt import split_layers, windows
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
@@ -217,7 +217,9 @@ def _prefill(
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     _, layers = spec.bind(params).prefill(params["blocks"], prompts, positions)
     known = jnp.where(positions < lengths[:, None] - 1, positions, UNWRITTEN)
-    cache = merged(empty(spec.cfg, batch, room, spec.rules), Cache(layers, known), spec.rules)
+    cache = write_recent(
+        empty_cache(spec.cfg, batch, room, spec.rules), Cache(layers, known), spec.rules
+    )
     seen = jnp.zeros((batch, spec.cfg.padded_vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], prompts].max(positions < lengths[:, None])
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
@@ -228,7 +230,7 @@ def _prefill(
 def _more(spec: ModelSpec, count: int, span: int, drawable: int, params: dict, rows: Rows, best):
     model = spec.bind(params)
     table, batch = model.table(), rows.token.shape[0]
-    read, fresh = first(rows.cache, span), empty(spec.cfg, batch, count, spec.rules)
+    read, fresh = first_slots(rows.cache, span), empty_cache(spec.cfg, batch, count, spec.rules)
 
     def step(carry, at):
         recent, token, position, seen = carry
@@ -242,7 +244,7 @@ def _more(spec: ModelSpec, count: int, span: int, drawable: int, params: dict, r
 
     carry = (fresh, rows.token, rows.position, rows.seen)
     (recent, token, position, seen), told = jax.lax.scan(step, carry, jnp.arange(count))
-    cache = merged(rows.cache, recent, spec.rules)
+    cache = write_recent(rows.cache, recent, spec.rules)
     grown = Rows(cache, token, position, seen, rows.keys, rows.sampling)
     return grown, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), told)
 

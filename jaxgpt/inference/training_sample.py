@@ -1,4 +1,4 @@
-"""The sample that is taken while a model trains."""
+"""The sample that a training run takes of itself."""
 
 from jaxgpt.config import SampleConfig
 from jaxgpt.inference.complete import Request, completed
@@ -9,24 +9,29 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 
 
-class Sampler:
-    """The sample taken while training; compiled once, seeded by the step."""
+class TrainingSample:
+    """`TrainingSample(spec, tokenizer, config.sample)(params, seed)` returns a continuation of the
+    configured prompt, "" where the prompt fills the context.
+
+    Raises:
+      BadInput: if the prompt does not fit the context, or a sampling value is out of range.
+    """
 
     def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, cfg: SampleConfig):
-        self.spec, self.tokenizer = spec, tokenizer
-        self.text, length = cfg.prompt, len(prompt_tokens(tokenizer, cfg.prompt))
-        self.room = min(cfg.max_new_tokens, spec.cfg.max_seq_len - length)
-        if self.room < 0:
+        self.spec, self.tokenizer, self.prompt = spec, tokenizer, cfg.prompt
+        prompt_length = len(prompt_tokens(tokenizer, cfg.prompt))
+        self.max_new_tokens = min(cfg.max_new_tokens, spec.cfg.max_seq_len - prompt_length)
+        if self.max_new_tokens < 0:
             raise BadInput(
-                f"sample.prompt has {length} tokens, more than"
+                f"sample.prompt has {prompt_length} tokens, more than"
                 f" model.max_seq_len={spec.cfg.max_seq_len}"
             )
         self.sampling = Sampling(cfg.temperature, cfg.top_k)
         self.sampling.check("sample.")
 
     def __call__(self, params: dict, seed: int) -> str:
-        if not self.room:
+        if not self.max_new_tokens:
             return ""
         decoder = Decoder.of(self.spec, params, self.tokenizer.vocab_size)
-        request = Request(self.text, self.room, self.sampling, seed)
+        request = Request(self.prompt, self.max_new_tokens, self.sampling, seed)
         return completed(decoder, self.tokenizer, [request])[0].text

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.model.cache import KeysValues, put
+from jaxgpt.model.cache import KeysValues, write_column
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
 from jaxgpt.ops.attention import KERNELS, default_scale, sharded, sharded_cached
 from jaxgpt.ops.mask import AttentionMask
@@ -75,7 +75,7 @@ class Attention(nnx.Module):
         """
         q, k, v = self._heads(x, position[:, None])
         new = KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        grown = put(recent[0], new, at)
+        grown = write_column(recent[0], new, at)
         out = self.attend_cached(q[:, 0], [(*cache[0], cache[1]), (*grown, recent[1])], position)
         return self.out(out[:, None]), grown
 

@@ -31,7 +31,7 @@ class Cache(NamedTuple):
     positions: Int[Array, "B S"]
 
 
-def empty(cfg: ModelConfig, batch: int, slots: int, rules: AxisRules) -> Cache:
+def empty_cache(cfg: ModelConfig, batch: int, slots: int, rules: AxisRules) -> Cache:
     """Returns a cache with room for `slots` tokens of each of `batch` sequences."""
     spec = rules("batch", "kv_heads", None, None)
     shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
@@ -44,13 +44,13 @@ def empty(cfg: ModelConfig, batch: int, slots: int, rules: AxisRules) -> Cache:
     return Cache(layers, unwritten)
 
 
-def first(cache: Cache, slots: int) -> Cache:
+def first_slots(cache: Cache, slots: int) -> Cache:
     """Returns the cache's first slots alone: reading no more than is written halves the reading."""
     layers = tuple(KeysValues(k[:, :, :slots], v[:, :, :slots]) for k, v in cache.layers)
     return Cache(layers, cache.positions[:, :slots])
 
 
-def put(recent: KeysValues, new: KeysValues, at: Int[Array, ""]) -> KeysValues:
+def write_column(recent: KeysValues, new: KeysValues, at: Int[Array, ""]) -> KeysValues:
     """Returns `recent` with one token's keys and values [B, K, 1, H] in column `at` of every
     row."""
 
@@ -60,7 +60,7 @@ def put(recent: KeysValues, new: KeysValues, at: Int[Array, ""]) -> KeysValues:
     return jax.tree.map(write, recent, new)
 
 
-def merged(cache: Cache, recent: Cache, rules: AxisRules) -> Cache:
+def write_recent(cache: Cache, recent: Cache, rules: AxisRules) -> Cache:
     """Returns the cache with everything of `recent` in its slots, in place of what was there."""
     slots = jnp.where(
         recent.positions == UNWRITTEN,

@@ -22,7 +22,7 @@ from jaxgpt.checkpointing.choice import best_of, is_out_of_patience
 from jaxgpt.data.pipeline import device_batches, training_stream
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.inference.training_sample import Sampler
+from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.flops import mfu
@@ -104,7 +104,7 @@ class Loop:
             config.model.max_seq_len,
             config.batch_size // config.grad_accum,
         )
-        self.sample = Sampler(run.spec, data.tokenizer, config.sample)
+        self.sample = TrainingSample(run.spec, data.tokenizer, config.sample)
         self.last_validation: dict | None = None
         self.spikes = Spikes()
 

@@ -56,9 +56,11 @@ def test_beams(model):
 
 
 def test_the_sample_of_training(model):
-    from jaxgpt.inference.training_sample import Sampler
+    from jaxgpt.inference.training_sample import TrainingSample
 
-    text = Sampler(model[0], BYTES, SampleConfig(prompt="ab", max_new_tokens=40))(model[1], 7)
+    text = TrainingSample(model[0], BYTES, SampleConfig(prompt="ab", max_new_tokens=40))(
+        model[1], 7
+    )
     decoder = Decoder.of(*model, BYTES.vocab_size)
     sampling = Sampling(SampleConfig().temperature, SampleConfig().top_k)
     (want,) = completed(decoder, BYTES, [Request("ab", 40, sampling, 7)])

@@ -10,7 +10,7 @@ import pytest
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import fields_of, get_field, set_field
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.cache import Cache, empty, merged
+from jaxgpt.model.cache import Cache, empty_cache, write_recent
 from jaxgpt.model.gpt import count_parameters, split_layers
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step, token_losses
@@ -150,8 +150,8 @@ def test_cached_extension_equals_the_whole(variant):
         def start(params):
             model, layers = spec.bind(params), split_layers(params)["blocks"]
             read = model.prefill(layers, tokens[:, :7], positions[:, :7])[1]
-            return merged(
-                empty(spec.cfg, 3, 24, spec.rules), Cache(read, positions[:, :7]), spec.rules
+            return write_recent(
+                empty_cache(spec.cfg, 3, 24, spec.rules), Cache(read, positions[:, :7]), spec.rules
             )
 
         @jax.jit
@@ -160,8 +160,12 @@ def test_cached_extension_equals_the_whole(variant):
             x, recent = model.extend(layers, tokens[:, t], positions[:, t], cache, recent, slot)
             return model.next_logits(x, model.table()), recent
 
-        cache, found, slots = start(params), [], jax.jit(lambda: empty(spec.cfg, 3, 5, spec.rules))
-        join = jax.jit(lambda cache, recent: merged(cache, recent, spec.rules))
+        cache, found, slots = (
+            start(params),
+            [],
+            jax.jit(lambda: empty_cache(spec.cfg, 3, 5, spec.rules)),
+        )
+        join = jax.jit(lambda cache, recent: write_recent(cache, recent, spec.rules))
         for first in (7, 12, 17, 22):
             recent = slots()
             for t in range(first, min(first + 5, 24)):

@@ -11,7 +11,7 @@ from jaxgpt import train
 from jaxgpt.config import Config, DataConfig, ModelConfig
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.inference.training_sample import Sampler
+from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.training.loop import Clock, Loop
 from jaxgpt.training.setup import make_training, resolve_vocab
 from jaxgpt.training.state import TrainState
@@ -95,7 +95,7 @@ def test_a_sample_or_validation_that_fails_never_ends_the_run(run, tmp_path, mon
     def fails(*args):
         raise IndexError("piece id is out of range\nand more")
 
-    monkeypatch.setattr(Sampler, "__call__", fails)
+    monkeypatch.setattr(TrainingSample, "__call__", fails)
     monkeypatch.setattr(Perplexity, "__call__", fails)
     code, _, err = run()
     assert code == 0, err
