@@ -10,7 +10,7 @@ from jaxgpt.inference.decode import CHUNK, Decoder, check_length, keys_of, promp
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
-from jaxgpt.tokenizer import GrowingText, Tokenizer
+from jaxgpt.tokenizer import IncrementalDetokenizer, Tokenizer
 
 LONGEST_STOP = 1000  # characters
 MOST = 2**32 - 1  # of a seed, as of a count
@@ -42,7 +42,7 @@ class Continuation:
     def __init__(self, tokenizer: Tokenizer, request: Request, prompt: Iterable = ()):
         """`prompt` are the ids of `request.prompt`: the text goes on from there."""
         self.tokenizer, self.request = tokenizer, request
-        self.growing = GrowingText(tokenizer, prompt, request.prompt)
+        self.detokenizer = IncrementalDetokenizer(tokenizer, prompt, request.prompt)
         self.stops = [StopString(stop) for stop in request.stop]
         self.tokens: list[int] = []
         self.scores: list[float] = []
@@ -68,7 +68,7 @@ class Continuation:
                 break
             self.tokens.append(int(token))
             self.scores.append(float(score))
-            self._show(self.growing.add(token))
+            self._show(self.detokenizer.add(token))
             if not self.finish and len(self.tokens) == self.request.max_new_tokens:
                 self._end("length")
         return self.text[before:]
@@ -95,7 +95,7 @@ class Continuation:
         self.text, self.held = self.text + whole[:kept], whole[kept:]
 
     def _end(self, finish: str) -> None:
-        self._show(self.growing.rest())
+        self._show(self.detokenizer.flush())
         if not self.finish:
             self.text, self.held, self.finish = self.text + self.held, "", finish
 

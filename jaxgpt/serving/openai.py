@@ -14,7 +14,7 @@ from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.score import Scores
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
-from jaxgpt.tokenizer import GrowingText, Tokenizer, text_before
+from jaxgpt.tokenizer import IncrementalDetokenizer, Tokenizer, decode_prompt
 
 END_OF_TEXT = "<|endoftext|>"
 LEAST = -9999.0  # what OpenAI gives for the logarithm of 0
@@ -177,7 +177,7 @@ def _prompts(given: object, tokenizer: Tokenizer, cfg: ModelConfig) -> list[tupl
                     400, f"a token is not one of 0 .. {tokenizer.vocab_size - 1}", param="prompt"
                 )
             ids = np.array(one, np.int32)
-            found.append((text_before(tokenizer, ids), ids))
+            found.append((decode_prompt(tokenizer, ids), ids))
         else:
             raise Refused(400, "a prompt is neither text nor tokens", param="prompt")
     return found
@@ -204,14 +204,14 @@ Row = tuple[int, float | None, Sequence, int]  # see `Continuation.told`; None: 
 
 def prompt_rows(prompt: np.ndarray, scores: Scores, tokenizer: Tokenizer) -> list[Row]:
     """Returns the rows that tell of a prompt's tokens."""
-    growing, at, rows = GrowingText(tokenizer), 0, []
+    detokenizer, at, rows = IncrementalDetokenizer(tokenizer), 0, []
     for k, token in enumerate(prompt.tolist()):
         score, best = None, ()
         if k:
             score = float(scores.tokens[k - 1])
             best = (scores.best_ids[k - 1].tolist(), scores.best[k - 1].tolist())
         rows.append((token, score, best, at))
-        at += len(growing.add(token))
+        at += len(detokenizer.add(token))
     return rows
 
 

@@ -1,5 +1,8 @@
 """The exceptions that end a command with one line."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 LONGEST = 2000  # characters of a message: an input that is quoted may be of any length
 
 
@@ -15,6 +18,21 @@ class BadInput(Exception):
 
 class PeerLost(Exception):
     """Another process of the run has gone; running the command again resumes. Exit code 1."""
+
+
+@contextmanager
+def as_bad_input(describe: Callable[[BaseException], str]) -> Iterator[None]:
+    """Raises what a library raises in the body as `BadInput(describe(error))`.
+
+    For libraries that raise anything over a damaged file: bare `Exception`, or panics of Rust code,
+    which are no `Exception`.
+    """
+    try:
+        yield
+    except (BadInput, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:
+        raise BadInput(describe(e)) from e
 
 
 def one_line(message: object) -> str:

@@ -1,14 +1,14 @@
 """Text to token ids and back, behind one small protocol."""
 
 from jaxgpt.tokenizer.base import Tokenizer
-from jaxgpt.tokenizer.growing import GrowingText, text_before
+from jaxgpt.tokenizer.incremental import IncrementalDetokenizer, decode_prompt
 from jaxgpt.tokenizer.load import load_tokenizer, make_tokenizer, save_tokenizer
 
 __all__ = [
-    "GrowingText",
+    "IncrementalDetokenizer",
     "Tokenizer",
+    "decode_prompt",
     "load_tokenizer",
     "make_tokenizer",
     "save_tokenizer",
-    "text_before",
 ]

@@ -1,4 +1,4 @@
-"""The protocol, and the simplest tokenizer there is."""
+"""What every tokenizer offers, and the simplest one."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-HALF = "\ufffd"  # what stands for the bytes of a character that is not complete
+REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not a whole character
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,53 +16,55 @@ class TrainingText:
 
     documents: Callable[[], Iterable[str]]
     num_bytes: int
-    weight: float = 1.0  # its share of a sample
+    weight: float = 1.0  # its share of the sample that the tokenizer is trained on
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What every tokenizer offers. Ids run from 0 to `vocab_size` - 1."""
+    """The interface of every tokenizer. Ids run from 0 to `vocab_size` - 1."""
 
     kind: str
     vocab_size: int
     end_of_text: int  # the id in front of each document
-    cuttable: bool  # encode(a + b) == encode(a) + encode(b) at `text.pieces.cut_at`'s places
+    cuttable: bool  # encode(a + b) == encode(a) + encode(b) where `text.pieces.cut_at` cuts
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32; never `end_of_text`, whatever the text says."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns `encode` of each text, on all cores."""
+        """Returns `encode` of each text, on all cores where that is faster."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable) -> str:
         """Returns the text of `ids`; broken UTF-8 becomes U+FFFD. `end_of_text` and ids that are
         not the tokenizer's (a model's vocabulary may be larger) are dropped."""
 
-    def settled(self, ids: Iterable) -> str:
-        """Returns the start of `decode(ids)` that no ids behind them can change."""
+    def decode_stable(self, ids: Iterable) -> str:
+        """Returns the start of `decode(ids)` that stays the same whatever ids follow."""
+        return strip_incomplete(self.decode(ids))
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the UTF-8 of one id in the middle of a text; it may be part of a character."""
 
     def save(self, folder: os.PathLike) -> None:
-        """Writes the files that `open` needs."""
+        """Writes the files that `open` reads."""
 
 
-def known(ids: Iterable, tokenizer: Tokenizer) -> list[int]:
+def text_ids(ids: Iterable, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids that stand for text: the tokenizer's own, without `end_of_text`."""
     end, size = tokenizer.end_of_text, tokenizer.vocab_size
     return [int(i) for i in ids if 0 <= i < size and i != end]
 
 
-def without_half(text: str) -> str:
-    """Returns `text` without the replacement characters of a UTF-8 character that may still be
-    completed: at its end, one a byte or one for all, so at most three."""
+def strip_incomplete(text: str) -> str:
+    """Returns `text` without the U+FFFD at its end that may stand for the first bytes of a
+    character: one for all of them or one for each, so at most three."""
     for _ in range(3):
-        text = text.removesuffix(HALF)
+        text = text.removesuffix(REPLACEMENT)
     return text
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0..255, and 256 for end-of-text."""
 
     kind = "byte"
@@ -73,17 +75,11 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Iterable) -> str:
-        return bytes(known(ids, self)).decode("utf-8", errors="replace")
-
-    def settled(self, ids: Iterable) -> str:
-        return without_half(self.decode(ids))
+        return bytes(text_ids(ids, self)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return bytes(known([token], self))
+        return bytes(text_ids([token], self))
 
     def save(self, folder: os.PathLike) -> None:
         pass

@@ -8,13 +8,13 @@ import numpy as np
 
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import Damaged, read_json
-from jaxgpt.tokenizer.base import HALF, TrainingText, known
+from jaxgpt.tokenizer.base import REPLACEMENT, Tokenizer, TrainingText, text_ids
 
 VOCAB_FILE = "characters.json"
-MOST = 65_000  # beyond, it is no longer a vocabulary of characters
+MAX_CHARACTERS = 65_000
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """Characters by code point, then one id for any other character, then end-of-text.
 
     The exception to the round trip: a character that the training text lacks comes back as
@@ -34,17 +34,14 @@ class CharTokenizer:
     def encode(self, text: str) -> np.ndarray:
         points = np.frombuffer(text.encode("utf-32-le"), np.int32)
         ids = np.searchsorted(self.points, points)
-        known = self.points[np.minimum(ids, self.unknown - 1)] == points
-        return np.where(known, ids, self.unknown).astype(np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
+        in_vocabulary = self.points[np.minimum(ids, self.unknown - 1)] == points
+        return np.where(in_vocabulary, ids, self.unknown).astype(np.int32)
 
     def decode(self, ids: Iterable) -> str:
-        table = self.characters + HALF
-        return "".join(table[i] for i in known(ids, self))
+        table = self.characters + REPLACEMENT
+        return "".join(table[i] for i in text_ids(ids, self))
 
-    def settled(self, ids: Iterable) -> str:
+    def decode_stable(self, ids: Iterable) -> str:
         return self.decode(ids)
 
     def token_bytes(self, token: int) -> bytes:
@@ -65,14 +62,14 @@ class CharTokenizer:
         """Returns the tokenizer of every character in `texts`.
 
         Raises:
-          BadInput: if they are so many that this is not what the user wants.
+          BadInput: if there are more than `MAX_CHARACTERS`.
         """
-        found: set[str] = set()
+        characters: set[str] = set()
         for text in texts:
             for document in text.documents():
-                found.update(document)
-        if len(found) > MOST:
+                characters.update(document)
+        if len(characters) > MAX_CHARACTERS:
             raise BadInput(
-                f"data.tokenizer=char found {len(found):,} characters; use sentencepiece:N"
+                f"data.tokenizer=char found {len(characters):,} characters; use sentencepiece:N"
             )
-        return cls("".join(sorted(found)))
+        return cls("".join(sorted(characters)))

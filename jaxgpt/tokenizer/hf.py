@@ -8,32 +8,28 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
-from jaxgpt.system.errors import BadInput
+from jaxgpt.system.errors import BadInput, as_bad_input
 from jaxgpt.system.files import read_json
-from jaxgpt.tokenizer.base import known, without_half
-from jaxgpt.tokenizer.gpt2 import bytes_of
+from jaxgpt.tokenizer.base import Tokenizer, strip_incomplete, text_ids
+from jaxgpt.tokenizer.gpt2 import bytes_of_piece
 
 FILE, SETTINGS = "tokenizer.json", "end_of_text.json"
-MOST = 1 << 24  # ids: sixty times the largest vocabulary in use
+MAX_IDS = 1 << 24  # sixty times the largest vocabulary in use
 
 
-class HfTokenizer:
-    """A tokenizer.json, used as it is, but for truncation and padding, which are switched off.
+class HfTokenizer(Tokenizer):
+    """A tokenizer.json, used as it is, but with truncation and padding switched off.
 
     Names of special tokens in a text are plain text. Text comes back from its ids unless the
     file's normaliser changes it, its pre-tokenizer adds a space or its vocabulary lacks something.
     """
 
     kind = "hf"
-    cuttable = False  # its pattern is not known
+    cuttable = False  # where its pattern lets a text be cut is not known
 
     def __init__(self, text: str, end_of_text: int, where: str):
-        try:
+        with as_bad_input(lambda e: f"{where} is not a tokenizer: {e}"):
             self.fast = FastTokenizer.from_str(text)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as e:  # the library raises bare Exception, and its panics are none
-            raise BadInput(f"{where} is not a tokenizer: {e}") from e
         self.fast.encode_special_tokens = True
         self.fast.no_truncation()
         self.fast.no_padding()
@@ -47,59 +43,59 @@ class HfTokenizer:
         }
         self.is_byte_level = "ByteLevel" in repr(self.fast.decoder)
         self.vocab_size = max(pieces.values(), default=-1) + 1
-        if not 0 < self.vocab_size <= MOST:
-            raise BadInput(f"{where} has token {self.vocab_size - 1:,} of at most {MOST:,}")
+        if not 0 < self.vocab_size <= MAX_IDS:
+            raise BadInput(f"{where} has token {self.vocab_size - 1:,} of at most {MAX_IDS:,}")
         if not 0 <= end_of_text < self.vocab_size:
             raise BadInput(f"{where} has no token {end_of_text} to serve as end-of-text")
         added = self.fast.get_added_tokens_decoder()
         special = {i: token.content for i, token in added.items() if token.special}
-        special.pop(_unknown(self.fast.model), None)  # which text may well turn into
+        special.pop(_unknown_id(self.fast.model), None)  # plain text may contain unknown tokens
         special[end_of_text] = self.fast.id_to_token(end_of_text) or ""
         self.special_ids = np.array(sorted(special), np.int32)
         names = sorted(filter(None, special.values()), key=len, reverse=True)
-        places = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names]
-        self.inside = re.compile("|".join(places) or "(?!)")  # behind each name's first character
+        splits = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names]
+        self.inside_names = re.compile("|".join(splits) or "(?!)")  # after each's first character
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        try:
-            found = self.fast.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as e:  # a vocabulary without the token for unknown text, for example
-            raise BadInput(f"{self.where} cannot encode the text: {e}") from e
-        return [self._plain(text, one.ids) for text, one in zip(texts, found, strict=True)]
+        # e.g. a vocabulary that lacks its own token for unknown text
+        with as_bad_input(lambda e: f"{self.where} cannot encode the text: {e}"):
+            all_ids = self._ids(texts)
+        return [self._without_special(text, ids) for text, ids in zip(texts, all_ids, strict=True)]
 
-    def _plain(self, text: str, ids: list[int]) -> np.ndarray:
-        """Returns the ids of `text` without special tokens.
+    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self.fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
-        Some models (Unigram, words) hold them as pieces like any other. Their names are then cut
-        behind the first character; what a normaliser makes into one nevertheless is left out.
+    def _without_special(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """Returns `ids`, or if they hold special tokens, ids of the same `text` without them.
+
+        Some models (Unigram, WordLevel) hold special tokens as ordinary pieces. The text is then
+        split inside their names, after the first character; ids that a normaliser still turns into
+        special tokens are dropped.
         """
-        ids = np.asarray(ids, np.int32)
         if not np.isin(ids, self.special_ids).any():
             return ids
-        parts = [part for part in self.inside.split(text) if part]
-        found = self.fast.encode_batch_fast(parts, add_special_tokens=False)
-        ids = np.concatenate([np.zeros(0, np.int32), *(np.asarray(f.ids, np.int32) for f in found)])
+        parts = self._ids([part for part in self.inside_names.split(text) if part])
+        ids = np.concatenate([np.zeros(0, np.int32), *parts])
         return ids[~np.isin(ids, self.special_ids)]
 
     def decode(self, ids: Iterable) -> str:
-        return self.fast.decode(known(ids, self), skip_special_tokens=False)
+        return self.fast.decode(text_ids(ids, self), skip_special_tokens=False)
 
-    def settled(self, ids: Iterable) -> str:
-        ids = known(ids, self)
+    def decode_stable(self, ids: Iterable) -> str:
+        ids = text_ids(ids, self)
         while ids and ids[-1] in self.bytes:  # a run of bytes is decoded as one, or not at all
             ids.pop()
-        return without_half(self.decode(ids))
+        return strip_incomplete(self.decode(ids))
 
     def token_bytes(self, token: int) -> bytes:
         if token in self.bytes:
             return bytes([self.bytes[token]])
         if self.is_byte_level:
-            return bytes_of(self.fast.id_to_token(token) or "")
+            return bytes_of_piece(self.fast.id_to_token(token) or "")
         return self.decode([token, token])[len(self.decode([token])) :].encode()
 
     def save(self, folder: os.PathLike) -> None:
@@ -123,10 +119,10 @@ class HfTokenizer:
         return cls(text, _end_of_text(folder), str(file))
 
 
-def _unknown(model) -> int | None:
-    """Returns the id that stands for what the vocabulary lacks."""
-    if found := re.match(r"Unigram\(unk_id=(\d+)", repr(model)):
-        return int(found[1])
+def _unknown_id(model) -> int | None:
+    """Returns the id that a model gives to text outside its vocabulary."""
+    if match := re.match(r"Unigram\(unk_id=(\d+)", repr(model)):
+        return int(match[1])
     token = getattr(model, "unk_token", None)
     return None if token is None else model.token_to_id(token)
 
@@ -138,9 +134,9 @@ def _end_of_text(folder) -> int:
         ("config.json", ("eos_token_id", "bos_token_id")),
     ):
         if (folder / name).is_file():
-            found = read_json(folder / name, dict)
+            settings = read_json(folder / name, dict)
             for key in keys:
-                value = found.get(key)
+                value = settings.get(key)
                 value = value[0] if isinstance(value, list) and value else value
                 if type(value) is int:
                     return value

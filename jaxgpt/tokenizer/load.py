@@ -22,6 +22,11 @@ KINDS = {
     t.kind: t
     for t in (ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Gpt2Tokenizer, HfTokenizer)
 }
+READERS = {
+    "sentencepiece": SentencePieceTokenizer.from_file,
+    "gpt2": Gpt2Tokenizer.open,
+    "hf": HfTokenizer.open,
+}
 KIND_FILE = "tokenizer_kind.json"
 HELP = (
     "choose byte, char, sentencepiece:SIZE, sentencepiece:unigram:SIZE,"
@@ -30,11 +35,11 @@ HELP = (
 
 
 def is_trained(spec: str) -> bool:
-    """Says whether `spec` names a tokenizer that is made from the corpus."""
-    return spec == "char" or _pieces(spec) is not None
+    """Says whether `spec` names a tokenizer that is trained on the corpus."""
+    return spec == "char" or _sentencepiece_size(spec) is not None
 
 
-def _pieces(spec: str) -> tuple[str, int] | None:
+def _sentencepiece_size(spec: str) -> tuple[str, int] | None:
     """Returns (model type, size) of `sentencepiece:[bpe:|unigram:]N`, else None."""
     match = re.fullmatch(r"sentencepiece:(?:(bpe|unigram):)?(\d{1,9})", spec)
     return match and (match[1] or "bpe", int(match[2]))
@@ -44,7 +49,7 @@ def check_spec(spec: str) -> None:
     """Raises `BadInput` for a `data.tokenizer` that names no tokenizer or no file."""
     if not is_trained(spec):
         make_tokenizer(spec)
-    elif spec != "char" and _pieces(spec)[1] < 300:
+    elif spec != "char" and _sentencepiece_size(spec)[1] < 300:
         raise BadInput(
             f"data.tokenizer={spec} is too small: 256 pieces are bytes; ask for 300 or more"
         )
@@ -54,13 +59,13 @@ def vocabulary_size(spec: str, special_tokens: str = "") -> int:
     """Returns how many ids the tokenizer that `spec` describes will have, without training it.
 
     Raises:
-      BadInput: for `char`, whose size only its corpus tells.
+      BadInput: for `char`, whose size depends on its corpus.
     """
     if spec == "char":
         raise BadInput("data.tokenizer=char gets its size from the corpus; set model.vocab_size")
-    more = len(special_tokens.split(",")) if special_tokens else 0
-    pieces = _pieces(spec)
-    return more + (pieces[1] if pieces else make_tokenizer(spec).vocab_size)
+    size = _sentencepiece_size(spec)
+    size = size[1] if size else make_tokenizer(spec).vocab_size
+    return size + (len(special_tokens.split(",")) if special_tokens else 0)
 
 
 def make_tokenizer(
@@ -68,33 +73,29 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer that `spec` describes, trained on `texts` if it says so.
 
-    `special_tokens`, comma-separated, get ids of their own behind the others.
+    `special_tokens`, comma-separated, get ids of their own after the others.
 
     Raises:
       BadInput: if `spec` is unknown, a file is missing or the corpus is too small.
     """
     if special_tokens:
         return SpecialTokens(make_tokenizer(spec, texts), special_tokens.split(","))
-    kind, _, argument = spec.partition(":")
     if spec == "byte":
         return ByteTokenizer()
     if spec == "char":
         return CharTokenizer.train(texts)
-    if pieces := _pieces(spec):
-        return SentencePieceTokenizer.train(texts, *pieces)
-    if kind == "sentencepiece" and argument:
-        return SentencePieceTokenizer.from_file(path_of(argument, "data.tokenizer"))
-    if kind == "gpt2" and argument:
-        return Gpt2Tokenizer.open(path_of(argument, "data.tokenizer"))
-    if kind == "hf" and argument:
-        return HfTokenizer.open(path_of(argument, "data.tokenizer"))
+    if size := _sentencepiece_size(spec):
+        return SentencePieceTokenizer.train(texts, *size)
+    kind, _, path = spec.partition(":")
+    if kind in READERS and path:
+        return READERS[kind](path_of(path, "data.tokenizer"))
     raise BadInput(f"data.tokenizer={spec!r} is unknown: {HELP}")
 
 
 def describes(spec: str, special_tokens: str, tokenizer: Tokenizer) -> bool:
-    """Says whether `spec` with `special_tokens` may have made `tokenizer`.
+    """Says whether `tokenizer` may have been made from `spec` with `special_tokens`.
 
-    One that is trained is known by its kind and size alone.
+    One that is trained is compared by its kind and size alone.
 
     Raises:
       BadInput: if `spec` is unknown or a file is missing.
@@ -108,7 +109,7 @@ def describes(spec: str, special_tokens: str, tokenizer: Tokenizer) -> bool:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder) -> None:
-    """Writes `tokenizer` into `folder`; the kind file comes last and makes it whole."""
+    """Writes `tokenizer` into `folder`; the kind file comes last and completes it."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)

@@ -10,17 +10,17 @@ import numpy as np
 import sentencepiece
 
 from jaxgpt.system.errors import BadInput
-from jaxgpt.tokenizer.base import TrainingText, known, without_half
+from jaxgpt.tokenizer.base import Tokenizer, TrainingText, text_ids
 
 MODEL_FILE = "sentencepiece.model"
 END_OF_TEXT = "<|endoftext|>"
-SAMPLE_BYTES = 16_000_000  # of text to train on: beyond, pieces hardly change but time does
+SAMPLE_BYTES = 16_000_000  # of text to train on: more takes longer and hardly changes the pieces
 CUTS = (("one line\n", "and another"), ("two", " words"), ("x = 1\n", "def f(x):\n  return"))
 MAX_LINE_BYTES = 4192  # SentencePiece skips longer ones
 
 
-class SentencePieceTokenizer:
-    """A trained SentencePiece model. U+2581 in a text comes back as a space: it is its mark."""
+class SentencePieceTokenizer(Tokenizer):
+    """A trained SentencePiece model. U+2581 is its mark for a space, so it comes back as one."""
 
     kind = "sentencepiece"
 
@@ -46,14 +46,11 @@ class SentencePieceTokenizer:
         return np.asarray(self.processor.encode(text), np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # SentencePiece lets go of Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # SentencePiece releases the GIL
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Iterable) -> str:
-        return self.processor.decode(known(ids, self))
-
-    def settled(self, ids: Iterable) -> str:
-        return without_half(self.decode(ids))
+        return self.processor.decode(text_ids(ids, self))
 
     def token_bytes(self, token: int) -> bytes:
         if self.processor.is_byte(token):
@@ -79,10 +76,9 @@ class SentencePieceTokenizer:
     ) -> "SentencePieceTokenizer":
         """Returns a `bpe` or `unigram` model of exactly `vocab_size` pieces, trained on a sample.
 
-        No normalisation, no dummy prefix, every space kept, bytes as a fallback: text
-        round-trips. The sample takes each line of a text with the same chance (always the same
-        lines), so that it comes to SAMPLE_BYTES, by the texts' weights. `unigram` is
-        arXiv:1804.10959.
+        No normalisation, no dummy prefix, every space kept, bytes as a fallback: text round-trips.
+        Lines are sampled at random with a fixed seed, about SAMPLE_BYTES of them, shared among the
+        texts by weight. `unigram` is arXiv:1804.10959.
 
         Raises:
           BadInput: if the text is too small for so many pieces.
@@ -120,15 +116,15 @@ class SentencePieceTokenizer:
 
 
 def _sample_lines(texts: Sequence[TrainingText]) -> Iterator[str]:
-    """Yields a seeded sample of the lines, without newlines (a piece of its own), none too long.
+    """Yields a seeded sample of the lines, without their newlines (always a piece of their own).
 
-    SentencePiece hands NUL a meaning of its own, so it is left to the byte fallback.
+    Long lines are cut. NUL means something else to SentencePiece: the byte fallback encodes it.
     """
-    chance = random.Random(0)
+    generator = random.Random(0)
     for text in texts:
         share = SAMPLE_BYTES * text.weight / max(text.num_bytes, 1)
         for line in (line for document in text.documents() for line in document.split("\n")):
-            if line and (share >= 1 or chance.random() < share):
+            if line and (share >= 1 or generator.random() < share):
                 line = line.replace("\0", "")
                 for start in range(0, len(line), MAX_LINE_BYTES // 4):  # 4 bytes a character
                     yield line[start : start + MAX_LINE_BYTES // 4]
@@ -137,6 +133,6 @@ def _sample_lines(texts: Sequence[TrainingText]) -> Iterator[str]:
 def _reason(message: str) -> str:
     if "too high" in message:
         return message[message.index("Vocabulary size") :].rstrip()
-    if "smaller than required_chars" in message or "required_chars" in message:
+    if "required_chars" in message:
         return "it has more distinct characters than that; choose a larger size"
     return message.splitlines()[-1]

@@ -14,11 +14,11 @@ from jaxgpt.tokenizer.base import Tokenizer
 FILE = "special_tokens.json"
 
 
-class SpecialTokens:
-    """A tokenizer with more ids behind its own: `names[i]` is `base.vocab_size + i`.
+class SpecialTokens(Tokenizer):
+    """A tokenizer with more ids after its own: `names[i]` is `base.vocab_size + i`.
 
-    `encode` never gives one of them, whatever the text says; `encode_marked` reads their names in
-    a text that we wrote ourselves (a chat template). `decode` spells them out.
+    `encode` never returns one of them, whatever the text says; `encode_marked` does where their
+    names stand in a text that we wrote ourselves (a chat template). `decode` writes the names.
     """
 
     def __init__(self, base: Tokenizer, names: Sequence[str]):
@@ -41,7 +41,7 @@ class SpecialTokens:
         return self.base.encode_batch(texts)
 
     def encode_marked(self, text: str) -> np.ndarray:
-        """Returns the ids of `text`, in which the special tokens' names stand for them."""
+        """Returns the ids of `text`, reading the names of special tokens as those."""
         parts = [
             np.array([self.special[part]], np.int32) if part in self.special else self.encode(part)
             for part in self.pattern.split(text)
@@ -59,10 +59,10 @@ class SpecialTokens:
                 plain = []
         return "".join([*text, self.base.decode(plain)])
 
-    def settled(self, ids: Iterable) -> str:
+    def decode_stable(self, ids: Iterable) -> str:
         ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
         last = max((at for at, i in enumerate(ids) if i >= self.base.vocab_size), default=-1) + 1
-        return self.decode(ids[:last]) + self.base.settled(ids[last:])
+        return self.decode(ids[:last]) + self.base.decode_stable(ids[last:])
 
     def token_bytes(self, token: int) -> bytes:
         if token < self.base.vocab_size:

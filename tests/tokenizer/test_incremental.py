@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers
 
-from jaxgpt.tokenizer import GrowingText, make_tokenizer, text_before
+from jaxgpt.tokenizer import IncrementalDetokenizer, decode_prompt, make_tokenizer
 from tests.conftest import CORPUS
 from tests.tokenizer.test_tokenizers import gpt2_folder, hf_folder, made  # noqa: F401
 
@@ -103,8 +103,8 @@ def every(made, gpt2_folder, tmp_path_factory):  # noqa: F811
 
 
 def streamed(tokenizer, before, ids) -> list[str]:
-    growing = GrowingText(tokenizer, before, text_before(tokenizer, before))
-    return [*(growing.add(i) for i in ids), growing.rest()]
+    detokenizer = IncrementalDetokenizer(tokenizer, before, decode_prompt(tokenizer, before))
+    return [*(detokenizer.add(i) for i in ids), detokenizer.flush()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +116,7 @@ def test_a_stream_is_the_whole_text_at_every_cut(every, kind, text):
     whole = tokenizer.decode(ids)
     for cut in range(len(ids) + 1):
         pieces = streamed(tokenizer, ids[:cut], ids[cut:])
-        assert text_before(tokenizer, ids[:cut]) + "".join(pieces) == whole
+        assert decode_prompt(tokenizer, ids[:cut]) + "".join(pieces) == whole
         assert "\ufffd" not in "".join(pieces) or "\ufffd" in whole
 
 
@@ -186,7 +186,7 @@ def test_long_streams_take_linear_time(every, monkeypatch, kind):
         return plain(self, ids)
 
     ids = tokenizer.encode(CORPUS[:3000]).tolist()
-    growing = GrowingText(tokenizer)
+    detokenizer = IncrementalDetokenizer(tokenizer)
     monkeypatch.setattr(type(tokenizer), "decode", counted)
-    text = "".join(growing.add(i) for i in ids)
+    text = "".join(detokenizer.add(i) for i in ids)
     assert text == CORPUS[:3000] and sum(decoded) < 12 * len(ids)
