@@ -44,7 +44,7 @@ from jaxgpt.processes import hosts
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
-from jaxgpt.text.files import expand
+from jaxgpt.text.files import list_files
 from jaxgpt.text.tasks import TASKS, read_examples
 from jaxgpt.training.end import read_end
 from jaxgpt.training.step import make_eval_step
@@ -212,7 +212,7 @@ def rows_of_task(spec: str) -> list:
     name, _, pattern = spec.partition(":")
     if name not in KNOWN_TASKS or not pattern:
         raise BadInput(f"--task={spec} is unknown: choose {', '.join(KNOWN_TASKS)}, as NAME:GLOB")
-    files = expand(spec, pattern)
+    files = list_files(spec, pattern)
     rows = read_items(name, files) if name in BENCHMARKS else list(read_examples(name, files))
     if not rows:
         raise BadInput(f"--task={spec} holds no example")

@@ -24,7 +24,7 @@ from jaxgpt.data.show import show_batch
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.contamination import contamination
-from jaxgpt.text.pieces import whole
+from jaxgpt.text.pieces import join_pieces
 from jaxgpt.text.sources import open_sources
 
 
@@ -87,7 +87,7 @@ def compare(config: Config, data: Prepared, source: str) -> dict:
     """Returns how much of `source` stands in the training part (see `contamination`)."""
     cfg = config.data
     sources = open_sources(source, cfg, cache_folder(cfg))
-    pieces = (piece for one in sources for piece in whole(one.documents()))
+    pieces = (piece for one in sources for piece in join_pieces(one.documents()))
     found = contamination(((p.where, p.text) for p in pieces), training_documents(data))
     say(
         f"against   {found['overlapping']:,} of {found['compared']:,} documents of {source} share"

@@ -37,7 +37,7 @@ from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.system.console import say
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
-from jaxgpt.text.files import expand
+from jaxgpt.text.files import list_files
 from jaxgpt.text.formats import json_rows
 
 MOST_SAMPLES = 1024  # side by side
@@ -163,7 +163,7 @@ def read_rows(pattern: str, request: Request) -> list[tuple[dict, Request]]:
       BadInput: naming file and line.
     """
     found = []
-    for file, number, row in json_rows(expand(f"--prompt_file={pattern}", pattern)):
+    for file, number, row in json_rows(list_files(f"--prompt_file={pattern}", pattern)):
         where = f"{file}, line {number}"
         if not isinstance(row, dict):
             raise BadInput(f"{where} is not an object")

@@ -32,8 +32,8 @@ from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import Damaged, path_of
 from jaxgpt.system.stores import is_object_store
-from jaxgpt.text.cleaning import Report, clean, identity, make_steps
-from jaxgpt.text.files import is_young, stamps
+from jaxgpt.text.cleaning import Report, clean_documents, cleaning_identity, make_steps
+from jaxgpt.text.files import file_stamp, is_young
 from jaxgpt.text.pieces import Documents, Piece, num_bytes
 from jaxgpt.text.sources import Source, open_sources
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
@@ -118,7 +118,7 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
             *[f"{s.weight} {_identity(s)}" for s in sources],
             *[f"validation {s.identity()}" for s in held_out],
             "" if held_out else str(cfg.validation_fraction),
-            identity(cfg.clean) if cfg.clean else "",
+            cleaning_identity(cfg.clean) if cfg.clean else "",
             f"{cfg.tokenizer} sentencepiece {version('sentencepiece')} {cfg.special_tokens}"
             if given is None
             else fingerprint(given),
@@ -167,14 +167,14 @@ class Seen:
     def __init__(self, sources: tuple[Source, ...], make_key: Callable[[], str]):
         validation = (s.validation.files for s in sources if s.validation)
         self.files = sorted({*(f for s in sources for f in s.files), *chain(*validation)})
-        self.make_key, self.stamps = make_key, stamps(self.files)
+        self.make_key, self.stamps = make_key, [file_stamp(file) for file in self.files]
         self.is_young = any(map(is_young, self.stamps))
         self.key = make_key()
 
     def check(self) -> None:
         """Raises `BadInput` if a file was written to or replaced since it was hashed."""
-        for file, before, now in zip(self.files, self.stamps, stamps(self.files), strict=True):
-            if before != now:
+        for file, before in zip(self.files, self.stamps, strict=True):
+            if file_stamp(file) != before:
                 raise BadInput(f"{file} changed while it was read; run the command again")
         if self.is_young and self.make_key() != self.key:
             raise BadInput("the text changed while it was read; run the command again")
@@ -344,11 +344,11 @@ def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Sour
     spool = scratch / f"{len(list(scratch.glob('*.spool')))}.spool"
     bar = Bar(f"data      cleaning {source.spec}:", source.num_bytes)
     with open(spool, "w") as file:
-        for piece in clean(_counted(source.documents, bar), steps, report):
+        for piece in clean_documents(_counted(source.documents, bar), steps, report):
             file.write(json.dumps([piece.text, piece.file, piece.row]) + "\n")
     bar.close()
     if not spool.stat().st_size:
-        counts = ", ".join(f"{rule} {e['documents']}" for rule, e in report.rules.items())
+        counts = ", ".join(f"{rule} {e['documents']}" for rule, e in report.dropped.items())
         raise BadInput(
             f"data.clean drops every document of {source.spec} ({counts or 'it has none'})"
         )
@@ -357,7 +357,7 @@ def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Sour
 
 def _counted(documents: Documents, bar: Bar) -> Iterator[Piece]:
     for piece in documents():
-        if piece.tokens is not None or piece.parts:
+        if piece.tokens is not None or piece.spans:
             raise BadInput("data.clean cleans text, not bin:, sft: or task:; set it to nothing")
         bar.advance(num_bytes(piece.text))
         yield piece
@@ -380,7 +380,7 @@ def _write_meta(folder, tokenizer, key, files, report: Report, splits, checksums
         "end_of_text": tokenizer.end_of_text,
         "key": key,
         "files": list(files),
-        "dropped": report.rules,
+        "dropped": report.dropped,
         "masked": report.masked,
         "splits": splits,
         "checksums": checksums,

@@ -44,7 +44,7 @@ from jaxgpt.system.console import say
 from jaxgpt.system.encoding import printable
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import Damaged, Missing, read_json, write_whole
-from jaxgpt.text.files import stamp_of
+from jaxgpt.text.files import local_stamp
 
 T = TypeVar("T")
 FORMAT = 2
@@ -314,7 +314,7 @@ def verify(folder: Path, checksums: dict) -> None:
     for name, expected in checksums.items():
         file = folder / name
         try:
-            stamp = stamp_of(file)
+            stamp = local_stamp(file)
             if stamp[0] != expected["bytes"]:
                 raise Damaged(file, f"it is not {expected['bytes']:,} bytes long")
             if known.get(name) != stamp:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxgpt.data.shards import SplitWriter, token_dtype
 from jaxgpt.metrics.progress import Bar
-from jaxgpt.text.pieces import Documents, Part, Piece, in_pieces, num_bytes, whole
+from jaxgpt.text.pieces import Documents, Piece, Span, join_pieces, num_bytes, split_into_pieces
 from jaxgpt.tokenizer import Tokenizer
 
 BATCH_CHARS = 4 << 20  # of text in one batch; three batches exist at a time
@@ -38,7 +38,7 @@ def write_split(
                 writer.begin_document(piece.file, piece.row, tokenizer.end_of_text)
             text = piece.text if piece.tokens is None else tokenizer.decode(piece.tokens)
             size = num_bytes(text)
-            learnt = sum(num_bytes(part.text) for part in piece.parts if part.learn)
+            learnt = sum(num_bytes(part.text) for part in piece.spans if part.is_target)
             writer.extend(ids, size, learn, learnt)
             bar.advance(size)
     return writer.close()
@@ -66,20 +66,20 @@ def _encode(batch: list[Piece], tokenizer: Tokenizer) -> list[tuple]:
     texts = [
         part.text
         for piece in batch
-        for part in piece.parts or (Part(piece.text),)
+        for part in piece.spans or (Span(piece.text),)
         if not part.special
     ]
     encoded = iter(tokenizer.encode_batch(texts))
-    return [_in_parts(p, encoded, tokenizer) if p.parts else (next(encoded), None) for p in batch]
+    return [_in_parts(p, encoded, tokenizer) if p.spans else (next(encoded), None) for p in batch]
 
 
 def _in_parts(piece: Piece, encoded: Iterator[np.ndarray], tokenizer: Tokenizer) -> tuple:
     """Parts are tokenized one by one, so that none of them changes another's tokens."""
     ids = [
         np.array([tokenizer.special[part.text]]) if part.special else next(encoded)
-        for part in piece.parts
+        for part in piece.spans
     ]
-    learn = [np.full(len(i), part.learn) for i, part in zip(ids, piece.parts, strict=True)]
+    learn = [np.full(len(i), part.is_target) for i, part in zip(ids, piece.spans, strict=True)]
     return np.concatenate(ids).astype(np.int32), np.concatenate(learn)
 
 
@@ -90,14 +90,14 @@ def _cut(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
     """
     if not tokenizer.cuttable:
         for tokenized, run in groupby(pieces, lambda piece: piece.tokens is not None):
-            read = iter if tokenized else whole
+            read = iter if tokenized else join_pieces
             yield from read(run)
         return
     for piece in pieces:
-        if not piece.text or piece.parts:
+        if not piece.text or piece.spans:
             yield piece
             continue
-        for number, part in enumerate(in_pieces([piece.text], piece.file)):
+        for number, part in enumerate(split_into_pieces([piece.text], piece.file)):
             yield piece._replace(text=part.text, continues=piece.continues or number > 0)
 
 

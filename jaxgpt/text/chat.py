@@ -1,4 +1,4 @@
-"""Rows of prompts and responses as documents of which only the responses are learnt.
+"""Rows of prompts and responses as documents of which only the responses are targets of the loss.
 
 A row is {"prompt": ..., "response": ...} or {"messages": [{"role": "user", "content": ...}, ...]}.
 """
@@ -11,7 +11,7 @@ from etils import epath
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.formats import json_rows
-from jaxgpt.text.pieces import Part, Piece
+from jaxgpt.text.pieces import Piece, Span
 
 ROLES = ("system", "user", "assistant")
 START, END = "<|im_start|>", "<|im_end|>"  # special tokens of the chatml template
@@ -27,47 +27,45 @@ JINJA = {
         "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
-}  # for transformers; the functions below say the same
+}  # for transformers; `TEMPLATES` below gives the same text
 
 
-def read_chat(files: list[str], template: str) -> Iterator[Piece]:
-    """Yields a document per line of JSON, in parts that say what is learnt.
-
-    Raises:
-      BadInput: naming file and line, if a row is malformed or nothing of it would be learnt.
-    """
-    for file, number, row in json_rows(files):
-        yield piece_of(row_parts(row, template, f"{file}, line {number}"), file, number)
-
-
-def piece_of(parts: list[Part], file: str, number: int) -> Piece:
-    """Returns the document of these parts.
+def read_chat(file: str, template: str) -> Iterator[Piece]:
+    """Yields a document per line of JSON, in spans that say what is a target.
 
     Raises:
-      BadInput: if none of them is learnt.
+      BadInput: naming file and line, if a row is malformed or holds no target.
     """
-    if not any(part.learn and part.text for part in parts):
+    for _, number, row in json_rows([file]):
+        yield supervised_piece(row_spans(row, template, f"{file}, line {number}"), file, number)
+
+
+def supervised_piece(spans: list[Span], file: str, number: int) -> Piece:
+    """Returns the document that consists of `spans`.
+
+    Raises:
+      BadInput: if none of them is a target.
+    """
+    if not any(span.is_target and span.text for span in spans):
         raise BadInput(f"{file}, line {number} has no response to learn: all of it would be masked")
-    for part in parts:
-        check_text(part.text, f"{file}, line {number}")
-    return Piece("".join(part.text for part in parts), file, number, parts=tuple(parts))
+    text = check_text("".join(span.text for span in spans), f"{file}, line {number}")
+    return Piece(text, file, number, spans=tuple(spans))
 
 
-def row_parts(row, template: str, where: str) -> list[Part]:
-    """Returns the parts of one row.
+def row_spans(row, template: str, where: str) -> list[Span]:
+    """Returns the spans of one row.
 
     Raises:
       BadInput: if it is neither of the two kinds.
     """
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        messages = [_message(m, where) for m in row["messages"]]
-        return TEMPLATES[template](messages)
+        return TEMPLATES[template]([_message(m, where) for m in row["messages"]])
     if isinstance(row, dict) and {"prompt", "response"} <= set(row):
         prompt, response = row["prompt"], row["response"]
         if not isinstance(prompt, str) or not isinstance(response, str):
             raise BadInput(f"{where}: prompt and response must be text")
         if template == "plain":
-            return [Part(prompt), Part(response, learn=True)]
+            return [Span(prompt), Span(response, is_target=True)]
         return TEMPLATES[template]([("user", prompt), ("assistant", response)])
     raise BadInput(f"{where} has neither prompt and response nor a list of messages")
 
@@ -82,27 +80,22 @@ def _message(message, where: str) -> tuple[str, str]:
     return message["role"], message["content"]
 
 
-def _plain(messages: list[tuple[str, str]]) -> list[Part]:
-    parts = []
+def _plain(messages: list[tuple[str, str]]) -> list[Span]:
+    spans = []
     for number, (role, content) in enumerate(messages, start=1):
         end = "\n" if number < len(messages) else ""
-        learn = role == "assistant" and bool(content)
-        parts += [Part(f"{role.capitalize()}:"), Part(f" {content}{end}", learn=learn)]
-    return parts
+        is_target = role == "assistant" and bool(content)
+        spans += [Span(f"{role.capitalize()}:"), Span(f" {content}{end}", is_target)]
+    return spans
 
 
-def _chatml(messages: list[tuple[str, str]]) -> list[Part]:
-    parts = []
+def _chatml(messages: list[tuple[str, str]]) -> list[Span]:
+    spans = []
     for role, content in messages:
-        learn = role == "assistant" and bool(content)
-        parts += [
-            Part(START, special=True),
-            Part(f"{role}\n"),
-            Part(content, learn=learn),
-            Part(END, learn=learn, special=True),
-            Part("\n"),
-        ]
-    return parts
+        is_target = role == "assistant" and bool(content)
+        spans += [Span(START, special=True), Span(f"{role}\n"), Span(content, is_target)]
+        spans += [Span(END, is_target, special=True), Span("\n")]
+    return spans
 
 
 TEMPLATES = {"plain": _plain, "chatml": _chatml}

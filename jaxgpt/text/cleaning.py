@@ -4,8 +4,8 @@ html         HTML to the text of its main content (resiliparse); other text stay
 unicode      NFC; no control characters, no byte-order marks; \\r\\n becomes \\n
 quality      see `jaxgpt.text.quality`
 exact_dedup  drops a document equal to an earlier one
-near_dedup   drops one whose word 5-grams are like an earlier one's: MinHash LSH, Jaccard
-             similarity of 0.7 or more (arXiv:2107.06499 uses 0.8); near_dedup:0.8 sets it
+near_dedup   drops one whose set of word 5-grams has a Jaccard similarity of 0.7 or more with an
+             earlier one's, by MinHash LSH (arXiv:2107.06499 uses 0.8); near_dedup:0.8 sets it
 pii          e-mail and public IP addresses become email@example.com, 192.0.2.1, 2001:db8::1;
              how many is counted by kind
 """
@@ -22,10 +22,10 @@ from importlib.metadata import version
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
 from jaxgpt.text.ngrams import ngram_hashes
-from jaxgpt.text.pieces import Piece, whole
+from jaxgpt.text.pieces import Piece, join_pieces
 from jaxgpt.text.quality import quality_fault
 
-EXAMPLES = 3  # kept of each rule's drops
+EXAMPLES = 3  # dropped documents that are kept of each rule
 EXAMPLE_CHARS = 300
 SHINGLE_WORDS = 5
 PERMUTATIONS = 128
@@ -57,7 +57,7 @@ Step = Callable[[str], str]
 
 
 def html_to_text(text: str) -> str:
-    """Returns the main content of a page as text, blocks apart, tags gone."""
+    """Returns the main content of a page as text, without tags; other text unchanged."""
     if not HTML_TAG.search(text[:10_000]):
         return text
     extract = require("resiliparse.extract.html2text", "data", "data.clean=html").extract_plain_text
@@ -78,7 +78,7 @@ def drop_low_quality(text: str) -> str:
 def mask_addresses(text: str) -> str:
     """Returns `text` with addresses replaced by ones that are reserved for documentation.
 
-    It is a `Masked` text, with counts of `email` and `ip`, if there were any.
+    The result is `Masked`, with counts of `email` and `ip`, if there were any.
     """
     counts: Counter[str] = Counter()
 
@@ -88,20 +88,20 @@ def mask_addresses(text: str) -> str:
 
     def mask_ip(match: re.Match) -> str:
         try:
-            found = ipaddress.ip_address(match[0])
+            address = ipaddress.ip_address(match[0])
         except ValueError:  # 1.2.3.999, 12:30:45
             return match[0]
-        if not found.is_global:  # 127.0.0.1, ::1, 192.168.0.1 lead to nobody
+        if not address.is_global:  # 127.0.0.1, ::1, 192.168.0.1 identify nobody
             return match[0]
         counts["ip"] += 1
-        return "192.0.2.1" if found.version == 4 else "2001:db8::1"
+        return "192.0.2.1" if address.version == 4 else "2001:db8::1"
 
     masked = IP.sub(mask_ip, EMAIL.sub(mask_email, text))
     return Masked(masked, dict(+counts)) if +counts else text
 
 
 class ExactDedup:
-    """Drops a document that came before, byte for byte. Keeps 16 bytes a document."""
+    """Drops a document that equals an earlier one. Takes 16 bytes of memory a document."""
 
     def __init__(self):
         self.seen: set[bytes] = set()
@@ -115,16 +115,16 @@ class ExactDedup:
 
 
 class NearDedup:
-    """Drops a document whose set of word 5-grams has Jaccard similarity >= `threshold` with an
-    earlier one's, by MinHash with banding (datasketch); a candidate's estimate must reach it too.
+    """Drops a document that MinHash with banding (datasketch) finds similar to an earlier one, and
+    whose estimated Jaccard similarity with that is at least `threshold`.
 
-    Documents of fewer than five words are left to `exact_dedup`. Keeps about 2 KB a document.
+    Documents of fewer than five words are kept. Takes about 2 KB of memory a document.
     """
 
     def __init__(self, threshold: float = 0.7):
         self.library = require("datasketch", "data", "data.clean=near_dedup")
         self.threshold, self.signatures = threshold, []
-        # bands that rather find too much: the estimate below has the last word
+        # weights that prefer false positives: `__call__` compares the estimates as well
         self.index = self.library.MinHashLSH(threshold, PERMUTATIONS, weights=(0.1, 0.9))
 
     def __call__(self, text: str) -> str:
@@ -176,11 +176,11 @@ def make_steps(spec: str) -> list[tuple[str, Step]]:
     return steps
 
 
-def identity(spec: str) -> str:
-    """Returns what decides on the outcome of cleaning besides the text: steps and libraries."""
+def cleaning_identity(spec: str) -> str:
+    """Returns all that the result of cleaning depends on besides the text: steps and libraries."""
     names = [part.strip().partition(":")[0] for part in spec.split(",")]
     used = [f"{LIBRARIES[n]} {version(LIBRARIES[n])}" for n in names if n in LIBRARIES]
-    counted = " counted" if "pii" in names else ""  # caches from before did not count masks
+    counted = " counted" if "pii" in names else ""  # older caches did not count masks
     return f"{spec} {unicodedata.unidata_version if 'unicode' in names else ''} {used}{counted}"
 
 
@@ -188,17 +188,17 @@ def identity(spec: str) -> str:
 class Report:
     """What cleaning did.
 
-    `rules` says what it dropped: `{rule: {"documents": 3, "examples": [{"where", "text"}, ...]}}`;
-    `masked` what it replaced in the documents that it kept: `{kind: {"masks": 5, "documents": 2,
-    "examples"}}`, the examples as they read afterwards.
+    `dropped`: `{rule: {"documents": 3, "examples": [{"where", "text"}, ...]}}`.
+    `masked`, of the documents that were kept: `{kind: {"masks": 5, "documents": 2, "examples"}}`,
+    the examples as they read afterwards.
     """
 
-    rules: dict[str, dict] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, dict] = dataclasses.field(default_factory=dict)
     masked: dict[str, dict] = dataclasses.field(default_factory=dict)
 
-    def add(self, rule: str, piece: Piece) -> None:
+    def add_drop(self, rule: str, piece: Piece) -> None:
         """Counts a dropped document and keeps the first few."""
-        self._count(self.rules.setdefault(rule, {"documents": 0, "examples": []}), piece)
+        self._count(self.dropped.setdefault(rule, {"documents": 0, "examples": []}), piece)
 
     def add_masks(self, counts: dict[str, int], piece: Piece) -> None:
         """Counts what was replaced in a document, and keeps the first few such documents."""
@@ -215,18 +215,18 @@ class Report:
             entry["examples"].append({"where": piece.where, "text": text})
 
 
-def clean(
+def clean_documents(
     pieces: Iterable[Piece], steps: list[tuple[str, Step]], report: Report
 ) -> Iterator[Piece]:
     """Yields what the steps leave of the documents; a document that ends up empty is dropped."""
-    for piece in whole(pieces):
+    for piece in join_pieces(pieces):
         text, masks = piece.text, Counter()
         for name, step in steps:
             before, text = text, step(text)
             if isinstance(text, Masked) and text is not before:
                 masks.update(text.counts)
             if isinstance(text, Dropped) or not text.strip():
-                report.add(text if isinstance(text, Dropped) else name, piece)
+                report.add_drop(text if isinstance(text, Dropped) else name, piece)
                 break
         else:
             kept = piece._replace(text=str(text))

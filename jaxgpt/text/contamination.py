@@ -1,7 +1,7 @@
 """How much of an evaluation set stands in a training corpus, by n-grams of words.
 
 As GPT-3 measured it (arXiv:2005.14165, appendix C): 13-grams of lower-cased words without
-punctuation. An evaluation document shorter than that is looked up whole, from 8 words on.
+punctuation. An evaluation document of 8 to 12 words is looked up as a whole.
 """
 
 from collections.abc import Iterable
@@ -20,41 +20,34 @@ def contamination(evaluation: Iterable[tuple[str, str]], corpus: Iterable[str]) 
 
     `evaluation` gives (name, text) pairs.
     """
-    names, grams, lengths = [], [], []
-    documents = 0
+    documents, compared = 0, []  # (name, n, hashes of its n-grams) of each document long enough
     for name, text in evaluation:
         documents += 1
         n = min(NGRAM, len(word_hashes(text)))
         if n >= SHORTEST:
-            names.append((name, n))
-            grams.append(np.unique(ngram_hashes(text, n)))
-            lengths.append(n)
-    wanted = {n: np.unique(np.concatenate(_of(grams, lengths, n))) for n in sorted(set(lengths))}
-    found = {n: np.zeros(len(hashes), bool) for n, hashes in wanted.items()}
+            compared.append((name, n, np.unique(ngram_hashes(text, n))))
+    lengths = sorted({n for _, n, _ in compared})
+    wanted = {
+        n: np.unique(np.concatenate([hashes for _, m, hashes in compared if m == n]))
+        for n in lengths
+    }
+    in_corpus = {n: np.zeros(len(hashes), bool) for n, hashes in wanted.items()}
     for text in corpus:
         for n, hashes in wanted.items():
-            places = np.searchsorted(hashes, have := ngram_hashes(text, n))
-            inside = places < len(hashes)
-            places, have = places[inside], have[inside]
-            found[n][places[hashes[places] == have]] = True
+            grams = ngram_hashes(text, n)
+            index = np.minimum(np.searchsorted(hashes, grams), len(hashes) - 1)
+            in_corpus[n][index[hashes[index] == grams]] = True
     shares = [
-        float(np.mean(found[n][np.searchsorted(wanted[n], own)]))
-        for own, n in zip(grams, lengths, strict=True)
+        (float(np.mean(in_corpus[n][np.searchsorted(wanted[n], hashes)])), name, n)
+        for name, n, hashes in compared
     ]
-    ranked = sorted(zip(shares, names, strict=True), key=lambda pair: -pair[0])
+    overlapping = [row for row in shares if row[0] > 0]
+    worst = sorted(overlapping, key=lambda row: -row[0])[:10]
     return {
         "documents": documents,
-        "compared": len(names),
-        "overlapping": sum(share > 0 for share in shares),
+        "compared": len(compared),
+        "overlapping": len(overlapping),
         "ngrams": sum(map(len, wanted.values())),
-        "found": int(sum(map(np.sum, found.values()))),
-        "worst": [
-            {"where": name, "ngram": n, "share": round(share, 4)}
-            for share, (name, n) in ranked[:10]
-            if share > 0
-        ],
+        "found": int(sum(map(np.sum, in_corpus.values()))),
+        "worst": [{"where": name, "ngram": n, "share": round(s, 4)} for s, name, n in worst],
     }
-
-
-def _of(grams: list[np.ndarray], lengths: list[int], n: int) -> list[np.ndarray]:
-    return [own for own, length in zip(grams, lengths, strict=True) if length == n]

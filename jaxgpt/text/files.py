@@ -1,5 +1,6 @@
-"""Files by pattern, local or remote, opened through their compression, told apart by hash."""
+"""Input files: listed by pattern, local or remote, opened through their compression, and hashed."""
 
+import functools
 import glob
 import gzip
 import hashlib
@@ -16,121 +17,107 @@ from typing import BinaryIO
 
 from jaxgpt.system.console import say
 from jaxgpt.system.encoding import printable
-from jaxgpt.system.errors import BadInput
+from jaxgpt.system.errors import BadInput, as_bad_input
 from jaxgpt.system.extras import require
 from jaxgpt.system.files import Damaged, Missing, read_json, write_whole
 
 BLOCK = 1 << 20
-ZSTD_BLOCK = 1 << 12  # of compressed bytes: at most 128 MB of zeros come out of it at once
-LONGEST = 1 << 28  # bytes of one line or record: what is longer is damage, or no text
+ZSTD_BLOCK = 1 << 12  # compressed bytes read at once: at most 128 MB of zeros come out of them
+LONGEST = 1 << 28  # bytes of one line or record: a longer one is damaged, or not text
 REMEMBERED = 16 << 20  # bytes from which on a file's hash is kept rather than computed anew
 RACY_SECONDS = 2  # a file younger than this may still change within its time stamp
 
 
-def expand(source: str, pattern: str) -> list[str]:
+def list_files(source: str, pattern: str) -> list[str]:
     """Returns the files, sorted, that a glob, a folder (all below) or a `scheme://` pattern names.
 
-    A file that several links lead to is listed once, by its first name.
+    A file that several links lead to is listed once, under the first of its names.
 
     Raises:
       BadInput: if there are none, or they cannot be listed (no permission; a remote file system
         that is not installed or not reachable).
     """
-    if "://" in pattern:
-        return _expand_remote(source, pattern)
-    try:
-        found = _expand_local(str(Path(pattern).expanduser()))
-    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: ~nobody
-        raise BadInput(f"data source {source} cannot be listed: {e}") from e
-    files = {os.path.realpath(file): file for file in sorted(found, reverse=True)}
+    with as_bad_input(lambda e: f"data source {source} cannot be listed: {e}"):
+        files = _list_remote(source, pattern) if "://" in pattern else _list_local(pattern)
     if not files:
         raise BadInput(f"data source {source}: no file matches {pattern}")
-    return sorted(files.values())
+    return files
 
 
-def _expand_local(pattern: str) -> list[str]:
-    if os.path.isdir(pattern):
-        pattern = os.path.join(pattern, "**")
-    parts = pattern.split("/")
-    if "**" not in parts:
-        return [file for file in glob.glob(pattern) if os.path.isfile(file)]
-    at = parts.index("**")
-    start, wanted = "/".join([*parts[:at], ""]), [part for part in parts[at:] if part]
-    found = []
-    for folder in glob.glob(start) if start else [""]:
-        below = ((file, file[len(folder) :].split("/")) for file in _below(folder, set()))
-        found += [file for file, inner in below if _matches(inner, wanted)]
-    return found
+def _list_remote(source: str, pattern: str) -> list[str]:
+    fs, path = require("fsspec", "data", f"data source {source}").core.url_to_fs(pattern)
+    names = fs.glob(f"{path}/**") if fs.isdir(path) else fs.glob(path)
+    return sorted(fs.unstrip_protocol(name) for name in names if fs.isfile(name))
 
 
-def _below(folder: str, seen: set) -> Iterator[str]:
+def _list_local(pattern: str) -> list[str]:
+    pattern = str(Path(pattern).expanduser())
+    parts = [*pattern.split("/"), *(["**"] if os.path.isdir(pattern) else [])]
+    if "**" in parts:  # `glob` would follow links that lead back for ever
+        at = parts.index("**")
+        start, rest = "/".join([*parts[:at], ""]), [part for part in parts[at:] if part]
+        files = [
+            file
+            for folder in (glob.glob(start) if start else [""])
+            for file in _files_below(folder, set())
+            if _matches(file[len(folder) :].split("/"), rest)
+        ]
+    else:
+        files = [file for file in glob.glob(pattern) if os.path.isfile(file)]
+    by_target = {os.path.realpath(file): file for file in sorted(files, reverse=True)}
+    return sorted(by_target.values())
+
+
+def _files_below(folder: str, seen: set) -> Iterator[str]:
     """Yields the files below `folder`; follows links, but enters no folder twice."""
     status = os.stat(folder or ".")
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder or ".") as entries:
-        names = sorted((entry.is_symlink(), entry.name) for entry in entries)
+        names = sorted((entry.is_symlink(), entry.name) for entry in entries)  # links last
     for _, name in names:
         path = os.path.join(folder, name)
         if os.path.isdir(path):
-            yield from _below(path, seen)
+            yield from _files_below(path, seen)
         elif os.path.isfile(path):
             yield path
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """Says whether a path matches, by `glob`'s rules: no wildcard stands for a leading dot.
+    """Says whether a path matches, by `glob`'s rules: no wildcard matches a leading dot."""
 
-    Holds the set of places in the pattern that the parts so far lead to: no backtracking.
-    """
-    places = _with_next({0}, pattern)
-    for part in parts:
-        hidden, reached = part.startswith("."), set()
-        for at in (at for at in places if at < len(pattern)):
-            if pattern[at] == "**":
-                reached |= set() if hidden else {at}
-            elif (not hidden or pattern[at].startswith(".")) and fnmatchcase(part, pattern[at]):
-                reached.add(at + 1)
-        places = _with_next(reached, pattern)
-    return len(pattern) in places
+    @functools.cache  # each pair of places is compared once: no exponential backtracking
+    def match(part: int, at: int) -> bool:
+        """Says whether the path from `part` on matches the pattern from `at` on."""
+        if at == len(pattern):
+            return part == len(parts)
+        if pattern[at] == "**" and match(part, at + 1):  # `**` may match nothing
+            return True
+        if part == len(parts):
+            return False
+        hidden = parts[part].startswith(".")
+        if pattern[at] == "**":
+            return not hidden and match(part + 1, at)
+        if hidden and not pattern[at].startswith("."):
+            return False
+        return fnmatchcase(parts[part], pattern[at]) and match(part + 1, at + 1)
 
-
-def _with_next(places: set[int], pattern: list[str]) -> set[int]:
-    """Adds the places behind each `**`, which may stand for nothing."""
-    found = set()
-    for at in places:
-        found.add(at)
-        while at < len(pattern) and pattern[at] == "**":
-            found.add(at := at + 1)
-    return found
-
-
-def _expand_remote(source: str, pattern: str) -> list[str]:
-    fsspec = require("fsspec", "data", f"data source {source}")
-    try:
-        fs, path = fsspec.core.url_to_fs(pattern)
-        found = fs.glob(f"{path}/**") if fs.isdir(path) else fs.glob(path)
-        files = sorted(fs.unstrip_protocol(f) for f in found if fs.isfile(f))
-    except Exception as e:  # each file system raises its own
-        raise BadInput(f"data source {source} cannot be listed: {e}") from e
-    if not files:
-        raise BadInput(f"data source {source}: no file matches {pattern}")
-    return files
+    return match(0, 0)
 
 
 @contextmanager
-def opened(file: str, decompress: bool = True) -> Iterator[BinaryIO]:
+def open_file(file: str, decompress: bool = True) -> Iterator[BinaryIO]:
     """Yields `file` as a binary stream, decompressed if it ends in `.gz` or `.zst`.
 
     Raises:
-      BadInput: wherever the file turns out to be unreadable or damaged, while reading too.
+      BadInput: if the file is unreadable or damaged, also where that shows while reading.
     """
-    remote = "://" in file
+    # remote file systems raise exceptions of their own
+    errors = Exception if "://" in file else (OSError, EOFError, zlib.error)
+    opener = require("fsspec", "data", file).open if "://" in file else open
     try:
-        with (
-            require("fsspec", "data", file).open(file, "rb") if remote else open(file, "rb") as raw
-        ):
+        with opener(file, "rb") as raw:
             if decompress and file.endswith(".gz"):
                 yield gzip.GzipFile(fileobj=raw)
             elif decompress and file.endswith(".zst"):
@@ -140,31 +127,30 @@ def opened(file: str, decompress: bool = True) -> Iterator[BinaryIO]:
                 yield raw
     except BadInput:
         raise
-    except Exception as e:
-        if remote or isinstance(e, OSError | EOFError | zlib.error):  # remote ones raise their own
-            raise BadInput(f"{file} cannot be read: {e}") from e
-        raise
+    except errors as e:
+        raise BadInput(f"{file} cannot be read: {e}") from e
 
 
 class _Zstd(io.RawIOBase):
-    """The decompressed bytes of a zstd stream, whose missing end the library's reader overlooks."""
+    """The decompressed bytes of a zstd stream. The library's own reader accepts a stream that is
+    cut short as if it ended there."""
 
     def __init__(self, raw: BinaryIO, library):
         self.raw, self.library = raw, library
-        self.frame, self.rest = None, memoryview(b"")
+        self.frame, self.buffer = None, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        while not self.rest:
+    def readinto(self, target) -> int:
+        while not self.buffer:
             if not (block := self.raw.read(ZSTD_BLOCK)):
                 if self.frame:
                     raise EOFError("the zstd stream ends too early")
                 return 0
-            self.rest = memoryview(b"".join(self._decompress(block)))
-        count = min(len(buffer), len(self.rest))
-        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+            self.buffer = memoryview(b"".join(self._decompress(block)))
+        count = min(len(target), len(self.buffer))
+        target[:count], self.buffer = self.buffer[:count], self.buffer[count:]
         return count
 
     def _decompress(self, block: bytes) -> Iterator[bytes]:
@@ -178,58 +164,49 @@ class _Zstd(io.RawIOBase):
             self.frame = None if self.frame.eof else self.frame
 
 
-def blocks(file: str) -> Iterator[bytes]:
+def read_blocks(file: str) -> Iterator[bytes]:
     """Yields the decompressed bytes of `file`, at most BLOCK at a time."""
-    with opened(file) as stream:
+    with open_file(file) as stream:
         while block := stream.read(BLOCK):
             yield block
 
 
-def lines(file: str) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: str) -> Iterator[tuple[int, bytes]]:
     """Yields (number from 1, line) of every line of `file` that is not blank.
 
-    Lines end with a line feed alone: JSON texts may hold U+2028 and the like.
+    Only a line feed ends a line: JSON texts may hold U+2028 and the like.
 
     Raises:
-      BadInput: if one is longer than `LONGEST`, for which no memory is taken.
+      BadInput: if a line is longer than `LONGEST`; it is not read into memory.
     """
-    with opened(file) as stream:
-        number = 0
-        while line := stream.readline(LONGEST + 1):
-            number += 1
+    with open_file(file) as stream:
+        lines = iter(lambda: stream.readline(LONGEST + 1), b"")
+        for number, line in enumerate(lines, start=1):
             if len(line) > LONGEST:
                 raise BadInput(f"{file}, line {number} is longer than {LONGEST:,} bytes")
             if line.strip():
                 yield number, line
 
 
-def stamps(files: list[str]) -> list[list]:
-    """Returns for each file what changes when it is written to or replaced: its size, times and
-    inode (the times of any change too, which nobody can set back); of a remote one, what its file
-    system tells.
-
-    Raises:
-      BadInput: if one is gone.
-    """
-    try:
-        return [_remote_stamp(file) if "://" in file else stamp_of(file) for file in files]
-    except OSError as e:
-        raise BadInput(f"a source cannot be read: {e}") from e
-
-
-def stamp_of(file: os.PathLike | str) -> list[int]:
-    """Returns a local file's stamp (see `stamps`): size, modification, change, inode."""
+def local_stamp(file: os.PathLike | str) -> list[int]:
+    """Returns what differs once a local file is written to or replaced: size, modification time,
+    change time (which nobody can set back) and inode."""
     status = os.stat(file)
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _remote_stamp(file: str) -> list[str]:
-    try:
+def file_stamp(file: str) -> list:
+    """Returns `local_stamp`, or for a remote file what its file system gives for that purpose.
+
+    Raises:
+      BadInput: if the file is gone.
+    """
+    with as_bad_input(lambda e: f"{file} cannot be read: {e}"):
+        if "://" not in file:
+            return local_stamp(file)
         fs, path = require("fsspec", "data", file).core.url_to_fs(file)
         fs.invalidate_cache()
         return [fs.ukey(path)]
-    except Exception as e:  # each file system raises its own
-        raise BadInput(f"{file} cannot be read: {e}") from e
 
 
 def is_young(stamp: list) -> bool:
@@ -237,41 +214,40 @@ def is_young(stamp: list) -> bool:
     return len(stamp) > 1 and time.time() - max(stamp[1:3]) / 1e9 < RACY_SECONDS
 
 
-def digest(files: list[str], memory: Path) -> str:
+def hash_files(files: list[str], memory: Path) -> str:
     """Returns a hash of the files' bytes, in order; their names do not matter.
 
-    Hashes of large local files are remembered in `memory` by path and stamp.
+    Hashes of large local files are kept in the file `memory`, by path and stamp.
     """
-    known = _recall(memory)
-    total, learnt = hashlib.sha256(), {}
+    known, new = _read_memory(memory), {}
+    total = hashlib.sha256()
     for file in files:
-        stamp = None if "://" in file else stamps([file])[0]
         name = printable(os.path.abspath(file))
-        if stamp and known.get(name, [None])[0] == stamp and not is_young(stamp):
+        stamp = None if "://" in file else file_stamp(file)
+        is_kept = stamp and stamp[0] >= REMEMBERED and not is_young(stamp)
+        if is_kept and known.get(name, [None])[0] == stamp:
             total.update(bytes.fromhex(known[name][1]))
             continue
-        one = hashlib.sha256()
-        with opened(file, decompress=False) as stream:
-            while block := stream.read(BLOCK):
-                one.update(block)
-        total.update(one.digest())
-        if stamp and stamp[0] >= REMEMBERED and not is_young(stamp):
-            learnt[name] = [stamp, one.hexdigest()]
-    if learnt:
+        with open_file(file, decompress=False) as stream:
+            file_hash = hashlib.file_digest(stream, "sha256")
+        total.update(file_hash.digest())
+        if is_kept:
+            new[name] = [stamp, file_hash.hexdigest()]
+    if new:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(memory, json.dumps(_recall(memory) | learnt))
+        write_whole(memory, json.dumps(_read_memory(memory) | new))
     return total.hexdigest()
 
 
-def _recall(memory: Path) -> dict:
-    """Returns the remembered hashes; none if they are damaged, which costs reading the files."""
+def _read_memory(memory: Path) -> dict:
+    """Returns the hashes that are kept; none if they are damaged: the files are then read again."""
     try:
-        known = read_json(memory, {str: ([int], str)})
-        for _, found in known.values():
-            bytes.fromhex(found)
-        return known
+        hashes = read_json(memory, {str: ([int], str)})
+        for _, file_hash in hashes.values():
+            bytes.fromhex(file_hash)
+        return hashes
     except Missing:
         return {}
     except (Damaged, ValueError) as e:
-        say(f"data      {memory} is damaged and begun anew ({e})")
+        say(f"data      {memory} is damaged; its hashes are computed again ({e})")
         return {}

@@ -7,54 +7,41 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from jaxgpt.system.encoding import check_text
-from jaxgpt.system.errors import BadInput
+from jaxgpt.system.errors import BadInput, as_bad_input
 from jaxgpt.system.extras import require
-from jaxgpt.text.files import LONGEST, blocks, lines, opened
-from jaxgpt.text.pieces import Piece, in_pieces
+from jaxgpt.text.files import LONGEST, open_file, read_blocks, read_lines
+from jaxgpt.text.pieces import Piece, split_into_pieces
 
 LLMC_HEADERS = {20240520: "<u2", 20240801: "<u4"}  # llm.c's magic numbers and their token types
 LLMC_HEADER_BYTES = 1024
 TOKENS_AT_ONCE = 1 << 20
 # Parts of the standard library that are not readable source: tests (17 MB, a language of their
 # own), code-point tables, and bundled or generated files.
-NOT_TEXT = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "encodings",
-    "ensurepip",
-    "pydoc_data",
-    "lib2to3",
-    "config",
-}
+NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+NOT_TEXT |= {"encodings", "ensurepip", "pydoc_data", "lib2to3", "config"}
 
 
-def read_text(files: list[str]) -> Iterator[Piece]:
-    """Yields a document per UTF-8 file; empty ones are passed over."""
-    for file in files:
-        yield from in_pieces(_decoded(file), file)
+def read_text(file: str) -> Iterator[Piece]:
+    """Yields a UTF-8 file as one document; nothing if it is empty."""
+    yield from split_into_pieces(_decoded(file), file)
 
 
 def _decoded(file: str) -> Iterator[str]:
-    decoder, consumed = codecs.getincrementaldecoder("utf-8")(), 0
-    block = b""
-    try:
-        for block in blocks(file):
-            pending = len(decoder.getstate()[0])
-            yield decoder.decode(block)
-            consumed += len(block)
-        pending, block = len(decoder.getstate()[0]), b""
-        yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as e:
-        raise _not_utf8(file, e, consumed - pending) from e
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    for block in chain(read_blocks(file), [b""]):
+        pending = len(decoder.getstate()[0])  # bytes of a character that began in the last block
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as e:
+            raise _not_utf8(file, e, offset - pending) from e
+        offset += len(block)
+        yield text
 
 
 def _not_utf8(where: str, e: UnicodeDecodeError, offset: int = 0) -> BadInput:
@@ -64,106 +51,87 @@ def _not_utf8(where: str, e: UnicodeDecodeError, offset: int = 0) -> BadInput:
     )
 
 
-def read_jsonl(files: list[str], field: str) -> Iterator[Piece]:
-    """Yields the text `field` of each line of JSON; blank lines and empty texts are passed over."""
-    for file in files:
-        for number, line in lines(file):
-            if text := _field(line, field, f"{file}, line {number}"):
-                yield Piece(text, file, number)
-
-
-def _field(line: bytes, field: str, where: str) -> str:
-    row = parse_json(line, where)
-    text = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "not an object"
-        raise BadInput(f"{where} has no text field {field!r} ({has}); set data.field")
-    return check_text(text, where)
-
-
 def json_rows(files: list[str]) -> Iterator[tuple[str, int, object]]:
     """Yields (file, line number, value) of every line of JSON that is not blank.
 
     Raises:
-      BadInput: naming file and line, if one is not JSON.
+      BadInput: naming file and line, if one is not UTF-8 or not JSON.
     """
     for file in files:
-        for number, line in lines(file):
-            yield file, number, parse_json(line, f"{file}, line {number}")
+        for number, line in read_lines(file):
+            where = f"{file}, line {number}"
+            try:
+                yield file, number, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as e:
+                raise _not_utf8(where, e) from e
+            except (ValueError, RecursionError) as e:  # also integers of thousands of digits
+                raise BadInput(f"{where} is not valid JSON: {e}") from e
 
 
-def parse_json(line: bytes, where: str):
-    """Returns what a line of JSON holds.
-
-    Raises:
-      BadInput: naming `where`, if it is not UTF-8 or not JSON.
-    """
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise _not_utf8(where, e) from e
-    except (ValueError, RecursionError) as e:  # also integers of thousands of digits
-        raise BadInput(f"{where} is not valid JSON: {e}") from e
+def read_jsonl(file: str, field: str) -> Iterator[Piece]:
+    """Yields the text `field` of each line of JSON; blank lines and empty texts are skipped."""
+    for _, number, row in json_rows([file]):
+        where = f"{file}, line {number}"
+        text = row.get(field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "not an object"
+            raise BadInput(f"{where} has no text field {field!r} ({has}); set data.field")
+        if check_text(text, where):
+            yield Piece(text, file, number)
 
 
-def read_parquet(files: list[str], column: str) -> Iterator[Piece]:
-    """Yields the text `column` of each row; nulls and empty texts are passed over."""
+def read_parquet(file: str, column: str) -> Iterator[Piece]:
+    """Yields the text `column` of each row; nulls and empty texts are skipped."""
     parquet = require("pyarrow.parquet", "data", "reading parquet")
     arrow = require("pyarrow", "data", "reading parquet")
-    for file in files:
-        with opened(file, decompress=False) as stream:
-            row = 0
-            try:
-                table = parquet.ParquetFile(stream)
-                names = table.schema_arrow.names
-                if names.count(column) != 1:
-                    many = "more than one" if column in names else "no"
-                    raise BadInput(
-                        f"{file} has {many} column {column!r}: it has {', '.join(names)}; set"
-                        " data.field"
-                    )
-                kind = table.schema_arrow.field(column).type
-                if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
-                    raise BadInput(f"column {column!r} of {file} holds {kind}, not text")
-                for batch in table.iter_batches(columns=[column], batch_size=1024):
-                    for text in batch.column(0).to_pylist():
-                        row += 1
-                        if text:
-                            yield Piece(text, file, row)
-            except BadInput:
-                raise
-            except Exception as e:  # a damaged file makes the library raise anything
-                raise BadInput(f"{file} cannot be read as parquet after row {row}: {e}") from e
+    row = 0
+    with (
+        open_file(file, decompress=False) as stream,
+        as_bad_input(lambda e: f"{file} cannot be read as parquet after row {row}: {e}"),
+    ):
+        table = parquet.ParquetFile(stream)
+        names = table.schema_arrow.names
+        if names.count(column) != 1:
+            many = "more than one" if column in names else "no"
+            raise BadInput(
+                f"{file} has {many} column {column!r}: it has {', '.join(names)}; set data.field"
+            )
+        kind = table.schema_arrow.field(column).type
+        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+            raise BadInput(f"column {column!r} of {file} holds {kind}, not text")
+        for batch in table.iter_batches(columns=[column], batch_size=1024):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if text:
+                    yield Piece(text, file, row)
 
 
-def read_warc(files: list[str]) -> Iterator[Piece]:
-    """Yields the text of each page of WARC and WET archives: HTML and plain text answers, and
+def read_warc(file: str) -> Iterator[Piece]:
+    """Yields the text of each page of a WARC or WET archive: HTML and plain text answers, and
     WET's conversions. HTML stays HTML; `data.clean=html` turns it to text."""
     archive = require("warcio.archiveiterator", "data", "reading web archives")
-    for file in files:
-        with opened(file) as stream:  # the library would pass over a compressed file's missing end
-            number = 0
-            try:
-                for number, record in enumerate(archive.ArchiveIterator(stream), start=1):
-                    length = record.rec_headers.get_header("Content-Length")
-                    if length is not None and not re.fullmatch(r"\s*\d{1,18}\s*", length):
-                        raise BadInput(f"{file}, record {number} has length {length!r:.80}")
-                    if kind := _page_type(record):
-                        raw = record.content_stream().read(LONGEST + 1)
-                        if len(raw) > LONGEST:
-                            raise BadInput(f"{file}, record {number} is over {LONGEST:,} bytes")
-                        while record.raw_stream.read(LONGEST):  # what its encoding left over
-                            pass
-                        if record.raw_stream.limit > 0:
-                            raise BadInput(f"{file} is cut short in record {number}")
-                        if (text := _web_text(raw, kind)).strip():
-                            yield Piece(text, file, number)
-            except BadInput:
-                raise
-            except Exception as e:  # a damaged archive makes the library raise anything
-                raise BadInput(f"{file} is damaged after record {number}: {e!r}") from e
-            if not number:
-                raise BadInput(f"{file} is not a web archive: it holds no record")
+    number = 0
+    with (
+        open_file(file) as stream,  # the library would accept a compressed file that is cut
+        as_bad_input(lambda e: f"{file} is damaged after record {number}: {e!r}"),
+    ):
+        for number, record in enumerate(archive.ArchiveIterator(stream), start=1):
+            length = record.rec_headers.get_header("Content-Length")
+            if length is not None and not re.fullmatch(r"\s*\d{1,18}\s*", length):
+                raise BadInput(f"{file}, record {number} has length {length!r:.80}")
+            if not (kind := _page_type(record)):
+                continue
+            raw = record.content_stream().read(LONGEST + 1)
+            if len(raw) > LONGEST:
+                raise BadInput(f"{file}, record {number} is over {LONGEST:,} bytes")
+            while record.raw_stream.read(LONGEST):  # bytes that decoding did not need
+                pass
+            if record.raw_stream.limit > 0:
+                raise BadInput(f"{file} is cut short in record {number}")
+            if (text := _web_text(raw, kind)).strip():
+                yield Piece(text, file, number)
+        if not number:
+            raise BadInput(f"{file} is not a web archive: it holds no record")
 
 
 def _page_type(record) -> str:
@@ -180,13 +148,14 @@ def _page_type(record) -> str:
 
 def _web_text(raw: bytes, content_type: str) -> str:
     """Decodes a page by its header's charset, else its own <meta>, else as UTF-8."""
-    declared = re.search(r"charset=[\"']?([\w-]+)", content_type, re.I)
-    declared = declared[1] if declared else ""
-    if not declared and (meta := re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", raw[:2048], re.I)):
-        declared = meta[1].decode("ascii")
+    charset = ""
+    if match := re.search(r"charset=[\"']?([\w-]+)", content_type, re.I):
+        charset = match[1]
+    elif match := re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", raw[:2048], re.I):
+        charset = match[1].decode("ascii")
     try:
-        text = raw.decode(declared or "utf-8", errors="replace")
-    except (LookupError, ValueError):  # a charset nobody knows, or one that minds no `errors`
+        text = raw.decode(charset or "utf-8", errors="replace")
+    except (LookupError, ValueError):  # an unknown charset, or a codec that ignores `errors`
         text = raw.decode("utf-8", errors="replace")
     if text.isascii():
         return text
@@ -194,32 +163,30 @@ def _web_text(raw: bytes, content_type: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
 
 
-def read_tokens(files: list[str], end_of_text: int, vocab_size: int) -> Iterator[Piece]:
-    """Yields the documents of token files: raw uint16 as nanoGPT writes, or with llm.c's header.
+def read_tokens(file: str, end_of_text: int, vocab_size: int) -> Iterator[Piece]:
+    """Yields the documents of a token file: raw uint16 as nanoGPT writes, or with llm.c's header.
 
-    Documents are what lies between end-of-text tokens, whether these stand in front (llm.c) or
-    behind (nanoGPT).
+    End-of-text tokens separate documents, whether they come first (llm.c) or last (nanoGPT).
 
     Raises:
-      BadInput: if a file is cut short or holds an id that the vocabulary lacks.
+      BadInput: if it is cut short or holds an id that the vocabulary lacks.
     """
-    for file in files:
-        tokens, row, continues = open_tokens(file), 0, False
-        for start in range(0, len(tokens), TOKENS_AT_ONCE):
-            ids = np.asarray(tokens[start : start + TOKENS_AT_ONCE])
-            if ids.max() >= vocab_size:
-                raise BadInput(
-                    f"{file} holds token {ids.max()}, beyond the tokenizer's {vocab_size}; set"
-                    " data.tokenizer to the one that made it"
-                )
-            borders = np.flatnonzero(ids == end_of_text)
-            for begin, end in zip([0, *borders + 1], [*borders, len(ids)], strict=True):
-                if end > begin:
-                    row += not continues
-                    yield Piece("", file, row, continues, ids[begin:end].astype(np.int32))
-                    continues = True
-                if end < len(ids):  # an end-of-text stands here
-                    continues = False
+    tokens, row, continues = open_tokens(file), 0, False
+    for start in range(0, len(tokens), TOKENS_AT_ONCE):
+        ids = np.asarray(tokens[start : start + TOKENS_AT_ONCE])
+        if ids.max() >= vocab_size:
+            raise BadInput(
+                f"{file} holds token {ids.max()}, beyond the tokenizer's {vocab_size}; set"
+                " data.tokenizer to the one that made it"
+            )
+        ends = np.flatnonzero(ids == end_of_text)
+        for begin, end in zip([0, *ends + 1], [*ends, len(ids)], strict=True):
+            if end > begin:
+                row += not continues
+                yield Piece("", file, row, continues, ids[begin:end].astype(np.int32))
+                continues = True
+            if end < len(ids):  # ids[end] is an end-of-text
+                continues = False
 
 
 def open_tokens(file: str) -> np.ndarray:
@@ -251,18 +218,14 @@ def read_builtin() -> Iterator[Piece]:
     They come in the order of their names' hashes, so that the held-out tail is like the rest.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = (path.relative_to(root) for path in root.rglob("*.py"))
-    files = {f"lib/{path.as_posix()}": path for path in files if not _left_out(path)}
-    topics = importlib.import_module("pydoc_data.topics").topics
-    names = sorted([*files, *topics], key=lambda n: hashlib.sha256(n.encode()).digest())
-    for name in names:
-        if name in files:
-            text = (root / files[name]).read_bytes().decode("utf-8", errors="ignore")
-        else:
-            text = topics[name]
+    texts = dict(importlib.import_module("pydoc_data.topics").topics)
+    for path in root.rglob("*.py"):
+        inner = path.relative_to(root)
+        if not any(part in NOT_TEXT or part.startswith("config-") for part in inner.parts):
+            texts[f"lib/{inner.as_posix()}"] = path
+    for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        text = texts[name]
+        if isinstance(text, Path):
+            text = text.read_bytes().decode("utf-8", errors="ignore")
         if text.strip():
             yield Piece(text, name)
-
-
-def _left_out(path: Path) -> bool:
-    return any(part in NOT_TEXT or part.startswith("config-") for part in path.parts)

@@ -1,7 +1,7 @@
-"""Rules that tell prose from the rest of the web. Each returns the name of what is wrong, or ''.
+"""Rules that tell prose from the rest of the web.
 
 The numbers are those of Gopher (arXiv:2112.11446, appendix A.1.1 and table A1) and, where marked,
-of C4 (arXiv:1910.10683, section 2.2). They are made for English prose; code fails them.
+of C4 (arXiv:1910.10683, section 2.2). They are for English prose; code fails them.
 """
 
 import re
@@ -55,16 +55,16 @@ def _fault_in_lines(text: str, lines: list[str]) -> str:
 def _repetition(text: str, words: list[str], lines: list[str]) -> str:
     paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text) if p.strip()]
     for parts, name in ((lines, "repeated_lines"), (paragraphs, "repeated_paragraphs")):
-        again = [part for part, times in Counter(parts).items() for _ in range(times - 1)]
-        if len(again) / len(parts) > 0.30 or sum(map(len, again)) / len(text) > 0.20:
+        repeats = [part for part, count in Counter(parts).items() for _ in range(count - 1)]
+        if len(repeats) / len(parts) > 0.30 or sum(map(len, repeats)) / len(text) > 0.20:
             return name  # Gopher
     characters = sum(map(len, words))
-    for n, most in TOP_NGRAMS:
-        gram, times = Counter(zip(*(words[i:] for i in range(n)), strict=False)).most_common(1)[0]
-        if times > 1 and times * sum(map(len, gram)) / characters > most:
+    for n, limit in TOP_NGRAMS:
+        gram, count = Counter(zip(*(words[i:] for i in range(n)), strict=False)).most_common(1)[0]
+        if count > 1 and count * sum(map(len, gram)) / characters > limit:
             return f"top_{n}gram"  # Gopher
-    for n, most in REPEATED_NGRAMS:
-        if _covered(words, n) / characters > most:
+    for n, limit in REPEATED_NGRAMS:
+        if _covered(words, n) / characters > limit:
             return f"repeated_{n}grams"  # Gopher
     return ""
 

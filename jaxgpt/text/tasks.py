@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
-from jaxgpt.text.chat import piece_of
+from jaxgpt.text.chat import supervised_piece
 from jaxgpt.text.formats import json_rows
-from jaxgpt.text.pieces import Part, Piece
+from jaxgpt.text.pieces import Piece, Span
 
 LABELS = {
     "sentiment": ("negative", "positive"),
@@ -22,11 +22,12 @@ LABELS = {
 
 
 class Example(NamedTuple):
-    """One row: the prompt, and the answers that count as right (the first is learnt)."""
+    """One row: the prompt, and the answers that count as right (the first is the target)."""
 
     prompt: str
     answers: tuple[str, ...]
-    where: str
+    file: str = ""
+    line: int = 0
 
 
 def _sentiment(row: dict) -> tuple[str, tuple[str, ...]]:
@@ -46,8 +47,7 @@ def _questions(row: dict) -> tuple[str, tuple[str, ...]]:
     if not answers or not all(isinstance(a, str) and a for a in answers):
         raise ValueError("answers must be texts, at least one")
     context, question = _text(row, "context"), _text(row, "question")
-    prompt = f"Context: {context}\nQuestion: {question}\nAnswer:"
-    return prompt, tuple(answers)
+    return f"Context: {context}\nQuestion: {question}\nAnswer:", tuple(answers)
 
 
 TASKS: dict[str, Callable[[dict], tuple[str, tuple[str, ...]]]] = {
@@ -76,25 +76,20 @@ def read_examples(task: str, files: list[str]) -> Iterator[Example]:
     """Yields the examples of jsonl files.
 
     Raises:
-      BadInput: naming file and line, if a row lacks a field or its label is none.
+      BadInput: naming file and line, if a row lacks a field or holds no valid label.
     """
     for file, number, row in json_rows(files):
-        yield _example(task, row, f"{file}, line {number}")
+        where = f"{file}, line {number}"
+        try:
+            prompt, answers = TASKS[task](row)
+        except (KeyError, TypeError, ValueError) as e:
+            raise BadInput(f"{where} is no row of task {task}: {e!r}") from e
+        for text in (prompt, *answers):
+            check_text(text, where)
+        yield Example(prompt, answers, file, number)
 
 
-def _example(task: str, row, where: str) -> Example:
-    try:
-        prompt, answers = TASKS[task](row)
-    except (KeyError, TypeError, ValueError) as e:
-        raise BadInput(f"{where} is no row of task {task}: {e!r}") from e
-    for text in (prompt, *answers):
-        check_text(text, where)
-    return Example(prompt, answers, where)
-
-
-def read_task(files: list[str], task: str) -> Iterator[Piece]:
-    """Yields a document per example, of which the answer is learnt."""
-    for file, number, row in json_rows(files):
-        example = _example(task, row, f"{file}, line {number}")
-        answer = Part(f" {example.answers[0]}", learn=True)
-        yield piece_of([Part(example.prompt), answer], file, number)
+def read_task(file: str, task: str) -> Iterator[Piece]:
+    """Yields a document per example, of which the answer is the target."""
+    for prompt, answers, _, line in read_examples(task, [file]):
+        yield supervised_piece([Span(prompt), Span(f" {answers[0]}", is_target=True)], file, line)

@@ -5,15 +5,10 @@ import importlib
 import os
 from collections.abc import Iterator
 
-from jaxgpt.system.errors import BadInput
+from jaxgpt.system.errors import BadInput, as_bad_input
 from jaxgpt.text.pieces import Piece
 
-HELD_OUT = ("validation", "valid", "dev", "test")  # splits that serve for validation, best first
-WAYS_OUT = (
-    "set data.data_dir to a folder that holds it in array_record format, or prepare it on a"
-    " machine with a network: pip install tensorflow tensorflow-datasets && tfds build {name}"
-    " --file_format=array_record"
-)
+VALIDATION = ("validation", "valid", "dev", "test")  # splits that serve for validation, best first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +31,7 @@ class TfdsSplit:
                 yield Piece(text, name, row)
 
     def files(self) -> list[str]:
-        """Returns the split's files, whose bytes tell its content."""
+        """Returns the files of the split."""
         return [os.fspath(file) for file in self.builder.info.splits[self.split].filepaths]
 
 
@@ -49,46 +44,35 @@ def open_tfds(name: str, field: str, data_dir: str) -> tuple[TfdsSplit, TfdsSpli
     """
     tfds = importlib.import_module("tensorflow_datasets")  # slow to import, and rarely needed
     where = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    try:
+    advice = (
+        "set data.data_dir to a folder that holds it in array_record format, or prepare it on a"
+        " machine with a network: pip install tensorflow tensorflow-datasets && tfds build"
+        f" {name} --file_format=array_record"
+    )
+
+    def cannot_open(e: BaseException) -> str:
+        if isinstance(e, tfds.core.registered.DatasetNotFoundError):
+            return f"tfds:{name} is not in {where} and TFDS knows no such dataset; {advice}"
+        reason = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}"
+        return f"tfds:{name} cannot be opened in {where} ({reason}); {advice}"
+
+    # it asks the network, runs code that needs TensorFlow, or meets a broken folder
+    with as_bad_input(cannot_open):
         builder = tfds.builder(name, data_dir=data_dir or None)
-        on_disk = bool(builder.info.splits) and builder.data_path.exists()
-    except tfds.core.registered.DatasetNotFoundError as e:
-        raise BadInput(
-            f"tfds:{name} is not in {where} and TFDS knows no such dataset;"
-            f" {WAYS_OUT.format(name=name)}"
-        ) from e
-    except Exception as e:  # asking the network, code that needs TensorFlow, a broken folder
-        raise BadInput(
-            f"tfds:{name} cannot be opened in {where} ({_first_line(e)});"
-            f" {WAYS_OUT.format(name=name)}"
-        ) from e
-    if not on_disk:
-        raise BadInput(f"tfds:{name} is not in {where}; {WAYS_OUT.format(name=name)}")
-    text_fields = [key for key, kind in builder.info.features.items() if _is_text(tfds, kind)]
+        splits, features = builder.info.splits, builder.info.features
+        if not splits or not builder.data_path.exists():
+            raise BadInput(f"tfds:{name} is not in {where}; {advice}")
+    text_fields = [key for key, kind in features.items() if isinstance(kind, tfds.features.Text)]
     if field not in text_fields:
         raise BadInput(
             f"tfds:{name} has no text feature {field!r}: set data.field to one of"
             f" {', '.join(text_fields) or '(it has none)'}"
         )
-    splits = builder.info.splits
     if "train" not in splits:
         raise BadInput(f"tfds:{name} has no split train, only {', '.join(splits)}")
     try:
         builder.as_data_source(split="train")
     except NotImplementedError as e:
-        raise BadInput(
-            f"tfds:{name} in {where} is not in array_record format; {WAYS_OUT.format(name=name)}"
-        ) from e
-    held_out = next((split for split in HELD_OUT if split in splits), None)
-    return (
-        TfdsSplit(builder, "train", field),
-        TfdsSplit(builder, held_out, field) if held_out else None,
-    )
-
-
-def _is_text(tfds, feature) -> bool:
-    return isinstance(feature, tfds.features.Text)
-
-
-def _first_line(e: Exception) -> str:
-    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}"
+        raise BadInput(f"tfds:{name} in {where} is not in array_record format; {advice}") from e
+    validation = next((TfdsSplit(builder, s, field) for s in VALIDATION if s in splits), None)
+    return TfdsSplit(builder, "train", field), validation

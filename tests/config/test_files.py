@@ -12,7 +12,7 @@ import pytest
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import Damaged, Missing, read_json, scratch_for, whole_folder, write_whole
 from jaxgpt.text import files as text_files
-from jaxgpt.text.files import digest
+from jaxgpt.text.files import hash_files
 
 SCHEMA = {
     "format": int,
@@ -119,7 +119,7 @@ def _hash_often(files, memory, barrier):
     barrier.wait()
     for _ in range(50):
         for file in files:
-            digest([str(file)], memory)
+            hash_files([str(file)], memory)
 
 
 def test_several_processes_that_share_a_cache_of_hashes(tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_several_processes_that_share_a_cache_of_hashes(tmp_path, monkeypatch):
         own = [tmp_path / f"{i}-{k}.txt" for k in range(5)]
         for file in own:
             file.write_text(file.name)
-            files[str(file)] = digest([str(file)], tmp_path / "none.json")
+            files[str(file)] = hash_files([str(file)], tmp_path / "none.json")
         workers.append(fork.Process(target=_hash_often, args=(own, memory, barrier)))
     for worker in workers:
         worker.start()
@@ -139,7 +139,7 @@ def test_several_processes_that_share_a_cache_of_hashes(tmp_path, monkeypatch):
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert [path.name for path in memory.parent.iterdir()] == ["digests.json"]
-    assert {file: digest([file], memory) for file in files} == files
+    assert {file: hash_files([file], memory) for file in files} == files
 
 
 def _dead_process() -> int:

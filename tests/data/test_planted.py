@@ -14,7 +14,7 @@ from jaxgpt.data.prepare import prepare, prepare_whole
 from jaxgpt.data.shards import SplitWriter, token_dtype
 from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows
 from jaxgpt.text import files, formats, pieces
-from jaxgpt.text.cleaning import Report, clean, make_steps
+from jaxgpt.text.cleaning import Report, clean_documents, make_steps
 from jaxgpt.text.pieces import Piece
 from jaxgpt.tokenizer import make_tokenizer
 
@@ -150,7 +150,8 @@ def test_a_thousand_different_documents_are_no_duplicates():
     documents = [Piece(f"document {i}") for i in range(1000)]
     report = Report()
     assert (
-        len(list(clean(documents, make_steps("exact_dedup"), report))) == 1000 and not report.rules
+        len(list(clean_documents(documents, make_steps("exact_dedup"), report))) == 1000
+        and not report.dropped
     )
 
 
@@ -167,7 +168,7 @@ def test_the_similarity_from_which_on_documents_are_near(changed, kept):
     grams = [{tuple(t[i : i + 5]) for i in range(396)} for t in (words, other)]
     similarity = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
     assert (similarity >= 0.7) == (kept == 1) and abs(similarity - 0.7) > 0.03, similarity
-    assert len(list(clean(documents, make_steps("near_dedup"), Report()))) == kept
+    assert len(list(clean_documents(documents, make_steps("near_dedup"), Report()))) == kept
 
 
 def test_what_ends_a_learnt_document_is_learnt_and_what_ends_another_is_not(tmp_path):

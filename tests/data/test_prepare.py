@@ -190,13 +190,13 @@ def test_a_source_that_changes_meanwhile(corpus, monkeypatch, how, when):
 def test_a_change_within_the_time_stamp_is_noticed(corpus, monkeypatch):
     """Files written just now are compared by their bytes: the clock of time stamps is coarse."""
     file, original = corpus / "3.txt", module.write_split
-    stamps = module.stamps([str(file)])
+    stamp = module.file_stamp(str(file))
 
     def meddled(*args):
         file.write_text(file.read_text().upper())
         return original(*args)
 
-    monkeypatch.setattr(module, "stamps", lambda files: stamps * len(files))
+    monkeypatch.setattr(module, "file_stamp", lambda file: stamp)
     monkeypatch.setattr(module, "write_split", meddled)
     with pytest.raises(BadInput, match="the text changed while it was read"):
         prepare(config(corpus))

@@ -10,10 +10,10 @@ from jaxgpt.text import pieces
 
 def split(texts, fraction):
     def documents():
-        return (piece for text in texts for piece in pieces.in_pieces([text], "f"))
+        return (piece for text in texts for piece in pieces.split_into_pieces([text], "f"))
 
     parts = hold_out(documents, scan(documents, "s"), fraction)
-    return tuple([piece.text for piece in pieces.whole(part.documents())] for part in parts)
+    return tuple([piece.text for piece in pieces.join_pieces(part.documents())] for part in parts)
 
 
 def test_whole_documents_are_held_out_from_the_end():

@@ -19,7 +19,7 @@ from jaxgpt.evaluation.tasks import Choices, normalised, overlap, questions
 from jaxgpt.evaluation.windows import evaluation_batch
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
-from jaxgpt.text.chat import JINJA, TEMPLATES, row_parts
+from jaxgpt.text.chat import JINJA, TEMPLATES, row_spans
 from jaxgpt.text.tasks import Example, read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer
 from jaxgpt.training.setup import make_training
@@ -139,7 +139,7 @@ def test_chatml_uses_its_special_tokens(tmp_path):
 @pytest.mark.parametrize("name", ["plain", "chatml"])
 def test_the_saved_template_says_the_same(name):
     messages = ROWS[1]["messages"]
-    parts = row_parts(ROWS[1], name, "x")
+    parts = row_spans(ROWS[1], name, "x")
     template = jinja2.Environment().from_string(JINJA[name])
     assert template.render(messages=messages) == "".join(part.text for part in parts)
     asked = template.render(messages=messages[:3], add_generation_prompt=True)

@@ -8,7 +8,7 @@ import pytest
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.cleaning import (
     Report,
-    clean,
+    clean_documents,
     clean_unicode,
     html_to_text,
     make_steps,
@@ -33,8 +33,8 @@ PROSE = (
 def cleaned(texts, spec):
     report = Report()
     pieces = [Piece(text, f"f{i}") for i, text in enumerate(texts)]
-    kept = [piece.text for piece in clean(pieces, make_steps(spec), report)]
-    return kept, {rule: entry["documents"] for rule, entry in report.rules.items()}
+    kept = [piece.text for piece in clean_documents(pieces, make_steps(spec), report)]
+    return kept, {rule: entry["documents"] for rule, entry in report.dropped.items()}
 
 
 def test_html():
@@ -99,8 +99,8 @@ def test_each_quality_rule(text, fault):
 def test_dropped_documents_are_counted_and_shown():
     report = Report()
     pieces = [Piece("short", f"f{i}", i) for i in range(5)]
-    assert not list(clean(pieces, make_steps("quality"), report))
-    entry = report.rules["quality.word_count"]
+    assert not list(clean_documents(pieces, make_steps("quality"), report))
+    entry = report.dropped["quality.word_count"]
     assert entry["documents"] == 5
     assert entry["examples"][1:] == [{"where": f"f{i}:{i}", "text": "short"} for i in (1, 2)]
 

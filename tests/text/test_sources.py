@@ -122,7 +122,7 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
     found = list(one.documents())
     assert sum(not piece.continues for piece in found) == 3
     assert max(len(p.text) for p in found if "x" not in p.text[-3:]) <= 50 + 64
-    assert [piece.text for piece in pieces.whole(found)] == [text, "short", "x" * 2000]
+    assert [piece.text for piece in pieces.join_pieces(found)] == [text, "short", "x" * 2000]
 
 
 def test_folders_globs_and_zstd(tmp_path):
@@ -177,7 +177,7 @@ def test_patterns_mean_what_glob_says(names, pattern):
         if os.path.isdir(pattern):
             return  # a folder's name means all below it
         try:
-            assert files.expand("x", pattern) == sorted(set(expected))
+            assert files.list_files("x", pattern) == sorted(set(expected))
         except BadInput:
             assert not expected
 
@@ -332,18 +332,18 @@ def test_hashes_of_large_files_are_remembered(tmp_path, monkeypatch):
     file, memory = tmp_path / "a.txt", tmp_path / "memory.json"
     file.write_text("hello")
     os.utime(file, (1, 1))
-    first = files.digest([str(file)], memory)
+    first = files.hash_files([str(file)], memory)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "opened", lambda *a, **k: pytest.fail("should be remembered"))
-        assert files.digest([str(file)], memory) == first
+        patch.setattr(files, "open_file", lambda *a, **k: pytest.fail("should be remembered"))
+        assert files.hash_files([str(file)], memory) == first
     time.sleep(0.05)  # time stamps move on every few milliseconds
     file.write_text("jello")
     os.utime(file, (1, 1))
-    assert files.digest([str(file)], memory) != first, "of the same size and modification time"
+    assert files.hash_files([str(file)], memory) != first, "of the same size and modification time"
     monkeypatch.setattr(files, "RACY_SECONDS", 60)
     young = tmp_path / "b.txt"
     young.write_text("hello")
-    files.digest([str(young)], memory)
+    files.hash_files([str(young)], memory)
     assert str(young) not in memory.read_text(), "it may still change within its time stamp"
 
 
@@ -356,11 +356,11 @@ def test_a_damaged_memory_of_hashes_is_begun_anew(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(files, "RACY_SECONDS", 0)
     file, memory = tmp_path / "a.txt", tmp_path / "memory.json"
     file.write_text("hello")
-    first = files.digest([str(file)], tmp_path / "other.json")
+    first = files.hash_files([str(file)], tmp_path / "other.json")
     memory.write_text(damaged.replace("FILE", str(file)))
-    assert files.digest([str(file)], memory) == first
+    assert files.hash_files([str(file)], memory) == first
     assert "memory.json is damaged" in capsys.readouterr().err
-    assert files.digest([str(file)], memory) == first and not capsys.readouterr().err
+    assert files.hash_files([str(file)], memory) == first and not capsys.readouterr().err
 
 
 def test_a_missing_library_names_its_extra(monkeypatch):
