@@ -1,7 +1,7 @@
 """Several processes that train as one: how they meet, agree, and notice that one has gone.
 
 JAX's own preemption service is turned off. It listens for SIGTERM too, in a handler that takes the
-place of Python's; `Vote` does its work for every signal, and leaves the second signal its effect.
+place of Python's; `Vote` and `signals` do its work for every signal.
 """
 
 import contextlib
@@ -9,9 +9,9 @@ import hashlib
 import importlib.util
 import json
 import os
-import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +24,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from jaxgpt.processes import signals
 from jaxgpt.system.console import silence
 from jaxgpt.system.errors import BadInput, PeerLost, one_line
 
@@ -65,7 +66,7 @@ def join(values: flags.FlagValues) -> None:
     else:
         return
     jax.config.update("jax_enable_preemption_service", False)
-    _explain_abort()
+    signals.watch(found.get("process_id", int(os.environ.get("SLURM_PROCID", 0))), _lost_line())
     met = threading.Event()
     threading.Thread(target=_give_up, args=(met, values.join_timeout, where), daemon=True).start()
     try:
@@ -81,6 +82,7 @@ def join(values: flags.FlagValues) -> None:
         raise BadInput(f"cannot use {where}: {str(e).splitlines()[0]}") from e
     finally:
         met.set()
+    signals.index = jax.process_index()
     if jax.process_index() > 0:
         silence()
 
@@ -116,25 +118,6 @@ def _give_up(met: threading.Event, seconds: float, where: str) -> None:
         os._exit(2)
 
 
-def _explain_abort() -> None:
-    """Has a small process of its own add a line where JAX aborts this one, with a stack trace and
-    nothing that could be caught: when process 0 or the heartbeats of another one are gone.
-    """
-    read, write = os.pipe()
-    if os.fork() == 0:
-        os.close(write)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        while byte := os.read(read, 1):  # ends when the process that writes does
-            if byte[0] == signal.SIGABRT:
-                print(f"error: {_lost_line()}", file=sys.stderr, flush=True)
-        os._exit(0)
-    os.close(read)
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # written to even while aborting
-    signal.signal(signal.SIGABRT, lambda number, frame: None)
-
-
 def _lost_line(why: str = "see above") -> str:
     return (
         "another process of this run has gone (its own output has the reason); run the same command"
@@ -150,7 +133,14 @@ def peers_watched() -> Iterator[None]:
     except (RuntimeError, ValueError, OSError) as e:
         if not is_peer_lost(e):
             raise
+        time.sleep(signals.MOMENT)  # a signal that ended the other one may be on its way here
         raise PeerLost(_lost_line(str(e))) from e
+
+
+def meet() -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("meet")
 
 
 def is_peer_lost(e: BaseException) -> bool:

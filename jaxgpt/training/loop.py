@@ -26,7 +26,7 @@ from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.flops import mfu
-from jaxgpt.processes.hosts import Vote
+from jaxgpt.processes import hosts
 from jaxgpt.processes.stop import StopRequest
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
@@ -118,6 +118,7 @@ class Loop:
     ) -> int:
         """Trains from `state` to `num_steps` and returns the exit code."""
         self.checkpoints, self.report = checkpoints, report
+        hosts.meet()  # from here on a signal is one to all; before, it ends the process at once
         with StopRequest() as stop:
             while True:
                 try:
@@ -154,7 +155,7 @@ class Loop:
         speed = _Speed(start)
         ended = False  # by early stopping
         logged = None  # a row waits until the next step is dispatched, so the device never does
-        vote = Vote(self.run.mesh)
+        vote = hosts.Vote(self.run.mesh)
         self.clock = clock
         clock.started = time.perf_counter()
         for step, batch in enumerate(batches, start=start + 1):

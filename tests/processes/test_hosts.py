@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from jaxgpt import train
 from jaxgpt.processes.hosts import HEARTBEAT
 from jaxgpt.training import step
-from tests.conftest import CORPUS, xla_flags
+from tests.conftest import CORPUS, wait_until, xla_flags
 from tests.processes.processes import (
     CONFIG,
     finish,
@@ -208,6 +209,66 @@ def test_the_death_of_process_0_ends_the_others_too(place):
     codes, _, errors = finish(children)
     assert codes[1] in (1, -signal.SIGABRT), errors
     assert errors[1].strip().splitlines()[-1].startswith("error: another process of this run")
+
+
+MOMENTS = {  # the function that both processes have entered when the signals come
+    "joining": "jax.distributed.initialize",
+    "checking": "jaxgpt.training.loop.Loop.__init__",
+    "compiling": "jaxgpt.training.setup.Training.compile_step",
+    "restoring": "jaxgpt.checkpointing.checkpoints.Checkpoints.restore",
+    "saving": "jaxgpt.checkpointing.checkpoints.Checkpoints.save",
+    "leaving": "jaxgpt.metrics.rows.Reporter.close",
+}
+MARKED = """
+import os, pkgutil
+owner, _, name = {place!r}.rpartition(".")
+owner = pkgutil.resolve_name(owner)
+def marked(*args, honest=getattr(owner, name), **kw):
+    open(f"{folder}/{{os.getpid()}}", "w").close()
+    return honest(*args, **kw)
+setattr(owner, name, marked)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "order", "apart", "number"),
+    [
+        ("joining", (0, 1), 0.0, signal.SIGTERM),
+        ("joining", (1, 0), 0.5, signal.SIGTERM),
+        ("checking", (1, 0), 0.0, signal.SIGINT),
+        ("compiling", (0, 1), 0.5, signal.SIGTERM),
+        ("compiling", (1, 0), 0.5, signal.SIGINT),
+        ("restoring", (1, 0), 0.1, signal.SIGTERM),
+        ("restoring", (0, 1), 0.0, signal.SIGTERM),
+        ("saving", (0, 1), 0.1, signal.SIGTERM),
+        ("saving", (1, 0), 0.1, signal.SIGINT),
+        ("leaving", (0, 1), 0.0, signal.SIGTERM),
+    ],
+)
+def test_a_signal_at_any_moment_ends_every_process(place, tmp_path, moment, order, apart, number):
+    """Outside the loop at once: JAX's barrier would wait, and abort whoever is left alone."""
+    mark = MARKED.format(place=MOMENTS[moment], folder=tmp_path)
+    (tmp_path / "c.py").write_text((place / "c.py").read_text() + mark)
+    args = [f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w"]
+    args += [f"--config.data.cache_dir={place}/cache"]
+    if moment == "restoring":
+        shutil.copytree(place / "one", tmp_path / "w")
+    steps = 24 if moment == "leaving" else 100_000
+    args.append(f"--config.num_steps={steps}")
+    missing = 1 if moment == "joining" else 0  # whom all wait for
+    children = start("train", 2 + missing, 2, *args, only=(0, 1))
+    for child in children:
+        wait_until((tmp_path / str(child.pid)).exists, *children)
+    if moment == "joining":
+        time.sleep(1)  # until it waits in C++
+    for index in order:
+        children[index].send_signal(number)
+        time.sleep(apart)
+    began = time.monotonic()
+    codes, _, errors = finish(children)
+    assert codes == [128 + number] * 2, errors
+    assert "error: " not in "".join(errors) and "Traceback" not in "".join(errors), errors
+    assert time.monotonic() - began < HEARTBEAT, "the patience of JAX's barrier"
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -380,6 +380,40 @@ def test_a_signal_during_the_warm_up_ends_it(workdir, number, wait):
     assert process.stderr.read() == ""
 
 
+COMPILES_LONG = """
+import sys, threading, time
+from jaxgpt.cli.run import run
+from jaxgpt.serve import main
+from jaxgpt.serving.batcher import Batcher
+
+def warm_up(batcher):
+    compiling = threading.Thread(target=time.sleep, args=(600,))
+    compiling.start()
+    print("warming", file=sys.stderr, flush=True)
+    compiling.join()
+
+Batcher.warm_up = warm_up
+run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_does_not_wait_for_a_thread_that_compiles(workdir, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPILES_LONG, f"--workdir={workdir}", "--port=0"],
+        env=os.environ | {"XLA_FLAGS": xla_flags(1)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert any(line == "warming\n" for line in process.stderr)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+
+
 def test_a_shutdown_under_load_is_clean(workdir):
     process, address = start(workdir, "--slots=2")
     body = b'{"prompt": "a", "max_tokens": 120, "temperature": 1}'
