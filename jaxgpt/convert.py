@@ -9,46 +9,18 @@ GPT-2 release, and makes a workdir of one checkpoint, for evaluate, sample, expo
 that does not match is not left behind.
 """
 
-import dataclasses
-import json
 from pathlib import Path
 
-import jax
-import ml_dtypes
-import numpy as np
 from absl import flags
-from etils import epath
 
-from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
-from jaxgpt.config import Config, DataConfig, ModelConfig
-from jaxgpt.config.stored import to_json
-from jaxgpt.inference.trained import Trained, open_trained
-from jaxgpt.interchange.families import Family, family_of
-from jaxgpt.interchange.folder import open_folder
-from jaxgpt.interchange.tokenizers import read_tokenizer, write_tokenizer
-from jaxgpt.interchange.weights import read_params, write_params
-from jaxgpt.model import ModelSpec
-from jaxgpt.model.gpt import count_parameters
-from jaxgpt.model.lora import merged
-from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import path_of, whole_folder
+from jaxgpt.system.files import path_of
 from jaxgpt.system.stores import is_object_store
-from jaxgpt.text.chat import saved_template
-from jaxgpt.tokenizer import save_tokenizer
 
-DTYPES = {
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-# float32 comes back as it was; the others are rounded once
-LARGEST_DIFFERENCE = {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.5}
-PROBE_TOKENS = 64
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: list[str]) -> None:
@@ -57,7 +29,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("to", "", "export: the folder to write", flag_values=values)
     flags.DEFINE_string("workdir", "", "the run", flag_values=values)
     define_step(values)
-    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "export: as what", flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "export: as what", flag_values=values)
     what = argv[1] if len(argv) > 1 else ""
     if what not in ("import", "export"):
         if not any(arg.endswith(("-h", "-help")) for arg in argv):
@@ -73,126 +45,13 @@ def main(argv: list[str]) -> None:
                 f"--{name}={values[name].value}: convert takes a local folder here; copy it from or"
                 " to the object store"
             )
+    # JAX is imported from here on: what is wrong with the flags is said at once
+    from jaxgpt.interchange.import_export import export_folder, import_folder
+
     if what == "import":
         import_folder(path_of(values["from"].value, "--from"), Path(values.workdir))
     else:
         export_folder(values.workdir, values.step, path_of(values.to, "--to"), values.dtype)
-
-
-def import_folder(source: Path, workdir: Path) -> None:
-    """Makes `workdir` of the model in `source`.
-
-    Raises:
-      BadInput: if the folder cannot be read (see `open_folder`), or `workdir` holds something.
-    """
-    folder = open_folder(source)
-    tokenizer = read_tokenizer(source)
-    if tokenizer.vocab_size > folder.model.vocab_size:
-        raise BadInput(
-            f"the tokenizer in {source} has {tokenizer.vocab_size} tokens, the model only"
-            f" {folder.model.vocab_size}"
-        )
-    dtype = "bfloat16" if folder.is_bfloat16 else "float32"
-    data = DataConfig(tokenizer=f"{tokenizer.kind}:{(workdir / 'tokenizer').absolute()}")
-    config = Config(model=dataclasses.replace(folder.model, param_dtype=dtype), data=data)
-    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
-        abstract = jax.eval_shape(ModelSpec(config.model, "xla").init, jax.random.key(0))
-    with whole_folder(workdir, "--workdir") as scratch:
-        params = read_params(folder, abstract)
-        save_tokenizer(tokenizer, scratch / "tokenizer")
-        (scratch / "config.json").write_text(to_json(config))
-        meta = {"tokens": 0, "seconds": 0.0, "data_fingerprint": "", "imported": str(source)}
-        save_weights(scratch, params, meta)
-    say(
-        f"imported  {count_parameters(params, config.model):,} parameters of {folder.family.name}"
-        f" from {source} into {workdir}\n"
-        f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='Once upon a time'\n"
-        f"          python -m jaxgpt.train --config=FILE --config.init_from={workdir}"
-    )
-
-
-def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str) -> None:
-    """Writes the checkpoint as a Hugging Face folder.
-
-    Raises:
-      BadInput: if no architecture there is the model's, `target` holds something, or what was
-        written does not read back to the same logits.
-    """
-    trained = open_trained(workdir, step)
-    cfg = dataclasses.replace(trained.config.model.with_sizes(), lora_rank=0)
-    family = family_of(cfg)
-    with whole_folder(target, "--to") as scratch:
-        with jax.set_mesh(trained.mesh):
-            params = merged(trained.params(), trained.config.model)
-            write_params(scratch / "model.safetensors", family, params, cfg, DTYPES[dtype])
-        _write_configs(trained, cfg, family, scratch, dtype)
-        template = saved_template(epath.Path(workdir) / "tokenizer")
-        note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
-        check_export(scratch, cfg, trained, params, dtype)
-    say(f"exported  step {trained.step} of {workdir} as {family.architecture} into {target}")
-    if note:
-        say(note)
-
-
-def _write_configs(trained: Trained, cfg: ModelConfig, family: Family, folder: Path, dtype: str):
-    end = trained.tokenizer.end_of_text
-    ids = {"bos_token_id": end, "eos_token_id": end}
-    config = {"architectures": [family.architecture]} | family.config(cfg) | ids
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
-    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2))
-
-
-def check_export(
-    folder: Path, cfg: ModelConfig, trained: Trained, params: dict, dtype: str
-) -> None:
-    """Reads an exported folder and compares its logits with those of `params`.
-
-    Raises:
-      BadInput: if they differ by more than rounding to `dtype` explains.
-    """
-    again = open_folder(folder)
-    with jax.set_mesh(trained.mesh):
-        spec = ModelSpec(dataclasses.replace(cfg, dtype="float32"), "xla").for_decoding()
-        mine = _probe(spec, params)
-        theirs = dataclasses.replace(again.model, param_dtype="float32")
-        if differing := [
-            field.name
-            for field in dataclasses.fields(ModelConfig)
-            if field.name
-            not in (
-                "dtype",
-                "param_dtype",
-                "attention",
-                "remat",
-                "scan_layers",
-                "dropout",
-                "lora_alpha",
-                "lora_targets",
-                "lora_dora",
-                "qkv_bias",
-                "rope_theta",
-                "rope_original_len",
-            )
-            and getattr(theirs, field.name) != getattr(cfg, field.name)
-        ]:
-            raise BadInput(f"the export does not read back: {', '.join(differing)} differ; refused")
-        other = ModelSpec(theirs, "xla").for_decoding()
-        abstract = jax.eval_shape(other.init, jax.random.key(0))
-        found = _probe(other, read_params(again, abstract))
-    difference = float(np.max(np.abs(mine - found)))
-    if not difference <= LARGEST_DIFFERENCE[dtype]:
-        raise BadInput(
-            f"the export does not read back: logits differ by up to {difference:.3g}; refused"
-        )
-    say(f"checked   the written folder gives the same logits, within {difference:.1e}")
-
-
-def _probe(spec: ModelSpec, params: dict) -> np.ndarray:
-    """Returns the logits of a fixed row of tokens, without the vocabulary's padding."""
-    length = min(PROBE_TOKENS, spec.cfg.max_seq_len)
-    tokens = np.random.default_rng(0).integers(0, spec.cfg.vocab_size, (1, length))
-    logits = jax.jit(lambda p, t: spec.bind(p)(t))(params, tokens.astype(np.int32))
-    return np.asarray(logits)[..., : spec.cfg.vocab_size]
 
 
 if __name__ == "__main__":

@@ -15,13 +15,9 @@ from absl import flags
 
 from jaxgpt.cli.flags import config_of, define_config_flag, parse
 from jaxgpt.cli.run import run
-from jaxgpt.planning.estimate import make_plan
-from jaxgpt.planning.hardware import devices_of, use_compilers_alone
-from jaxgpt.planning.search import cheapest_that_fits, search
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer.load import vocabulary_size
-from jaxgpt.training.setup import resolve_vocab
 
 GIB = 2**30
 
@@ -37,6 +33,12 @@ def main(argv: list[str]) -> None:
     config = config_of(parse(values, argv, __doc__))
     if not 0 <= values.price < float("inf"):
         raise BadInput(f"--price={values.price} must be a number of dollars, at least 0")
+    # JAX is imported from here on: what is wrong with the flags is said at once
+    from jaxgpt.planning.estimate import make_plan
+    from jaxgpt.planning.hardware import devices_of, use_compilers_alone
+    from jaxgpt.planning.search import cheapest_that_fits, search
+    from jaxgpt.training.setup import resolve_vocab
+
     size = config.model.vocab_size or vocabulary_size(
         config.data.tokenizer, config.data.special_tokens
     )

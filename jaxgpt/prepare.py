@@ -18,9 +18,7 @@ from jaxgpt.cli.flags import config_of, define_config_flag, parse
 from jaxgpt.cli.run import run
 from jaxgpt.config import Config
 from jaxgpt.config.schema import INT32
-from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, cache_folder, check_shards, prepare
-from jaxgpt.data.show import show_batch
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.contamination import contamination
@@ -38,6 +36,10 @@ def main(argv: list[str]) -> None:
     config = config_of(parse(values, argv, __doc__))
     if values.show is not None and not 0 <= values.show < INT32:
         raise BadInput(f"--show={values.show}: batches count from 0 (batch k trains step k + 1)")
+    # JAX is imported from here on: what is wrong with the flags is said at once
+    from jaxgpt.data.pipeline import training_stream
+    from jaxgpt.data.show import show_batch
+
     data = prepare(config.data, values.out)
     check_shards(config.data, data)
     if values.explain:

@@ -14,13 +14,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
-from jaxgpt.inference.trained import open_trained
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
@@ -52,6 +50,7 @@ def main(argv: list[str]) -> None:
             raise BadInput(f"--{name}={values[name].value} must be from {least} to {most}")
     require("uvicorn", "serve", "jaxgpt.serve")
     require("starlette", "serve", "jaxgpt.serve")
+    # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.serving.guard import Guard
 
     key = values.api_key or os.environ.get("JAXGPT_API_KEY", "")
@@ -63,8 +62,10 @@ def main(argv: list[str]) -> None:
 
 def serve(values: flags.FlagValues, guard, listening: socket.socket) -> None:
     """Serves until a signal comes, and ends the process."""
+    import jax
     import uvicorn
 
+    from jaxgpt.inference.trained import open_trained
     from jaxgpt.serving.app import make_app
     from jaxgpt.serving.batcher import Batcher
     from jaxgpt.serving.connections import Server, connection_class, most_connections

@@ -16,15 +16,12 @@ from jaxgpt.cli.run import run
 from jaxgpt.config import Config
 from jaxgpt.config.schema import fields_of, get_field
 from jaxgpt.data.prepare import cache_folder, find_data
-from jaxgpt.optim.groups import parse_multipliers, parse_patterns
 from jaxgpt.sweeps.grid import Choice, applied, choices, name_of, parse_grid, rungs
 from jaxgpt.sweeps.report import check_results, write_results
 from jaxgpt.sweeps.runner import DIVERGED, ended, flags_of, run_rung
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer.load import vocabulary_size
-from jaxgpt.training.setup import resolve_vocab
-from jaxgpt.training.warm_start import check_model, check_source
 
 MOST_JOBS = 1024
 
@@ -80,9 +77,9 @@ def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int
       BadInput: naming a combination that describes no possible run, or a workdir that holds
         another one.
     """
+    configs = [applied(config, choice) for choice in runs]
     check_results(folder, runs)
-    for choice in runs:
-        chosen = applied(config, choice)
+    for choice, chosen in zip(runs, configs, strict=True):
         try:
             check_inputs(chosen)
         except BadInput as e:
@@ -94,6 +91,11 @@ def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int
 
 def check_inputs(config: Config) -> None:
     """Raises `BadInput` where `train` would, before it reads a document or compiles a program."""
+    # JAX is imported from here on: what is wrong with the flags is said at once
+    from jaxgpt.optim.groups import parse_multipliers, parse_patterns
+    from jaxgpt.training.setup import resolve_vocab
+    from jaxgpt.training.warm_start import check_model, check_source
+
     data = config.data
     if not data.source.startswith("shards:"):
         find_data(data, cache_folder(data))

@@ -13,7 +13,7 @@ import jax
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from jaxgpt import convert
+from jaxgpt.interchange.import_export import import_folder
 from tests.interchange.test_import_export import write_vocab
 
 
@@ -38,7 +38,7 @@ def main() -> None:
 
         base, began = resident(), time.perf_counter()
         threading.Thread(target=watch, daemon=True).start()
-        convert.import_folder(folder, Path(scratch) / "w")
+        import_folder(folder, Path(scratch) / "w")
         size = (folder / "model.safetensors").stat().st_size
         print(
             json.dumps(

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import convert, evaluate
+from jaxgpt import evaluate
 from jaxgpt.config import DataConfig
 from jaxgpt.data.prepare import prepare_whole
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.trained import open_trained
+from jaxgpt.interchange.import_export import import_folder
 from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.training.step import make_eval_step
 from tests.conftest import CORPUS
@@ -78,7 +79,7 @@ def run(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("numbers")
     model_folder(folder / "hf")
-    convert.import_folder(folder / "hf", folder / "w")
+    import_folder(folder / "hf", folder / "w")
     file = SafetensorsFile(folder / "hf/model.safetensors")
     names = {name: name.removeprefix("transformer.") for name in file.shapes}
     weights = {short: file.read(name).astype(np.float64) for name, short in names.items()}

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxgpt import convert
+from jaxgpt.interchange import import_export
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
@@ -474,7 +475,9 @@ def test_a_disk_that_fills_during_import(holds, folders, size):
 
 
 def test_a_signal_during_import_leaves_nothing(command, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "read_params", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        import_export, "read_params", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
     argv = ("import", f"--from={folders}/gpt2", f"--workdir={tmp_path}/out/w")
     assert command(convert.main, *argv)[0] == 128 + signal.SIGTERM
     assert not list((tmp_path / "out").iterdir())

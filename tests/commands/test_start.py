@@ -1,0 +1,46 @@
+"""What is wrong with the flags is said before JAX is imported."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CONFIG = """
+from jaxgpt.config import *
+def get_config():
+    return Config()
+"""
+WRONG = {  # command: arguments, the error
+    "plan": (["--config={}/c.py", "--config.model.num_layers=0"], "model.num_layers=0"),
+    "plan price": (["--config={}/c.py", "--price=-1"], "--price=-1.0 must be"),
+    "prepare": (["--config={}/c.py", "--show=-1"], "--show=-1"),
+    "prepare field": (["--config={}/c.py", "--config.data.sourc=x"], "did you mean"),
+    "sweep": (["--config={}/c.py", "--grid=batch_size=x"], "batch_size=x"),
+    "sweep run": (["--config={}/c.py", "--grid=batch_size=4,-1"], "is no possible run"),
+    "serve": (["--workdir={}", "--port=70000"], "--port=70000"),
+    "convert": (["import", "--from=s3://bucket/x", "--workdir={}/w"], "takes a local folder"),
+    "report": ([], "--workdir=DIR is required"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_flags_are_named_without_jax(name, tmp_path):
+    (tmp_path / "c.py").write_text(CONFIG)
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("raise ImportError('JAX is not to be imported yet')")
+    args, says = WRONG[name]
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            f"jaxgpt.{name.split()[0]}",
+            *(arg.replace("{}", str(tmp_path)) for arg in args),
+        ],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 2 and found.stdout == "", found.stderr
+    assert found.stderr.startswith("error: ") and len(found.stderr.splitlines()) == 1
+    assert says in found.stderr
