@@ -18,7 +18,7 @@ matrix), questions (exact match and F1), hellaswag, arc (accuracy, and by charac
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -36,8 +36,8 @@ from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
 from jaxgpt.data.shards import Split
 from jaxgpt.evaluation.multiple_choice import BENCHMARKS, last_words, multiple_choice, read_items
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.evaluation.tasks import Choices, classification, document_start, questions
-from jaxgpt.inference.decode import Decoder, generate, until
+from jaxgpt.evaluation.tasks import AnswerScorer, classification, document_start, questions
+from jaxgpt.inference.decode import Decoder, generate, tokens_before
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.processes import hosts
@@ -50,6 +50,8 @@ from jaxgpt.training.end import read_end
 from jaxgpt.training.step import make_eval_step
 
 KNOWN_TASKS = (*TASKS, *BENCHMARKS)
+MAX_ANSWER = 32  # tokens of the answer to a question
+Measure = Callable[[dict], dict]  # parameters -> figures
 
 
 def main(argv: list[str]) -> None:
@@ -57,13 +59,13 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     define_step(values)
     flags.DEFINE_bool("all_steps", False, "every checkpoint", flag_values=values)
-    flags.DEFINE_bool("watch", False, "every checkpoint, and new ones", flag_values=values)
-    flags.DEFINE_float("watch_every", 10.0, "seconds between two looks", flag_values=values)
-    flags.DEFINE_string("data", "", "another source, used whole", flag_values=values)
+    flags.DEFINE_bool("watch", False, "every checkpoint, also new ones", flag_values=values)
+    flags.DEFINE_float("watch_every", 10.0, "seconds between two checks", flag_values=values)
+    flags.DEFINE_string("data", "", "another source, evaluated whole", flag_values=values)
     flags.DEFINE_string("split", "validation", "validation or train", flag_values=values)
     flags.DEFINE_integer("stride", 0, "tokens between windows; 0 = no overlap", flag_values=values)
     flags.DEFINE_string("task", "", f"NAME:GLOB, {'|'.join(KNOWN_TASKS)}", flag_values=values)
-    flags.DEFINE_string("lm_eval", "", "tasks of lm-eval, by comma", flag_values=values)
+    flags.DEFINE_string("lm_eval", "", "tasks of lm-eval, comma-separated", flag_values=values)
     flags.DEFINE_integer("limit", None, "rows of each lm-eval task", flag_values=values)
     hosts.define_flags(values)
     parse(values, argv, __doc__)
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def check_flags(values: flags.FlagValues) -> None:
-    """Raises `BadInput` for a flag that is missing, out of range or in the way of another."""
+    """Raises `BadInput` for a flag that is missing, out of range or excluded by another."""
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     if values.split not in ("validation", "train"):
@@ -85,9 +87,7 @@ def check_flags(values: flags.FlagValues) -> None:
         raise BadInput(f"--stride={values.stride} must be at least 0")
     if values.watch_every <= 0:
         raise BadInput(f"--watch_every={values.watch_every} must be above 0")
-    given = [
-        name for name in ("step", "all_steps", "watch") if values[name].value not in (None, False)
-    ]
+    given = [name for name in ("step", "all_steps", "watch") if values[name].value]
     if len(given) > 1:
         raise BadInput(f"--{given[0]} and --{given[1]} do not go together")
     if values.watch and values.coordinator:
@@ -96,35 +96,37 @@ def check_flags(values: flags.FlagValues) -> None:
 
 def evaluate(values: flags.FlagValues) -> Iterator[dict]:
     """Yields the figures that the flags ask for, of one checkpoint or of several."""
-    rows = rows_of_task(values.task) if values.task else None
+    rows = task_rows(values.task) if values.task else []
     if values.watch:
         wait_for_first(values.workdir, values.watch_every)
     trained = open_trained(values.workdir, values.step)
     if values.lm_eval:
-        measure = harness_of(trained, values.lm_eval.split(","), values.limit)
+        measure = harness_measure(trained, values.lm_eval.split(","), values.limit)
+    elif values.task:
+        measure = task_measure(trained, values.task.partition(":")[0], rows)
     else:
-        measure = task_of(trained, values.task, rows) if rows else loss_of(trained, values)
+        measure = loss_measure(trained, values)
     steps = [trained.step]
     if values.all_steps:
         steps = trained.checkpoints.whole()
     if values.watch:
-        steps = appearing(trained, values.watch_every)
+        steps = new_checkpoints(trained, values.watch_every)
     for step in steps:
         began = time.perf_counter()
         with jax.set_mesh(trained.mesh):
-            found = measure(dataclasses.replace(trained, step=step).params())
-        yield {"step": step} | found | {"seconds": time.perf_counter() - began}
+            figures = measure(dataclasses.replace(trained, step=step).params())
+        yield {"step": step} | figures | {"seconds": time.perf_counter() - began}
 
 
 def wait_for_first(workdir: str, every: float) -> None:
-    """Waits until `workdir` has a run with a checkpoint.
+    """Waits until `workdir` holds a run with a checkpoint.
 
     Raises:
-      BadInput: if what is there cannot become one: no folder, a damaged run, or one that ended.
+      BadInput: if it cannot come to hold one: it is a file, is damaged, or its run has ended.
     """
-    folder, said = epath.Path(workdir), False
+    folder, is_told = epath.Path(workdir), False
     while True:
-        ended = read_end(folder)  # before looking: the checkpoints of a run that ended are there
+        ended = read_end(folder)  # read first: the checkpoints of a run that has ended are there
         if folder.exists() and not folder.is_dir():
             raise BadInput(f"{workdir} is a file, not a run's folder")
         if (folder / "config.json").exists():
@@ -133,20 +135,18 @@ def wait_for_first(workdir: str, every: float) -> None:
                 return
         if ended:
             raise BadInput(f"the run in {workdir} ended ({ended}) without a checkpoint")
-        if not said:
+        if not is_told:
             say(f"waiting   for the first checkpoint of {workdir}")
-        said = True
+        is_told = True
         time.sleep(every)
 
 
-def appearing(trained: Trained, every: float) -> Iterator[int]:
-    """Yields each whole checkpoint's step, as they appear, until the run has ended.
-
-    One that is deleted by the run's retention before its turn is passed over.
-    """
+def new_checkpoints(trained: Trained, every: float) -> Iterator[int]:
+    """Yields the step of each whole checkpoint as it appears, until the run has ended; one that the
+    run deletes before its turn is skipped."""
     seen: set[int] = set()
     while True:
-        ended = has_ended(trained)  # before looking: its last checkpoint is then seen below
+        ended = has_ended(trained)  # checked first: the run's last checkpoint is then found below
         trained.checkpoints.manager.reload()
         new = [step for step in trained.checkpoints.whole() if step not in seen]
         for step in new:
@@ -160,50 +160,45 @@ def appearing(trained: Trained, every: float) -> Iterator[int]:
 
 
 def has_ended(trained: Trained) -> bool:
-    """Says whether a run makes no more checkpoints: it says so itself, is at its last step (a kill
-    can fall between that checkpoint and the record of the end), or was imported."""
+    """Says whether a run makes no more checkpoints: it has recorded its end, is at its last step (a
+    kill can fall between that checkpoint and the record), or was imported."""
     folder = trained.checkpoints.folder.parent
     trained.checkpoints.manager.reload()
     steps = trained.checkpoints.steps()
     return bool(read_end(folder)) or 0 in steps or steps[-1] >= read_config(folder).num_steps
 
 
-def loss_of(trained: Trained, values: flags.FlagValues):
+def loss_measure(trained: Trained, values: flags.FlagValues) -> Measure:
     """Returns the function that evaluates parameters on the split that the flags name."""
-    name = values.data or values.split
+    name, config = values.data or values.split, trained.config
     split = open_split(trained, values.data, values.split)
     with jax.set_mesh(trained.mesh):
-        measure = Perplexity(
-            make_eval_step(trained.spec),
-            batch_sharding(trained),
-            split,
-            trained.config.model.max_seq_len,
-            trained.config.batch_size,
-            values.stride,
-        )
+        eval_step, sharding = make_eval_step(trained.spec), batch_sharding(trained)
+    seq_len, batch = config.model.max_seq_len, config.batch_size
+    evaluate_split = Perplexity(eval_step, sharding, split, seq_len, batch, values.stride)
 
-    def measured(params: dict) -> dict:
-        found = measure(params)
+    def measure(params: dict) -> dict:
+        figures = evaluate_split(params)
         say(
-            f"{name}: loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f},"
-            f" {found['bits_per_byte']:.4f} bits/byte"
+            f"{name}: loss {figures['loss']:.4f} nats/token,"
+            f" perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits/byte"
         )
-        for source, row in found.get("sources", {}).items():
+        for source, row in figures.get("sources", {}).items():
             say(
                 f"  {source}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f},"
                 f" {row['tokens']:,} tokens"
             )
-        return {"split": name} | found
+        return {"split": name} | figures
 
-    return measured
+    return measure
 
 
 def batch_sharding(trained: Trained) -> NamedSharding:
-    """The sharding of an evaluation's batches."""
+    """Returns the sharding of an evaluation's batches."""
     return NamedSharding(trained.mesh, trained.spec.rules(None, "batch", "seq"))
 
 
-def rows_of_task(spec: str) -> list:
+def task_rows(spec: str) -> list:
     """Returns the rows of NAME:GLOB.
 
     Raises:
@@ -219,97 +214,91 @@ def rows_of_task(spec: str) -> list:
     return rows
 
 
-def task_of(trained: Trained, spec: str, rows: list):
-    """Returns the function that answers a task's rows with given parameters."""
-    name, cfg = spec.partition(":")[0], trained.config
+def task_measure(trained: Trained, name: str, rows: list) -> Measure:
+    """Returns the function that evaluates parameters on a task's rows."""
+    seq_len, batch = trained.config.model.max_seq_len, trained.config.batch_size
     with jax.set_mesh(trained.mesh):
-        choices = Choices(
-            make_eval_step(trained.spec),
-            batch_sharding(trained),
-            trained.tokenizer,
-            cfg.model.max_seq_len,
-            cfg.batch_size,
-        )
+        eval_step, sharding = make_eval_step(trained.spec), batch_sharding(trained)
+    scorer = AnswerScorer(eval_step, sharding, trained.tokenizer, seq_len, batch)
 
-    def measured(params: dict) -> dict:
+    def measure(params: dict) -> dict:
         if name == "questions":
-            found = questions(rows, greedy_line(trained, params))
+            figures = questions(rows, greedy_line(trained, params))
         elif name == "lambada":
-            found = last_words(rows, choices, params, greedy_tokens(trained, params))
+            figures = last_words(rows, scorer, params, greedy_tokens(trained, params))
         elif name in BENCHMARKS:
-            found = multiple_choice(rows, choices, params)
+            figures = multiple_choice(rows, scorer, params)
         else:
-            found = classification(name, rows, choices, params)
-        for label, row in found.get("confusion", {}).items():
+            figures = classification(name, rows, scorer, params)
+        for label, row in figures.get("confusion", {}).items():
             say(f"{label:>16} | " + "  ".join(f"{given} {count}" for given, count in row.items()))
-        return {"task": name} | found
+        return {"task": name} | figures
 
-    return measured
+    return measure
 
 
-def harness_of(trained: Trained, tasks: list, limit: int | None):
+def harness_measure(trained: Trained, tasks: list[str], limit: int | None) -> Measure:
     """Returns the function that runs tasks of lm-eval: their names, or files of their own (.yaml).
 
     Raises:
-      BadInput: if lm-eval is not installed; later, if it does not know a task.
+      BadInput: if lm-eval is not installed; the function does if lm-eval does not know a task.
     """
     lm_eval = require("lm_eval", "lm-eval", "--lm_eval")
     from jaxgpt.evaluation.harness import HarnessModel
 
     tasks = [str(Path(task).absolute()) if task.endswith(".yaml") else task for task in tasks]
 
-    def measured(params: dict) -> dict:
-        cfg = trained.config
-        model = HarnessModel(trained.spec, params, trained.tokenizer, cfg.batch_size)
+    def measure(params: dict) -> dict:
+        batch = trained.config.batch_size
+        model = HarnessModel(trained.spec, params, trained.tokenizer, batch)
         try:
-            found = lm_eval.simple_evaluate(model, tasks=tasks, limit=limit, log_samples=False)
+            results = lm_eval.simple_evaluate(model, tasks=tasks, limit=limit, log_samples=False)
         except (KeyError, ValueError, OSError) as e:
             raise BadInput(f"--lm_eval: {e}") from e
-        rows = {
-            name: {key: value for key, value in row.items() if isinstance(value, int | float)}
-            for name, row in found["results"].items()
+        return {
+            "lm_eval": {
+                name: {key: value for key, value in row.items() if isinstance(value, int | float)}
+                for name, row in results["results"].items()
+            }
         }
-        return {"lm_eval": rows}
 
-    return measured
-
-
-def greedy_line(trained: Trained, params: dict, most: int = 32):
-    """Returns the function that answers a prompt with the likeliest line, of `most` tokens."""
-    cfg, tokenizer = trained.config.model, trained.tokenizer
-    most = min(most, cfg.max_seq_len - 1)
-    decoder, end = Decoder.of(trained.spec, params, tokenizer.vocab_size), tokenizer.end_of_text
-
-    def answer(prompt: str) -> str:
-        ids = document_start(tokenizer, tokenizer.encode(prompt), cfg.max_seq_len - most)
-        (row,), _ = generate(decoder, [ids], most, Sampling(temperature=0.0), end=end)
-        return tokenizer.decode(until(row, end)).split("\n")[0]
-
-    return answer
+    return measure
 
 
-def greedy_tokens(trained: Trained, params: dict):
-    """Returns the function (prompt's tokens, count) -> the likeliest next tokens."""
-    cfg, tokenizer = trained.config.model, trained.tokenizer
+def greedy_tokens(trained: Trained, params: dict) -> Callable[[np.ndarray, int], np.ndarray]:
+    """Returns the function (prompt's tokens, count) -> the next `count` tokens by greedy decoding,
+    fewer if the text ends."""
+    tokenizer, context = trained.tokenizer, trained.config.model.max_seq_len
     decoder = Decoder.of(trained.spec, params, tokenizer.vocab_size)
 
-    def answer(prompt: np.ndarray, count: int) -> np.ndarray:
-        ids = document_start(tokenizer, prompt, cfg.max_seq_len - count)
-        return generate(decoder, [ids], count, Sampling(temperature=0.0))[0][0]
+    def continue_tokens(prompt: np.ndarray, count: int) -> np.ndarray:
+        prompt, end = document_start(tokenizer, prompt, context - count), tokenizer.end_of_text
+        (tokens,), _ = generate(decoder, [prompt], count, Sampling(temperature=0.0), end=end)
+        return tokens_before(tokens, end)
+
+    return continue_tokens
+
+
+def greedy_line(trained: Trained, params: dict) -> Callable[[str], str]:
+    """Returns the function that answers a prompt with the next line by greedy decoding."""
+    tokenizer, continue_tokens = trained.tokenizer, greedy_tokens(trained, params)
+    count = min(MAX_ANSWER, trained.config.model.max_seq_len - 1)
+
+    def answer(prompt: str) -> str:
+        return tokenizer.decode(continue_tokens(tokenizer.encode(prompt), count)).split("\n")[0]
 
     return answer
 
 
 def open_split(trained: Trained, source: str, split: str) -> Split:
-    """Returns the tokens to evaluate on.
+    """Returns the tokens to evaluate on: the whole of `source`, else the run's own `split`.
 
     Raises:
-      BadInput: if the source is unusable, or the run's own text is no longer what it was.
+      BadInput: if the source is unusable, or the run's own text has changed since training.
     """
     data = trained.config.data
     if source:
-        cache = cache_folder(data)
-        return prepare_whole(source, data, trained.tokenizer, cache)
+        return prepare_whole(source, data, trained.tokenizer, cache_folder(data))
     meta = trained.checkpoints.meta(trained.step)
     if "imported" in meta:
         raise BadInput("imported weights have no text of their own; name some with --data=SOURCE")

@@ -22,9 +22,9 @@ def main(argv: list[str]) -> None:
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     # JAX is imported from here on: what is wrong with the flags is said at once
-    from jaxgpt.reports.gather import gathered
+    from jaxgpt.reports.gather import gather
 
-    text = page([gathered(workdir) for workdir in values.workdir])
+    text = page([gather(workdir) for workdir in values.workdir])
     out = epath.Path(values.out) if values.out else epath.Path(values.workdir[0]) / "report.html"
     try:
         write_whole(out, text)

@@ -21,28 +21,30 @@ from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
 from jaxgpt.inference.beam import beam_search
-from jaxgpt.inference.complete import (
-    MOST,
+from jaxgpt.inference.decode import Decoder, encode_prompt
+from jaxgpt.inference.generation import (
+    MAX_UINT32,
     Continuation,
-    Request,
+    GenerationRequest,
     check_range,
     check_stops,
-    complete,
-    completed,
-    request_of,
+    encode_prompts,
+    generate_text,
+    parse_request,
+    stream_text,
 )
-from jaxgpt.inference.decode import Decoder, check_length, prompt_tokens
 from jaxgpt.inference.samplers import Sampling
-from jaxgpt.inference.trained import Trained, open_trained
+from jaxgpt.inference.trained import open_trained
 from jaxgpt.system.console import say
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.files import list_files
 from jaxgpt.text.formats import json_rows
+from jaxgpt.tokenizer import Tokenizer
 
-MOST_SAMPLES = 1024  # side by side
-TOGETHER = 8  # prompts of a file that are continued side by side
-STREAMED = 4  # tokens between two looks where somebody is watching
+MAX_SAMPLES = 1024  # of one prompt, which are generated in one batch
+BATCH = 8  # prompts of a file that are continued in one batch
+STREAM_CHUNK = 4  # tokens generated between two prints of --stream
 
 
 def main(argv: list[str]) -> None:
@@ -50,54 +52,67 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     define_step(values)
     flags.DEFINE_string("prompt", "", "text to continue", flag_values=values)
-    flags.DEFINE_string("prompt_file", "", "rows of JSON with a prompt each", flag_values=values)
+    flags.DEFINE_string(
+        "prompt_file", "", "jsonl files with a prompt in each row", flag_values=values
+    )
     flags.DEFINE_bool("interactive", False, "continue what is typed", flag_values=values)
-    flags.DEFINE_bool("stream", False, "print text as it comes", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 200, "at most so many tokens", flag_values=values)
+    flags.DEFINE_bool("stream", False, "print text as it is generated", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 200, "most tokens of a sample", flag_values=values)
     flags.DEFINE_float("temperature", 0.8, "0 = greedy", flag_values=values)
     flags.DEFINE_integer("top_k", 40, "only the k likeliest tokens; 0 = all", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "only the likeliest of this mass", flag_values=values)
-    flags.DEFINE_float("min_p", 0.0, "only this share of the best's odds", flag_values=values)
     flags.DEFINE_float(
-        "repetition_penalty", 1.0, "above 1: what was said is less likely", flag_values=values
+        "top_p", 1.0, "only the likeliest tokens of this total probability", flag_values=values
+    )
+    flags.DEFINE_float(
+        "min_p", 0.0, "only tokens this likely, relative to the likeliest", flag_values=values
+    )
+    flags.DEFINE_float(
+        "repetition_penalty", 1.0, "above 1: tokens seen so far are less likely", flag_values=values
     )
     flags.DEFINE_multi_string("stop", [], "end in front of this; repeatable", flag_values=values)
     flags.DEFINE_integer("num_samples", 1, "how many", flag_values=values)
     flags.DEFINE_integer("num_beams", 0, "width of a beam search; 0 = draw", flag_values=values)
     flags.DEFINE_integer("seed", 0, "same seed, same samples", flag_values=values)
     parse(values, argv, __doc__)
-    request = check_flags(values)
+    request = read_flags(values)
     rows = read_rows(values.prompt_file, request) if values.prompt_file else []
     trained = open_trained(values.workdir, values.step)
     with jax.set_mesh(trained.mesh):
-        decoder = trained.decoder()
+        decoder, tokenizer = trained.decoder(), trained.tokenizer
         if values.interactive:
-            interact(decoder, trained, request)
+            workdir = trained.checkpoints.folder.parent
+            say(f"step {trained.step} of {workdir}: type a line to continue, Ctrl-D ends")
+            continue_lines(decoder, tokenizer, request)
         elif values.prompt_file:
-            continue_rows(decoder, trained, rows, values.num_samples)
+            continue_rows(decoder, tokenizer, rows, values.num_samples)
         elif values.num_beams:
-            search(decoder, trained, request, values)
+            texts = search(decoder, tokenizer, request, values.num_beams)
+            print_samples(request.prompt, texts[: values.num_samples])
+        elif values.stream:
+            print_stream(decoder, tokenizer, request, values.num_samples)
         else:
-            numbered = [dataclasses.replace(request, number=n) for n in range(values.num_samples)]
-            (show_stream if values.stream else show)(decoder, trained, numbered)
+            texts = generate_text(decoder, tokenizer, samples_of(request, values.num_samples))
+            print_samples(request.prompt, [text.text for text in texts])
 
 
-def check_flags(values: flags.FlagValues) -> Request:
-    """Returns what the flags ask for.
+def read_flags(values: flags.FlagValues) -> GenerationRequest:
+    """Returns the request that the flags describe.
 
     Raises:
-      BadInput: for a flag out of range, or flags that do not go together.
+      BadInput: for a flag out of range, or flags that exclude each other.
     """
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
-    ways = ("prompt", "prompt_file", "interactive")
-    if len(given := [f"--{name}" for name in ways if values[name].value]) > 1:
-        raise BadInput(f"{' and '.join(given)} do not go together; choose one")
+    prompts = [
+        f"--{name}" for name in ("prompt", "prompt_file", "interactive") if values[name].value
+    ]
+    if len(prompts) > 1:
+        raise BadInput(f"{' and '.join(prompts)} do not go together; choose one")
     for name, least, most in (
-        ("max_new_tokens", 1, MOST),
-        ("num_samples", 1, MOST_SAMPLES),
-        ("seed", 0, MOST),
-        ("num_beams", 0, MOST_SAMPLES),
+        ("max_new_tokens", 1, MAX_UINT32),
+        ("num_samples", 1, MAX_SAMPLES),
+        ("seed", 0, MAX_UINT32),
+        ("num_beams", 0, MAX_SAMPLES),
     ):
         check_range(f"--{name}", values[name].value, least, most)
     if values.num_beams and (values.stream or values.interactive or values.prompt_file):
@@ -109,109 +124,102 @@ def check_flags(values: flags.FlagValues) -> Request:
     if "" in values.stop:
         raise BadInput("--stop must not be empty")
     check_stops(values.stop, "--stop")
-    sampling = Sampling(
-        values.temperature, values.top_k, values.top_p, values.min_p, values.repetition_penalty
-    )
+    sampling = Sampling(*(values[field.name].value for field in dataclasses.fields(Sampling)))
     sampling.check()
-    return Request(
+    return GenerationRequest(
         values.prompt, values.max_new_tokens, sampling, values.seed, stop=tuple(values.stop)
     )
 
 
-def show(decoder: Decoder, trained: Trained, requests: list[Request]) -> None:
-    """Prints every sample once all are there."""
-    found = completed(decoder, trained.tokenizer, requests)
-    texts = [request.prompt + text.text for request, text in zip(requests, found, strict=True)]
-    sys.stdout.write("\n---\n".join(texts) + "\n")
+def samples_of(request: GenerationRequest, count: int) -> list[GenerationRequest]:
+    """Returns the requests of `count` samples."""
+    return [dataclasses.replace(request, sample_index=i) for i in range(count)]
 
 
-def show_stream(decoder: Decoder, trained: Trained, requests: list[Request]) -> None:
-    """Prints one sample after the other, as it grows."""
-    for request in requests:  # before anything is printed
-        length = len(prompt_tokens(trained.tokenizer, request.prompt))
-        check_length(length, request.max_new_tokens, decoder.cfg)
-    for i, request in enumerate(requests):
-        sys.stdout.write("\n---\n" * (i > 0) + request.prompt)
-        for _, text, _ in complete(decoder, trained.tokenizer, [request], STREAMED):
+def print_samples(prompt: str, texts: list[str]) -> None:
+    """Prints the prompt with each of its continuations."""
+    sys.stdout.write("\n---\n".join(prompt + text for text in texts) + "\n")
+
+
+def print_stream(
+    decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest, num_samples: int
+) -> None:
+    """Prints one sample after the other as it is generated."""
+    encode_prompts(tokenizer, [request], decoder.cfg)  # a prompt too long fails before any output
+    for sample in samples_of(request, num_samples):
+        sys.stdout.write("\n---\n" * (sample.sample_index > 0) + request.prompt)
+        for _, text, _ in stream_text(decoder, tokenizer, [sample], STREAM_CHUNK):
             sys.stdout.write(text)
             sys.stdout.flush()
     sys.stdout.write("\n")
 
 
-def interact(decoder: Decoder, trained: Trained, request: Request) -> None:
-    """Continues each line of standard input until it ends (Ctrl-D); lines do not see each other."""
-    say(
-        f"step {trained.step} of {trained.checkpoints.folder.parent}:"
-        " type a line to continue, Ctrl-D ends"
-    )
+def continue_lines(decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest) -> None:
+    """Continues each line of standard input, by itself, until the input ends (Ctrl-D)."""
     while True:
         say("> ", end="")
         line = sys.stdin.readline()
         if not line:
             return
         try:
-            line = check_text(line.rstrip("\n"), "the line")
-            show_stream(decoder, trained, [dataclasses.replace(request, prompt=line)])
+            prompt = check_text(line.rstrip("\n"), "the line")
+            print_stream(decoder, tokenizer, dataclasses.replace(request, prompt=prompt), 1)
         except BadInput as e:
             say(f"error: {e}")
 
 
-def read_rows(pattern: str, request: Request) -> list[tuple[dict, Request]]:
-    """Returns the rows of the files and what each asks for.
+def read_rows(pattern: str, default: GenerationRequest) -> list[tuple[dict, GenerationRequest]]:
+    """Returns the rows of the files and the request that each describes.
 
     Raises:
-      BadInput: naming file and line.
+      BadInput: naming file and line, if a row is malformed; or if there is none.
     """
-    found = []
+    rows = []
     for file, number, row in json_rows(list_files(f"--prompt_file={pattern}", pattern)):
         where = f"{file}, line {number}"
         if not isinstance(row, dict):
             raise BadInput(f"{where} is not an object")
-        found.append((row, request_of(row, request, where)))
-    if not found:
+        rows.append((row, parse_request(row, default, where)))
+    if not rows:
         raise BadInput(f"--prompt_file={pattern} holds no prompt")
-    return found
+    return rows
 
 
 def continue_rows(
-    decoder: Decoder, trained: Trained, rows: list[tuple[dict, Request]], samples: int
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    rows: list[tuple[dict, GenerationRequest]],
+    num_samples: int,
 ) -> None:
-    """Prints each row with its continuation, in order; with several samples, each row so often."""
-    for _, request in rows:  # before the first line is printed
-        length = len(prompt_tokens(trained.tokenizer, request.prompt))
-        check_length(length, request.max_new_tokens, decoder.cfg)
-    every = [(row, dataclasses.replace(r, number=n)) for row, r in rows for n in range(samples)]
-    for first in range(0, len(every), TOGETHER):
-        group = every[first : first + TOGETHER]
-        filled = [request for _, request in group] + [group[-1][1]] * (TOGETHER - len(group))
-        found = completed(decoder, trained.tokenizer, filled if first else filled[: len(group)])
-        for (row, _), text in zip(group, found):
-            print(json.dumps(row | described(text), ensure_ascii=False), flush=True)
+    """Prints each row, in order, with its continuation, `num_samples` times."""
+    pairs = [(row, sample) for row, request in rows for sample in samples_of(request, num_samples)]
+    encode_prompts(tokenizer, [request for _, request in rows], decoder.cfg)  # all, before output
+    for start in range(0, len(pairs), BATCH):
+        batch = pairs[start : start + BATCH]
+        requests = [request for _, request in batch]
+        if start:  # the last batch is filled up: another batch size would be compiled anew
+            requests += requests[-1:] * (BATCH - len(batch))
+        for (row, _), text in zip(batch, generate_text(decoder, tokenizer, requests)):
+            result = {
+                "text": text.text,
+                "finish_reason": text.finish_reason,
+                "tokens": text.tokens,
+                "logprobs": text.logprobs,
+            }
+            print(json.dumps(row | result, ensure_ascii=False), flush=True)
 
 
-def described(text: Continuation) -> dict:
-    """Returns a continuation as JSON."""
-    return {
-        "text": text.text,
-        "finish_reason": text.finish,
-        "tokens": text.tokens,
-        "logprobs": text.scores,
-    }
-
-
-def search(decoder: Decoder, trained: Trained, request: Request, values: flags.FlagValues) -> None:
-    """Prints the best continuations of a beam search."""
-    tokenizer = trained.tokenizer
-    prompt = prompt_tokens(tokenizer, request.prompt)
-    found = beam_search(
-        decoder, prompt, request.max_new_tokens, values.num_beams, tokenizer.end_of_text
-    )
+def search(
+    decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest, num_beams: int
+) -> list[str]:
+    """Returns the continuations that a beam search finds, best first."""
+    prompt, end = encode_prompt(tokenizer, request.prompt), tokenizer.end_of_text
     texts = []
-    for tokens, score in found[: values.num_samples]:
+    for tokens, score in beam_search(decoder, prompt, request.max_new_tokens, num_beams, end):
         text = Continuation(tokenizer, request, prompt)
-        text.feed([*tokens.tolist(), tokenizer.end_of_text], [score] * (len(tokens) + 1))
-        texts.append(request.prompt + text.text)
-    sys.stdout.write("\n---\n".join(texts) + "\n")
+        text.feed([*tokens.tolist(), end], [score] * (len(tokens) + 1))
+        texts.append(text.text)
+    return texts
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Benchmarks answered by likelihood, from their own jsonl files.
+"""Benchmarks whose answers are chosen by likelihood, from their own jsonl files.
 
     hellaswag  {"ctx_a", "ctx_b", "activity_label", "endings",       arXiv:1905.07830
                "label"}
@@ -6,8 +6,8 @@
                or Hugging Face's
     lambada    {"text"}: its last word                               arXiv:1606.06031
 
-Prompts, choices and the border between their tokens are those of EleutherAI's evaluation harness,
-but for the end-of-text token that our models have in front of each document.
+Prompts, choices and the split into their tokens are those of EleutherAI's evaluation harness, apart
+from the end-of-text token that our models have in front of each document.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxgpt.evaluation.tasks import Choices
+from jaxgpt.evaluation.tasks import AnswerScorer
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.formats import json_rows
@@ -26,7 +26,7 @@ from jaxgpt.tokenizer import Tokenizer
 
 
 class Item(NamedTuple):
-    """A prompt, its continuations, and which is right."""
+    """A prompt, its possible continuations, and the index of the right one."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -41,12 +41,12 @@ def _hellaswag(row: dict) -> Item:
 
 def _text(value) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{str(value)[:40]} is no text")
+        raise TypeError(f"{str(value)[:40]} is not text")
     return value
 
 
 def _plain(text: str) -> str:
-    """Returns WikiHow's text without its marks, `[title]`, `[step]` and so on."""
+    """Returns WikiHow's text without its markup, `[title]`, `[step]` and so on."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -68,11 +68,7 @@ def _lambada(row: dict) -> Item:
     return Item(prompt, (f" {word}",), 0)
 
 
-BENCHMARKS: dict[str, Callable[[dict], Item]] = {
-    "hellaswag": _hellaswag,
-    "arc": _arc,
-    "lambada": _lambada,
-}
+BENCHMARKS = {"hellaswag": _hellaswag, "arc": _arc, "lambada": _lambada}
 
 
 def read_items(name: str, files: list[str]) -> list[Item]:
@@ -81,7 +77,7 @@ def read_items(name: str, files: list[str]) -> list[Item]:
     Raises:
       BadInput: naming file and line, if a row is not of that benchmark.
     """
-    found = []
+    items = []
     for file, number, row in json_rows(files):
         try:
             item = BENCHMARKS[name](row)
@@ -90,8 +86,8 @@ def read_items(name: str, files: list[str]) -> list[Item]:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise BadInput(f"{file}, line {number} is no row of {name}: {e!r}") from e
         check_text("".join([item.prompt, *item.choices]), f"{file}, line {number}")
-        found.append(item)
-    return found
+        items.append(item)
+    return items
 
 
 def token_pair(
@@ -99,42 +95,34 @@ def token_pair(
 ) -> tuple[Int[np.ndarray, "P"], Int[np.ndarray, "C"]]:
     """Returns the tokens of a prompt and of its continuation, as the harness separates them.
 
-    Spaces that end the prompt belong to the continuation, and both are encoded together: of
-    "a " and "b" it scores " b", which is one token in most vocabularies.
+    Spaces at the prompt's end go to the continuation, and both are encoded together: of "a " and
+    "b" it scores " b", which is one token in most vocabularies.
     """
-    kept = prompt.rstrip()
-    whole = tokenizer.encode(prompt + continuation)
-    prompt_ids = tokenizer.encode(kept)
-    return prompt_ids, whole[len(prompt_ids) :]
+    prompt_ids = tokenizer.encode(prompt.rstrip())
+    return prompt_ids, tokenizer.encode(prompt + continuation)[len(prompt_ids) :]
 
 
-def multiple_choice(items: Sequence[Item], choices: Choices, params: dict) -> dict:
-    """Returns `examples`, `accuracy` (the likeliest choice) and `accuracy_norm` (the likeliest by
-    character)."""
-    pairs = [
-        token_pair(choices.tokenizer, item.prompt, choice)
-        for item in items
-        for choice in item.choices
-    ]
-    scores, at, right, normed = choices.scores(params, pairs), 0, 0, 0
+def multiple_choice(items: Sequence[Item], scorer: AnswerScorer, params: dict) -> dict:
+    """Returns `examples`, `accuracy` (of the likeliest choice) and `accuracy_norm` (of the choice
+    that is likeliest by character)."""
+    pairs = [(item.prompt, choice) for item in items for choice in item.choices]
+    pairs = [token_pair(scorer.tokenizer, *pair) for pair in pairs]
+    scores, start, right, right_norm = scorer.scores(params, pairs), 0, 0, 0
     for item in items:
-        mine = scores[at : at + len(item.choices)]
-        at += len(item.choices)
-        right += int(mine.argmax()) == item.right
+        of_item = scores[start : start + len(item.choices)]
+        start += len(item.choices)
+        right += int(of_item.argmax()) == item.right
         lengths = np.array([len(choice) - 1 for choice in item.choices])  # without the space
-        normed += int((mine / np.maximum(lengths, 1)).argmax()) == item.right
+        right_norm += int((of_item / np.maximum(lengths, 1)).argmax()) == item.right
     count = len(items)
-    return {"examples": count, "accuracy": right / count, "accuracy_norm": normed / count}
+    return {"examples": count, "accuracy": right / count, "accuracy_norm": right_norm / count}
 
 
-def last_words(items: Sequence[Item], choices: Choices, params: dict, greedy: Callable) -> dict:
-    """Returns `examples`, `accuracy` (greedy decoding says the word) and `perplexity` of the word;
-    `greedy(prompt tokens, count)` returns so many tokens."""
-    pairs = [token_pair(choices.tokenizer, item.prompt, item.choices[0]) for item in items]
-    scores = choices.scores(params, pairs)
+def last_words(items: Sequence[Item], scorer: AnswerScorer, params: dict, greedy: Callable) -> dict:
+    """Returns `examples`, `accuracy` (greedy decoding gives the word) and `perplexity` of the word.
+    `greedy(prompt tokens, count)` returns the next `count` tokens."""
+    pairs = [token_pair(scorer.tokenizer, item.prompt, item.choices[0]) for item in items]
+    scores = scorer.scores(params, pairs)
     right = sum(np.array_equal(greedy(prompt, len(word)), word) for prompt, word in pairs)
-    return {
-        "examples": len(items),
-        "accuracy": right / len(items),
-        "perplexity": math.exp(min(-float(scores.mean()), 700)),
-    }
+    perplexity = math.exp(min(-float(scores.mean()), 700))
+    return {"examples": len(items), "accuracy": right / len(items), "perplexity": perplexity}

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a split, as the contract counts them."""
+"""Loss, perplexity and bits per byte of a split."""
 
 import math
 from collections import deque
@@ -9,20 +9,19 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxgpt.config.schema import IGNORE
-from jaxgpt.data.pipeline import put
 from jaxgpt.data.shards import Split
-from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows
+from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows, on_devices
 from jaxgpt.system.errors import BadInput
 
-LAG = 2  # batches on the device whose numbers are not asked for yet
+MAX_PENDING = 2  # batches that are computed while the host reads an earlier one's losses
 
 
 class Perplexity:
     """Evaluates parameters on a split by windows `stride` tokens apart (0: not overlapping).
 
     `eval_step` gives the nats of each target (`training.step.make_eval_step`); they are summed in
-    float64 on the host, so that neither batch size nor mesh shows in the result. A smaller stride
-    gives each target more context, at seq_len / stride times the work.
+    float64 on the host, so that the result does not depend on the batch size or the mesh. A smaller
+    stride gives each target more context, at seq_len / stride times the work.
     """
 
     def __init__(
@@ -45,54 +44,51 @@ class Perplexity:
         """Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`; of a
         mixture also `sources`, {source: {"loss", "perplexity", "tokens"}}.
 
-        `max_windows` > 0 looks at that many windows from the start only; its bytes are then the
+        `max_windows` > 0 evaluates only that many windows, from the start; `bytes` is then the
         split's in proportion to the tokens.
         """
-        parts = self.split.parts
+        parts, split = self.split.parts, self.split
         nats, counts = np.zeros(len(parts)), np.zeros(len(parts), np.int64)
         ends = np.array([part.end for part in parts])
-        for at, found in self._losses(params, max_windows):
-            source = np.minimum(np.searchsorted(ends, at, side="right"), len(parts) - 1)
-            nats += np.bincount(source, found, len(parts))
+        for positions, losses in self._losses(params, max_windows):
+            source = np.minimum(np.searchsorted(ends, positions, side="right"), len(parts) - 1)
+            nats += np.bincount(source, losses, len(parts))
             counts += np.bincount(source, minlength=len(parts))
         total, tokens = float(nats.sum()), max(int(counts.sum()), 1)
-        size = max(round(self.split.target_bytes * tokens / max(self.split.num_targets, 1)), 1)
-        figures = _figures(total, tokens)
-        figures["bits_per_byte"] = total / math.log(2) / size
-        figures |= {"tokens": tokens, "bytes": size}
+        size = max(round(split.target_bytes * tokens / max(split.num_targets, 1)), 1)
+        result = _loss_and_perplexity(total, tokens)
+        result |= {"bits_per_byte": total / math.log(2) / size, "tokens": tokens, "bytes": size}
         if len(parts) > 1:
-            rows = zip(parts, nats.tolist(), counts.tolist(), strict=True)
-            figures["sources"] = {
-                part.source: _figures(sum_, max(count, 1)) | {"tokens": count}
-                for part, sum_, count in rows
+            result["sources"] = {
+                part.source: _loss_and_perplexity(part_nats, max(count, 1)) | {"tokens": count}
+                for part, part_nats, count in zip(parts, nats.tolist(), counts.tolist())
             }
-        return figures
+        return result
 
     def _losses(self, params: dict, max_windows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (places in the split, nats in float64) of the targets of each batch."""
-        seq_len, batch, tokens = self.seq_len, self.batch, self.split.tokens
-        windows = evaluation_windows(len(tokens), seq_len, self.stride)
+        """Yields (positions in the split, nats in float64) of the targets of each batch."""
+        tokens, mask = self.split.tokens, self.split.mask
+        windows = evaluation_windows(len(tokens), self.seq_len, self.stride)
         windows = min(windows, max_windows) if max_windows else windows
-        rows, shape = np.arange(batch), (1, batch, seq_len)
         pending: deque = deque()
 
-        def first():
-            starts, counted, nats = pending.popleft()
-            places = starts[:, None] + 1 + np.arange(seq_len)
-            return places[counted], np.asarray(jax.device_get(nats), np.float64)[counted]
+        def oldest():
+            positions, is_target, nats = pending.popleft()
+            return positions[is_target], np.asarray(jax.device_get(nats), np.float64)[is_target]
 
-        for k in range(-(-windows // batch)):
-            host = evaluation_batch(tokens, seq_len, batch, k, self.split.mask, self.stride)
-            device = {name: put(a, rows, self.sharding, shape) for name, a in host.items()}
-            number = k * batch + rows
-            counted = (host["targets"][0] != IGNORE) & (number < windows)[:, None]
-            pending.append((number * self.stride, counted, self.eval_step(params, device)))
-            if len(pending) > LAG:
-                yield first()
+        for k in range(-(-windows // self.batch)):
+            batch = evaluation_batch(tokens, self.seq_len, self.batch, k, mask, self.stride)
+            window = k * self.batch + np.arange(self.batch)[:, None]
+            positions = window * self.stride + 1 + np.arange(self.seq_len)
+            is_target = (batch["targets"][0] != IGNORE) & (window < windows)
+            nats = self.eval_step(params, on_devices(batch, self.sharding))
+            pending.append((positions, is_target, nats))
+            if len(pending) > MAX_PENDING:
+                yield oldest()
         while pending:
-            yield first()
+            yield oldest()
 
 
-def _figures(nats: float, tokens: int) -> dict:
+def _loss_and_perplexity(nats: float, tokens: int) -> dict:
     loss = nats / tokens
     return {"loss": loss, "perplexity": math.exp(min(loss, 700))}  # exp(710) overflows a float64

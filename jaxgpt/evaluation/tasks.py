@@ -10,22 +10,22 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxgpt.config.schema import IGNORE
-from jaxgpt.data.pipeline import put
+from jaxgpt.evaluation.windows import on_devices
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.tasks import LABELS, Example
 from jaxgpt.tokenizer import Tokenizer
 
 
-def document_start(tokenizer: Tokenizer, prompt: np.ndarray, most: int) -> np.ndarray:
-    """Returns an end-of-text token and the prompt's tokens, the last `most` of them all.
+def document_start(tokenizer: Tokenizer, prompt: np.ndarray, limit: int) -> np.ndarray:
+    """Returns an end-of-text token and the prompt's tokens, at most the last `limit` of them.
 
-    Every document of training begins so: a prompt without it is one that the model never saw.
+    Every training document begins with that token: the model has never seen a text without it.
     """
-    return np.concatenate([[tokenizer.end_of_text], prompt])[-most:].astype(np.int32)
+    return np.concatenate([[tokenizer.end_of_text], prompt])[-limit:].astype(np.int32)
 
 
-class Choices:
-    """Scores continuations of prompts by their log-likelihood."""
+class AnswerScorer:
+    """Scores answers to prompts by their log-likelihood."""
 
     def __init__(
         self, eval_step, sharding: NamedSharding, tokenizer: Tokenizer, seq_len: int, batch: int
@@ -34,59 +34,48 @@ class Choices:
         self.seq_len, self.batch = seq_len, batch
 
     def scores(self, params: dict, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Returns ln P(continuation | prompt) of each pair of tokens (prompt, continuation).
+        """Returns ln P(answer | prompt) of each pair of tokens (prompt, answer), in float64.
 
         The model reads an end-of-text token in front of the prompt, as in training. A prompt too
         long for the context loses its beginning.
         """
-        rows = [self._row(prompt, continuation) for prompt, continuation in pairs]
-        found = []
-        for start in range(0, len(rows), self.batch):
-            some = rows[start : start + self.batch]
-            shape = (1, self.batch, self.seq_len)
-            host = {
-                "inputs": np.zeros(shape, np.int32),
-                "targets": np.full(shape, IGNORE, np.int32),
-            }
-            for i, (inputs, targets) in enumerate(some):
-                host["inputs"][0, i, : len(inputs)] = inputs
-                host["targets"][0, i, : len(targets)] = targets
-            device = {
-                n: put(a, np.arange(self.batch), self.sharding, shape) for n, a in host.items()
-            }
-            nats = np.asarray(jax.device_get(self.eval_step(params, device)), np.float64)
-            found += (-nats[: len(some)].sum(axis=-1)).tolist()
-        return np.array(found)
-
-    def _row(self, prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if len(answer) >= self.seq_len:
-            text = self.tokenizer.decode(answer[:40])[:40]
-            raise BadInput(f"the answer {text!r} is longer than the model's context")
-        ids = document_start(self.tokenizer, prompt, self.seq_len - len(answer))
-        whole = np.concatenate([ids, answer]).astype(np.int32)
-        targets = np.where(np.arange(1, len(whole)) >= len(ids), whole[1:], IGNORE)
-        return whole[:-1], targets
+        scores, shape = np.zeros(len(pairs)), (1, self.batch, self.seq_len)
+        for start in range(0, len(pairs), self.batch):
+            inputs, targets = np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32)
+            group = pairs[start : start + self.batch]
+            for i, (prompt, answer) in enumerate(group):
+                if len(answer) >= self.seq_len:
+                    text = self.tokenizer.decode(answer[:40])[:40]
+                    raise BadInput(f"the answer {text!r} is longer than the model's context")
+                prompt = document_start(self.tokenizer, prompt, self.seq_len - len(answer))
+                end = len(prompt) + len(answer) - 1  # the last token is only a target
+                inputs[0, i, :end] = np.concatenate([prompt, answer])[:-1]
+                targets[0, i, len(prompt) - 1 : end] = answer
+            batch = on_devices({"inputs": inputs, "targets": targets}, self.sharding)
+            nats = np.asarray(jax.device_get(self.eval_step(params, batch)), np.float64)
+            scores[start : start + len(group)] = -nats[: len(group)].sum(axis=-1)
+        return scores
 
 
-def classification(task: str, examples: Sequence[Example], choices: Choices, params: dict) -> dict:
-    """Returns `examples`, `accuracy` and `confusion` ({right: {given: count}}).
-
-    The answer given is the label of the largest likelihood.
-    """
-    labels = sorted({example.answers[0] for example in examples} | set(LABELS[task]))
-    if not {example.answers[0] for example in examples} - set(LABELS[task]):
-        labels = list(LABELS[task])
-    encode = choices.tokenizer.encode  # prompt and label apart, as they were learnt
+def classification(
+    task: str, examples: Sequence[Example], scorer: AnswerScorer, params: dict
+) -> dict:
+    """Returns `examples`, `accuracy` and `confusion` ({right label: {predicted label: count}}); the
+    predicted label is the likeliest."""
+    right = [example.answers[0] for example in examples]
+    labels = list(LABELS[task])
+    if set(right) - set(labels):
+        labels = sorted({*right, *labels})
+    encode = scorer.tokenizer.encode  # prompt and label apart, as they were learnt
     answers = [encode(f" {label}") for label in labels]
     prompts = [encode(example.prompt) for example in examples]
     pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-    scores = choices.scores(params, pairs).reshape(len(examples), len(labels))
-    given = [labels[i] for i in scores.argmax(axis=1)]
-    confusion = {right: dict.fromkeys(labels, 0) for right in labels}
-    for example, answer in zip(examples, given, strict=True):
-        confusion[example.answers[0]][answer] += 1
-    right = sum(confusion[label][label] for label in labels)
-    return {"examples": len(examples), "accuracy": right / len(examples), "confusion": confusion}
+    likeliest = scorer.scores(params, pairs).reshape(len(examples), -1).argmax(axis=1)
+    confusion = {label: dict.fromkeys(labels, 0) for label in labels}
+    for label, predicted in zip(right, likeliest, strict=True):
+        confusion[label][labels[predicted]] += 1
+    hits = sum(confusion[label][label] for label in labels)
+    return {"examples": len(right), "accuracy": hits / len(right), "confusion": confusion}
 
 
 def questions(examples: Sequence[Example], answer: Callable[[str], str]) -> dict:
@@ -95,14 +84,11 @@ def questions(examples: Sequence[Example], answer: Callable[[str], str]) -> dict
     exact = f1 = 0.0
     for example in examples:
         given = normalised(answer(example.prompt))
-        right = [normalised(a) for a in example.answers]
-        exact += any(given == a for a in right)
-        f1 += max(overlap(given, a) for a in right)
-    return {
-        "examples": len(examples),
-        "exact_match": exact / len(examples),
-        "f1": f1 / len(examples),
-    }
+        right = [normalised(answer) for answer in example.answers]
+        exact += given in right
+        f1 += max(overlap(given, words) for words in right)
+    count = len(examples)
+    return {"examples": count, "exact_match": exact / count, "f1": f1 / count}
 
 
 def normalised(text: str) -> list[str]:

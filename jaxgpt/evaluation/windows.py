@@ -1,6 +1,8 @@
-"""The windows that an evaluation reads a split in."""
+"""The windows in which an evaluation reads a split."""
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxgpt.config.schema import IGNORE
 
@@ -20,8 +22,8 @@ def evaluation_batch(
 ) -> dict[str, np.ndarray]:
     """Returns windows k*batch_size .. of a split, in order, int32 [1, batch_size, seq_len].
 
-    Windows are `stride` tokens apart (0: seq_len). A target counts in the first window that has
-    it. What lies past the end has input 0 and target IGNORE, as has what `mask` leaves out.
+    Windows are `stride` tokens apart (0: seq_len). A target counts in the first window that
+    contains it; elsewhere, past the end and where `mask` is 0 the target is IGNORE.
     """
     stride = stride or seq_len
     inputs = np.zeros((batch_size, seq_len), np.int32)
@@ -37,3 +39,11 @@ def evaluation_batch(
             counted = np.asarray(mask[start + 1 : start + 1 + count])
             targets[row, :count] = np.where(counted, targets[row, :count], IGNORE)
     return {"inputs": inputs[None], "targets": targets[None]}
+
+
+def on_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Returns the batch, of which every process has all rows, as sharded arrays."""
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+        for name, array in batch.items()
+    }

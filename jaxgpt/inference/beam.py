@@ -1,88 +1,86 @@
 """Beam search: the likeliest continuations found by keeping the best few at every step."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxgpt.inference.decode import Decoder, Rows, check_length, keys_of, only
+from jaxgpt.inference.decode import Decoder, DecodeState, check_length, limit_vocab, sample_keys
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.cache import empty_cache
+from jaxgpt.model.cache import Cache, empty_cache
 
 
 def beam_search(
-    decoder: Decoder,
-    prompt: np.ndarray,
-    new: int,
-    beams: int,
-    end: int,
-    length_penalty: float = 1.0,
+    decoder: Decoder, prompt: np.ndarray, new: int, num_beams: int, end: int
 ) -> list[tuple[np.ndarray, float]]:
-    """Returns `beams` continuations of at most `new` tokens, the best first, each with its score:
-    the sum of log-probabilities over the length to the power of `length_penalty` (arXiv:1609.08144,
-    section 7, without its constant 5). A continuation that reaches `end` keeps its sum and its
-    place among the beams; its tokens stop in front of `end`, which counts.
+    """Returns `num_beams` continuations of at most `new` tokens, the best first, each with its
+    score: the mean log-probability of its tokens. A continuation that reaches `end` keeps its place
+    among the beams; its tokens stop in front of `end`, which counts for the score.
 
     Raises:
-      BadInput: where prompt and continuation exceed the context.
+      BadInput: if prompt and continuation exceed the context.
     """
     check_length(len(prompt), new, decoder.cfg)
-    same = [prompt] * beams
-    rows = decoder.start(same, [Sampling(0.0)] * beams, keys_of([(0, 0)] * beams), new)
-    tokens, sums, lengths = jax.device_get(
-        _search(decoder.spec, new, end, decoder.drawable, decoder.params, rows)
+    keys = sample_keys([(0, 0)] * num_beams)
+    state = decoder.prefill([prompt] * num_beams, [Sampling(0.0)] * num_beams, keys, new)
+    beams = jax.device_get(
+        _search(decoder.spec, new, end, decoder.vocab_limit, decoder.params, state)
     )
-    scores = sums / lengths**length_penalty
-    found = [(row[:length], float(score)) for row, length, score in zip(tokens, lengths, scores)]
-    found = [(row[:-1] if len(row) and row[-1] == end else row, score) for row, score in found]
-    return sorted(found, key=lambda pair: -pair[1])
+    scores, found = beams.total / beams.length, []
+    for i in np.argsort(-scores, kind="stable"):
+        tokens = beams.tokens[i, : beams.length[i]]
+        found.append((tokens[:-1] if tokens[-1] == end else tokens, float(scores[i])))
+    return found
+
+
+class Beams(NamedTuple):
+    """The K beams of a search for N tokens, in the middle of it."""
+
+    token: Int[Array, "K"]
+    position: Int[Array, "K"]
+    total: Float[Array, "K"]  # sum of the log-probabilities
+    ended: Bool[Array, "K"]
+    tokens: Int[Array, "K N"]
+    length: Int[Array, "K"]
+    recent: Cache | None  # the continuations' keys and values; the prompt's are the same in all
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _search(spec: ModelSpec, new: int, end: int, drawable: int, params: dict, rows: Rows):
-    model, beams = spec.bind(params), rows.token.shape[0]
-    table = model.table()
-    vocab = spec.cfg.padded_vocab_size
+def _search(
+    spec: ModelSpec, new: int, end: int, vocab_limit: int, params: dict, state: DecodeState
+) -> Beams:
+    model, num_beams = spec.bind(params), state.token.shape[0]
+    table, vocab = model.table(), spec.cfg.padded_vocab_size
     only_end = jnp.where(jnp.arange(vocab) == end, 0.0, -jnp.inf)
 
-    def step(carry, at):
-        recent, token, position, sums, ended, tokens, lengths = carry
-        x, recent = model.extend(params["blocks"], token, position, rows.cache, recent, at)
+    def step(beams: Beams, at):
+        x, recent = model.extend(
+            params["blocks"], beams.token, beams.position, state.cache, beams.recent, at
+        )
         logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
-        scores = only(jax.nn.log_softmax(logits, axis=-1), drawable)
-        totals = sums[:, None] + jnp.where(ended[:, None], only_end, scores)
-        sums, best = jax.lax.top_k(totals.reshape(-1), beams)
+        logprobs = limit_vocab(jax.nn.log_softmax(logits, axis=-1), vocab_limit)
+        totals = beams.total[:, None] + jnp.where(beams.ended[:, None], only_end, logprobs)
+        total, best = jax.lax.top_k(totals.reshape(-1), num_beams)
         parent, token = best // vocab, (best % vocab).astype(jnp.int32)
-        was_ended = ended[parent]
-        recent = jax.tree.map(partial(_rows_of, at=parent), recent)  # the prompt is the same in all
-        tokens = tokens[parent].at[:, at].set(token)
-        lengths = lengths[parent] + ~was_ended
-        return (
-            recent,
-            token,
-            position + 1,
-            sums,
-            was_ended | (token == end),
-            tokens,
-            lengths,
-        ), None
 
-    first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # all beams are one at the start
-    zeros = jnp.zeros(beams, jnp.int32)
-    carry = (
-        empty_cache(spec.cfg, beams, new, spec.rules),
-        rows.token,
-        rows.position,
-        first,
-        zeros > 0,
-        jnp.zeros((beams, new), jnp.int32),
-        zeros,
-    )
-    (*_, sums, _, tokens, lengths), _ = jax.lax.scan(step, carry, jnp.arange(new))
-    return tokens, sums, lengths
+        def of_parent(a):
+            return a.at[parent].get(out_sharding=jax.typeof(a).sharding.spec)
 
+        recent, ended, tokens, length = jax.tree.map(
+            of_parent, (recent, beams.ended, beams.tokens, beams.length)
+        )
+        tokens, length = tokens.at[:, at].set(token), length + ~ended
+        ended = ended | (token == end)
+        return Beams(token, beams.position + 1, total, ended, tokens, length, recent), None
 
-def _rows_of(a: jax.Array, at: jax.Array) -> jax.Array:
-    return a.at[at].get(out_sharding=jax.typeof(a).sharding.spec)
+    zeros = jnp.zeros(num_beams, jnp.int32)
+    total = jnp.where(jnp.arange(num_beams) == 0, 0.0, -jnp.inf)  # at first all beams are the same
+    tokens = jnp.zeros((num_beams, new), jnp.int32)
+    recent = empty_cache(spec.cfg, num_beams, new, spec.rules)
+    beams = Beams(state.token, state.position, total, zeros > 0, tokens, zeros, recent)
+    beams, _ = jax.lax.scan(step, beams, jnp.arange(new))
+    return beams._replace(recent=None)

@@ -1,144 +1,162 @@
-"""Prefill, then a `lax.scan` over new tokens with a KV cache.
+"""Token generation: prefill, then a `lax.scan` over new tokens with a KV cache.
 
-The scan takes CHUNK steps at a time. So its one program serves any number of new tokens, and a
-caller can look between two chunks: for a stop string, to print, to let another request in.
+The scan generates one chunk of tokens at a time. One compiled program then serves any number of new
+tokens, and between two chunks the caller can print, stop at a stop string or admit a new request.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.inference.samplers import Sampling, Samplings, draw
+from jaxgpt.inference.samplers import BatchSampling, Sampling, next_token
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
 from jaxgpt.model.gpt import split_layers, windows
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 
-BUCKET = 64  # slots of a cache are rounded up to a multiple, so that few shapes are compiled
-PROMPT = 16  # and prompts to a few multiples of this
-CHUNK = 20  # tokens of each row between two looks
-BEST = 5  # alternatives to a token that may be told
+CACHE_BLOCK = 64  # a cache's slots are a multiple of this, so that few shapes are compiled
+PROMPT_BLOCK = 16  # padded prompts are a multiple of this
+CHUNK = 20  # tokens generated between two returns to the host
+NUM_TOP = 5  # alternatives that are reported for each token
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """B texts being continued: all that the next step needs.
+class DecodeState(NamedTuple):
+    """What the next decoding step of B sequences needs.
 
-    `token` is each row's last one, which stands at `position` and is not yet in the cache.
+    `token` is each sequence's last one; it has position `position` and is not in the cache yet.
     """
 
-    cache: Any
-    token: Any  # int32 [B]
-    position: Any  # int32 [B]
-    seen: Any  # bool [B, V]: what stands in the row
-    keys: Any  # [B]
-    sampling: Any  # Samplings of [B]
+    cache: Cache
+    token: Int[Array, "B"]
+    position: Int[Array, "B"]
+    seen: Bool[Array, "B V"]  # which tokens the sequence contains
+    keys: Key[Array, "B"]
+    sampling: BatchSampling
+
+
+class Logprobs(NamedTuple):
+    """The natural log-probabilities that the model itself (no filter, temperature 1) gave to
+    tokens, and the NUM_TOP likeliest ids in the place of each, the likeliest first."""
+
+    chosen: Float[Array, "*B"]
+    top_ids: Int[Array, "*B K"]
+    top: Float[Array, "*B K"]
+
+    def top_pairs(self) -> list[list[tuple[int, float]]]:
+        """Returns the likeliest (id, log-probability) in the place of each token of one row."""
+        rows = zip(self.top_ids.tolist(), self.top.tolist(), strict=True)
+        return [list(zip(*row, strict=True)) for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """A model's parameters laid out for decoding, and the programs that use them.
 
-    Row b's draw at position p depends on its own prompt and (keys[b], p) alone. Call its methods
-    under `jax.set_mesh`.
+    The token sampled for row b at position p depends only on the row's own tokens and on
+    (keys[b], p). Call the methods under `jax.set_mesh`.
     """
 
     spec: ModelSpec
     params: dict
-    drawable: int
+    vocab_limit: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, params: dict, drawable: int) -> "Decoder":
-        """Returns the decoder of a model; `params` are those of training. Only the first `drawable`
-        ids, the tokenizer's, are ever drawn: the model's vocabulary may be larger."""
-        return cls(spec.for_decoding(), _laid_out(spec.for_decoding(), params), drawable)
+    def of(cls, spec: ModelSpec, params: dict, vocab_limit: int) -> "Decoder":
+        """Returns the decoder of a model with its training `params`. It samples only ids below
+        `vocab_limit`, the tokenizer's size: the model's vocabulary may be larger."""
+        return cls(spec.for_decoding(), _decoding_params(spec.for_decoding(), params), vocab_limit)
 
     @property
     def cfg(self) -> ModelConfig:
         """The model's sizes."""
         return self.spec.cfg
 
-    def start(
+    def prefill(
         self,
         prompts: Sequence[np.ndarray],
         sampling: Sequence[Sampling],
         keys: Key[Array, "B"],
         new: int,
         slots: int = 0,
-    ) -> Rows:
-        """Reads the prompts into a cache with room for `new` tokens more, or of `slots` in all.
-        What grows beyond the context (see `check_length`) is of no use, and harms no other row."""
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        width = bucket(int(lengths.max()), PROMPT)
-        room = width + _up(new, CHUNK)
-        if slides(self.cfg):
-            room = min(room, max(width, _up(self.cfg.window, BUCKET)))
-        room = slots or room
-        padded = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in zip(padded, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        return _prefill(
-            self.spec, _up(room, BUCKET), self.params, padded, lengths, keys, Samplings.of(sampling)
-        )
+    ) -> DecodeState:
+        """Returns the state after reading the prompts. Its cache has room for `new` more tokens, or
+        `slots` slots in all. Generating past the context (see `check_length`) makes a row's own
+        tokens meaningless but does not affect other rows."""
+        padded = pad_rows(prompts)
+        width = padded.shape[1]
+        room = width + round_up(new, CHUNK)
+        if has_sliding_context(self.cfg):
+            room = min(room, max(width, round_up(self.cfg.window, CACHE_BLOCK)))
+        slots = round_up(slots or room, CACHE_BLOCK)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        batch_sampling = BatchSampling.of(sampling)
+        return _prefill(self.spec, slots, self.params, padded, lengths, keys, batch_sampling)
 
-    def more(
-        self, rows: Rows, count: int = CHUNK, reach: int = 0, best: bool = False
-    ) -> tuple[Rows, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
-        """Returns the rows grown by `count` tokens, those tokens, and the log-probability that the
-        model (no filter, temperature 1) gave each: [B, count]. It takes `rows` away.
+    def decode(
+        self, state: DecodeState, count: int = CHUNK, reach: int = 0, with_top: bool = False
+    ) -> tuple[DecodeState, jax.Array, Logprobs]:
+        """Returns the state after `count` more tokens of each row, those tokens [B, count] and
+        their log-probabilities. Donates `state`.
 
-        `reach` > 0 says that no row has more tokens yet, so that no more of the cache is read. Last
-        come the BEST likeliest ids in each token's place, and their log-probabilities: zeros unless
-        `best`, which changes no program.
+        `reach` > 0 states that no row has more tokens than that yet, so that less of the cache is
+        read. The top log-probabilities are zeros unless `with_top`; the compiled program is the
+        same either way.
         """
-        slots = rows.cache.positions.shape[1]
-        span = slots if reach <= 0 else min(slots, bucket(reach, BUCKET))
-        return _more(self.spec, count, span, self.drawable, self.params, rows, best)
+        slots = state.cache.positions.shape[1]
+        span = slots if reach <= 0 else min(slots, bucket_size(reach, CACHE_BLOCK))
+        return _decode(self.spec, count, span, self.vocab_limit, self.params, state, with_top)
 
 
-def slides(cfg: ModelConfig) -> bool:
+def pad_rows(rows: Sequence[np.ndarray]) -> Int[np.ndarray, "B T"]:
+    """Returns the rows of tokens padded at the end with id 0 to a common bucket size."""
+    padded = np.zeros((len(rows), bucket_size(max(map(len, rows)), PROMPT_BLOCK)), np.int32)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
+
+
+def has_sliding_context(cfg: ModelConfig) -> bool:
     """Says whether texts may grow past `max_seq_len`: positions are relative (RoPE, or none) and
-    every layer forgets what leaves its window."""
+    every layer has an attention window."""
     return cfg.position in ("rope", "none") and all(windows(cfg))
 
 
 def check_length(prompt_length: int, new: int, cfg: ModelConfig) -> None:
-    """Raises `BadInput` where prompt and continuation do not fit the context, nor slide in it."""
-    room = cfg.max_seq_len
-    if slides(cfg):
+    """Raises `BadInput` if the prompt and `new` tokens exceed a context that does not slide."""
+    context = cfg.max_seq_len
+    if has_sliding_context(cfg):
         return
-    if prompt_length > room:
+    if prompt_length > context:
         raise BadInput(
             f"the prompt has {prompt_length} tokens, more than the model's context of"
-            f" {room} (model.max_seq_len); shorten it"
+            f" {context} (model.max_seq_len); shorten it"
         )
-    if prompt_length + new > room:
+    if prompt_length + new > context:
         raise BadInput(
             f"a prompt of {prompt_length} tokens and --max_new_tokens={new} exceed the"
-            f" model's context of {room} (model.max_seq_len); ask for at most"
-            f" {room - prompt_length} new tokens"
+            f" model's context of {context} (model.max_seq_len); ask for at most"
+            f" {context - prompt_length} new tokens"
         )
 
 
-def keys_of(seeds: Sequence[tuple[int, int]]) -> Key[Array, "B"]:
-    """Returns the key of each (seed, number of the sample)."""
-    return _keys_of(*np.array(seeds, np.uint32).T)
+def sample_keys(seeds: Sequence[tuple[int, int]]) -> Key[Array, "B"]:
+    """Returns the random key of each (seed, sample index)."""
+    return _sample_keys(*np.array(seeds, np.uint32).T)
 
 
-@jax.jit  # once: compiled anew for each request it took longer than the prompt
+@jax.jit  # compiled once: op by op it took longer than the prompt
 @jax.vmap
-def _keys_of(seed, number):
-    return jax.random.fold_in(jax.random.key(seed), number)
+def _sample_keys(seed, index):
+    return jax.random.fold_in(jax.random.key(seed), index)
 
 
 def generate(
@@ -149,17 +167,17 @@ def generate(
     seed: int = 0,
     end: int = -1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `new` tokens of each prompt and their log-probabilities, [B, new]; sample b uses key
-    (seed, b). It ends early, with fewer, once the token `end` stands in every row.
+    """Returns `new` tokens for each prompt and their log-probabilities, [B, new]; row b uses the
+    key of (seed, b). Stops early, with fewer columns, once every row contains the token `end`.
 
     Raises:
-      BadInput: where a prompt and its continuation exceed the context.
+      BadInput: if a prompt and its continuation exceed the context.
     """
     check_length(max(map(len, prompts)), new, decoder.cfg)
-    keys = keys_of([(seed, b) for b in range(len(prompts))])
+    keys = sample_keys([(seed, b) for b in range(len(prompts))])
     chunks = list(stream(decoder, prompts, new, [sampling] * len(prompts), keys, end))
-    tokens, scores = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
-    return tokens, scores
+    tokens, logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+    return tokens, logprobs
 
 
 def stream(
@@ -171,132 +189,143 @@ def stream(
     end: int = -1,
     chunk: int = CHUNK,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields what `generate` returns, some columns at a time; the next are under way meanwhile."""
-    rows, longest = decoder.start(prompts, sampling, keys, new), max(map(len, prompts))
+    """Yields what `generate` returns, `chunk` columns at a time; the device computes the next chunk
+    meanwhile."""
+    state, longest = decoder.prefill(prompts, sampling, keys, new), max(map(len, prompts))
     ended = np.zeros(len(prompts), bool)
-    coming = None
-    for made in range(0, new + chunk, chunk):
+    previous = None
+    for start in range(0, new + chunk, chunk):
         following = None
-        if made < new:
-            rows, following = decoder.more(rows, chunk, longest + made)
-        if coming is not None:
-            tokens, scores = jax.device_get(coming[:2])
-            left = new - (made - chunk)
-            yield tokens[:, :left], scores[:, :left]
+        if start < new:
+            state, tokens, logprobs = decoder.decode(state, chunk, longest + start)
+            following = tokens, logprobs.chosen
+        if previous is not None:
+            tokens, logprobs = (a[:, : new - start + chunk] for a in jax.device_get(previous))
+            yield tokens, logprobs
             ended |= (tokens == end).any(axis=1)
             if ended.all():
                 return
-        coming = following
+        previous = following
 
 
 @partial(jax.jit, static_argnums=0)
-def _laid_out(spec: ModelSpec, params: dict) -> dict:
-    """Returns each layer's parameters apart, its kernels in the dtype that they are used in."""
+def _decoding_params(spec: ModelSpec, params: dict) -> dict:
+    """Returns the parameters with the layers unstacked and the kernels in the compute dtype."""
     dtype = jnp.dtype(spec.cfg.dtype)
 
     def cast(path, p):
         return p.astype(dtype) if path[-1].key == "kernel" else p
 
-    return split_layers(
-        params | {"blocks": jax.tree_util.tree_map_with_path(cast, params["blocks"])}
-    )
+    blocks = jax.tree_util.tree_map_with_path(cast, params["blocks"])
+    return split_layers(params | {"blocks": blocks})
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
     spec: ModelSpec,
-    room: int,
+    slots: int,
     params: dict,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     keys: Key[Array, "B"],
-    sampling: Samplings,
-) -> Rows:
-    """Padding is not put into the cache, nor is the last token, with which decoding begins."""
+    sampling: BatchSampling,
+) -> DecodeState:
+    """Neither the padding nor a prompt's last token, the first to be decoded, enters the cache."""
     batch, width = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     _, layers = spec.bind(params).prefill(params["blocks"], prompts, positions)
-    known = jnp.where(positions < lengths[:, None] - 1, positions, UNWRITTEN)
-    cache = write_recent(
-        empty_cache(spec.cfg, batch, room, spec.rules), Cache(layers, known), spec.rules
-    )
+    written = jnp.where(positions < lengths[:, None] - 1, positions, UNWRITTEN)
+    cache = empty_cache(spec.cfg, batch, slots, spec.rules)
+    cache = write_recent(cache, Cache(layers, written), spec.rules)
     seen = jnp.zeros((batch, spec.cfg.padded_vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], prompts].max(positions < lengths[:, None])
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-    return Rows(cache, last, lengths - 1, seen, keys, sampling)
+    return DecodeState(cache, last, lengths - 1, seen, keys, sampling)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def _more(spec: ModelSpec, count: int, span: int, drawable: int, params: dict, rows: Rows, best):
+def _decode(
+    spec: ModelSpec,
+    count: int,
+    span: int,
+    vocab_limit: int,
+    params: dict,
+    state: DecodeState,
+    with_top,
+):
     model = spec.bind(params)
-    table, batch = model.table(), rows.token.shape[0]
-    read, fresh = first_slots(rows.cache, span), empty_cache(spec.cfg, batch, count, spec.rules)
+    table, batch = model.table(), state.token.shape[0]
+    cache = first_slots(state.cache, span)
 
     def step(carry, at):
         recent, token, position, seen = carry
-        x, recent = model.extend(params["blocks"], token, position, read, recent, at)
+        x, recent = model.extend(params["blocks"], token, position, cache, recent, at)
         logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
-        keys = jax.vmap(jax.random.fold_in)(rows.keys, position + 1)
-        token = draw(only(logits, drawable), keys, rows.sampling, seen)
-        told = jax.lax.cond(best, partial(best_of, drawable=drawable), _score_of, logits, token)
+        keys = jax.vmap(jax.random.fold_in)(state.keys, position + 1)
+        token = next_token(limit_vocab(logits, vocab_limit), keys, state.sampling, seen)
+        logprobs = token_logprobs(logits, token, vocab_limit, with_top)
         seen = seen.at[jnp.arange(batch), token].set(True)
-        return (recent, token, position + 1, seen), (token, *told)
+        return (recent, token, position + 1, seen), (token, logprobs)
 
-    carry = (fresh, rows.token, rows.position, rows.seen)
-    (recent, token, position, seen), told = jax.lax.scan(step, carry, jnp.arange(count))
-    cache = write_recent(rows.cache, recent, spec.rules)
-    grown = Rows(cache, token, position, seen, rows.keys, rows.sampling)
-    return grown, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), told)
+    recent = empty_cache(spec.cfg, batch, count, spec.rules)
+    carry = (recent, state.token, state.position, state.seen)
+    (recent, token, position, seen), outputs = jax.lax.scan(step, carry, jnp.arange(count))
+    cache_after = write_recent(state.cache, recent, spec.rules)
+    after = DecodeState(cache_after, token, position, seen, state.keys, state.sampling)
+    return after, *jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), outputs)
 
 
-def best_of(
-    logits: Float[Array, "B V"], token: Int[Array, "B"], drawable: int
-) -> tuple[Float[Array, "B"], Int[Array, "B K"], Float[Array, "B K"]]:
-    """Returns each token's log-probability, the BEST likeliest ids and their log-probabilities. So
-    many passes over the logits: `lax.top_k` sorts them."""
+def token_logprobs(
+    logits: Float[Array, "B V"], token: Int[Array, "B"], vocab_limit: int, with_top=True
+) -> Logprobs:
+    """Returns the log-probabilities of the tokens and of the NUM_TOP likeliest ids below
+    `vocab_limit` (zeros unless `with_top`)."""
     total = jax.nn.logsumexp(logits, axis=-1)
-    left, ids = only(logits, drawable), []
-    for _ in range(BEST):
-        ids.append(jnp.argmax(left, axis=-1).astype(jnp.int32))
-        left = jnp.where(jnp.arange(left.shape[-1]) == ids[-1][:, None], -jnp.inf, left)
-    best = jnp.stack([_at(logits, i) for i in ids], axis=-1) - total[:, None]
-    return _at(logits, token) - total, jnp.stack(ids, axis=-1), best
+
+    def top():
+        """Takes the maximum NUM_TOP times: `lax.top_k` sorts the whole vocabulary."""
+        left, ids = limit_vocab(logits, vocab_limit), []
+        for _ in range(NUM_TOP):
+            ids.append(jnp.argmax(left, axis=-1).astype(jnp.int32))
+            left = jnp.where(jnp.arange(left.shape[-1]) == ids[-1][:, None], -jnp.inf, left)
+        values = jnp.stack([_pick(logits, i) for i in ids], axis=-1) - total[:, None]
+        return jnp.stack(ids, axis=-1), values
+
+    def no_top():
+        shape = (len(token), NUM_TOP)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+
+    return Logprobs(_pick(logits, token) - total, *jax.lax.cond(with_top, top, no_top))
 
 
-def _score_of(logits, token):
-    """Returns what `best_of` does, without looking for the likeliest."""
-    none = jnp.zeros((len(token), BEST))
-    score = _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
-    return score, none.astype(jnp.int32), none
+def limit_vocab(logits: Float[Array, "B V"], vocab_limit: int) -> Float[Array, "B V"]:
+    """Returns the logits with those of ids from `vocab_limit` on set to -inf."""
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_limit, logits, -jnp.inf)
 
 
-def only(logits: Float[Array, "B V"], drawable: int) -> Float[Array, "B V"]:
-    """Returns logits that are -inf but for the first `drawable` ids."""
-    return jnp.where(jnp.arange(logits.shape[-1]) < drawable, logits, -jnp.inf)
-
-
-def _at(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
+def _pick(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
     return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
 
 
-def bucket(number: int, least: int) -> int:
+def bucket_size(number: int, least: int) -> int:
     """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... times `least` that is at least
-    `number`: few programs, each with little too much to do."""
+    `number`: few shapes are compiled, and each pads little."""
     power = least * 2 ** max(math.ceil(math.log2(number / least)), 0)
     return power * 3 // 4 if power > 2 * least and number <= power * 3 // 4 else power
 
 
-def _up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """Returns the smallest multiple that is at least `number`."""
     return -(-number // multiple) * multiple
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-    """Returns the prompt's ids; an empty prompt is an end-of-text, which starts a document."""
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """Returns the prompt's ids; for an empty prompt the end-of-text id, which starts a document."""
     ids = tokenizer.encode(prompt)
     return ids if len(ids) else np.array([tokenizer.end_of_text], np.int32)
 
 
-def until(tokens: np.ndarray, end: int) -> np.ndarray:
-    """Returns the tokens in front of the first `end`, all where there is none."""
-    found = np.flatnonzero(tokens == end)
-    return tokens[: found[0]] if len(found) else tokens
+def tokens_before(tokens: np.ndarray, end: int) -> np.ndarray:
+    """Returns the tokens in front of the first `end`, all of them if there is none."""
+    ends = np.flatnonzero(tokens == end)
+    return tokens[: ends[0]] if len(ends) else tokens

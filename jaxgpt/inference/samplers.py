@@ -1,12 +1,13 @@
 """From logits to the next token: small functions on logits, applied in a fixed order.
 
-Every number is an array [B], one for each row, so that requests of all kinds share a program. A
-filter sets the logits of tokens it rules out to -inf and always leaves the likeliest.
+Every setting is an array [B], one value for each row, so that rows with different settings share a
+program. A filter sets the logits of the tokens that it excludes to -inf and always keeps the
+likeliest token.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,15 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.system.errors import BadInput
 
-BLOCK = 128  # ids that are drawn from together
-COLDEST, HOTTEST = 1e-5, 1e6  # temperatures
-LEAST = 1e-6  # of top_p
+BLOCK = 128  # ids whose probabilities `sample` adds up first
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e6
+MIN_TOP_P = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to draw. `temperature` 0 is greedy; the other defaults but `top_k` change nothing."""
+    """How to choose the next token. `temperature` 0 is greedy; top_k=0, top_p=1, min_p=0 and
+    repetition_penalty=1 have no effect."""
 
     temperature: float = 0.8
     top_k: int = 40
@@ -32,67 +34,55 @@ class Sampling:
 
     def check(self, prefix: str = "--") -> None:
         """Raises `BadInput`, naming the flag, for a value out of range."""
-        for name, good, range_ in (
-            (
-                "temperature",
-                0 <= self.temperature <= HOTTEST,
-                f"at least 0 and at most {HOTTEST:.0f}",
-            ),
-            ("top_k", 0 <= self.top_k < 2**31, "at least 0"),
+        for name, is_valid, valid in (
+            ("temperature", 0 <= self.temperature <= MAX_TEMPERATURE, "at least 0 and at most 1e6"),
+            ("top_k", 0 <= self.top_k < 2**31, "at least 0 and below 2^31"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
         ):
-            if not good:
+            if not is_valid:
                 value = str(getattr(self, name))[:50]
-                raise BadInput(f"{prefix}{name}={value} must be {range_}")
+                raise BadInput(f"{prefix}{name}={value} must be {valid}")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Samplings:
-    """A `Sampling` for each row: arrays [B] of the same names."""
+class BatchSampling(NamedTuple):
+    """The settings of B rows, as arrays."""
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    repetition_penalty: Any
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+    repetition_penalty: Float[Array, "B"]
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling]) -> "Samplings":
-        """Returns the rows' numbers as NumPy arrays. A temperature below `COLDEST` is 0, its limit,
-        and a `top_p` below `LEAST` that, so that logits stay finite and a token is left."""
-        fields = {
-            field.name: [getattr(row, field.name) for row in rows]
-            for field in dataclasses.fields(cls)
-        }
-        fields["temperature"] = [t if t >= COLDEST else 0.0 for t in fields["temperature"]]
-        fields["top_p"] = [max(p, LEAST) for p in fields["top_p"]]
-        return cls(
-            **{
-                name: np.asarray(values, np.int32 if name == "top_k" else np.float32)
-                for name, values in fields.items()
-            }
-        )
+    def of(cls, rows: Sequence[Sampling]) -> "BatchSampling":
+        """Returns the rows' settings as NumPy arrays. So that float32 logits stay finite, a
+        temperature below `MIN_TEMPERATURE` becomes 0 and a `top_p` at least `MIN_TOP_P`."""
+        columns = map(np.array, zip(*map(dataclasses.astuple, rows), strict=True))
+        temperature, top_k, top_p, min_p, penalty = columns
+        temperature = np.where(temperature < MIN_TEMPERATURE, 0, temperature)
+        top_p = np.maximum(top_p, MIN_TOP_P)
+        floats = (a.astype(np.float32) for a in (top_p, min_p, penalty))
+        return cls(temperature.astype(np.float32), top_k.astype(np.int32), *floats)
 
 
 def penalise_repetition(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"]
 ) -> Float[Array, "B V"]:
-    """Returns logits of seen tokens divided by `penalty`, times it if negative (arXiv:1909.05858,
-    section 4.1)."""
-    by = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / by, logits * by), logits)
+    """Returns the logits with those of seen tokens divided by `penalty` if positive, multiplied by
+    it if negative (arXiv:1909.05858, section 4.1)."""
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B V"]:
-    """Keeps the k likeliest tokens, all where k is 0; ties with the k-th stay too."""
+    """Keeps the k likeliest tokens and those that tie with the k-th; all where k is 0."""
 
     def enough(kept: Bool[Array, "B V"]) -> Bool[Array, "B"]:
         return jnp.sum(kept, axis=-1) >= k
 
-    return jnp.where((k == 0)[:, None], logits, _keep_least(logits, enough))
+    return jnp.where((k == 0)[:, None], logits, _keep_fewest(logits, enough))
 
 
 def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array, "B V"]:
@@ -102,7 +92,7 @@ def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array
     def enough(kept: Bool[Array, "B V"]) -> Bool[Array, "B"]:
         return jnp.sum(jnp.where(kept, probabilities, 0), axis=-1) >= p
 
-    return jnp.where((p >= 1)[:, None], logits, _keep_least(logits, enough))
+    return jnp.where((p >= 1)[:, None], logits, _keep_fewest(logits, enough))
 
 
 def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array, "B V"]:
@@ -111,87 +101,87 @@ def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array
     return jnp.where(logits < likeliest + jnp.log(p)[:, None], -jnp.inf, logits)
 
 
-def _keep_least(logits: Float[Array, "B V"], enough: Callable) -> Float[Array, "B V"]:
-    """Keeps the fewest likeliest tokens that are `enough`, by bisection over the bits of a float:
-    32 passes, where sorting or `lax.top_k` would be most of a decoding step (the numbers are in
-    tests/benchmarks/RESULTS.md)."""
-    order, batch = _ordered(logits), logits.shape[0]
+def _keep_fewest(logits: Float[Array, "B V"], enough: Callable) -> Float[Array, "B V"]:
+    """Keeps the fewest likeliest tokens that are `enough`. The threshold is found by bisection over
+    the bits of a float, in 32 passes: sorting or `lax.top_k` would take most of a decoding step
+    (the measurements are in tests/benchmarks/RESULTS.md)."""
+    order, batch = _ordered_bits(logits), logits.shape[0]
     lowest = jnp.iinfo(jnp.int32).min
 
-    def narrow(i, least):
-        step = jnp.where(
-            i == 0, lowest, jnp.int32(1) << (31 - i).astype(jnp.int32)
-        )  # lowest: wraps
-        tried = least + step
-        return jnp.where(enough(order >= tried[:, None]), tried, least)
+    def narrow(i, threshold):
+        bit = jnp.int32(1) << (31 - i).astype(jnp.int32)
+        raised = threshold + jnp.where(i == 0, lowest, bit)  # lowest + lowest wraps around to 0
+        return jnp.where(enough(order >= raised[:, None]), raised, threshold)
 
-    least = jax.lax.fori_loop(0, 32, narrow, jnp.full(batch, lowest, jnp.int32))
-    return jnp.where(order < least[:, None], -jnp.inf, logits)
+    threshold = jax.lax.fori_loop(0, 32, narrow, jnp.full(batch, lowest, jnp.int32))
+    return jnp.where(order < threshold[:, None], -jnp.inf, logits)
 
 
-def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+def _ordered_bits(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
     """Returns integers in the order of the floats."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
 
 
-def filtered(
-    logits: Float[Array, "B V"], rows: Samplings, seen: Bool[Array, "B V"]
+def filter_logits(
+    logits: Float[Array, "B V"], rows: BatchSampling, seen: Bool[Array, "B V"]
 ) -> Float[Array, "B V"]:
-    """Returns the logits to draw from; what no row asks for is not computed.
+    """Returns the logits to sample from; a filter that no row uses is not computed.
 
-    `seen` marks the tokens that stand in the row already. Rows of temperature 0 stay undivided.
+    `seen` marks the tokens that a row already contains. Greedy rows are not divided by their
+    temperature.
     """
 
     def where_any(wanted, function, logits, *args):
         return jax.lax.cond(jnp.any(wanted), function, lambda logits, *_: logits, logits, *args)
 
-    logits = where_any(
-        rows.repetition_penalty != 1, penalise_repetition, logits, seen, rows.repetition_penalty
-    )
-    logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
-    drawn = rows.temperature > 0
-    logits = where_any(drawn & (rows.top_k > 0), keep_top_k, logits, rows.top_k)
-    logits = where_any(drawn & (rows.top_p < 1), keep_top_p, logits, rows.top_p)
-    return where_any(drawn & (rows.min_p > 0), keep_min_p, logits, rows.min_p)
+    penalty, sampled = rows.repetition_penalty, rows.temperature > 0
+    logits = where_any(penalty != 1, penalise_repetition, logits, seen, penalty)
+    logits = logits / jnp.where(sampled, rows.temperature, 1)[:, None]
+    logits = where_any(sampled & (rows.top_k > 0), keep_top_k, logits, rows.top_k)
+    logits = where_any(sampled & (rows.top_p < 1), keep_top_p, logits, rows.top_p)
+    return where_any(sampled & (rows.min_p > 0), keep_min_p, logits, rows.min_p)
 
 
-def draw(
-    logits: Float[Array, "B V"], keys: Key[Array, "B"], rows: Samplings, seen: Bool[Array, "B V"]
+def next_token(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, "B"],
+    rows: BatchSampling,
+    seen: Bool[Array, "B V"],
 ) -> Int[Array, "B"]:
-    """Returns one token per row, each row with its own key; ids of logit -inf are never drawn."""
-    logits = filtered(logits, rows, seen)
-    greedy = rows.temperature == 0
+    """Returns one token per row, each row with its own key; never an id whose logit is -inf."""
+    logits, greedy = filter_logits(logits, rows, seen), rows.temperature == 0
 
-    def best(logits):
+    def likeliest(logits):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    drawn = jax.lax.cond(jnp.all(greedy), best, lambda logits: invert(logits, keys), logits)
-    mixed = jnp.any(greedy) & ~jnp.all(greedy)
+    tokens = jax.lax.cond(jnp.all(greedy), likeliest, lambda logits: sample(logits, keys), logits)
     return jax.lax.cond(
-        mixed,
-        lambda logits, drawn: jnp.where(greedy, best(logits), drawn),
-        lambda logits, drawn: drawn,
+        jnp.any(greedy) & ~jnp.all(greedy),
+        lambda logits, tokens: jnp.where(greedy, likeliest(logits), tokens),
+        lambda logits, tokens: tokens,
         logits,
-        drawn,
+        tokens,
     )
 
 
-def invert(logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:
-    """Returns a token per row, drawn by inverting the cumulative distribution at a uniform number.
+def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:
+    """Returns a token per row, sampled by inverting the cumulative distribution at a uniform
+    number.
 
-    First the block of ids, then the id in it: that reads the row twice. Gumbel noise, which wants a
-    random number for each id, took 4.3 ms for 8 rows of 50k against 0.2.
+    It finds first the block of ids, then the id in the block, and so reads the row twice. Gumbel
+    noise needs a random number for each id: it took 4.3 ms for 8 rows of 50k ids, this 0.2 ms.
     """
     batch = logits.shape[0]
     logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % BLOCK)), constant_values=-jnp.inf)
-    chances = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).reshape(batch, -1, BLOCK)
-    upto = jnp.cumsum(jnp.sum(chances, axis=-1), axis=-1)
-    uniform = jax.vmap(jax.random.uniform)(keys)[:, None]
-    at = jnp.minimum(uniform * upto[:, -1:], jnp.nextafter(upto[:, -1:], -1.0))
-    block = jnp.sum(upto <= at, axis=-1)
-    before = jnp.where(block > 0, jnp.take_along_axis(upto, block[:, None] - 1, axis=1)[:, 0], 0)
-    row = jnp.take_along_axis(chances, block[:, None, None], axis=1)[:, 0]
-    within = jnp.sum(before[:, None] + jnp.cumsum(row, axis=-1) <= at, axis=-1)
-    last = BLOCK - 1 - jnp.argmax(row[:, ::-1] > 0, axis=-1)  # the two sums may round apart
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).reshape(batch, -1, BLOCK)
+    cumulative = jnp.cumsum(jnp.sum(weights, axis=-1), axis=-1)
+    total, uniform = cumulative[:, -1:], jax.vmap(jax.random.uniform)(keys)[:, None]
+    target = jnp.minimum(uniform * total, jnp.nextafter(total, -1.0))
+    block = jnp.sum(cumulative <= target, axis=-1)
+    before = jnp.take_along_axis(cumulative, block[:, None] - 1, axis=1)[:, 0]
+    before = jnp.where(block > 0, before, 0)
+    row = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    within = jnp.sum(before[:, None] + jnp.cumsum(row, axis=-1) <= target, axis=-1)
+    last = BLOCK - 1 - jnp.argmax(row[:, ::-1] > 0, axis=-1)  # the two sums may round differently
     return (block * BLOCK + jnp.minimum(within, last)).astype(jnp.int32)

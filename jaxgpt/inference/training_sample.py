@@ -1,8 +1,8 @@
 """The sample that a training run takes of itself."""
 
 from jaxgpt.config import SampleConfig
-from jaxgpt.inference.complete import Request, completed
-from jaxgpt.inference.decode import Decoder, prompt_tokens
+from jaxgpt.inference.decode import Decoder, encode_prompt
+from jaxgpt.inference.generation import GenerationRequest, generate_text
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
@@ -19,7 +19,7 @@ class TrainingSample:
 
     def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, cfg: SampleConfig):
         self.spec, self.tokenizer, self.prompt = spec, tokenizer, cfg.prompt
-        prompt_length = len(prompt_tokens(tokenizer, cfg.prompt))
+        prompt_length = len(encode_prompt(tokenizer, cfg.prompt))
         self.max_new_tokens = min(cfg.max_new_tokens, spec.cfg.max_seq_len - prompt_length)
         if self.max_new_tokens < 0:
             raise BadInput(
@@ -33,5 +33,5 @@ class TrainingSample:
         if not self.max_new_tokens:
             return ""
         decoder = Decoder.of(self.spec, params, self.tokenizer.vocab_size)
-        request = Request(self.prompt, self.max_new_tokens, self.sampling, seed)
-        return completed(decoder, self.tokenizer, [request])[0].text
+        request = GenerationRequest(self.prompt, self.max_new_tokens, self.sampling, seed)
+        return generate_text(decoder, self.tokenizer, [request])[0].text

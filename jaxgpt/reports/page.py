@@ -8,7 +8,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 def page(runs: list[dict]) -> str:
     """Returns the page that shows `runs` (see `jaxgpt.reports.gather`)."""
-    # "<" is escaped so that no sample can end the script it stands in
+    # "<" is escaped so that no sample can end the script element
     data = json.dumps(runs, ensure_ascii=False).replace("<", "\\u003c")
     title = ", ".join(run["name"] for run in runs)
     escaped = title.replace("&", "&amp;").replace("<", "&lt;")

@@ -4,7 +4,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,211 +12,215 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from jaxgpt.inference.generation import Continuation
 from jaxgpt.serving.batcher import Batcher, Busy, Group
-from jaxgpt.serving.guard import Guard, refusal, reply
-from jaxgpt.serving.openai import Asked, Refused, logprobs, prompt_rows, understood, usage
+from jaxgpt.serving.guard import Guard
+from jaxgpt.serving.openai import (
+    NOT_FINITE,
+    ApiError,
+    CompletionRequest,
+    json_response,
+    logprobs_object,
+    parse_body,
+    prompt_details,
+    usage,
+)
 
 MAX_BODY = 1 << 20  # bytes
-LISTENING = 0.5  # seconds between two looks whether the client is still there
+DISCONNECT_POLL = 0.5  # seconds between two checks that the client is still connected
+SHUTTING_DOWN = "the server is shutting down"
 PAGE = Path(__file__).with_name("page.html")
 
 
 def make_app(batcher: Batcher, model: str, guard: Guard, seconds: float = 30) -> Starlette:
-    """Returns the ASGI application that answers from `batcher` under the name `model` to whom
-    `guard` lets in. A body must be whole within `seconds`."""
+    """Returns the ASGI application that answers from `batcher`, under the name `model`, the
+    requests that `guard` lets in. A request's body must be complete within `seconds`."""
+    entry = {"id": model, "object": "model", "created": 0, "owned_by": "jaxgpt"}
 
     async def completions(request: Request) -> Response:
         try:
             async with asyncio.timeout(seconds):
-                body = await _body(request)
+                body = await _read_body(request)
         except TimeoutError as e:
-            raise Refused(408, f"the body was not whole after {seconds:g} seconds") from e
-        asked = await asyncio.to_thread(  # a long prompt is tokenized beside other answers
-            understood, body, model, batcher.tokenizer, batcher.decoder.cfg
+            raise ApiError(408, f"the body was not whole after {seconds:g} seconds") from e
+        parsed = await asyncio.to_thread(  # tokenizing a long prompt must not block other requests
+            parse_body, body, model, batcher.tokenizer, batcher.decoder.cfg
         )
-        answer = Answer(batcher, asked, model)
-        if asked.stream:
-            return StreamingResponse(answer.events(), media_type="text/event-stream")
-        return await answer.whole(request)
+        completion = Completion(batcher, parsed, model)
+        if parsed.stream:
+            return StreamingResponse(completion.events(), media_type="text/event-stream")
+        return await completion.response(request)
 
     async def models(request: Request) -> Response:
-        entry = {"id": model, "object": "model", "created": 0, "owned_by": "jaxgpt"}
-        return reply({"object": "list", "data": [entry]})
+        return json_response({"object": "list", "data": [entry]})
 
     async def one_model(request: Request) -> Response:
         if (name := request.path_params["name"]) != model:
-            raise Refused(404, f"there is no model {name!r}, only {model!r}", "model_not_found")
-        return reply({"id": model, "object": "model", "created": 0, "owned_by": "jaxgpt"})
+            raise ApiError(404, f"there is no model {name!r}, only {model!r}", "model_not_found")
+        return json_response(entry)
 
     async def health(request: Request) -> Response:
         counts = {"model": model, "active": batcher.active, "waiting": len(batcher.waiting)}
         if batcher.closing:
-            return reply({"status": "closing"} | counts, 503)
-        return reply({"status": "ok"} | counts)
-
-    async def page(request: Request) -> Response:
-        return HTMLResponse(PAGE.read_text())
+            return json_response({"status": "closing"} | counts, 503)
+        return json_response({"status": "ok"} | counts)
 
     return Starlette(
         routes=[
-            Route("/", page),
+            Route("/", lambda request: FileResponse(PAGE)),
             Route("/healthz", health),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             Route("/v1/completions", completions, methods=["POST"]),
         ],
-        exception_handlers={
-            Refused: lambda request, e: refusal(e),
-            HTTPException: _no_such,
-            Exception: _failed,
-        },
+        exception_handlers={HTTPException: _http_error, Exception: _server_error},
         middleware=[Middleware(guard)],
     )
 
 
-async def _body(request: Request) -> object:
-    length, pieces = 0, []
+async def _read_body(request: Request) -> object:
+    body = bytearray()
     try:
         async for piece in request.stream():
-            length += len(piece)
-            if length > MAX_BODY:
-                raise Refused(413, f"the body has more than {MAX_BODY} bytes")
-            pieces.append(piece)
+            body += piece
+            if len(body) > MAX_BODY:
+                raise ApiError(413, f"the body has more than {MAX_BODY} bytes")
     except ClientDisconnect as e:
-        raise Refused(400, "the client has gone") from e
+        raise ApiError(400, "the client has disconnected") from e
     try:
-        return json.loads(b"".join(pieces))
+        return json.loads(body)
     except (ValueError, RecursionError) as e:
-        raise Refused(400, "the body is not JSON in UTF-8") from e
+        raise ApiError(400, "the body is not JSON in UTF-8") from e
 
 
-async def _no_such(request: Request, e: HTTPException) -> Response:
-    what = f"{request.method} {request.url.path}: {e.detail.lower()}"
-    return reply(Refused(e.status_code, what).body(), e.status_code, e.headers)
+async def _http_error(request: Request, e: HTTPException) -> Response:
+    if isinstance(e, ApiError):
+        return e.response()
+    message = f"{request.method} {request.url.path}: {e.detail.lower()}"  # starlette: 404, 405
+    return json_response(ApiError(e.status_code, message).body(), e.status_code, e.headers)
 
 
-async def _failed(request: Request, e: Exception) -> Response:
-    return refusal(Refused(500, f"a fault of the server: {type(e).__name__}"))
+async def _server_error(request: Request, e: Exception) -> Response:
+    return ApiError(500, f"a fault of the server: {type(e).__name__}").response()
 
 
-class Answer:
-    """One completions request on its way: its jobs, and what they have said so far."""
+class Completion:
+    """One completions request in progress: its jobs, and the text that they have generated.
 
-    def __init__(self, batcher: Batcher, asked: Asked, model: str):
-        self.batcher, self.asked, self.model = batcher, asked, model
-        self.tokenizer = batcher.tokenizer
-        self.news: asyncio.Queue[tuple[int, str, str, int]] = asyncio.Queue()
-        self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
-        pairs = zip(asked.prompts, asked.requests, strict=True)
-        wanted = [(*pair, self._hearing(i)) for i, pair in enumerate(pairs)]
-        group = Group(best=asked.logprobs > 0, prompt_scores=asked.echo and asked.logprobs >= 0)
-        if len(wanted) > batcher.capacity:
-            raise Refused(400, f"this server takes at most {batcher.capacity} choices", param="n")
+    Raises:
+      ApiError: 400 if there are more choices than the server takes, 429 or 503 if it is busy.
+    """
+
+    def __init__(self, batcher: Batcher, request: CompletionRequest, model: str):
+        self.batcher, self.request, self.tokenizer = batcher, request, batcher.tokenizer
+        # (choice, text just added, finish reason, number of tokens shown so far)
+        self.updates: asyncio.Queue[tuple[int, str, str, int]] = asyncio.Queue()
+        self.header = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        if len(request.requests) > batcher.capacity:
+            raise ApiError(400, f"this server takes at most {batcher.capacity} choices", param="n")
+        with_prompt = request.echo and request.logprobs >= 0
+        group = Group(with_top=request.logprobs > 0, with_prompt_logprobs=with_prompt)
+        choices = zip(request.prompts, request.requests, strict=True)
         try:
-            self.jobs = batcher.submit(wanted, group)
+            self.jobs = batcher.submit(
+                [(*choice, self._on_text(i)) for i, choice in enumerate(choices)], group
+            )
         except Busy as e:
             if batcher.closing:
-                raise Refused(503, "the server is shutting down") from e
-            raise Refused(
-                429, "too many requests wait already; try again", "rate_limit_exceeded"
-            ) from e
+                raise ApiError(503, SHUTTING_DOWN) from e
+            raise ApiError(429, "the queue is full; try again", "rate_limit_exceeded") from e
 
-    def _hearing(self, i: int):
+    def _on_text(self, i: int) -> Callable[[str, Continuation], None]:
+        """Returns the callback of choice `i`, which the batcher's thread calls."""
         loop = asyncio.get_running_loop()
 
-        def heard(piece, text) -> None:
-            with suppress(RuntimeError):  # the loop has closed: nobody listens
-                told = (i, piece, text.finish, text.num_told)
-                loop.call_soon_threadsafe(self.news.put_nowait, told)
+        def on_text(new: str, text: Continuation) -> None:
+            update = (i, new, text.finish_reason, text.num_shown)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits for the text
+                loop.call_soon_threadsafe(self.updates.put_nowait, update)
 
-        return heard
+        return on_text
 
-    def _answer(self, choices: list[dict], **more) -> dict:
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            **more,
-        }
-
-    def _choice(self, i: int, text: str, told: slice, finish: str, prompt: bool = False) -> dict:
-        """Returns choice `i` with `text`, the tokens `told` of its continuation, and before them
-        those of its prompt if `prompt`.
+    def _choice(self, i: int, text: str, shown: slice, finish: str, prompt: bool = False) -> dict:
+        """Returns choice `i` with `text` and the details of the `shown` tokens of its continuation,
+        preceded by those of its prompt if `prompt`.
 
         Raises:
-          Refused: 500, where the model's numbers are not finite.
+          ApiError: 500, if the model's numbers are not finite.
         """
-        job, found = self.jobs[i], None
+        job, logprobs = self.jobs[i], None
         if finish == "broken":
-            raise Refused(500, "the model's probabilities are not numbers")
-        if self.asked.logprobs >= 0:
-            rows, length, tokenizer = job.text.told[told], len(job.request.prompt), self.tokenizer
-            rows = [(*row, length + at) for *row, at in rows]
-            if prompt and job.prompt_scores:
-                rows = prompt_rows(job.prompt, job.prompt_scores, tokenizer) + rows
-            found = logprobs(rows, self.asked.logprobs, tokenizer)
-        return {"index": i, "text": text, "logprobs": found, "finish_reason": finish or None}
+            raise ApiError(500, NOT_FINITE)
+        if self.request.logprobs >= 0:
+            length = len(job.request.prompt)
+            details = [d._replace(offset=length + d.offset) for d in job.text.details[shown]]
+            if prompt and job.prompt_logprobs:
+                details = prompt_details(job.prompt, job.prompt_logprobs, self.tokenizer) + details
+            logprobs = logprobs_object(details, self.request.logprobs, self.tokenizer)
+        return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish or None}
 
-    async def whole(self, request: Request) -> Response:
-        """Returns the answer once every choice is finished.
+    def _usage(self) -> dict:
+        return usage(self.request, [job.text for job in self.jobs])
+
+    async def response(self, request: Request) -> Response:
+        """Returns the whole response once every choice is finished.
 
         Raises:
-          Refused: 503 where the server shuts down first.
+          ApiError: 503 if the server shuts down first, 500 if the model's numbers are not finite.
         """
-        left = len(self.jobs)
+        unfinished = len(self.jobs)
         try:
-            while left:
+            while unfinished:
                 try:
-                    _, _, finish, _ = await asyncio.wait_for(self.news.get(), LISTENING)
+                    _, _, finish, _ = await asyncio.wait_for(self.updates.get(), DISCONNECT_POLL)
                 except TimeoutError:
                     if await request.is_disconnected():
                         return Response(status_code=499)
                     continue
                 if finish == "closed":
-                    raise Refused(503, "the server is shutting down")
-                left -= bool(finish)
+                    raise ApiError(503, SHUTTING_DOWN)
+                unfinished -= bool(finish)
         finally:
             self.batcher.cancel(self.jobs)
-        echo, choices = self.asked.echo, []
+        echo, choices = self.request.echo, []
         for i, job in enumerate(self.jobs):
-            text = job.request.prompt * echo + job.text.text
-            told = slice(0, job.text.num_told)
-            choices.append(self._choice(i, text, told, job.text.finish, prompt=echo))
-        counts = usage(self.asked, [job.text for job in self.jobs])
-        return reply(self._answer(choices, usage=counts))
+            text, finish = job.request.prompt * echo + job.text.text, job.text.finish_reason
+            choices.append(self._choice(i, text, slice(job.text.num_shown), finish, prompt=echo))
+        return json_response(self.header | {"choices": choices, "usage": self._usage()})
 
     async def events(self) -> AsyncIterator[str]:
         """Yields server-sent events: a piece of a choice each, then `[DONE]`."""
-        left, told = len(self.jobs), [0] * len(self.jobs)
-        unechoed = set(range(left)) if self.asked.echo else set()
+        unfinished, shown = len(self.jobs), [0] * len(self.jobs)
+        to_echo = set(range(unfinished)) if self.request.echo else set()
         try:
-            while left:
-                i, piece, finish, tokens = await self.news.get()
+            while unfinished:
+                i, new, finish, num_shown = await self.updates.get()
                 if finish == "closed":
-                    yield _event(Refused(503, "the server is shutting down").body())
-                    return
-                if i in unechoed:  # not before: its prompt has its scores now
-                    unechoed.remove(i)
+                    raise ApiError(503, SHUTTING_DOWN)
+                choices = [self._choice(i, new, slice(shown[i], num_shown), finish)]
+                if i in to_echo:  # with the first text: only now are the prompt's logprobs there
+                    to_echo.remove(i)
                     prompt = self.jobs[i].request.prompt
-                    echoed = self._choice(i, prompt, slice(0, 0), "", prompt=True)
-                    yield _event(self._answer([echoed]))
-                found = self._choice(i, piece, slice(told[i], tokens), finish)
-                yield _event(self._answer([found]))
-                told[i] = tokens
-                left -= bool(finish)
-            if self.asked.include_usage:
-                counts = usage(self.asked, [job.text for job in self.jobs])
-                yield _event(self._answer([], usage=counts))
+                    choices.insert(0, self._choice(i, prompt, slice(0), "", prompt=True))
+                for choice in choices:
+                    yield _event(self.header | {"choices": [choice]})
+                shown[i] = num_shown
+                unfinished -= bool(finish)
+            if self.request.include_usage:
+                yield _event(self.header | {"choices": [], "usage": self._usage()})
             yield "data: [DONE]\n\n"
-        except Refused as e:
+        except ApiError as e:
             yield _event(e.body())
         finally:
-            self.batcher.cancel(self.jobs)  # where the client has gone, too
+            self.batcher.cancel(self.jobs)  # the client may have disconnected
 
 
 def _event(value: dict) -> str:

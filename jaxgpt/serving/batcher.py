@@ -1,8 +1,8 @@
-"""Continuous batching: texts of all ages grow side by side in a fixed number of slots.
+"""Continuous batching: requests join and leave a batch of fixed size while others are generated.
 
-One thread owns the device. Between two chunks it puts waiting prompts into free slots. The programs
-never change shape, whatever the neighbours ask for, and rows do not mix: so a seeded answer is the
-same alone and in a crowd.
+One thread owns the device. Between two chunks it puts waiting requests into free slots. The shapes
+of the compiled programs never change, and rows do not affect each other: a seeded request gets the
+same text alone and in a crowd.
 """
 
 import dataclasses
@@ -18,13 +18,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from jaxgpt.inference.complete import Continuation, Request
-from jaxgpt.inference.decode import Decoder, Rows, keys_of
-from jaxgpt.inference.samplers import Sampling
-from jaxgpt.inference.score import Scores, score_prompt
+from jaxgpt.inference.decode import Decoder, DecodeState, Logprobs, sample_keys
+from jaxgpt.inference.generation import Continuation, GenerationRequest
+from jaxgpt.inference.score import score
 from jaxgpt.tokenizer import Tokenizer
 
-CHUNK = 4  # tokens between two looks
+CHUNK = 4  # tokens generated between two looks at the queue
 
 
 class Busy(Exception):
@@ -33,33 +32,32 @@ class Busy(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """What the jobs of one HTTP request share: whether they want the likeliest ids in the place of
-    each token (`best`), and the scores of their prompts (`prompt_scores`)."""
+    """What the jobs of one HTTP request share: whether they want the likeliest alternatives to each
+    generated token, and the log-probabilities of their prompts."""
 
-    best: bool = False
-    prompt_scores: bool = False
+    with_top: bool = False
+    with_prompt_logprobs: bool = False
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A request on its way: `heard(text just added, its state)` is called from the batcher's
-    thread, the last time with `state.finish` set ("stop", "length", "broken", or "closed" at a
-    shutdown)."""
+    """One text to generate. The batcher's thread calls `on_text(text just added, continuation)`,
+    the last time with the continuation's `finish_reason` set; at a shutdown that is "closed"."""
 
     prompt: np.ndarray
-    request: Request
-    heard: Callable[[str, Continuation], None]
+    request: GenerationRequest
+    on_text: Callable[[str, Continuation], None]
     text: Continuation
     group: Group
-    prompt_scores: Scores | None = None
+    prompt_logprobs: Logprobs | None = None
     cancelled: bool = False
 
 
 class Batcher:
-    """Serves a decoder from `slots` slots; at most `max_waiting` jobs wait for one.
+    """Generates text in `slots` rows of one batch; at most `max_waiting` jobs wait for a slot.
 
-    No group gets the last slot beside its own others, and the group with the fewest slots is next:
-    one that asks for many long texts does not keep another out.
+    A free slot goes to the group that has the fewest slots, and no group takes the last one: a
+    request for many long texts does not block the others.
     """
 
     def __init__(
@@ -68,7 +66,6 @@ class Batcher:
         self.decoder, self.mesh, self.tokenizer = decoder, mesh, tokenizer
         self.jobs: list[Job | None] = [None] * slots
         self.max_waiting, self.waiting = max_waiting, deque()
-        self.room = decoder.cfg.max_seq_len
         self.changed, self.closing, self.deadline = threading.Condition(), False, 0.0
         self.failure: BaseException | None = None  # what ended the thread, if not `close`
         self.thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -76,25 +73,25 @@ class Batcher:
 
     @property
     def active(self) -> int:
-        """How many texts grow now."""
+        """How many slots are taken."""
         return sum(job is not None for job in self.jobs)
 
     @property
     def capacity(self) -> int:
-        """How many jobs may be under way, growing or waiting."""
+        """How many jobs may be in slots or waiting."""
         return len(self.jobs) + self.max_waiting
 
     def submit(
-        self, asked: Sequence[tuple[np.ndarray, Request, Callable]], group: Group
+        self, choices: Sequence[tuple[np.ndarray, GenerationRequest, Callable]], group: Group
     ) -> list[Job]:
-        """Queues (prompt, request, heard) whose lengths were checked: all of them, or none.
+        """Queues (prompt, request, on_text), whose lengths were checked: all of them or none.
 
         Raises:
-          Busy: if too many wait already, or the batcher is closing.
+          Busy: if they do not fit into the queue, or the batcher is closing.
         """
         jobs = [
-            Job(prompt, request, heard, Continuation(self.tokenizer, request, prompt), group)
-            for prompt, request, heard in asked
+            Job(prompt, request, on_text, Continuation(self.tokenizer, request, prompt), group)
+            for prompt, request, on_text in choices
         ]
         with self.changed:
             if self.closing or len(self.waiting) + self.active + len(jobs) > self.capacity:
@@ -104,8 +101,8 @@ class Batcher:
         return jobs
 
     def cancel(self, jobs: Iterable[Job]) -> None:
-        """Ends jobs that nobody listens to any more: they leave the queue at once, and their slots
-        after the chunk."""
+        """Ends jobs whose text nobody reads any more: waiting ones at once, running ones after the
+        current chunk."""
         with self.changed:
             for job in jobs:
                 job.cancelled = True
@@ -113,21 +110,21 @@ class Batcher:
                     self.waiting.remove(job)
 
     def close(self, grace: float = 0) -> None:
-        """Takes no more, ends what waits with finish "closed", and lets what grows finish for
-        `grace` seconds before it ends the same way; returns then."""
+        """Takes no more jobs, ends the waiting ones, lets the running ones finish for `grace`
+        seconds, ends the rest, and returns."""
         with self.changed:
             self.closing, self.deadline = True, time.monotonic() + grace
             self._end(self.waiting)
             self.changed.notify()
-        self.thread.join(grace + 1)  # longer only inside a compilation, which nothing can stop
+        self.thread.join(grace + 1)  # it takes longer only inside a compilation
         self._end(self.jobs)
 
     def warm_up(self) -> None:
-        """Compiles the programs of the shortest prompts, so that the first request does not
-        wait."""
+        """Compiles the programs for short prompts, so that the first request does not wait."""
         done = threading.Event()
         prompt = np.array([self.tokenizer.end_of_text], np.int32)
-        self.submit([(prompt, Request("", 1), lambda _, text: text.finish and done.set())], Group())
+        request = GenerationRequest("", 1)
+        self.submit([(prompt, request, lambda _, text: text.finish_reason and done.set())], Group())
         done.wait()
 
     def _run(self) -> None:
@@ -135,89 +132,91 @@ class Batcher:
             self._serve()
         except BaseException as e:
             self.failure = e
-        finally:  # after an error, too: nobody may wait for a thread that has gone
+        finally:  # after an error too, so that nobody waits for a thread that has ended
             with self.changed:
                 self.closing = True
                 self._end(self.waiting)
             self._end(self.jobs)
 
     def _end(self, jobs: Iterable[Job | None]) -> None:
-        """Tells jobs that nothing more comes, once each."""
+        """Tells each unfinished job, once, that no more text will come."""
         for job in filter(None, [*jobs]):
-            if not (job.cancelled or job.text.finish):
-                job.cancelled, job.text.finish = True, "closed"
-                job.heard("", job.text)
+            if not (job.cancelled or job.text.finish_reason):
+                job.cancelled, job.text.finish_reason = True, "closed"
+                job.on_text("", job.text)
 
     def _serve(self) -> None:
         with jax.set_mesh(self.mesh):
-            rows = self._start(np.zeros(1, np.int32), [Sampling()] * len(self.jobs), (0, 0))
+            nothing = np.zeros(1, np.int32)
+            state = self._prefill([nothing] * len(self.jobs), GenerationRequest(""))
             while True:
                 with self.changed:
                     while not (self.waiting or self.active or self.closing):
                         self.changed.wait()
                     if self.closing and (not self.active or time.monotonic() >= self.deadline):
                         break
-                rows = self._admit(rows)
+                state = self._admit(state)
                 if self.active:
-                    rows = self._grow(rows)
+                    state = self._decode(state)
 
-    def _start(self, prompt: np.ndarray, sampling: list[Sampling], seed: tuple[int, int]) -> Rows:
-        count = len(sampling)
-        return self.decoder.start([prompt] * count, sampling, keys_of([seed] * count), 1, self.room)
+    def _prefill(self, prompts: list[np.ndarray], request: GenerationRequest) -> DecodeState:
+        count, slots = len(prompts), self.decoder.cfg.max_seq_len
+        keys = sample_keys([(request.seed, request.sample_index)] * count)
+        return self.decoder.prefill(prompts, [request.sampling] * count, keys, 1, slots)
 
-    def _admit(self, rows: Rows) -> Rows:
-        """Starts waiting jobs in free slots: one between two chunks where texts are being decoded,
-        which so do not wait for the prompts of many."""
-        many = not self.active
+    def _admit(self, state: DecodeState) -> DecodeState:
+        """Puts waiting jobs into free slots. While texts are being generated, it starts only one,
+        so that they do not wait for the prompts of many."""
+        was_active = self.active
         while None in self.jobs and (job := self._next()):
-            request, slot = job.request, self.jobs.index(None)
+            slot = self.jobs.index(None)
             self.jobs[slot] = job  # first, so that it is told if the rest fails
-            if job.group.prompt_scores:
-                job.prompt_scores = score_prompt(self.decoder, job.prompt)
-            if request.max_new_tokens:
-                row = self._start(job.prompt, [request.sampling], (request.seed, request.number))
-                rows = _insert(rows, row, slot)
+            if job.group.with_prompt_logprobs:
+                (job.prompt_logprobs,) = score(self.decoder, [job.prompt])
+            if job.request.max_new_tokens:
+                state = _insert(state, self._prefill([job.prompt], job.request), slot)
             else:
-                job.text.finish, self.jobs[slot] = "length", None
-                job.heard("", job.text)
-            if not many:
+                job.text.finish_reason, self.jobs[slot] = "length", None
+                job.on_text("", job.text)
+            if was_active:
                 break
-        return rows
+        return state
 
     def _next(self) -> Job | None:
-        """Takes the next job out of the queue: of the group with the fewest slots, the oldest."""
-        held = Counter(job.group for job in self.jobs if job)
+        """Removes the next job from the queue: the oldest of the group with the fewest slots."""
+        slots = Counter(job.group for job in self.jobs if job)
         with self.changed:
-            job = min(self.waiting, key=lambda job: held[job.group], default=None)
-            if job is None or held[job.group] >= max(len(self.jobs) - 1, 1):
+            job = min(self.waiting, key=lambda job: slots[job.group], default=None)
+            if job is None or slots[job.group] >= max(len(self.jobs) - 1, 1):
                 return None
             self.waiting.remove(job)
         return job
 
-    def _grow(self, rows: Rows) -> Rows:
-        told = any(job.group.best for job in self.jobs if job)
-        rows, grown = self.decoder.more(rows, CHUNK, best=told)
-        tokens, scores, ids, best = jax.device_get(grown)
+    def _decode(self, state: DecodeState) -> DecodeState:
+        """Generates one chunk of every running text."""
+        with_top = any(job.group.with_top for job in self.jobs if job)
+        state, tokens, logprobs = self.decoder.decode(state, CHUNK, with_top=with_top)
+        tokens, logprobs = jax.device_get((tokens, logprobs))
         for slot, job in enumerate(self.jobs):
             if job is None:
                 continue
             if not job.cancelled:
-                others = [*zip(ids[slot].tolist(), best[slot].tolist(), strict=True)]
-                piece = job.text.feed(tokens[slot].tolist(), scores[slot].tolist(), others)
-                if piece or job.text.finish:
-                    job.heard(piece, job.text)
-            if job.cancelled or job.text.finish:
+                row = Logprobs(*(array[slot] for array in logprobs))
+                new = job.text.feed(tokens[slot].tolist(), row.chosen.tolist(), row.top_pairs())
+                if new or job.text.finish_reason:
+                    job.on_text(new, job.text)
+            if job.cancelled or job.text.finish_reason:
                 self.jobs[slot] = None
-        return rows
+        return state
 
 
 @partial(jax.jit, donate_argnums=0)
-def _insert(rows: Rows, row: Rows, slot: Int[Array, ""]) -> Rows:
-    """Returns `rows` with `row`'s only row in `slot`."""
+def _insert(state: DecodeState, row: DecodeState, slot: Int[Array, ""]) -> DecodeState:
+    """Returns `state` with the only row of `row` in `slot`."""
 
-    def put(many, one):
+    def insert(many, one):
         if jnp.issubdtype(many.dtype, jax.dtypes.prng_key):
             return many.at[slot].set(one[0])
         return jax.lax.dynamic_update_index_in_dim(many, one[0], slot, axis=0)
 
-    return jax.tree.map(put, rows, row)
+    return jax.tree.map(insert, state, row)

@@ -1,11 +1,12 @@
-"""The server's sockets: who says nothing is cut off, and signals end it with the right code.
+"""The server's connections: idle ones are closed, and signals end it with the right exit code.
 
-uvicorn closes a connection that is idle after an answer, but waits for ever for a first request, or
-for the rest of one; and at the limit of open files it accepts nobody.
+uvicorn closes a connection that is idle after a response, but waits forever for a first request or
+for the rest of one; and at the limit of open files it accepts no new connection.
 """
 
 import asyncio
 import json
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,24 +15,24 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jaxgpt.serving.openai import Refused
+from jaxgpt.serving.openai import ApiError
 
-SPARE = 64  # files that are not connections: checkpoints, libraries, the listening socket
-MOST = 4096  # connections
+OTHER_FILES = 64  # open files that are not connections: libraries, the listening socket, ...
+MAX_CONNECTIONS = 4096
 
 
 def most_connections() -> int:
     """Returns how many connections this process's limit of open files allows."""
-    import resource
-
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MOST if limit == resource.RLIM_INFINITY else max(min(limit - SPARE, MOST), 8)
+    if limit == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(min(limit - OTHER_FILES, MAX_CONNECTIONS), 8)
 
 
 def connection_class(most: int, seconds: float) -> type[H11Protocol]:
-    """Returns uvicorn's protocol with a deadline: a request must be whole within `seconds` of the
-    connection, or of the answer before it. Beyond `most` connections the one that has been silent
-    longest makes room for a new one; where none is, the new one gets a 503.
+    """Returns uvicorn's protocol with a deadline: a request must be complete within `seconds` of
+    the connection's start or of the response before it. Beyond `most` connections the oldest idle
+    one is closed for a new one; if none is idle, the new one gets a 503.
     """
 
     class Connection(H11Protocol):
@@ -40,11 +41,11 @@ def connection_class(most: int, seconds: float) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             if len(self.connected) >= most:
-                silent = next((one for one in self.connected if one.is_silent()), None)
-                if silent is None:
-                    self.refuse(Refused(503, "too many connections; try again"))
+                idle = next((one for one in self.connected if one.is_idle()), None)
+                if idle is None:
+                    self.refuse(ApiError(503, "too many connections; try again"))
                     return
-                silent.cut()
+                idle.cut()
             self.connected[self] = None
             self.timer = self.loop.call_later(seconds, self.expire)
 
@@ -58,13 +59,13 @@ def connection_class(most: int, seconds: float) -> type[H11Protocol]:
                 self.timer.cancel()
                 self.timer = self.loop.call_later(seconds, self.expire)
 
-        def is_silent(self) -> bool:
-            """Says whether no request is whole that waits for its answer."""
+        def is_idle(self) -> bool:
+            """Says whether no complete request waits for its response."""
             cycle = self.cycle
             return cycle is None or cycle.response_complete or cycle.more_body
 
         def expire(self) -> None:
-            if self.is_silent():
+            if self.is_idle():
                 self.cut()
 
         def cut(self) -> None:
@@ -77,12 +78,12 @@ def connection_class(most: int, seconds: float) -> type[H11Protocol]:
                 self.timer.cancel()
 
         def send_400_response(self, msg: str) -> None:
-            self.refuse(Refused(400, msg.rstrip(".")))
+            self.refuse(ApiError(400, msg.rstrip(".")))
 
-        def refuse(self, e: Refused) -> None:
+        def refuse(self, e: ApiError) -> None:
             body = json.dumps(e.body()).encode()
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                head = f"HTTP/1.1 {e.status} -\r\nContent-Type: application/json\r\n"
+                head = f"HTTP/1.1 {e.status_code} -\r\nContent-Type: application/json\r\n"
                 head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
                 self.transport.write(head.encode() + body)
             self.transport.close()

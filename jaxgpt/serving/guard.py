@@ -1,14 +1,12 @@
-"""Who may ask: what a web page elsewhere must not do, and the key.
+"""Which requests are let in: protection from other sites' web pages, and the API key.
 
-A page of any site may have a browser send requests to this machine. So a request must be JSON
-(which a page may not send to another origin without asking first), its Origin must be ours, and its
-Host a name of ours: another name that leads to this machine is a page that calls itself so (DNS
-rebinding).
+Any web page can make a browser send requests to this machine. So a request must be JSON (which a
+page cannot send to another origin without a preflight request), its Origin must be ours or allowed,
+and its Host a name of ours (a site's own name may be made to point at this machine: DNS rebinding).
 """
 
 import hmac
 import ipaddress
-import json
 import socket
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -17,27 +15,19 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxgpt.serving.openai import Refused
+from jaxgpt.serving.openai import ApiError
 from jaxgpt.system.errors import BadInput
-
-
-def reply(value: object, status: int = 200, headers: dict | None = None) -> Response:
-    """Returns an answer of JSON, in ASCII: its text may quote what is no valid text."""
-    text = json.dumps(value, allow_nan=False)
-    return Response(text, status, headers, media_type="application/json")
-
-
-def refusal(e: Refused) -> Response:
-    """Returns OpenAI's error object as an answer."""
-    headers = {"Retry-After": "1"} if e.status in (429, 503) else None
-    return reply(e.body(), e.status, headers)
 
 
 class Guard:
     """Middleware for an ASGI application: `Guard(host, origins, key)(app)`.
 
-    `host` is the address listened at; pages of `origins` (like http://name:8080, or * for all) may
-    ask too, under these names. With a `key`, /v1/ wants it as `Authorization: Bearer KEY`.
+    `host` is the address that the server listens at. Pages of `origins` (like http://name:8080, or
+    * for all) are let in too, and the server may be called by their host names. With a `key`, /v1/
+    requires `Authorization: Bearer KEY`.
+
+    Raises:
+      BadInput: if an origin is not like http://name:8080.
     """
 
     def __init__(self, host: str, origins: Sequence[str] = (), key: str = ""):
@@ -66,8 +56,8 @@ class Guard:
                     answer = Response(status_code=204)
                 else:
                     self._check_request(scope, headers)
-            except Refused as e:
-                answer = refusal(e)
+            except ApiError as e:
+                answer = e.response()
 
             async def send_more(message) -> None:
                 if message["type"] == "http.response.start":
@@ -83,27 +73,27 @@ class Guard:
             return
         name = split(f"//{host}").hostname or ""
         if host and not (name in self.names or _is_address(name)):
-            raise Refused(403, f"this server is not {name!r}; --allow_origin=http://... names it")
+            raise ApiError(403, f"this server is not {name!r}; --allow_origin=http://... names it")
         if origin and origin.lower() not in self.origins:
             if split(origin).netloc.lower() != host.lower():
-                raise Refused(403, f"pages of {origin!r} may not ask; --allow_origin lets them")
+                raise ApiError(403, f"pages of {origin!r} may not ask; --allow_origin lets them")
 
     def _check_request(self, scope: Scope, headers: Headers) -> None:
         if self.key and scope["path"].startswith("/v1/"):
             given = headers.get("authorization", "")
             if not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
-                raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
+                raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
-                raise Refused(415, f"Content-Type is {kind!r}; it must be application/json")
+                raise ApiError(415, f"Content-Type is {kind!r}; it must be application/json")
 
 
 def split(url: str):
-    """Returns `urlsplit`'s parts, empty ones for what is no URL."""
+    """Returns `urlsplit`'s parts, empty ones if `url` is not valid."""
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 (raises where it is no number)
+        parts.port  # noqa: B018 (raises if it is not a number)
     except ValueError:
         return urlsplit("")
     return parts

@@ -1,255 +1,229 @@
-"""OpenAI's completions, in and out: what a body may ask for, and the shape of an answer."""
+"""OpenAI's completions API: what a request's body may hold, and the parts of a response."""
 
 import dataclasses
+import json
 import math
+import reprlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.inference.complete import Continuation, Request, request_of, shown
-from jaxgpt.inference.decode import BEST, check_length, prompt_tokens
+from jaxgpt.inference.decode import NUM_TOP, Logprobs, check_length, encode_prompt
+from jaxgpt.inference.generation import Continuation, GenerationRequest, TokenLogprob, parse_request
 from jaxgpt.inference.samplers import Sampling
-from jaxgpt.inference.score import Scores
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import IncrementalDetokenizer, Tokenizer, decode_prompt
 
 END_OF_TEXT = "<|endoftext|>"
-LEAST = -9999.0  # what OpenAI gives for the logarithm of 0
+MIN_LOGPROB = -9999.0  # what OpenAI gives for the logarithm of 0
+
+NOT_FINITE = "the model's probabilities are not numbers"
 
 MAX_CHOICES = 16  # prompts times n
 MAX_STOPS = 4
-NOTHING = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""}
-KNOWN = {
-    "model",
-    "prompt",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "n",
-    "stream",
-    "stream_options",
-    "logprobs",
-    "echo",
-    "stop",
-    "seed",
-    "best_of",
-    "user",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    *NOTHING,
-}
+# Fields of OpenAI's that may only have the value that has no effect.
+UNSUPPORTED = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""}
+SAMPLING_FIELDS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"}
+FIELDS = SAMPLING_FIELDS | set(UNSUPPORTED)
+FIELDS |= {"model", "prompt", "max_tokens", "n", "best_of", "logprobs", "echo", "user"}
+FIELDS |= {"stream", "stream_options"}
 
 
-class Refused(Exception):
-    """A request that cannot be answered: HTTP status, message, and OpenAI's `code` and `param`."""
+class ApiError(HTTPException):
+    """A request that gets an error for an answer: HTTP status, message, and OpenAI's `code` and
+    `param`."""
 
     def __init__(self, status: int, message: str, code: str = "", param: str = ""):
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        super().__init__(status, message, {"Retry-After": "1"} if status in (429, 503) else None)
+        self.code, self.param = code, param
 
     def body(self) -> dict:
         """Returns OpenAI's error object."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param or None,
-                "code": self.code or None,
-            }
-        }
+        kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        error = {"message": self.detail, "type": kind}
+        return {"error": error | {"param": self.param or None, "code": self.code or None}}
+
+    def response(self) -> Response:
+        """Returns the error as a response."""
+        return json_response(self.body(), self.status_code, self.headers)
+
+
+def json_response(value: object, status: int = 200, headers: Mapping | None = None) -> Response:
+    """Returns a JSON response in ASCII: starlette's own would fail on a lone surrogate, which a
+    message may quote."""
+    text = json.dumps(value, allow_nan=False)
+    return Response(text, status, headers, media_type="application/json")
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """A body understood: the choices to make, in order, and how to answer."""
+class CompletionRequest:
+    """A parsed body: the prompt and the generation request of each choice, in order, and how to
+    answer."""
 
     prompts: list[np.ndarray]
-    requests: list[Request]
+    requests: list[GenerationRequest]
     stream: bool
-    logprobs: int  # alternatives to each token; -1: no log-probabilities at all
+    logprobs: int  # how many alternatives to each token; -1: no log-probabilities at all
     echo: bool
     include_usage: bool
 
 
-def understood(body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig) -> Asked:
+def parse_body(
+    body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig
+) -> CompletionRequest:
     """Returns what a completions body asks for.
 
     Raises:
-      Refused: 400 or 404, naming the field.
+      ApiError: 400 or 404, naming the field.
     """
     if not isinstance(body, dict):
-        raise Refused(400, "the body must be a JSON object")
-    if unknown := sorted(set(body) - KNOWN):
-        raise Refused(400, f"unknown field {shown(unknown[0])}", param=unknown[0])
+        raise ApiError(400, "the body must be a JSON object")
+    if unknown := sorted(set(body) - FIELDS):
+        raise ApiError(400, f"unknown field {reprlib.repr(unknown[0])}", param=unknown[0])
     body = {name: value for name, value in body.items() if value is not None}
-    if body.get("model", model) != model:
-        raise Refused(
-            404, f"there is no model {shown(body['model'])}, only {model!r}", "model_not_found"
-        )
-    for name, nothing in NOTHING.items():
-        if body.get(name, nothing) != nothing:
-            raise Refused(400, f"{name} is not supported", param=name)
-    n = _number(body, "n", 1, 1, MAX_CHOICES)
-    if _number(body, "best_of", n, 1, MAX_CHOICES) != n:
-        raise Refused(400, "best_of is not supported but for the value of n", param="best_of")
-    prompts = _prompts(body.get("prompt", ""), tokenizer, cfg)
+    if (name := body.get("model", model)) != model:
+        message = f"there is no model {reprlib.repr(name)}, only {model!r}"
+        raise ApiError(404, message, "model_not_found")
+    for name, neutral in UNSUPPORTED.items():
+        if body.get(name, neutral) != neutral:
+            raise ApiError(400, f"{name} is not supported", param=name)
+    n = _integer(body, "n", 1, 1, MAX_CHOICES)
+    if _integer(body, "best_of", n, 1, MAX_CHOICES) != n:
+        raise ApiError(400, "best_of is not supported but for the value of n", param="best_of")
+    prompts = _parse_prompts(body.get("prompt", ""), tokenizer)
     if len(prompts) * n > MAX_CHOICES:
-        raise Refused(
-            400, f"{len(prompts)} prompts times n={n} are more than {MAX_CHOICES} choices"
-        )
-    logprobs = _number(body, "logprobs", 0, 0, BEST) if "logprobs" in body else -1
-    flags = {name: _flag(body, name) for name in ("stream", "echo")}
+        message = f"{len(prompts)} prompts times n={n} are more than {MAX_CHOICES} choices"
+        raise ApiError(400, message)
     options = body.get("stream_options", {})
     if not isinstance(options, dict):
-        raise Refused(400, "stream_options must be an object", param="stream_options")
-    usage = _flag(options, "include_usage")
-    requests = [
-        dataclasses.replace(_request(body, text), number=i) for text, _ in prompts for i in range(n)
-    ]
-    ids = [tokens for _, tokens in prompts for _ in range(n)]
-    for tokens, request in zip(ids, requests, strict=True):
-        try:
-            check_length(len(tokens), request.max_new_tokens, cfg)
-        except BadInput as e:
-            message = str(e).replace("--max_new_tokens", "max_tokens")
-            raise Refused(400, message, "context_length_exceeded") from e
-        if len(tokens) + request.max_new_tokens > cfg.max_seq_len:  # of a model that slides
-            room = cfg.max_seq_len - len(tokens)
-            message = f"a slot holds {cfg.max_seq_len} tokens: ask for at most {room} new tokens"
-            raise Refused(400, message, "context_length_exceeded")
-    return Asked(ids, requests, flags["stream"], logprobs, flags["echo"], usage)
+        raise ApiError(400, "stream_options must be an object", param="stream_options")
+    return CompletionRequest(
+        prompts=[ids for ids, _ in prompts for _ in range(n)],
+        requests=[
+            dataclasses.replace(_parse_choice(body, ids, text, cfg), sample_index=i)
+            for ids, text in prompts
+            for i in range(n)
+        ],
+        stream=_boolean(body, "stream"),
+        logprobs=_integer(body, "logprobs", 0, 0, NUM_TOP) if "logprobs" in body else -1,
+        echo=_boolean(body, "echo"),
+        include_usage=_boolean(options, "include_usage"),
+    )
 
 
-def _request(body: dict, prompt: str) -> Request:
-    names = {"max_tokens": "max_new_tokens"}
-    row = {
-        names.get(k, k): v
-        for k, v in body.items()
-        if k
-        in (
-            "max_tokens",
-            "temperature",
-            "top_p",
-            "stop",
-            "seed",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-        )
-    }
+def _parse_choice(body: dict, prompt: np.ndarray, text: str, cfg: ModelConfig) -> GenerationRequest:
+    """Returns the generation request for one of the body's prompts, given as ids and as text."""
+    row = {name: body[name] for name in SAMPLING_FIELDS & set(body)}
+    if "max_tokens" in body:
+        row["max_new_tokens"] = body["max_tokens"]
     row.setdefault("seed", secrets.randbits(32))
     if isinstance(row.get("stop"), list) and len(row["stop"]) > MAX_STOPS:
-        raise Refused(400, f"stop has more than {MAX_STOPS} strings", param="stop")
-    default = Request("", 16, Sampling(1.0, 0))
+        raise ApiError(400, f"stop has more than {MAX_STOPS} strings", param="stop")
+    default = GenerationRequest("", 16, Sampling(1.0, 0))
     try:
-        return request_of(row | {"prompt": prompt}, default, "body", least=0)
+        request = parse_request(row | {"prompt": text}, default, "body", min_new_tokens=0)
     except BadInput as e:
         message = str(e).removeprefix("body: ").replace("max_new_tokens", "max_tokens")
-        raise Refused(400, message, param=message.partition("=")[0]) from e
+        raise ApiError(400, message, param=message.partition("=")[0]) from e
+    room = cfg.max_seq_len - len(prompt)
+    try:
+        check_length(len(prompt), request.max_new_tokens, cfg)
+        if request.max_new_tokens > room:  # the model's context slides, a slot's cache does not
+            raise BadInput(
+                f"a slot holds {cfg.max_seq_len} tokens: ask for at most {room} new tokens"
+            )
+    except BadInput as e:
+        message = str(e).replace("--max_new_tokens", "max_tokens")
+        raise ApiError(400, message, "context_length_exceeded") from e
+    return request
 
 
-def _prompts(given: object, tokenizer: Tokenizer, cfg: ModelConfig) -> list[tuple[str, np.ndarray]]:
-    """Returns text and tokens of each prompt: a string, tokens, or a list of either."""
+def _parse_prompts(given: object, tokenizer: Tokenizer) -> list[tuple[np.ndarray, str]]:
+    """Returns ids and text of each prompt: `given` is a string, ids, or a list of either."""
     if isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int):
         given = [given]
     if not isinstance(given, list) or not given or len(given) > MAX_CHOICES:
-        raise Refused(
-            400,
-            f"prompt must be text, tokens, or a list of 1 to {MAX_CHOICES} of either",
-            param="prompt",
-        )
-    found = []
-    for one in given:
-        if isinstance(one, str):
-            try:
-                check_text(one, "a prompt")
-            except BadInput as e:
-                raise Refused(400, f"not valid text: {e}", param="prompt") from e
-            found.append((one, prompt_tokens(tokenizer, one)))
-        elif isinstance(one, list) and one and all(type(i) is int for i in one):
-            if not all(0 <= i < tokenizer.vocab_size for i in one):
-                raise Refused(
-                    400, f"a token is not one of 0 .. {tokenizer.vocab_size - 1}", param="prompt"
-                )
-            ids = np.array(one, np.int32)
-            found.append((decode_prompt(tokenizer, ids), ids))
-        else:
-            raise Refused(400, "a prompt is neither text nor tokens", param="prompt")
-    return found
+        message = f"prompt must be text, tokens, or a list of 1 to {MAX_CHOICES} of either"
+        raise ApiError(400, message, param="prompt")
+    return [_parse_prompt(prompt, tokenizer) for prompt in given]
 
 
-def _number(body: dict, name: str, default: int, least: int, most: int) -> int:
+def _parse_prompt(prompt: object, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+    if isinstance(prompt, str):
+        try:
+            check_text(prompt, "a prompt")
+        except BadInput as e:
+            raise ApiError(400, f"not valid text: {e}", param="prompt") from e
+        return encode_prompt(tokenizer, prompt), prompt
+    if not isinstance(prompt, list) or not prompt or any(type(i) is not int for i in prompt):
+        raise ApiError(400, "a prompt is neither text nor tokens", param="prompt")
+    if not all(0 <= i < tokenizer.vocab_size for i in prompt):
+        message = f"a token is not one of 0 .. {tokenizer.vocab_size - 1}"
+        raise ApiError(400, message, param="prompt")
+    ids = np.array(prompt, np.int32)
+    return ids, decode_prompt(tokenizer, ids)
+
+
+def _integer(body: dict, name: str, default: int, least: int, most: int) -> int:
     value = body.get(name, default)
     if type(value) is not int or not least <= value <= most:
-        raise Refused(
-            400, f"{name}={shown(value)} must be a whole number from {least} to {most}", param=name
-        )
+        message = f"{name}={reprlib.repr(value)} must be a whole number from {least} to {most}"
+        raise ApiError(400, message, param=name)
     return value
 
 
-def _flag(body: dict, name: str) -> bool:
+def _boolean(body: dict, name: str) -> bool:
     value = body.get(name, False)
     if not isinstance(value, bool):
-        raise Refused(400, f"{name}={shown(value)} must be true or false", param=name)
+        raise ApiError(400, f"{name}={reprlib.repr(value)} must be true or false", param=name)
     return value
 
 
-Row = tuple[int, float | None, Sequence, int]  # see `Continuation.told`; None: nothing in front
+def prompt_details(
+    prompt: np.ndarray, logprobs: Logprobs, tokenizer: Tokenizer
+) -> list[TokenLogprob]:
+    """Returns the details of a prompt's tokens; `logprobs` are those of all but the first."""
+    detokenizer, offset, details = IncrementalDetokenizer(tokenizer), 0, []
+    chosen = [None, *logprobs.chosen.tolist()]
+    tops = [[], *logprobs.top_pairs()]
+    for token, logprob, top in zip(prompt.tolist(), chosen, tops, strict=True):
+        details.append(TokenLogprob(token, logprob, top, offset))
+        offset += len(detokenizer.add(token))
+    return details
 
 
-def prompt_rows(prompt: np.ndarray, scores: Scores, tokenizer: Tokenizer) -> list[Row]:
-    """Returns the rows that tell of a prompt's tokens."""
-    detokenizer, at, rows = IncrementalDetokenizer(tokenizer), 0, []
-    for k, token in enumerate(prompt.tolist()):
-        score, best = None, ()
-        if k:
-            score = float(scores.tokens[k - 1])
-            best = (scores.best_ids[k - 1].tolist(), scores.best[k - 1].tolist())
-        rows.append((token, score, best, at))
-        at += len(detokenizer.add(token))
-    return rows
-
-
-def logprobs(rows: list[Row], count: int, tokenizer: Tokenizer) -> dict:
+def logprobs_object(details: list[TokenLogprob], count: int, tokenizer: Tokenizer) -> dict:
     """Returns OpenAI's `logprobs` with `count` alternatives to each token. The token itself is
-    always among them; where two have the same text, that has the better's log-probability.
+    always among them; of two with the same text, the higher log-probability counts.
 
     Raises:
-      Refused: 500, where the model's numbers are not finite.
+      ApiError: 500, if a log-probability is not a number.
     """
-    pieces, scores, tops = [], [], []
-    for token, score, best, _ in rows:
-        pieces.append(piece_of(tokenizer, token))
-        scores.append(None if score is None else _finite(score))
-        top = {}
-        for i, value in [*zip(*best, strict=True)][:count]:
-            if value > -math.inf:
-                top.setdefault(piece_of(tokenizer, i), _finite(value))
-        if score is not None:
-            top[pieces[-1]] = max(_finite(score), top.get(pieces[-1], LEAST))
-        tops.append(None if score is None else top)
-    return {
-        "tokens": pieces,
-        "token_logprobs": scores,
-        "top_logprobs": tops,
-        "text_offset": [at for *_, at in rows],
-    }
+    tokens, logprobs, tops = [], [], []
+    for token, logprob, alternatives, _ in details:
+        text, top = token_text(tokenizer, token), None
+        if logprob is not None:
+            if math.isnan(logprob):
+                raise ApiError(500, NOT_FINITE)
+            logprob, top = max(logprob, MIN_LOGPROB), {}
+            for i, value in alternatives[:count]:
+                if value > -math.inf:
+                    top.setdefault(token_text(tokenizer, i), max(value, MIN_LOGPROB))
+            top[text] = max(logprob, top.get(text, MIN_LOGPROB))
+        tokens.append(text)
+        logprobs.append(logprob)
+        tops.append(top)
+    offsets = [detail.offset for detail in details]
+    return dict(tokens=tokens, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)
 
 
-def _finite(score: float) -> float:
-    if math.isnan(score):
-        raise Refused(500, "the model's probabilities are not numbers")
-    return max(score, LEAST)
-
-
-def piece_of(tokenizer: Tokenizer, token: int) -> str:
-    """Returns a token's text as OpenAI shows it: `bytes:\\xe2\\x82` where it is a part of a
-    character."""
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Returns a token's text as OpenAI shows it: `bytes:\\xe2\\x82` for a part of a character."""
     if token == tokenizer.end_of_text:
         return END_OF_TEXT
     raw = tokenizer.token_bytes(token)
@@ -259,12 +233,9 @@ def piece_of(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def usage(asked: Asked, states: list[Continuation]) -> dict:
-    """Returns an answer's token counts; a prompt counts once however many its choices."""
-    unique = {id(tokens): len(tokens) for tokens in asked.prompts}
-    prompt, completion = sum(unique.values()), sum(len(state.tokens) for state in states)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
+def usage(request: CompletionRequest, texts: list[Continuation]) -> dict:
+    """Returns a response's token counts; a prompt counts once however many choices it has."""
+    prompt = sum({id(ids): len(ids) for ids in request.prompts}.values())
+    completion = sum(len(text.tokens) for text in texts)
+    total = prompt + completion
+    return dict(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)

@@ -15,7 +15,7 @@ from jaxgpt.config.schema import IGNORE
 from jaxgpt.config.validate import validate
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
-from jaxgpt.evaluation.tasks import Choices, normalised, overlap, questions
+from jaxgpt.evaluation.tasks import AnswerScorer, normalised, overlap, questions
 from jaxgpt.evaluation.windows import evaluation_batch
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
@@ -263,7 +263,7 @@ def test_a_choice_is_scored_by_its_own_tokens_only():
         spec = ModelSpec(config.model, "xla")
         params = jax.jit(spec.init)(jax.random.key(0))
         sharding = NamedSharding(mesh, spec.rules(None, "batch", "seq"))
-        choices = Choices(make_eval_step(spec), sharding, ByteTokenizer(), 12, 2)
+        choices = AnswerScorer(make_eval_step(spec), sharding, ByteTokenizer(), 12, 2)
         encode = ByteTokenizer().encode
         found = choices.scores(params, [(encode(a), encode(b)) for a, b in pairs])
         expected = []

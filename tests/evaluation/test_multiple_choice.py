@@ -133,7 +133,7 @@ def test_spaces_at_a_prompt_s_end_are_scored_with_the_continuation():
         assert tuple(map(BYTES.decode, ids)) == (kept, scored)
 
 
-class Given(tasks.Choices):
+class Given(tasks.AnswerScorer):
     """Fixed likelihoods, in the order of the pairs."""
 
     tokenizer = BYTES
@@ -197,7 +197,7 @@ def test_every_task_s_prompt_begins_as_its_training_does(command, tmp_path, monk
 
     with jax.set_mesh(trained.mesh):
         sharding = evaluate.batch_sharding(trained)
-        choices = tasks.Choices(losses, sharding, trained.tokenizer, 96, 8)
+        choices = tasks.AnswerScorer(losses, sharding, trained.tokenizer, 96, 8)
         encode = trained.tokenizer.encode
         choices.scores({}, [(encode(example.prompt), encode(" c"))])
     np.testing.assert_array_equal(seen[-1], ids)

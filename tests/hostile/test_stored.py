@@ -117,7 +117,7 @@ def test_rows(tmp_path, capsys):
     def check(raw, last_step):
         file.write_bytes(raw)
         rows = read_rows(file, METRICS)
-        refused(gather.gathered, str(tmp_path))
+        refused(gather.gather, str(tmp_path))
         RowFile(file, last_step, METRICS).close()
         assert read_rows(file, METRICS) == [row for row in rows if row["step"] <= last_step]
         assert all(line in raw for line in file.read_bytes().split(b"\n"))

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from jaxgpt.inference.beam import beam_search
-from jaxgpt.inference.decode import Decoder, check_length, generate, keys_of, stream, until
+from jaxgpt.inference.decode import (
+    Decoder,
+    check_length,
+    generate,
+    sample_keys,
+    stream,
+    tokens_before,
+)
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
@@ -71,7 +78,7 @@ def test_a_windowed_model_slides_past_its_context():
     with jax.set_mesh(mesh_of(config)):
         decoder, forward = model_of(config)
         prompt = np.array([5, 9, 8, 7, 6], np.int32)
-        rows = decoder.start([prompt], [GREEDY], keys_of([(0, 0)]), 100)
+        rows = decoder.prefill([prompt], [GREEDY], sample_keys([(0, 0)]), 100)
         assert rows.cache.positions.shape == (1, 64)
         (found,), _ = generate(decoder, [prompt], 100, GREEDY)
         np.testing.assert_array_equal(found, plain_greedy(forward, prompt, 100)[0])
@@ -93,7 +100,7 @@ def test_a_sample_depends_on_its_prompt_seed_and_number_only():
         assert not np.array_equal(alone, other)
         assert not np.array_equal(*generate(decoder, [one, one], 8, drawn, seed=1)[0])
         assert np.all(beside < config.model.vocab_size)
-        parts = stream(decoder, [one], 8, [drawn], keys_of([(1, 0)]), chunk=3)
+        parts = stream(decoder, [one], 8, [drawn], sample_keys([(1, 0)]), chunk=3)
         pieces = [tokens for tokens, _ in parts]
         assert [piece.shape[1] for piece in pieces] == [3, 3, 2]
         np.testing.assert_array_equal(np.concatenate(pieces, axis=1), alone)
@@ -136,11 +143,11 @@ def test_lengths_and_ends():
     half = dataclasses.replace(cfg, position="rope", window=6, full_attention_every=2)
     with pytest.raises(BadInput, match="ask for at most 4 new tokens"):
         check_length(20, 5, half)  # a layer without a window cannot forget
-    np.testing.assert_array_equal(until(np.array([3, 4, 9, 5, 9]), 9), [3, 4])
-    np.testing.assert_array_equal(until(np.array([3, 4]), 9), [3, 4])
+    np.testing.assert_array_equal(tokens_before(np.array([3, 4, 9, 5, 9]), 9), [3, 4])
+    np.testing.assert_array_equal(tokens_before(np.array([3, 4]), 9), [3, 4])
 
 
-def all_continuations(forward, prompt, new, vocab, end, penalty):
+def all_continuations(forward, prompt, new, vocab, end):
     """Every continuation's score by brute force: {tokens: score}."""
     open_, done = {(): 0.0}, {}
     for _ in range(new):
@@ -152,29 +159,28 @@ def all_continuations(forward, prompt, new, vocab, end, penalty):
             ):
                 (done if token == end else grown)[(*tokens, token)] = total + score
         open_ = grown
-    return {t: total / len(t) ** penalty for t, total in (done | open_).items()}
+    return {t: total / len(t) for t, total in (done | open_).items()}
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
-def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all(penalty):
+def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all():
     config, end, vocab = tiny_config(vocab_size=5, num_layers=1), 3, 5
     prompt = np.array([1, 2], np.int32)
     with jax.set_mesh(mesh_of(config)):
         decoder, forward = model_of(config, 6)
-        every = all_continuations(forward, prompt, 3, vocab, end, penalty)
-        found = beam_search(decoder, prompt, 3, 85, end, penalty)  # all leaves, ended ones included
+        every = all_continuations(forward, prompt, 3, vocab, end)
+        found = beam_search(decoder, prompt, 3, 85, end)  # all leaves, ended ones included
         assert len(every) == len(found) == 85
         ranked = sorted(every.items(), key=lambda pair: -pair[1])
         np.testing.assert_allclose([s for _, s in found], [s for _, s in ranked], atol=1e-4)
         best = [t for t in ranked[0][0] if t != end]
         assert found[0][0].tolist() == best
-        narrow = beam_search(decoder, prompt, 3, 1, end, penalty)
-        greedy = until(generate(decoder, [prompt], 3, GREEDY)[0][0], end)
+        narrow = beam_search(decoder, prompt, 3, 1, end)
+        greedy = tokens_before(generate(decoder, [prompt], 3, GREEDY)[0][0], end)
         assert narrow[0][0].tolist() == greedy.tolist(), "one beam is greedy"
 
 
 def test_a_key_makes_no_program_of_its_own(monkeypatch):
     """A server makes one for each request, and compiling takes longer than the prompt."""
     monkeypatch.setattr(jax, "jit", None)
-    first, second = keys_of([(3, 4)]), keys_of([(3, 5)])
+    first, second = sample_keys([(3, 4)]), sample_keys([(3, 5)])
     assert (jax.random.key_data(first) != jax.random.key_data(second)).any()

@@ -7,12 +7,12 @@ import pytest
 
 from jaxgpt.inference.samplers import (
     BLOCK,
+    BatchSampling,
     Sampling,
-    Samplings,
-    draw,
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    next_token,
 )
 from jaxgpt.system.errors import BadInput
 
@@ -67,8 +67,8 @@ def test_draws_follow_the_distribution(name):
     keys = jax.random.split(jax.random.key(0), DRAWS)
     row, seen = np.full(VOCAB, -np.inf, np.float32), np.zeros(VOCAB, bool)
     row[IDS], seen[IDS[ids]] = LOGITS, True
-    rows = Samplings.of([sampling] * DRAWS)
-    tokens = jax.jit(draw)(jnp.tile(row, (DRAWS, 1)), keys, rows, jnp.tile(seen, (DRAWS, 1)))
+    rows = BatchSampling.of([sampling] * DRAWS)
+    tokens = jax.jit(next_token)(jnp.tile(row, (DRAWS, 1)), keys, rows, jnp.tile(seen, (DRAWS, 1)))
     found = np.bincount(np.asarray(tokens), minlength=VOCAB)
     counts = found[IDS]
     assert counts.sum() == DRAWS
@@ -85,24 +85,26 @@ def test_greedy_takes_the_best_and_padding_is_never_drawn():
     logits = jnp.asarray([[1.0, 3.0, 2.0, -jnp.inf]] * 500)
     keys = jax.random.split(jax.random.key(1), 500)
     seen = jnp.zeros(logits.shape, bool)
-    assert np.all(np.asarray(draw(logits, keys, Samplings.of([Sampling(0.0)] * 500), seen)) == 1)
-    hot = np.asarray(draw(logits, keys, Samplings.of([Sampling(100.0, 0)] * 500), seen))
+    assert np.all(
+        np.asarray(next_token(logits, keys, BatchSampling.of([Sampling(0.0)] * 500), seen)) == 1
+    )
+    hot = np.asarray(next_token(logits, keys, BatchSampling.of([Sampling(100.0, 0)] * 500), seen))
     assert set(hot) == {0, 1, 2}
 
 
 def test_rows_of_all_kinds_share_a_call():
     """Each row draws as if it were alone: same key, same token."""
-    jitted = jax.jit(draw)
+    jitted = jax.jit(next_token)
     kinds = [sampling for sampling, _ in CASES.values()] + [Sampling(0.0, 3)]
     rng = np.random.default_rng(5)
     logits = jnp.asarray(rng.normal(size=(len(kinds), 300)) * 3, jnp.float32)
     seen = jnp.asarray(rng.random((len(kinds), 300)) < 0.2)
     for seed in range(20):
         keys = jax.random.split(jax.random.key(seed), len(kinds))
-        together = jitted(logits, keys, Samplings.of(kinds), seen)
+        together = jitted(logits, keys, BatchSampling.of(kinds), seen)
         for i, kind in enumerate(kinds):
             row = slice(i, i + 1)
-            alone = jitted(logits[row], keys[row], Samplings.of([kind]), seen[row])
+            alone = jitted(logits[row], keys[row], BatchSampling.of([kind]), seen[row])
             assert int(alone[0]) == int(together[i])
 
 
@@ -160,7 +162,7 @@ def test_values_out_of_range(field, value):
 
 
 def test_a_temperature_that_overflows_float32_is_greedy():
-    rows = Samplings.of([Sampling(1e-38, 0)])
+    rows = BatchSampling.of([Sampling(1e-38, 0)])
     logits = jnp.array([[1000.0, 999.0, 1001.0]])
     key = jax.random.split(jax.random.key(0), 1)
-    assert draw(logits, key, rows, jnp.zeros((1, 3), bool)).tolist() == [2]
+    assert next_token(logits, key, rows, jnp.zeros((1, 3), bool)).tolist() == [2]

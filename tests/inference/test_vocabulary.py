@@ -6,8 +6,8 @@ import pytest
 
 from jaxgpt.config import SampleConfig
 from jaxgpt.inference.beam import beam_search
-from jaxgpt.inference.complete import Request, completed
 from jaxgpt.inference.decode import Decoder, generate
+from jaxgpt.inference.generation import GenerationRequest, generate_text
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.tokenizer import make_tokenizer
@@ -63,18 +63,25 @@ def test_the_sample_of_training(model):
     )
     decoder = Decoder.of(*model, BYTES.vocab_size)
     sampling = Sampling(SampleConfig().temperature, SampleConfig().top_k)
-    (want,) = completed(decoder, BYTES, [Request("ab", 40, sampling, 7)])
+    (want,) = generate_text(decoder, BYTES, [GenerationRequest("ab", 40, sampling, 7)])
     assert text == want.text and len(text) > 5
 
 
 def test_prompts_that_each_fit_go_together(model):
     """A long prompt that wants little beside a short one that wants much."""
     decoder = Decoder.of(*model, BYTES.vocab_size)
-    asked = [Request("x" * 44, 4, Sampling(0.0)), Request("y", 47, Sampling(1.0, 0), seed=3)]
-    together = completed(decoder, BYTES, asked)
+    asked = [
+        GenerationRequest("x" * 44, 4, Sampling(0.0)),
+        GenerationRequest("y", 47, Sampling(1.0, 0), seed=3),
+    ]
+    together = generate_text(decoder, BYTES, asked)
     for request, text in zip(asked, together, strict=True):
-        (alone,) = completed(decoder, BYTES, [request])
-        assert (text.text, text.tokens, text.finish) == (alone.text, alone.tokens, alone.finish)
+        (alone,) = generate_text(decoder, BYTES, [request])
+        assert (text.text, text.tokens, text.finish_reason) == (
+            alone.text,
+            alone.tokens,
+            alone.finish_reason,
+        )
 
 
 def test_values_at_the_edge_of_float32_still_draw(model):

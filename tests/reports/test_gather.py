@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxgpt.config.stored import to_json
-from jaxgpt.reports.gather import MAX_POINTS, MAX_SAMPLES, gathered
+from jaxgpt.reports.gather import MAX_POINTS, MAX_SAMPLES, gather
 from jaxgpt.system.errors import BadInput
 from tests.conftest import tiny_config
 
@@ -34,7 +34,7 @@ def test_facts_by_hand(tmp_path):
     rows = [train(1), train(2, tokens_per_second=50.0), validation(2, 5.0), train(3), train(4)]
     rows += [validation(4, 4.0), train(5, loss=None), validation(6, None), validation(8, 4.5)]
     samples = [{"step": 4, "prompt": "a", "text": "b"}]
-    found = gathered(written(tmp_path / "w", rows, samples))
+    found = gather(written(tmp_path / "w", rows, samples))
     assert found["name"] == "w" and found["samples"] == samples
     assert found["facts"] == {
         **dict(step=8, num_steps=10, seconds=16.0, tokens=50),
@@ -51,7 +51,7 @@ def test_facts_by_hand(tmp_path):
 def test_long_runs_are_thinned_to_the_last_point(tmp_path):
     rows = [train(step) for step in range(1, 4 * MAX_POINTS + 2)]
     samples = [{"step": step, "prompt": "", "text": str(step)} for step in range(200)]
-    found = gathered(written(tmp_path / "w", rows, samples))
+    found = gather(written(tmp_path / "w", rows, samples))
     steps = [step for step, _ in found["curves"]["loss"]]
     assert MAX_POINTS / 2 < len(steps) <= MAX_POINTS and steps[-1] == 4 * MAX_POINTS + 1
     assert len({b - a for a, b in zip(steps, steps[1:], strict=False)}) == 1, "evenly spread"
@@ -62,6 +62,6 @@ def test_half_a_row_is_left_out_and_no_row_is_said(tmp_path):
     folder = written(tmp_path / "w", [train(1), train(2)])
     with open(tmp_path / "w/metrics.jsonl", "a") as file:
         file.write('{"step": 3, "split"')
-    assert gathered(folder)["facts"]["step"] == 2
+    assert gather(folder)["facts"]["step"] == 2
     with pytest.raises(BadInput, match="holds no rows yet"):
-        gathered(written(tmp_path / "new", []))
+        gather(written(tmp_path / "new", []))

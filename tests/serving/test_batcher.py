@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.inference.complete import Request
 from jaxgpt.inference.decode import Decoder
+from jaxgpt.inference.generation import GenerationRequest
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.serving.batcher import Batcher, Busy, Group
@@ -16,11 +16,14 @@ from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import PATIENCE, mesh_of, tiny_config
 
 BYTES = make_tokenizer("byte")
-LONG, SHORT = Request("", 10**6, Sampling(1.0, 0)), Request("", 2, Sampling(1.0, 0))
+LONG, SHORT = (
+    GenerationRequest("", 10**6, Sampling(1.0, 0)),
+    GenerationRequest("", 2, Sampling(1.0, 0)),
+)
 
 
-def ask(*requests: Request, heard=lambda piece, text: None):
-    return [(np.array([BYTES.end_of_text], np.int32), request, heard) for request in requests]
+def ask(*requests: GenerationRequest, on_text=lambda piece, text: None):
+    return [(np.array([BYTES.end_of_text], np.int32), request, on_text) for request in requests]
 
 
 @pytest.fixture
@@ -66,13 +69,13 @@ def test_a_fault_ends_all_jobs_and_is_kept():
     decoder = Decoder(ModelSpec(config.model, "xla"), {}, 257)  # without parameters: it must fail
     ended, done = [], threading.Event()
 
-    def heard(piece, text):
-        ended.append(text.finish)
+    def on_text(piece, text):
+        ended.append(text.finish_reason)
         done.set()
 
     batcher = Batcher(decoder, mesh_of(config), BYTES, 1, 4)
     with suppress(Busy):  # it may have gone before
-        batcher.submit(ask(SHORT, heard=heard), Group())
+        batcher.submit(ask(SHORT, on_text=on_text), Group())
         assert done.wait(60) and ended == ["closed"]
     batcher.thread.join(60)
     assert batcher.failure is not None
@@ -81,11 +84,11 @@ def test_a_fault_ends_all_jobs_and_is_kept():
 
 
 def test_numbers_that_are_none_end_a_text():
-    from jaxgpt.inference.complete import Continuation
+    from jaxgpt.inference.generation import Continuation
 
     text = Continuation(BYTES, LONG)
     assert text.feed([65, 66, 67], [-1.0, float("nan"), -1.0]) == "A"
-    assert (text.finish, text.tokens) == ("broken", [65])
+    assert (text.finish_reason, text.tokens) == ("broken", [65])
 
 
 def test_one_slot_serves_one_group_after_the_other():
@@ -96,13 +99,13 @@ def test_one_slot_serves_one_group_after_the_other():
     batcher = Batcher(decoder, mesh_of(config), BYTES, 1, 16)
     finished, done = [], threading.Semaphore(0)
 
-    def heard(piece, text):
-        if text.finish:
-            finished.append(text.finish)
+    def on_text(piece, text):
+        if text.finish_reason:
+            finished.append(text.finish_reason)
             done.release()
 
-    for group in (Group(best=True), Group(prompt_scores=True)):
-        batcher.submit(ask(SHORT, SHORT, Request("", 0), heard=heard), group)
+    for group in (Group(with_top=True), Group(with_prompt_logprobs=True)):
+        batcher.submit(ask(SHORT, SHORT, GenerationRequest("", 0), on_text=on_text), group)
     for _ in range(6):
         assert done.acquire(timeout=PATIENCE)
     assert set(finished) <= {"length", "stop"}

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxgpt.inference.complete import Continuation, Request, complete, completed, request_of
 from jaxgpt.inference.decode import Decoder
+from jaxgpt.inference.generation import (
+    Continuation,
+    GenerationRequest,
+    generate_text,
+    parse_request,
+    stream_text,
+)
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
@@ -26,34 +32,34 @@ BYTES = make_tokenizer("byte")
 )
 def test_shown_text_is_a_growing_prefix_of_the_end_result(text, sizes, stops):
     ids = list(text.encode())
-    growing = Continuation(BYTES, Request("", max(len(ids), 1), stop=tuple(stops)))
+    growing = Continuation(BYTES, GenerationRequest("", max(len(ids), 1), stop=tuple(stops)))
     shown, at = "", 0
-    while at < len(ids) and not growing.finish:
+    while at < len(ids) and not growing.finish_reason:
         size = sizes[at % len(sizes)]
         piece = ids[at : at + size]
         shown += growing.feed(piece, [0.0] * len(piece))
         at += size
         assert shown == growing.text
-        assert growing.finish or "\ufffd" not in shown or "\ufffd" in text
+        assert growing.finish_reason or "\ufffd" not in shown or "\ufffd" in text
     cuts: list[int] = []
     for n in range(len(text) + 1):  # the stop string that is complete first wins
         cuts = cuts or [text[:n].find(stop) for stop in stops if stop in text[:n]]
     assert shown == (text[: min(cuts)] if cuts else text)
-    assert growing.finish == ("stop" if cuts else "length" if ids else "")
+    assert growing.finish_reason == ("stop" if cuts else "length" if ids else "")
 
 
 def test_half_characters_wait_and_broken_ones_show_at_the_end():
-    growing = Continuation(BYTES, Request("", 5))
+    growing = Continuation(BYTES, GenerationRequest("", 5))
     euro = list("€".encode())
     assert growing.feed(euro[:2], [0.0] * 2) == ""
     assert growing.feed([*euro[2:], 0xE2], [0.0] * 2) == "€"
-    assert growing.feed([0x41], [0.0]) == "\ufffdA" and growing.finish == "length"
+    assert growing.feed([0x41], [0.0]) == "\ufffdA" and growing.finish_reason == "length"
 
 
 def test_end_of_text_ends_and_is_not_shown():
-    growing = Continuation(BYTES, Request("", 5))
+    growing = Continuation(BYTES, GenerationRequest("", 5))
     assert growing.feed([65, BYTES.end_of_text, 66], [-1.0, -2.0, -3.0]) == "A"
-    assert (growing.finish, growing.tokens, growing.scores) == ("stop", [65], [-1.0])
+    assert (growing.finish_reason, growing.tokens, growing.logprobs) == ("stop", [65], [-1.0])
     assert growing.feed([67], [0.0]) == ""
 
 
@@ -63,29 +69,29 @@ def test_requests_of_all_kinds_side_by_side_are_what_each_is_alone():
         spec = ModelSpec(config.model, "xla")
         decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)), spec.cfg.vocab_size)
         requests = [
-            Request("abc", 30, Sampling(1.0, 0), seed=1),
-            Request("defghi", 7, Sampling(0.0)),
-            Request("", 30, Sampling(1.0, 0, top_p=0.9), seed=1, number=1),
+            GenerationRequest("abc", 30, Sampling(1.0, 0), seed=1),
+            GenerationRequest("defghi", 7, Sampling(0.0)),
+            GenerationRequest("", 30, Sampling(1.0, 0, top_p=0.9), seed=1, sample_index=1),
         ]
-        together = completed(decoder, BYTES, requests)
+        together = generate_text(decoder, BYTES, requests)
         for request, text in zip(requests, together, strict=True):
-            (alone,) = completed(decoder, BYTES, [request])
+            (alone,) = generate_text(decoder, BYTES, [request])
             assert (alone.text, alone.tokens) == (text.text, text.tokens)
-            np.testing.assert_allclose(alone.scores, text.scores, atol=1e-5)
-            pieces = "".join(piece for _, piece, _ in complete(decoder, BYTES, [request], 3))
+            np.testing.assert_allclose(alone.logprobs, text.logprobs, atol=1e-5)
+            pieces = "".join(piece for _, piece, _ in stream_text(decoder, BYTES, [request], 3))
             assert pieces == text.text
         assert len(together[1].tokens) == 7
         with pytest.raises(BadInput, match="ask for at most 93 new tokens"):
-            next(complete(decoder, BYTES, [Request("abc", 94)]))
+            next(stream_text(decoder, BYTES, [GenerationRequest("abc", 94)]))
 
 
 def test_a_row_wins_over_the_flags():
-    default = Request("", 50, Sampling(0.5, 3), seed=4, stop=("x",))
-    found = request_of(
+    default = GenerationRequest("", 50, Sampling(0.5, 3), seed=4, stop=("x",))
+    found = parse_request(
         {"prompt": "p", "top_k": 7, "seed": 9, "stop": "END", "id": 1}, default, "here"
     )
-    assert found == Request("p", 50, Sampling(0.5, 7), seed=9, stop=("END",))
-    assert request_of({"prompt": "p"}, default, "here").stop == ("x",)
+    assert found == GenerationRequest("p", 50, Sampling(0.5, 7), seed=9, stop=("END",))
+    assert parse_request({"prompt": "p"}, default, "here").stop == ("x",)
 
 
 @pytest.mark.parametrize(
@@ -105,4 +111,4 @@ def test_a_row_wins_over_the_flags():
 )
 def test_rows_that_ask_for_nonsense(row, message):
     with pytest.raises(BadInput, match=re.escape(message)):
-        request_of(row, Request(""), "here")
+        parse_request(row, GenerationRequest(""), "here")

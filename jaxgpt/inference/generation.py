@@ -1,0 +1,227 @@
+"""Text generation: requests with prompts in, text that grows out."""
+
+import bisect
+import dataclasses
+import itertools
+import math
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.inference.decode import CHUNK, Decoder, check_length, encode_prompt, sample_keys, stream
+from jaxgpt.inference.samplers import Sampling
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
+from jaxgpt.tokenizer import IncrementalDetokenizer, Tokenizer
+
+MAX_STOP_LENGTH = 1000  # characters
+MAX_UINT32 = 2**32 - 1  # the largest seed, and the largest max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt to continue. Samples of the same seed differ by their `sample_index`."""
+
+    prompt: str
+    max_new_tokens: int = 200
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    sample_index: int = 0
+    stop: tuple[str, ...] = ()
+
+
+class TokenLogprob(NamedTuple):
+    """A token's log-probability, the likeliest (id, log-probability) in its place, and the
+    character of the text at which the token starts. The first token of a prompt has no `logprob`:
+    nothing precedes it."""
+
+    token: int
+    logprob: float | None
+    top: Sequence[tuple[int, float]]
+    offset: int
+
+
+class Continuation:
+    """The text generated for one request: only whole characters, and no part of a stop string.
+
+    `text` may be shown; `pending` is held back, as it could be the start of a stop string.
+    `tokens` and `logprobs` are those generated, without the end-of-text. `finish_reason` is ""
+    while the text grows, then "stop" (end-of-text or a stop string), "length" or "broken" (a
+    log-probability is not finite). `details` has an entry for each token and for the end-of-text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, request: GenerationRequest, prompt: Iterable = ()):
+        """`prompt` holds the ids of `request.prompt`, which the text continues."""
+        self.tokenizer, self.request = tokenizer, request
+        self.detokenizer = IncrementalDetokenizer(tokenizer, prompt, request.prompt)
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.details: list[TokenLogprob] = []
+        self.text = self.pending = self.finish_reason = ""
+
+    def feed(
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[float],
+        tops: Iterable[Sequence[tuple[int, float]]] = (),
+    ) -> str:
+        """Takes the next tokens, their log-probabilities and the likeliest (id, log-probability) in
+        the place of each; returns the text that they add."""
+        before = len(self.text)
+        for token, logprob, top in itertools.zip_longest(tokens, logprobs, tops, fillvalue=()):
+            if self.finish_reason:
+                break
+            if not math.isfinite(logprob):
+                self._finish("broken")
+                break
+            offset = len(self.text) + len(self.pending)
+            self.details.append(TokenLogprob(token, logprob, top, offset))
+            if token == self.tokenizer.end_of_text:
+                self._finish("stop")
+                break
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            self._add(self.detokenizer.add(token))
+            if not self.finish_reason and len(self.tokens) == self.request.max_new_tokens:
+                self._finish("length")
+        return self.text[before:]
+
+    @property
+    def num_shown(self) -> int:
+        """How many of `details` belong to the text shown so far."""
+        ended = self.details and self.details[-1].token == self.tokenizer.end_of_text
+        if self.finish_reason == "length" or ended:
+            return len(self.details)
+        return bisect.bisect_left(self.details, len(self.text), key=lambda detail: detail.offset)
+
+    def _add(self, new: str) -> None:
+        """Shows text up to the first complete stop string, and without an end that could become
+        one."""
+        text, stops = self.pending + new, self.request.stop
+        starts = [(text.find(stop), stop) for stop in stops]
+        if complete := [(start + len(stop), start) for start, stop in starts if start >= 0]:
+            shown, self.finish_reason = min(complete)[1], "stop"
+            text = text[:shown]
+        else:
+            ends = (i for i in range(len(text)) if any(s.startswith(text[i:]) for s in stops))
+            shown = next(ends, len(text))
+        self.text, self.pending = self.text + text[:shown], text[shown:]
+
+    def _finish(self, reason: str) -> None:
+        self._add(self.detokenizer.flush())
+        if not self.finish_reason:
+            self.text, self.pending, self.finish_reason = self.text + self.pending, "", reason
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, requests: Sequence[GenerationRequest], cfg: ModelConfig
+) -> list[np.ndarray]:
+    """Returns the ids of each request's prompt.
+
+    Raises:
+      BadInput: if a prompt and its continuation exceed the context.
+    """
+    prompts = [encode_prompt(tokenizer, request.prompt) for request in requests]
+    for prompt, request in zip(prompts, requests, strict=True):
+        check_length(len(prompt), request.max_new_tokens, cfg)
+    return prompts
+
+
+def stream_text(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    requests: Sequence[GenerationRequest],
+    chunk: int = CHUNK,
+) -> Iterator[tuple[int, str, Continuation]]:
+    """Continues all requests in one batch. Yields (index of the request, the text just added, its
+    continuation) until all are finished.
+
+    Raises:
+      BadInput: before anything is generated, if a request does not fit the context.
+    """
+    prompts = encode_prompts(tokenizer, requests, decoder.cfg)
+    texts = [Continuation(tokenizer, *pair) for pair in zip(requests, prompts, strict=True)]
+    keys = sample_keys([(request.seed, request.sample_index) for request in requests])
+    new = max(request.max_new_tokens for request in requests)
+    samplings = [request.sampling for request in requests]
+    for tokens, logprobs in stream(decoder, prompts, new, samplings, keys, chunk=chunk):
+        for i, text in enumerate(texts):
+            if not text.finish_reason:
+                yield i, text.feed(tokens[i].tolist(), logprobs[i].tolist()), text
+        if all(text.finish_reason for text in texts):
+            return
+
+
+def generate_text(
+    decoder: Decoder, tokenizer: Tokenizer, requests: Sequence[GenerationRequest]
+) -> list[Continuation]:
+    """Returns every request's finished continuation; see `stream_text`."""
+    texts = {i: text for i, _, text in stream_text(decoder, tokenizer, requests)}
+    return [texts[i] for i in range(len(requests))]
+
+
+def parse_request(
+    row: dict, default: GenerationRequest, where: str, min_new_tokens: int = 1
+) -> GenerationRequest:
+    """Returns the request that a row of JSON describes: `prompt`, and fields that replace those of
+    `default`; other fields are ignored.
+
+    Raises:
+      BadInput: if a field is missing, ill-typed or out of range; the message starts with `where`.
+    """
+    sampling_kinds = {field.name: field.type for field in dataclasses.fields(Sampling)}
+    kinds = {"prompt": str, "max_new_tokens": int, "seed": int, "stop": str | list}
+    kinds |= {name: kind | int for name, kind in sampling_kinds.items()}
+    if "prompt" not in row:
+        raise BadInput(f"{where} has no field 'prompt'")
+    given = {name: row[name] for name in kinds if name in row}
+    for name, value in given.items():
+        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+            raise BadInput(f"{where}: {name}={reprlib.repr(value)} is not of the right type")
+    check_text(given["prompt"], f"{where}: prompt")
+    stop = given.pop("stop", default.stop)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    check_stops(stop, f"{where}: stop")
+    numbers = {
+        name: _to_float(given.pop(name)) if kind is float else given.pop(name)
+        for name, kind in sampling_kinds.items()
+        if name in given
+    }
+    sampling = dataclasses.replace(default.sampling, **numbers)
+    sampling.check(f"{where}: ")
+    request = dataclasses.replace(default, **given, sampling=sampling, stop=stop)
+    check_range(f"{where}: max_new_tokens", request.max_new_tokens, min_new_tokens, MAX_UINT32)
+    check_range(f"{where}: seed", request.seed, 0, MAX_UINT32)
+    return request
+
+
+def check_stops(stops: Sequence[object], name: str) -> None:
+    """Raises `BadInput`, naming the field, for a stop string that is empty, too long or not
+    valid text."""
+    for stop in stops:
+        if not isinstance(stop, str) or not stop:
+            raise BadInput(f"{name}={reprlib.repr(stops)} must hold strings that are not empty")
+        if len(stop) > MAX_STOP_LENGTH:
+            raise BadInput(
+                f"{name} holds a string of {len(stop)} characters; at most {MAX_STOP_LENGTH}"
+            )
+        check_text(stop, name)
+
+
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """Raises `BadInput`, naming the field, for a number that is not from `least` to `most`."""
+    if value < least:
+        raise BadInput(f"{name}={reprlib.repr(value)} must be at least {least}")
+    if value > most:
+        raise BadInput(f"{name}={reprlib.repr(value)} must be from {least} to {most}")
+
+
+def _to_float(value: int | float) -> float:
+    """Returns the number as a float, infinite where it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
