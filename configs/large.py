@@ -5,12 +5,13 @@ about this size (arXiv:2005.14165, table 2.1); parameters and optimizer state ar
 devices.
 """
 
-from jaxgpt.config import Config, OptimConfig, presets
+from jaxgpt.config import ComputeConfig, Config, OptimConfig, presets
 
 
 def get_config() -> Config:
     return presets.long_run(
-        presets.gpt2(num_layers=36, num_heads=20, embed_dim=1280, remat="dots"),
+        presets.gpt2(num_layers=36, num_heads=20, embed_dim=1280),
         OptimConfig(learning_rate=2.5e-4, warmup_steps=2000),
+        compute=ComputeConfig(dtype="bfloat16", remat="dots"),
         grad_accum=32,
     )

@@ -5,12 +5,13 @@ about this size (arXiv:2005.14165, table 2.1); parameters and optimizer state ar
 devices.
 """
 
-from jaxgpt.config import Config, OptimConfig, presets
+from jaxgpt.config import ComputeConfig, Config, OptimConfig, presets
 
 
 def get_config() -> Config:
     return presets.long_run(
-        presets.gpt2(num_layers=24, num_heads=16, embed_dim=1024, remat="dots"),
+        presets.gpt2(num_layers=24, num_heads=16, embed_dim=1024),
         OptimConfig(learning_rate=3e-4, warmup_steps=2000),
+        compute=ComputeConfig(dtype="bfloat16", remat="dots"),
         grad_accum=16,
     )

@@ -5,7 +5,7 @@ with AdamW-sized updates (arXiv:2502.16982), warm-up-stable-decay. Width and dep
 layers of 1024, a feed-forward of 8/3 the width rounded up to a multiple of 256.
 """
 
-from jaxgpt.config import Config, OptimConfig, presets
+from jaxgpt.config import ComputeConfig, Config, OptimConfig, presets
 
 
 def get_config() -> Config:
@@ -20,10 +20,10 @@ def get_config() -> Config:
             rope_theta=10_000.0,
             tie_embeddings=True,
             qk_norm=True,
-            remat="dots",
         ),
         OptimConfig(
             name="muon", learning_rate=1e-3, b1=0.95, schedule="wsd", warmup_steps=500, z_loss=1e-4
         ),
+        compute=ComputeConfig(dtype="bfloat16", remat="dots"),
         grad_accum=16,
     )

@@ -5,7 +5,7 @@ llama3 RoPE scaling is for its 128k context and left out at 4096); the recipe is
 `--config.model.vocab_size=128256` gives exactly that size.
 """
 
-from jaxgpt.config import Config, OptimConfig, presets
+from jaxgpt.config import ComputeConfig, Config, OptimConfig, presets
 
 
 def get_config() -> Config:
@@ -18,9 +18,9 @@ def get_config() -> Config:
             mlp_dim=8192,
             max_seq_len=4096,
             tie_embeddings=True,
-            remat="full",
         ),
         OptimConfig(learning_rate=3e-4, schedule="wsd", warmup_steps=2000, z_loss=1e-4),
         batch_size=256,
+        compute=ComputeConfig(dtype="bfloat16", remat="full"),
         grad_accum=16,
     )

@@ -4,7 +4,7 @@ The vocabulary is set to Llama 3's 128,256 pieces, whatever the tokenizer. Seque
 one a device at a time on 256 chips.
 """
 
-from jaxgpt.config import Config, OptimConfig, presets
+from jaxgpt.config import ComputeConfig, Config, OptimConfig, presets
 
 
 def get_config() -> Config:
@@ -17,8 +17,8 @@ def get_config() -> Config:
             mlp_dim=14336,
             max_seq_len=4096,
             vocab_size=128_256,
-            remat="full",
         ),
         OptimConfig(learning_rate=3e-4, final_lr_ratio=0.01, warmup_steps=8000),
+        compute=ComputeConfig(dtype="bfloat16", remat="full"),
         batch_size=256,
     )

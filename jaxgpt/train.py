@@ -288,7 +288,7 @@ def check_tokenizer(workdir: epath.Path, data: Prepared) -> None:
 
 def trained_share(config: Config, params: dict) -> str:
     """Says how many parameters are trained, where that is not all."""
-    mask = trainable(params, config.optim.freeze, config.model.lora_rank)
+    mask = trainable(params, config.optim.freeze, config.lora.rank)
     sizes = [leaf.size for leaf in jax.tree.leaves(split(params, mask)[0])]
     every = sum(leaf.size for leaf in jax.tree.leaves(params))
     return (
@@ -312,7 +312,7 @@ def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
         f"model     {count_parameters(params, model):,} parameters{trained_share(config, params)}:"
         f" {model.num_layers} layers,"
         f" {model.num_heads} heads, width {model.embed_dim}, context {model.max_seq_len};"
-        f" {model.dtype}, attention {training.spec.kernel}, remat {model.remat}\n"
+        f" {config.compute.dtype}, attention {training.spec.kernel}, remat {config.compute.remat}\n"
         f"data      {len(data.train.tokens):,} train and {len(data.validation.tokens):,}"
         f" validation tokens of {data.tokenizer.vocab_size:,} kinds, from {data.folder}\n"
         f"plan      {config.num_steps:,} steps of {config.batch_size} x {model.max_seq_len} tokens"

@@ -38,7 +38,15 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from jaxgpt.cli.run import run  # noqa: E402
-from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig  # noqa: E402
+from jaxgpt.config import (  # noqa: E402
+    ComputeConfig,
+    Config,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from jaxgpt.parallel.mesh import make_mesh  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -72,13 +80,18 @@ def wait_until(ready, *processes) -> None:
         time.sleep(0.01)
 
 
-def tiny_config(shape=(1, 1, 1), **model) -> Config:
-    """A model small enough to compile in a second, odd enough to catch a swapped axis."""
+def tiny_config(shape=(1, 1, 1), compute=None, lora=None, **model) -> Config:
+    """A model small enough to compile in a second, odd enough to catch a swapped axis.
+
+    `compute` and `lora` hold fields of these groups; the others are the model's.
+    """
     fields = dict(vocab_size=203, max_seq_len=24, num_layers=2, num_heads=4, embed_dim=32)
     return Config(
         num_steps=10,
         batch_size=8,
         model=ModelConfig(**(fields | model)),
+        compute=ComputeConfig(**(compute or {})),
+        lora=LoraConfig(**(lora or {})),
         data=DataConfig(),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=3),
         mesh=MeshConfig(*shape),

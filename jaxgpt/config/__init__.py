@@ -2,8 +2,10 @@
 
 from jaxgpt.config import presets
 from jaxgpt.config.schema import (
+    ComputeConfig,
     Config,
     DataConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -11,8 +13,10 @@ from jaxgpt.config.schema import (
 )
 
 __all__ = [
+    "ComputeConfig",
     "Config",
     "DataConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",

@@ -1,18 +1,25 @@
 """What several configs share: architectures by family, and the habits of a long run."""
 
-from jaxgpt.config.schema import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
+from jaxgpt.config.schema import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+)
 
 
 def gpt2(num_layers: int, num_heads: int, embed_dim: int, **fields) -> ModelConfig:
-    """Returns GPT-2's architecture (OpenAI 2019, section 2.3) in bfloat16."""
+    """Returns GPT-2's architecture (OpenAI 2019, section 2.3)."""
     sizes = dict(num_layers=num_layers, num_heads=num_heads, embed_dim=embed_dim)
-    return ModelConfig(**sizes, **{"dtype": "bfloat16"} | fields)
+    return ModelConfig(**sizes, **fields)
 
 
 def llama(
     num_layers: int, num_heads: int, num_kv_heads: int, embed_dim: int, mlp_dim: int, **fields
 ) -> ModelConfig:
-    """Returns Llama 3's architecture (arXiv:2407.21783, section 3.2) in bfloat16: RoPE, RMSNorm,
+    """Returns Llama 3's architecture (arXiv:2407.21783, section 3.2): RoPE, RMSNorm,
     SwiGLU, grouped-query attention, no biases, separate output embedding."""
     sizes = dict(
         num_layers=num_layers,
@@ -28,13 +35,12 @@ def llama(
         activation="swiglu",
         bias=False,
         tie_embeddings=False,
-        dtype="bfloat16",
     )
     return ModelConfig(**sizes, **family | fields)
 
 
 def long_run(model: ModelConfig, optim: OptimConfig, **fields) -> Config:
-    """Returns a pre-training run of days: rare validation, on the corpus that is everywhere.
+    """Returns a pre-training run of days in bfloat16: rare validation, on the built-in corpus.
 
     Parameters and optimizer state are split over all devices (`mesh.fsdp`).
     """
@@ -46,6 +52,7 @@ def long_run(model: ModelConfig, optim: OptimConfig, **fields) -> Config:
         eval_batches=100,
         sample_every=1000,
         checkpoint_every=1000,
+        compute=ComputeConfig(dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         data=DataConfig(source="builtin", tokenizer="sentencepiece:32000"),
     )

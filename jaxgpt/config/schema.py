@@ -81,17 +81,6 @@ class ModelConfig:
     # muP: the embed_dim at which the learning rate was tuned; 0 = off
     mup_base_width: int = number(0, 0, 2**20)
     dropout: float = number(0.0, 0, 1, ")")
-    # Train low-rank additions to `lora_targets` instead of the weights; 0 = off
-    lora_rank: int = number(0, 0, 2**16)
-    # The additions are scaled by lora_alpha / lora_rank
-    lora_alpha: float = number(16.0, 0, opened="(")
-    lora_targets: str = "query,value"  # of query, key, value, out, up, gate, down
-    lora_dora: bool = False  # learn each output's magnitude apart (DoRA)
-    dtype: str = choice("float32", "bfloat16", "float16")  # of activations and matrix products
-    param_dtype: str = choice("float32", "bfloat16")  # of parameters and optimizer state
-    attention: str = choice("auto", "xla", "cudnn", "splash")
-    remat: str = choice("none", "dots", "full", "offload")
-    scan_layers: bool = True
 
     def with_sizes(self) -> "ModelConfig":
         """Returns a copy in which no derived size is 0 any more (but for the vocabulary)."""
@@ -111,6 +100,27 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of 128."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclasses.dataclass
+class ComputeConfig:
+    """How the model is computed; none of it changes what the parameters mean."""
+
+    dtype: str = choice("float32", "bfloat16", "float16")  # of activations and matrix products
+    param_dtype: str = choice("float32", "bfloat16")  # of parameters and optimizer state
+    attention: str = choice("auto", "xla", "cudnn", "splash")
+    remat: str = choice("none", "dots", "full", "offload")
+    scan_layers: str = choice("true", "false")  # one compiled layer in a loop, or each its own
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Low-rank additions that are trained instead of the weights (arXiv:2106.09685)."""
+
+    rank: int = number(0, 0, 2**16)  # 0 = off
+    alpha: float = number(16.0, 0, opened="(")  # the additions are scaled by alpha / rank
+    targets: str = "query,value"  # of query, key, value, out, up, gate, down
+    dora: bool = False  # learn each output's magnitude apart (arXiv:2402.09353)
 
 
 @dataclasses.dataclass
@@ -207,6 +217,8 @@ class Config:
     )  # the newest; the best and every `keep_every`-th stay besides
     keep_every: int = number(0, 0)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -25,9 +25,9 @@ MAY_CHANGE = {
     "max_bad_steps",
     "max_rollbacks",
     "grad_accum",
-    "model.attention",
-    "model.remat",
-    "model.scan_layers",
+    "compute.attention",
+    "compute.remat",
+    "compute.scan_layers",
     *(f"mesh.{field}" for field in fields_of(MeshConfig())),
 }
 REMEDY = "restore it from a copy, or choose another --workdir"

@@ -108,7 +108,7 @@ def named(path: str, known: Collection[str]) -> list[str]:
 
 
 def any_of(fields: list[str], prefix: str = "") -> str:
-    """Returns the first three of `fields` for a question: `model.lora_rank or ...`."""
+    """Returns the first three of `fields` for a question: `lora.rank or ...`."""
     return " or ".join(prefix + field for field in fields[:3])
 
 
@@ -152,16 +152,14 @@ def check_model(config: Config) -> None:
         )
     if config.optim.moment_dtype and config.optim.name == "adafactor":
         raise BadInput("optim.moment_dtype with optim.name='adafactor': it has no first moment")
-    unknown = set(model.lora_targets.split(",")) - set(LORA_TARGETS)
-    if model.lora_rank and unknown:
+    targets = config.lora.targets
+    if config.lora.rank and set(targets.split(",")) - set(LORA_TARGETS):
+        raise BadInput(f"lora.targets={targets!r}: choose from {', '.join(LORA_TARGETS)}")
+    attention = config.compute.attention
+    if model.dropout > 0 and attention in ("cudnn", "splash"):
         raise BadInput(
-            f"model.lora_targets={model.lora_targets!r}: choose from {', '.join(LORA_TARGETS)}"
-        )
-    if model.dropout > 0 and model.attention in ("cudnn", "splash"):
-        raise BadInput(
-            f"model.dropout={model.dropout} with model.attention={model.attention!r}:"
-            " only 'xla' attention"
-            " has dropout; set model.attention=auto or model.dropout=0"
+            f"model.dropout={model.dropout} with compute.attention={attention!r}:"
+            " only 'xla' attention has dropout; set compute.attention=auto or model.dropout=0"
         )
 
 

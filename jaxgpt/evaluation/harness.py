@@ -20,10 +20,10 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, spec: ModelSpec, params: dict, tokenizer: Tokenizer, batch: int):
         super().__init__()
-        self.tokenizer, self.batch, self.context = tokenizer, batch, spec.cfg.max_seq_len
+        self.tokenizer, self.batch, self.context = tokenizer, batch, spec.model.max_seq_len
         self.decoder = Decoder.of(spec, params, tokenizer.vocab_size)
         # likelihoods and the likeliest token are over all of the model's ids
-        self.scorer = dataclasses.replace(self.decoder, vocab_limit=spec.cfg.vocab_size)
+        self.scorer = dataclasses.replace(self.decoder, vocab_limit=spec.model.vocab_size)
 
     @property
     def eot_token_id(self) -> int:

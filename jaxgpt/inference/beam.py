@@ -54,7 +54,7 @@ def _search(
     spec: ModelSpec, new: int, end: int, vocab_limit: int, params: dict, state: DecodeState
 ) -> Beams:
     model, num_beams = spec.bind(params), state.token.shape[0]
-    table, vocab = model.table(), spec.cfg.padded_vocab_size
+    table, vocab = model.table(), spec.model.padded_vocab_size
     only_end = jnp.where(jnp.arange(vocab) == end, 0.0, -jnp.inf)
 
     def step(beams: Beams, at):
@@ -80,7 +80,7 @@ def _search(
     zeros = jnp.zeros(num_beams, jnp.int32)
     total = jnp.where(jnp.arange(num_beams) == 0, 0.0, -jnp.inf)  # at first all beams are the same
     tokens = jnp.zeros((num_beams, new), jnp.int32)
-    recent = empty_cache(spec.cfg, num_beams, new, spec.rules)
+    recent = empty_cache(spec.config, num_beams, new, spec.rules)
     beams = Beams(state.token, state.position, total, zeros > 0, tokens, zeros, recent)
     beams, _ = jax.lax.scan(step, beams, jnp.arange(new))
     return beams._replace(recent=None)

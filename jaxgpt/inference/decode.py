@@ -78,7 +78,7 @@ class Decoder:
     @property
     def cfg(self) -> ModelConfig:
         """The model's sizes."""
-        return self.spec.cfg
+        return self.spec.model
 
     def prefill(
         self,
@@ -211,7 +211,7 @@ def stream(
 @partial(jax.jit, static_argnums=0)
 def _decoding_params(spec: ModelSpec, params: dict) -> dict:
     """Returns the parameters with the layers unstacked and the kernels in the compute dtype."""
-    dtype = jnp.dtype(spec.cfg.dtype)
+    dtype = jnp.dtype(spec.config.compute.dtype)
 
     def cast(path, p):
         return p.astype(dtype) if path[-1].key == "kernel" else p
@@ -235,9 +235,9 @@ def _prefill(
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     _, layers = spec.bind(params).prefill(params["blocks"], prompts, positions)
     written = jnp.where(positions < lengths[:, None] - 1, positions, UNWRITTEN)
-    cache = empty_cache(spec.cfg, batch, slots, spec.rules)
+    cache = empty_cache(spec.config, batch, slots, spec.rules)
     cache = write_recent(cache, Cache(layers, written), spec.rules)
-    seen = jnp.zeros((batch, spec.cfg.padded_vocab_size), bool)
+    seen = jnp.zeros((batch, spec.model.padded_vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], prompts].max(positions < lengths[:, None])
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
     return DecodeState(cache, last, lengths - 1, seen, keys, sampling)
@@ -267,7 +267,7 @@ def _decode(
         seen = seen.at[jnp.arange(batch), token].set(True)
         return (recent, token, position + 1, seen), (token, logprobs)
 
-    recent = empty_cache(spec.cfg, batch, count, spec.rules)
+    recent = empty_cache(spec.config, batch, count, spec.rules)
     carry = (recent, state.token, state.position, state.seen)
     (recent, token, position, seen), outputs = jax.lax.scan(step, carry, jnp.arange(count))
     cache_after = write_recent(state.cache, recent, spec.rules)

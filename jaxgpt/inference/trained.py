@@ -74,8 +74,9 @@ def open_trained(workdir: str, step: int | str | None) -> Trained:
         grad_accum=1,
         batch_size=-(-config.batch_size // config.grad_accum // len(devices)) * len(devices),
     )
-    mesh, model = make_mesh(config, devices), config.model
-    attention = choose_kernel(
-        "auto", devices[0].platform, model.dtype, model.with_sizes().head_dim, model.dropout
+    model = config.model.with_sizes()
+    kernel = choose_kernel(
+        "auto", devices[0].platform, config.compute.dtype, model.head_dim, model.dropout
     )
-    return Trained(config, tokenizer, ModelSpec(model, attention), mesh, checkpoints, step)
+    spec, mesh = ModelSpec(config, kernel), make_mesh(config, devices)
+    return Trained(config, tokenizer, spec, mesh, checkpoints, step)

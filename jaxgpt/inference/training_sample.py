@@ -20,11 +20,11 @@ class TrainingSample:
     def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, cfg: SampleConfig):
         self.spec, self.tokenizer, self.prompt = spec, tokenizer, cfg.prompt
         prompt_length = len(encode_prompt(tokenizer, cfg.prompt))
-        self.max_new_tokens = min(cfg.max_new_tokens, spec.cfg.max_seq_len - prompt_length)
+        self.max_new_tokens = min(cfg.max_new_tokens, spec.model.max_seq_len - prompt_length)
         if self.max_new_tokens < 0:
             raise BadInput(
                 f"sample.prompt has {prompt_length} tokens, more than"
-                f" model.max_seq_len={spec.cfg.max_seq_len}"
+                f" model.max_seq_len={spec.model.max_seq_len}"
             )
         self.sampling = Sampling(cfg.temperature, cfg.top_k)
         self.sampling.check("sample.")

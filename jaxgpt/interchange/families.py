@@ -155,7 +155,6 @@ COMMON = {
     "logit_softcap": (0.0,),
     "mup_base_width": (0,),
     "scale_embeddings": (False,),
-    "lora_rank": (0,),
 }
 QKV = tuple(f"attention/{name}" for name in ("query", "key", "value"))
 GPT2 = Family(

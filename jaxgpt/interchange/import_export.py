@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import save_weights
-from jaxgpt.config import Config, DataConfig, ModelConfig
+from jaxgpt.config import ComputeConfig, Config, DataConfig, LoraConfig, ModelConfig
 from jaxgpt.config.stored import to_json
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.interchange.families import Family, family_of
@@ -52,9 +52,9 @@ def import_folder(source: Path, workdir: Path) -> None:
         )
     dtype = "bfloat16" if folder.is_bfloat16 else "float32"
     data = DataConfig(tokenizer=f"{tokenizer.kind}:{(workdir / 'tokenizer').absolute()}")
-    config = Config(model=dataclasses.replace(folder.model, param_dtype=dtype), data=data)
+    config = Config(model=folder.model, compute=ComputeConfig(param_dtype=dtype), data=data)
     with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
-        abstract = jax.eval_shape(ModelSpec(config.model, "xla").init, jax.random.key(0))
+        abstract = jax.eval_shape(ModelSpec(config, "xla").init, jax.random.key(0))
     with whole_folder(workdir, "--workdir") as scratch:
         params = read_params(folder, abstract)
         save_tokenizer(tokenizer, scratch / "tokenizer")
@@ -77,11 +77,11 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
         written does not read back to the same logits.
     """
     trained = open_trained(workdir, step)
-    cfg = dataclasses.replace(trained.config.model.with_sizes(), lora_rank=0)
+    cfg = trained.config.model.with_sizes()
     family = family_of(cfg)
     with whole_folder(target, "--to") as scratch:
         with jax.set_mesh(trained.mesh):
-            params = merged(trained.params(), trained.config.model)
+            params = merged(trained.params(), trained.config.lora)
             write_params(scratch / "model.safetensors", family, params, cfg, DTYPES[dtype])
         _write_configs(trained, cfg, family, scratch, dtype)
         template = saved_template(epath.Path(workdir) / "tokenizer")
@@ -110,31 +110,17 @@ def check_export(
     """
     again = open_folder(folder)
     with jax.set_mesh(trained.mesh):
-        spec = ModelSpec(dataclasses.replace(cfg, dtype="float32"), "xla").for_decoding()
-        mine = _probe(spec, params)
-        theirs = dataclasses.replace(again.model, param_dtype="float32")
+        plain = dataclasses.replace(trained.config, lora=LoraConfig())
+        plain.compute = dataclasses.replace(plain.compute, dtype="float32")
+        mine = _probe(ModelSpec(plain, "xla").for_decoding(), params)
         if differing := [
             field.name
             for field in dataclasses.fields(ModelConfig)
-            if field.name
-            not in (
-                "dtype",
-                "param_dtype",
-                "attention",
-                "remat",
-                "scan_layers",
-                "dropout",
-                "lora_alpha",
-                "lora_targets",
-                "lora_dora",
-                "qkv_bias",
-                "rope_theta",
-                "rope_original_len",
-            )
-            and getattr(theirs, field.name) != getattr(cfg, field.name)
+            if field.name not in ("dropout", "qkv_bias", "rope_theta", "rope_original_len")
+            and getattr(again.model, field.name) != getattr(cfg, field.name)
         ]:
             raise BadInput(f"the export does not read back: {', '.join(differing)} differ; refused")
-        other = ModelSpec(theirs, "xla").for_decoding()
+        other = ModelSpec(Config(model=again.model), "xla").for_decoding()
         abstract = jax.eval_shape(other.init, jax.random.key(0))
         found = _probe(other, read_params(again, abstract))
     difference = float(np.max(np.abs(mine - found)))
@@ -147,7 +133,7 @@ def check_export(
 
 def _probe(spec: ModelSpec, params: dict) -> np.ndarray:
     """Returns the logits of a fixed row of tokens, without the vocabulary's padding."""
-    length = min(PROBE_TOKENS, spec.cfg.max_seq_len)
-    tokens = np.random.default_rng(0).integers(0, spec.cfg.vocab_size, (1, length))
+    length = min(PROBE_TOKENS, spec.model.max_seq_len)
+    tokens = np.random.default_rng(0).integers(0, spec.model.vocab_size, (1, length))
     logits = jax.jit(lambda p, t: spec.bind(p)(t))(params, tokens.astype(np.int32))
-    return np.asarray(logits)[..., : spec.cfg.vocab_size]
+    return np.asarray(logits)[..., : spec.model.vocab_size]

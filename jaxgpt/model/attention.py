@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.cache import KeysValues, write_column
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
 from jaxgpt.ops.attention import KERNELS, default_scale, sharded, sharded_cached
@@ -24,23 +24,24 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, cfg: ModelConfig, rules: AxisRules, kernel: str, window: int, *, rngs: nnx.Rngs
+        self, config: Config, rules: AxisRules, kernel: str, window: int, *, rngs: nnx.Rngs
     ):
+        cfg = config.model
         self.rules, self.dropout, self.num_heads = rules, cfg.dropout, cfg.num_heads
         self.window, scale = window, default_scale(cfg.head_dim, cfg.mup_base_width > 0)
         self.attend = sharded(KERNELS[kernel], rules, scale=scale)
         self.attend_cached = sharded_cached(rules, scale=scale, window=window)
         self.attend_dropping = sharded(KERNELS["xla"], rules, scale=scale, dropout=cfg.dropout)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
-        self.query = Linear("query", "MD,DNH->MNH", cfg, rules, **shared)
-        self.key = Linear("key", "MD,DKH->MKH", cfg, rules, **shared)
-        self.value = Linear("value", "MD,DKH->MKH", cfg, rules, **shared)
+        self.query = Linear("query", "MD,DNH->MNH", config, rules, **shared)
+        self.key = Linear("key", "MD,DKH->MKH", config, rules, **shared)
+        self.value = Linear("value", "MD,DKH->MKH", config, rules, **shared)
         self.out = Linear(
-            "out", "MNH,NHD->MD", cfg, rules, bias=cfg.bias, std=residual_std(cfg), rngs=rngs
+            "out", "MNH,NHD->MD", config, rules, bias=cfg.bias, std=residual_std(cfg), rngs=rngs
         )
         norm = NORMS[cfg.norm]
-        self.query_norm = norm(cfg, cfg.head_dim) if cfg.qk_norm else _as_it_is
-        self.key_norm = norm(cfg, cfg.head_dim) if cfg.qk_norm else _as_it_is
+        self.query_norm = norm(config, cfg.head_dim) if cfg.qk_norm else _as_it_is
+        self.key_norm = norm(config, cfg.head_dim) if cfg.qk_norm else _as_it_is
         self.place = _rotation(cfg) if cfg.position == "rope" else _as_it_is
 
     def __call__(

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config
 from jaxgpt.model.attention import Attention
 from jaxgpt.model.layers import NORMS, GatedMlp, Mlp, dropout
 from jaxgpt.ops.activations import GATED
@@ -41,14 +41,15 @@ class Block(nnx.Module):
     """Attention and feed-forward of one layer, whose attention sees `window` keys (0: all)."""
 
     def __init__(
-        self, cfg: ModelConfig, rules: AxisRules, kernel: str, window: int, *, rngs: nnx.Rngs
+        self, config: Config, rules: AxisRules, kernel: str, window: int, *, rngs: nnx.Rngs
     ):
+        cfg = config.model
         self.dropout, self.add = cfg.dropout, NORM_POSITIONS[cfg.norm_position]
         self.whole = rules("batch", "seq", None)
-        self.attention_norm = NORMS[cfg.norm](cfg, cfg.embed_dim)
-        self.attention = ATTENTION["softmax"](cfg, rules, kernel, window, rngs=rngs)
-        self.mlp_norm = NORMS[cfg.norm](cfg, cfg.embed_dim)
-        self.mlp = MLP["gated" if cfg.activation in GATED else "plain"](cfg, rules, rngs=rngs)
+        self.attention_norm = NORMS[cfg.norm](config, cfg.embed_dim)
+        self.attention = ATTENTION["softmax"](config, rules, kernel, window, rngs=rngs)
+        self.mlp_norm = NORMS[cfg.norm](config, cfg.embed_dim)
+        self.mlp = MLP["gated" if cfg.activation in GATED else "plain"](config, rules, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: AttentionMask, key: PRNGKeyArray | None = None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config
 from jaxgpt.parallel.rules import AxisRules
 
 UNWRITTEN = jnp.iinfo(jnp.int32).max  # the position of an empty slot: in every query's future
@@ -31,13 +31,14 @@ class Cache(NamedTuple):
     positions: Int[Array, "B S"]
 
 
-def empty_cache(cfg: ModelConfig, batch: int, slots: int, rules: AxisRules) -> Cache:
+def empty_cache(config: Config, batch: int, slots: int, rules: AxisRules) -> Cache:
     """Returns a cache with room for `slots` tokens of each of `batch` sequences."""
     spec = rules("batch", "kv_heads", None, None)
+    cfg, dtype = config.model, jnp.dtype(config.compute.dtype)
     shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
 
     def zeros():
-        return jnp.zeros(shape, jnp.dtype(cfg.dtype), out_sharding=spec)
+        return jnp.zeros(shape, dtype, out_sharding=spec)
 
     layers = tuple(KeysValues(zeros(), zeros()) for _ in range(cfg.num_layers))
     unwritten = jnp.full((batch, slots), UNWRITTEN, out_sharding=rules("batch", None))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.block import Block
 from jaxgpt.model.cache import Cache, KeysValues
 from jaxgpt.model.layers import NORMS, dropout, normal
@@ -30,23 +30,23 @@ class GPT(nnx.Module):
     fits either. Layers differ at most in their window, by a pattern that repeats.
     """
 
-    def __init__(self, cfg: ModelConfig, rules: AxisRules, kernel: str, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(cfg.param_dtype)
-        self.rules, self.dtype = rules, jnp.dtype(cfg.dtype)
+    def __init__(self, config: Config, rules: AxisRules, kernel: str, *, rngs: nnx.Rngs):
+        cfg, compute = config.model, config.compute
+        self.rules, self.dtype = rules, jnp.dtype(compute.dtype)
         self.vocab_size, self.num_layers = cfg.vocab_size, cfg.num_layers
-        self.dropout, self.remat = cfg.dropout, cfg.remat
+        self.dropout, self.remat = cfg.dropout, compute.remat
         self.softcap, self.logit_scale = cfg.logit_softcap, 1 / cfg.width_ratio
         self.embed_scale = math.sqrt(cfg.embed_dim) if cfg.scale_embeddings else 1.0
-        vocab = rules("vocab", "embed"), dtype
+        vocab = rules("vocab", "embed"), jnp.dtype(compute.param_dtype)
         table = (cfg.padded_vocab_size, cfg.embed_dim)
         self.tokens = normal(rngs, table, *vocab)
         self.head = None if cfg.tie_embeddings else normal(rngs, table, *vocab)
-        self.positions = POSITIONS[cfg.position](cfg, rules, rngs=rngs)
+        self.positions = POSITIONS[cfg.position](config, rules, rngs=rngs)
         self.windows = windows(cfg)
-        self.unroll = 1 if cfg.scan_layers else cfg.num_layers // len(self.windows)
-        self.blocks, self.graphdefs = _stack(cfg, rules, kernel, self.windows, rngs.params())
+        self.unroll = 1 if compute.scan_layers == "true" else cfg.num_layers // len(self.windows)
+        self.blocks, self.graphdefs = _stack(config, rules, kernel, self.windows, rngs.params())
         pre = cfg.norm_position == "pre"
-        self.final_norm = NORMS[cfg.norm](cfg, cfg.embed_dim) if pre else lambda x: x
+        self.final_norm = NORMS[cfg.norm](config, cfg.embed_dim) if pre else lambda x: x
 
     def __call__(
         self,
@@ -229,17 +229,17 @@ def windows(cfg: ModelConfig) -> tuple[int, ...]:
     return (cfg.window,) * (cfg.full_attention_every - 1) + (0,)
 
 
-def _stack(cfg: ModelConfig, rules: AxisRules, kernel: str, windows: tuple, key: PRNGKeyArray):
+def _stack(config: Config, rules: AxisRules, kernel: str, windows: tuple, key: PRNGKeyArray):
     """Returns a Block with every parameter stacked over layers, each layer from its own key, and
     the graph of a block for each window of the pattern."""
 
     def make(key, window: int) -> Block:
-        return Block(cfg, rules, kernel, window, rngs=nnx.Rngs(params=key))
+        return Block(config, rules, kernel, window, rngs=nnx.Rngs(params=key))
 
     def graph(window: int):
         return nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0), window)))
 
-    keys = jax.random.split(key, cfg.num_layers)
+    keys = jax.random.split(key, config.model.num_layers)
     stacked = jax.vmap(lambda key: nnx.state(make(key, windows[0])))(keys)
     graphs = tuple(map(graph, windows))
     return nnx.merge(graphs[0], stacked), graphs
@@ -252,25 +252,31 @@ class ModelSpec:
     Parameters travel as a nested dict of arrays (a plain pytree, no Flax types).
     """
 
-    cfg: ModelConfig
+    config: Config  # whose `model`, `compute` and `lora` say what to build
     kernel: str
     rules: AxisRules = AxisRules()
 
     def __post_init__(self):
-        object.__setattr__(self, "cfg", self.cfg.with_sizes())
+        sized = dataclasses.replace(self.config, model=self.config.model.with_sizes())
+        object.__setattr__(self, "config", sized)
 
     def __hash__(self) -> int:
-        return hash((dataclasses.astuple(self.cfg), self.kernel, self.rules))
+        return hash((dataclasses.astuple(self.config), self.kernel, self.rules))
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        return self.config.model
 
     def init(self, key: PRNGKeyArray) -> dict:
         """Returns fresh parameters; under `jax.eval_shape`, their shapes and shardings."""
-        model = GPT(self.cfg, self.rules, self.kernel, rngs=nnx.Rngs(params=key))
+        model = GPT(self.config, self.rules, self.kernel, rngs=nnx.Rngs(params=key))
         return nnx.to_pure_dict(nnx.state(model))
 
     def bind(self, params: dict) -> GPT:
         """Returns the module that computes with `params`."""
         model = nnx.eval_shape(
-            lambda: GPT(self.cfg, self.rules, self.kernel, rngs=nnx.Rngs(params=0))
+            lambda: GPT(self.config, self.rules, self.kernel, rngs=nnx.Rngs(params=0))
         )
         graphdef, state = nnx.split(model)
         if isinstance(params["blocks"], tuple):  # see `split_layers`; they are given to `extend`

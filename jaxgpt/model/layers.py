@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model import lora
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
 from jaxgpt.ops.matmul import PLAIN
@@ -60,7 +60,7 @@ class Linear(nnx.Module):
     """`einsum(equation, x, kernel) + bias` over rows M = B * T, with every axis named.
 
     SIZES maps the kernel's letters to the config's lengths and AXES to logical axes;
-    activations keep embed (D) whole. `name` is what `model.lora_targets` calls it.
+    activations keep embed (D) whole. `name` is what `lora.targets` calls it.
     """
 
     SIZES = {
@@ -76,7 +76,7 @@ class Linear(nnx.Module):
         self,
         name: str,
         equation: str,
-        cfg: ModelConfig,
+        config: Config,
         rules: AxisRules,
         *,
         bias: bool,
@@ -85,8 +85,8 @@ class Linear(nnx.Module):
     ):
         inputs, out = equation.split("->")
         letters = inputs.split(",")[1]
-        dtype = jnp.dtype(cfg.param_dtype)
-        size = {letter: getattr(cfg, name) for letter, name in self.SIZES.items()}
+        dtype = jnp.dtype(config.compute.param_dtype)
+        size = {letter: getattr(config.model, name) for letter, name in self.SIZES.items()}
         shape, spec = [size[c] for c in letters], rules(*(self.AXES[c] for c in letters))
         self.equation, self.rules, self.matmul = equation, rules, PLAIN
         positions = "residual" if out == "MD" else "seq"
@@ -94,10 +94,10 @@ class Linear(nnx.Module):
         self.kernel = normal(rngs, shape, spec, dtype, std)
         bias_shape = [size[c] for c in out[1:]]
         self.bias = constant(0.0, bias_shape, P(*self.out[2:]), dtype) if bias else None
-        if lora.is_targeted(name, cfg):
-            self.lora_scale = cfg.lora_alpha / cfg.lora_rank
+        if lora.is_targeted(name, config.lora):
+            self.lora_scale = config.lora.alpha / config.lora.rank
             ins = len(letters) - len(out[1:])
-            adapter = lora.make_adapter(shape, ins, spec, cfg, rngs.params())
+            adapter = lora.make_adapter(shape, ins, spec, config.lora, dtype, rngs.params())
             for part, value in adapter.items():
                 setattr(self, part, value)
         else:
@@ -114,10 +114,10 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalisation with a learned scale and, where the model has biases, a bias."""
 
-    def __init__(self, cfg: ModelConfig, dim: int):
-        dtype, self.eps = jnp.dtype(cfg.param_dtype), cfg.norm_eps
+    def __init__(self, config: Config, dim: int):
+        dtype, self.eps = jnp.dtype(config.compute.param_dtype), config.model.norm_eps
         self.scale = constant(1.0, (dim,), P(None), dtype)
-        self.bias = constant(0.0, (dim,), P(None), dtype) if cfg.bias else None
+        self.bias = constant(0.0, (dim,), P(None), dtype) if config.model.bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         bias = None if self.bias is None else self.bias[...]
@@ -127,9 +127,9 @@ class LayerNorm(nnx.Module):
 class RmsNorm(nnx.Module):
     """Root-mean-square normalisation with a learned scale."""
 
-    def __init__(self, cfg: ModelConfig, dim: int):
-        self.eps = cfg.norm_eps
-        self.scale = constant(1.0, (dim,), P(None), jnp.dtype(cfg.param_dtype))
+    def __init__(self, config: Config, dim: int):
+        self.eps = config.model.norm_eps
+        self.scale = constant(1.0, (dim,), P(None), jnp.dtype(config.compute.param_dtype))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return rms_norm(x, self.scale[...], self.eps)
@@ -142,11 +142,12 @@ class Mlp(nnx.Module):
     """Feed-forward: `down(act(up(x)))`. Like every feed-forward kind, it also returns its auxiliary
     losses by name: none."""
 
-    def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
+        cfg = config.model
         self.act = keep_inputs_only(ACTIVATIONS[cfg.activation])
         shared = dict(bias=cfg.bias, rngs=rngs)
-        self.up = Linear("up", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
-        self.down = Linear("down", "MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
+        self.up = Linear("up", "MD,DF->MF", config, rules, std=hidden_std(cfg), **shared)
+        self.down = Linear("down", "MF,FD->MD", config, rules, std=residual_std(cfg), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict]:
         return self.down(self.act(self.up(x))), {}
@@ -155,13 +156,14 @@ class Mlp(nnx.Module):
 class GatedMlp(nnx.Module):
     """Gated feed-forward: `down(act(gate(x)) * up(x))` (arXiv:2002.05202, eq. 6)."""
 
-    def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
+        cfg = config.model
         act = ACTIVATIONS[GATED[cfg.activation]]
         self.act = keep_inputs_only(lambda gate, up: act(gate) * up)
         shared = dict(bias=cfg.bias, rngs=rngs)
-        self.gate = Linear("gate", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
-        self.up = Linear("up", "MD,DF->MF", cfg, rules, std=hidden_std(cfg), **shared)
-        self.down = Linear("down", "MF,FD->MD", cfg, rules, std=residual_std(cfg), **shared)
+        self.gate = Linear("gate", "MD,DF->MF", config, rules, std=hidden_std(cfg), **shared)
+        self.up = Linear("up", "MD,DF->MF", config, rules, std=hidden_std(cfg), **shared)
+        self.down = Linear("down", "MF,FD->MD", config, rules, std=residual_std(cfg), **shared)
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict]:
         return self.down(self.act(self.gate(x), self.up(x))), {}

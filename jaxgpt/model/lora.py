@@ -8,15 +8,15 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Float
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import LoraConfig
 from jaxgpt.parallel.rules import rowwise, weight
 
 NAMES = ("lora_in", "lora_out", "magnitude")  # the last word of an addition's path
 
 
-def is_targeted(name: str, cfg: ModelConfig) -> bool:
+def is_targeted(name: str, cfg: LoraConfig) -> bool:
     """Says whether the projection `name` gets an addition."""
-    return bool(cfg.lora_rank) and name in cfg.lora_targets.split(",")
+    return bool(cfg.rank) and name in cfg.targets.split(",")
 
 
 def is_addition(path: str) -> bool:
@@ -70,12 +70,12 @@ def magnitudes(kernel: np.ndarray, magnitude_shape: tuple) -> np.ndarray:
     return np.sqrt(np.sum(np.square(flat), axis=1)).reshape(magnitude_shape)
 
 
-def merged(params: dict, cfg: ModelConfig) -> dict:
+def merged(params: dict, cfg: LoraConfig) -> dict:
     """Returns the parameters with every addition in its matrix, on the host; as they are, without.
 
-    They fit the same config with `lora_rank` = 0.
+    They fit the same config with `lora.rank` = 0.
     """
-    if not cfg.lora_rank:
+    if not cfg.rank:
         return params
 
     def merge(node):
@@ -84,11 +84,11 @@ def merged(params: dict, cfg: ModelConfig) -> dict:
         if "lora_in" not in node:
             return {name: merge(child) for name, child in node.items()}
         kernel = np.asarray(node["kernel"])
-        layers, rank = kernel.shape[0], cfg.lora_rank
+        layers, rank = kernel.shape[0], cfg.rank
         first = np.asarray(node["lora_in"], np.float32).reshape(layers, -1, rank)
         second = np.asarray(node["lora_out"], np.float32).reshape(layers, rank, -1)
         whole = kernel.astype(np.float32).reshape(layers, first.shape[1], -1)
-        whole = whole + (cfg.lora_alpha / rank) * (first @ second)
+        whole = whole + (cfg.alpha / rank) * (first @ second)
         if "magnitude" in node:
             size = np.asarray(node["magnitude"], np.float32).reshape(layers, 1, -1)
             whole = whole * size / np.sqrt(np.sum(np.square(whole), axis=1, keepdims=True))
@@ -98,19 +98,16 @@ def merged(params: dict, cfg: ModelConfig) -> dict:
     return merge(params)
 
 
-def make_adapter(linear_shape, inputs: int, specs: P, cfg: ModelConfig, key) -> dict:
+def make_adapter(linear_shape, inputs: int, specs: P, cfg: LoraConfig, dtype, key) -> dict:
     """Returns an addition's parameters: A from N(0, 1/in), B zero, magnitudes one."""
-    dtype = jnp.dtype(cfg.param_dtype)
     shape, spec = list(linear_shape), list(specs)
     std = float(np.prod(shape[:inputs])) ** -0.5
     first = jax.nn.initializers.normal(std)(
-        key, (*shape[:inputs], cfg.lora_rank), dtype, out_sharding=P(*spec[:inputs], None)
+        key, (*shape[:inputs], cfg.rank), dtype, out_sharding=P(*spec[:inputs], None)
     )
-    second = jnp.zeros(
-        (cfg.lora_rank, *shape[inputs:]), dtype, out_sharding=P(None, *spec[inputs:])
-    )
+    second = jnp.zeros((cfg.rank, *shape[inputs:]), dtype, out_sharding=P(None, *spec[inputs:]))
     found = {"lora_in": nnx.Param(first), "lora_out": nnx.Param(second)}
-    if cfg.lora_dora:
+    if cfg.dora:
         whole = [None if axis == "fsdp" else axis for axis in spec[inputs:]]
         found["magnitude"] = nnx.Param(jnp.ones(shape[inputs:], dtype, out_sharding=P(*whole)))
     return found

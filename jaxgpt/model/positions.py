@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config
 from jaxgpt.model.layers import normal
 from jaxgpt.ops.rope import sinusoids
 from jaxgpt.parallel.rules import AxisRules, weight
@@ -13,10 +13,10 @@ from jaxgpt.parallel.rules import AxisRules, weight
 class LearnedPositions(nnx.Module):
     """A learned vector per position, as GPT-2 has it."""
 
-    def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
         self.out = rules("batch", "residual", None)
-        shape, spec = (cfg.max_seq_len, cfg.embed_dim), rules("seq", "embed")
-        self.kernel = normal(rngs, shape, spec, jnp.dtype(cfg.param_dtype))
+        shape, spec = (config.model.max_seq_len, config.model.embed_dim), rules("seq", "embed")
+        self.kernel = normal(rngs, shape, spec, jnp.dtype(config.compute.param_dtype))
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
         return x + weight(self.kernel, x.dtype).at[positions].get(out_sharding=self.out)
@@ -25,7 +25,7 @@ class LearnedPositions(nnx.Module):
 class SinusoidalPositions(nnx.Module):
     """Fixed sines and cosines (arXiv:1706.03762, section 3.5)."""
 
-    def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
         pass
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
@@ -35,7 +35,7 @@ class SinusoidalPositions(nnx.Module):
 class NothingAdded(nnx.Module):
     """For `none`, and for `rope`, which turns queries and keys instead."""
 
-    def __init__(self, cfg: ModelConfig, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
         pass
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):

@@ -1,4 +1,4 @@
-"""What a layer keeps for the backward pass, by `model.remat`; the rest is computed again."""
+"""What a layer keeps for the backward pass, by `compute.remat`; the rest is computed again."""
 
 import jax
 

@@ -105,7 +105,7 @@ NATIVE = {"gpu": "cudnn", "tpu": "splash"}  # each platform's flash kernel
 
 
 def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: float) -> str:
-    """Returns the kernel that `model.attention=name` means on `platform` (`cpu`, `gpu`, `tpu`).
+    """Returns the kernel that `compute.attention=name` means on `platform` (`cpu`, `gpu`, `tpu`).
 
     Raises:
       BadInput: if a kernel is asked for by name that cannot run; there is no quiet fallback.
@@ -119,14 +119,16 @@ def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: 
         if platform != home
         else "only 'xla' attention has dropout"
         if dropout
-        else f"model.dtype={dtype} is not a 16-bit float"
+        else f"compute.dtype={dtype} is not a 16-bit float"
         if wanted == "cudnn" and dtype == "float32"
         else f"heads of width {head_dim} are not a multiple of 8 up to 128"
         if wanted == "cudnn" and (head_dim % 8 or head_dim > 128)
         else ""
     )
     if why_not and name != "auto":
-        raise BadInput(f"model.attention={name} cannot run: {why_not}; set model.attention=auto")
+        raise BadInput(
+            f"compute.attention={name} cannot run: {why_not}; set compute.attention=auto"
+        )
     return "xla" if why_not else wanted
 
 

@@ -36,7 +36,7 @@ def splash_attention(
         express.
     """
     if mask.prefix is not None:
-        raise BadInput("splash attention knows no prefix: set model.attention=xla")
+        raise BadInput("splash attention knows no prefix: set compute.attention=xla")
     length, more = q.shape[1], -q.shape[1] % LANES
 
     def laid_out(a):

@@ -37,7 +37,7 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
         state = training.abstract_state()
         plan = {
             "devices": len(devices),
-            "parameters": count_parameters(state.params, training.spec.cfg),
+            "parameters": count_parameters(state.params, training.spec.model),
             "mesh": dict(zip(AXES, mesh.devices.shape, strict=True)),
             "attention": training.spec.kernel,
         }
@@ -53,7 +53,7 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
             memory = _memory(compiled, chip)
             measured = _measured(program, memory, arguments, training, chip)
     tokens = config.batch_size * config.model.max_seq_len
-    plan |= measured | {"flops_per_step": tokens * flops_per_token(training.spec.cfg)}
+    plan |= measured | {"flops_per_step": tokens * flops_per_token(training.spec.model)}
     return plan | {"tokens_per_step": tokens, "compile_seconds": time.perf_counter() - began}
 
 
@@ -69,7 +69,7 @@ def _compiled(training: Training) -> tuple[Any, Program]:
                 raise
             raise BadInput(
                 f"cuDNN's attention cannot be compiled ({e}): pip install -e '.[plan-gpu]', or plan"
-                " with --config.model.attention=xla"
+                " with --config.compute.attention=xla"
             ) from e
         return compiled, Program(compiled.as_text())
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -201,7 +201,7 @@ def _temporaries(program: Program) -> list[dict]:
 def _kernel_flops(program: Program, training: Training) -> int:
     """Splash and cuDNN say nothing of their cost: pairs of positions that see each other, the mean
     over the layers' windows, times the width of a head, for each product of matrices."""
-    cfg, mesh = training.spec.cfg, training.mesh.shape
+    cfg, mesh = training.spec.model, training.mesh.shape
     rows = training.config.batch_size // training.config.grad_accum
     rows //= mesh["data"] * mesh["fsdp"]
     seen = [

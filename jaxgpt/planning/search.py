@@ -43,17 +43,18 @@ def accumulations(config: Config) -> list[int]:
 def smaller(config: Config) -> Iterator[Change]:
     """Yields changes that need less memory, those that cost the least time first: recompute
     products of matrices last, split the parameters before that."""
-    policies = POLICIES[POLICIES.index(config.model.remat) + 1 : -1]  # offloading is left to people
+    # Offloading is left to people
+    policies = POLICIES[POLICIES.index(config.compute.remat) + 1 : -1]
     accums = accumulations(config)
     spread = {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": config.mesh.tensor}
     meshes = [{}] if config.mesh.data == 1 else [{}, spread]
     for mesh in meshes:
         if mesh:
             yield mesh
-        yield from (mesh | {"model.remat": p} for p in policies[:1])
+        yield from (mesh | {"compute.remat": p} for p in policies[:1])
         yield from (mesh | {"grad_accum": n} for n in accums[:1])
-        yield from (mesh | {"model.remat": p} for p in policies[1:])
-        last = {"model.remat": config.model.remat if not policies else "full"}
+        yield from (mesh | {"compute.remat": p} for p in policies[1:])
+        last = {"compute.remat": config.compute.remat if not policies else "full"}
         yield from (mesh | last | {"grad_accum": n} for n in accums)
 
 
@@ -80,7 +81,7 @@ def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]
         sizes = dict(zip(MESH, mesh, strict=True))
         start = dataclasses.replace(config, grad_accum=1)
         for policy in POLICIES[:-1]:
-            yield sizes | {"model.remat": policy}, [1, *accumulations(start)]
+            yield sizes | {"compute.remat": policy}, [1, *accumulations(start)]
 
 
 def search(

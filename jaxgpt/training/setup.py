@@ -40,17 +40,20 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
     """Returns the model of a config (its vocabulary resolved) for the devices of `mesh`.
 
     Raises:
-      BadInput: if `model.attention` names a kernel that cannot run there.
+      BadInput: if `compute.attention` names a kernel that cannot run there.
     """
-    model, platform = config.model.with_sizes(), mesh.devices.flat[0].platform
-    kernel = choose_kernel(model.attention, platform, model.dtype, model.head_dim, model.dropout)
-    if model.remat == "offload" and platform == "cpu":
+    model, compute = config.model.with_sizes(), config.compute
+    platform = mesh.devices.flat[0].platform
+    kernel = choose_kernel(
+        compute.attention, platform, compute.dtype, model.head_dim, model.dropout
+    )
+    if compute.remat == "offload" and platform == "cpu":
         raise BadInput(
-            "model.remat=offload: on a CPU there is no other memory to move to; set none"
+            "compute.remat=offload: on a CPU there is no other memory to move to; set none"
         )
     split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
     return ModelSpec(
-        model, kernel, AxisRules(split_residual=split, torus=torus_of(devices_along(mesh, "fsdp")))
+        config, kernel, AxisRules(split_residual=split, torus=torus_of(devices_along(mesh, "fsdp")))
     )
 
 
@@ -66,7 +69,7 @@ class Training:
     def init(self) -> Callable[[], TrainState]:
         """The function that makes the first state."""
         cfg = self.config
-        optimizer = make_optimizer(cfg.optim, cfg.num_steps, self.spec.cfg)
+        optimizer = make_optimizer(cfg.optim, cfg.num_steps, self.spec.model)
         return partial(init_state, self.spec, optimizer, cfg)
 
     def first_state(self) -> TrainState:

@@ -45,13 +45,13 @@ def init_state(
     """
     params = spec.init(jax.random.key(config.seed)) if params is None else params
     ema = jax.tree.map(widened, params) if config.optim.ema_decay else {}
-    trained, _ = split(params, trainable(params, config.optim.freeze, spec.cfg.lora_rank))
+    trained, _ = split(params, trainable(params, config.optim.freeze, spec.config.lora.rank))
     return TrainState(
         params,
         optimizer.init(trained),
         jnp.zeros((), jnp.int32),
         ema=ema,
-        loss_scale=loss_scale.initial(config.model.dtype),
+        loss_scale=loss_scale.initial(config.compute.dtype),
         bad=divergence.counters(),
     )
 

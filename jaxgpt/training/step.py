@@ -29,7 +29,7 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
     nats, without z-loss), `grad_norm` (before clipping), `learning_rate` (that of the update),
     `in_a_row` and `skipped` (bad steps, see `training.divergence`).
     """
-    optimizer = make_optimizer(config.optim, config.num_steps, spec.cfg)
+    optimizer = make_optimizer(config.optim, config.num_steps, spec.model)
     schedule = make_schedule(config.optim, config.num_steps)
     z_loss, seed, ema_decay = config.optim.z_loss, config.seed, config.optim.ema_decay
 
@@ -39,7 +39,7 @@ def make_train_step(spec: ModelSpec, config: Config) -> Callable:
         return scale * (loss + z_loss * jnp.sum(jnp.square(lse)) / num_targets), loss
 
     def train_step(state: TrainState, batch: Batch):
-        mask = trainable(state.params, config.optim.freeze, spec.cfg.lora_rank)
+        mask = trainable(state.params, config.optim.freeze, spec.config.lora.rank)
         trained, frozen = split(state.params, mask)
         num_targets = jnp.maximum(jnp.sum(batch["targets"] != IGNORE), 1).astype(jnp.float32)
         key = jax.random.fold_in(jax.random.key(seed), state.step)  # for dropout

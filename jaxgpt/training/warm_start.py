@@ -25,22 +25,7 @@ from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows
 # What may differ between the two models: it changes no function of the weights, or only its domain
-FREE = {
-    "vocab_size",
-    "max_seq_len",
-    "dropout",
-    "dtype",
-    "param_dtype",
-    "attention",
-    "remat",
-    "scan_layers",
-    "tie_embeddings",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "lora_dora",
-    "qkv_bias",
-}
+FREE = {"vocab_size", "max_seq_len", "dropout", "tie_embeddings", "qkv_bias"}
 ROPE = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_len")
 # Texts and ids by which two tokenizers are told apart
 PROBE = (
@@ -192,14 +177,14 @@ def _load(path: str) -> tuple[dict, ModelConfig]:
     if (epath.Path(path) / "checkpoints").exists():
         config = read_config(epath.Path(path))
         checkpoints = Checkpoints(path, read_only=True)
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         alone = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1))
         with jax.set_mesh(make_mesh(alone, jax.local_devices()[:1])):
             abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
             average = config.optim.ema_decay > 0
             params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
-            params = merged(params, config.model)
-            return {p: np.asarray(leaf) for p, leaf in flatten(params).items()}, spec.cfg
+            params = merged(params, config.lora)
+            return {p: np.asarray(leaf) for p, leaf in flatten(params).items()}, spec.model
     folder = open_folder(Path(path))
-    spec = ModelSpec(folder.model, "xla")
-    return flatten(read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))), spec.cfg
+    spec = ModelSpec(Config(model=folder.model), "xla")
+    return flatten(read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))), spec.model

@@ -26,16 +26,12 @@ def ours(batch: int, new: int):
     from jaxgpt.parallel.mesh import make_mesh
 
     cfg = presets.gpt2(
-        num_layers=12,
-        num_heads=12,
-        embed_dim=768,
-        dtype="float32",
-        vocab_size=50257,
-        max_seq_len=1024,
+        num_layers=12, num_heads=12, embed_dim=768, vocab_size=50257, max_seq_len=1024
     )
-    spec = ModelSpec(cfg, "xla")
-    jax.set_mesh(make_mesh(Config(model=cfg), jax.devices()[:1]))
-    decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)), spec.cfg.vocab_size)
+    config = Config(model=cfg)
+    spec = ModelSpec(config, "xla")
+    jax.set_mesh(make_mesh(config, jax.devices()[:1]))
+    decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)), spec.model.vocab_size)
     prompts = [np.arange(PROMPT, dtype=np.int32) + b for b in range(batch)]
     return lambda: generate(decoder, prompts, new, Sampling(0.8, 200))
 

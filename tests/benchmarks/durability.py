@@ -51,7 +51,7 @@ def get_config():
     return Config(
         num_steps={steps}, batch_size=2, log_every=1, eval_every=0, eval_batches=1,
         sample=SampleConfig(max_new_tokens=1), checkpoint_every={every}, keep_checkpoints=1,
-        model=presets.gpt2(num_layers=12, num_heads=12, embed_dim=768, dtype="float32",
+        model=presets.gpt2(num_layers=12, num_heads=12, embed_dim=768,
                            vocab_size=50257, max_seq_len=256),
         data=DataConfig(tokenizer="byte"),
     )

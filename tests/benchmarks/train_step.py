@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from jaxgpt.config import Config, MeshConfig, ModelConfig
+from jaxgpt.config import ComputeConfig, Config, MeshConfig, ModelConfig
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training.setup import make_training
 
@@ -28,8 +28,8 @@ TURNS, STEPS = 5, 4
 
 def jax_turn(shape: dict, batch: int):
     """Returns a function that takes STEPS steps and waits for them."""
-    model = ModelConfig(**shape, scan_layers=False)
-    config = Config(batch_size=batch, model=model, mesh=MeshConfig(1, 1, 1))
+    model, compute = ModelConfig(**shape), ComputeConfig(scan_layers="false")
+    config = Config(batch_size=batch, model=model, compute=compute, mesh=MeshConfig(1, 1, 1))
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
         training = make_training(config, mesh)

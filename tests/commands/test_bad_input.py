@@ -51,7 +51,10 @@ CASES = {
     "short": (["data.source=text:{}/short.txt"], "shorter than one window"),
     "vocabulary": (["data.tokenizer=sentencepiece:9000"], "Vocabulary size too high"),
     "vocab_size": (["model.vocab_size=9"], "smaller than the tokenizer's 257"),
-    "kernel": (["model.attention=cudnn", "model.dtype=bfloat16"], "the devices are cpu, not gpu"),
+    "kernel": (
+        ["compute.attention=cudnn", "compute.dtype=bfloat16"],
+        "the devices are cpu, not gpu",
+    ),
     "prompt": (["sample.prompt=a prompt beyond sixteen"], "sample.prompt has 23 tokens"),
 }
 

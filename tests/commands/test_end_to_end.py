@@ -265,7 +265,7 @@ def test_resume_rules(command, config_file, tmp_path):
         "--config.mesh.fsdp=2",
         "--config.mesh.tensor=2",
         "--config.grad_accum=1",
-        "--config.model.remat=full",
+        "--config.compute.remat=full",
     )
     assert code == 0 and "num_steps: 4 -> 6" in err, err
     assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]

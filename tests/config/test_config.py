@@ -115,8 +115,8 @@ def test_config_file_errors(parse_args, tmp_path):
         ("mesh.data", 0, "mesh.data=0 must be a positive number of devices"),
         ("mesh.fsdp", -1, "at most one of"),
         ("mesh.tensor", 5, "model.num_heads = 12 cannot be divided over mesh.tensor=5"),
-        ("model.dtype", "float64", "choose one of float32, bfloat16"),
-        ("model.attention", "flash", "choose one of auto, xla, cudnn"),
+        ("compute.dtype", "float64", "choose one of float32, bfloat16"),
+        ("compute.attention", "flash", "choose one of auto, xla, cudnn"),
         ("model.dropout", 1.0, "model.dropout=1.0"),
         ("optim.name", "adam", "choose one of adamw"),
         ("optim.learning_rate", 0.0, "optim.learning_rate=0.0"),
@@ -150,7 +150,7 @@ def test_resume_rules():
     old, new = Config(), Config()
     whole_mesh = [path for path in fields_of(new) if path.startswith("mesh.")]
     assert "mesh.sequence_activations" in whole_mesh
-    for path in ("num_steps", "log_every", "grad_accum", "model.remat", *whole_mesh):
+    for path in ("num_steps", "log_every", "grad_accum", "compute.remat", *whole_mesh):
         set_field(new, path, changed(get_field(new, path)))
     assert "num_steps: 1000 -> 1001" in check_resume(old, new, "w")
     new.model.num_layers = 13

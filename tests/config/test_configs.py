@@ -52,7 +52,9 @@ def test_it_has_the_published_number_of_parameters(name):
     config = resolve_vocab(load_file(str(ROOT / "configs" / f"{name}.py")), vocab)
     with jax.set_mesh(mesh := make_mesh(Config(), jax.devices()[:1])):
         spec = make_training(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1)), mesh).spec
-        assert count_parameters(jax.eval_shape(spec.init, jax.random.key(0)), spec.cfg) == published
+        assert (
+            count_parameters(jax.eval_shape(spec.init, jax.random.key(0)), spec.model) == published
+        )
 
 
 def test_each_docstring_says_what_it_is():

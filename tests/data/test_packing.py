@@ -77,7 +77,7 @@ def test_documents_in_a_window_do_not_see_each_other(position):
     tokens, starts = stream_of([7, 9, 5, 30])
     packed = Packed(tokens, 24, make_plan(starts, len(tokens), 24), 0)
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         params = spec.init(jax.random.key(0))
 
         @jax.jit

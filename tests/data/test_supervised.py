@@ -95,7 +95,7 @@ def test_the_loss_is_the_masked_loss_by_hand(tmp_path):
     with jax.set_mesh(mesh := mesh_of(config)):
         training = make_training(config, mesh)
         state, step = jax.jit(training.init)(), training.compile_step()
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         micro = {name: jnp.asarray(a[0]) for name, a in batch.items()}
         run = jax.jit(
             lambda p: spec.bind(p)(
@@ -260,7 +260,7 @@ def test_a_choice_is_scored_by_its_own_tokens_only():
     config = tiny_config(vocab_size=257, max_seq_len=12)
     pairs = [("ab", " yes"), ("ab", " no"), ("a long prompt", " no")]
     with jax.set_mesh(mesh := mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         params = jax.jit(spec.init)(jax.random.key(0))
         sharding = NamedSharding(mesh, spec.rules(None, "batch", "seq"))
         choices = AnswerScorer(make_eval_step(spec), sharding, ByteTokenizer(), 12, 2)

@@ -32,7 +32,7 @@ def model():
 
     config = tiny_config(vocab_size=257, max_seq_len=40)
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         params = jax.tree.map(lambda p: 5 * p, jax.jit(spec.init)(jax.random.key(0)))
         forward = jax.jit(lambda t: jax.nn.log_softmax(spec.for_decoding().bind(params)(t)))
         yield (

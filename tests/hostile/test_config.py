@@ -64,8 +64,8 @@ model.num_kv_heads=-1 model.embed_dim=0 model.embed_dim=1000000000 model.embed_d
 model.mlp_dim=1000000000 model.mlp_dim=-1 model.max_seq_len=0 model.max_seq_len=1000000000
 model.window=1000000000000000000000000000000 model.window=-1 model.full_attention_every=5
 model.dropout=1 model.dropout=-0.1 model.norm_eps=0 model.rope_theta=1 model.rope_factor=0.5
-model.rope_original_len=0 model.rope_scaling=llama3 model.logit_softcap=-1 model.lora_rank=-1
-model.lora_rank=1000000 model.lora_alpha=0 model.mup_base_width=-1 model.mup_base_width=10000000
+model.rope_original_len=0 model.rope_scaling=llama3 model.logit_softcap=-1 lora.rank=-1
+lora.rank=1000000 lora.alpha=0 model.mup_base_width=-1 model.mup_base_width=10000000
 optim.warmup_steps=-1 optim.warmup_steps=1000000000000 optim.learning_rate=0
 optim.learning_rate=-1 optim.b1=1 optim.b2=1.5 optim.eps=0 optim.eps=1 optim.weight_decay=-1
 optim.clip_norm=-1 optim.z_loss=-1 optim.ema_decay=1 optim.final_lr_ratio=-1
@@ -79,8 +79,8 @@ TOGETHER = [
     ["model.num_layers=10000", "model.embed_dim=1048576"],
     ["model.vocab_size=16777216", "model.embed_dim=1048576", "model.mlp_dim=4194304"],
     ["model.head_dim=65536", "model.num_heads=65536", "model.num_layers=1000"],
-    ["model.lora_rank=2", "model.lora_targets=everything"],
-    ["model.dropout=0.1", "model.attention=splash"],
+    ["lora.rank=2", "lora.targets=everything"],
+    ["model.dropout=0.1", "compute.attention=splash"],
     ["model.position=rope", "model.head_dim=3"],
     ["model.position=sinusoidal", "model.embed_dim=3", "model.num_heads=3"],
     ["optim.name=adafactor", "optim.moment_dtype=bfloat16"],

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxgpt import convert
+from jaxgpt.config import Config
 from jaxgpt.interchange import import_export
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
@@ -88,7 +89,7 @@ def imported(folder) -> None:
     read_tokenizer(folder)
     if repr(opened.model) not in ABSTRACT:
         with jax.set_mesh(mesh_of(tiny_config())):
-            init = ModelSpec(opened.model, "xla").init
+            init = ModelSpec(Config(model=opened.model), "xla").init
             ABSTRACT[repr(opened.model)] = jax.eval_shape(init, jax.random.key(0))
     read_params(opened, ABSTRACT[repr(opened.model)])
 

@@ -68,7 +68,7 @@ def model():
     """A tiny model whose vocabulary is larger than the tokenizer's."""
     config = tiny_config(vocab_size=300, max_seq_len=64)
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         yield spec, jax.jit(spec.init)(jax.random.key(0)), mesh_of(config)
 
 

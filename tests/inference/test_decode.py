@@ -27,9 +27,9 @@ GREEDY = Sampling(0.0)
 
 def model_of(config, scale=10):
     """Larger than GPT-2's init, so that attention decides the next token."""
-    spec = ModelSpec(config.model, "xla")
+    spec = ModelSpec(config, "xla")
     params = jax.tree.map(lambda p: scale * p, jax.jit(spec.init)(jax.random.key(3)))
-    return Decoder.of(spec, params, spec.cfg.vocab_size), jax.jit(
+    return Decoder.of(spec, params, spec.model.vocab_size), jax.jit(
         lambda t: spec.for_decoding().bind(params)(t)
     )
 
@@ -120,14 +120,14 @@ def test_a_prompts_padding_counts_as_nothing_said():
     """Prompts are padded with id 0: a repetition penalty must not hold that against id 0."""
     config, prompt = tiny_config(), np.array([5, 6, 7], np.int32)
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         params = jax.jit(spec.init)(jax.random.key(3))
         logits = jax.jit(lambda p, t: spec.for_decoding().bind(p)(t))(params, prompt[None])
         best = int(jnp.argmax(logits[0, -1]))
         assert logits[0, -1, best] > 0 and best != 0
         table = np.array(params["tokens"])
         table[0] = 3 * table[best]  # id 0 is now three times as strong
-        decoder = Decoder.of(spec, params | {"tokens": jnp.asarray(table)}, spec.cfg.vocab_size)
+        decoder = Decoder.of(spec, params | {"tokens": jnp.asarray(table)}, spec.model.vocab_size)
         (tokens,), _ = generate(decoder, [prompt], 2, Sampling(0.0, repetition_penalty=4.0))
     assert tokens[0] == 0, "not said before: no penalty"
     assert tokens[1] != 0, "said now"

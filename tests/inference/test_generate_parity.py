@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxgpt.config import Config
 from jaxgpt.inference.beam import beam_search
 from jaxgpt.inference.decode import Decoder, generate
 from jaxgpt.inference.samplers import Sampling
@@ -29,9 +30,9 @@ def both(tmp_path_factory):
     theirs.save_pretrained(folder)
     with jax.set_mesh(mesh_of(tiny_config())):
         opened = open_folder(folder)
-        spec = ModelSpec(opened.model, "xla")
+        spec = ModelSpec(Config(model=opened.model), "xla")
         params = read_params(opened, jax.eval_shape(spec.init, jax.random.key(0)))
-        yield theirs, Decoder.of(spec, params, spec.cfg.vocab_size)
+        yield theirs, Decoder.of(spec, params, spec.model.vocab_size)
 
 
 def prompts_of(batch: int) -> list[np.ndarray]:

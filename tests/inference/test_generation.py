@@ -66,8 +66,8 @@ def test_end_of_text_ends_and_is_not_shown():
 def test_requests_of_all_kinds_side_by_side_are_what_each_is_alone():
     config = tiny_config(vocab_size=257, max_seq_len=96)
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
-        decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)), spec.cfg.vocab_size)
+        spec = ModelSpec(config, "xla")
+        decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)), spec.model.vocab_size)
         requests = [
             GenerationRequest("abc", 30, Sampling(1.0, 0), seed=1),
             GenerationRequest("defghi", 7, Sampling(0.0)),

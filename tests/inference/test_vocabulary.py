@@ -21,7 +21,7 @@ def model():
     """An untrained model of 1024 ids, all about as likely, for a tokenizer of 257."""
     config = tiny_config(vocab_size=1024, max_seq_len=48)
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         yield spec, jax.jit(spec.init)(jax.random.key(0))
 
 

@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from jaxgpt import convert, evaluate, sample, train
+from jaxgpt.config import Config
 from jaxgpt.config.stored import read_config
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
@@ -30,7 +31,7 @@ BYTES = dict(vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=4)
 def our_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     with jax.set_mesh(mesh_of(tiny_config())):
         opened = open_folder(folder)
-        spec = ModelSpec(opened.model, "xla")
+        spec = ModelSpec(Config(model=opened.model), "xla")
         params = read_params(opened, jax.eval_shape(spec.init, jax.random.key(0)))
         run = jax.jit(lambda p, t: spec.bind(p)(t))
         return np.asarray(run(params, jnp.asarray(tokens)))[..., : opened.model.vocab_size]
@@ -67,7 +68,7 @@ def test_the_larger_shapes_have_their_names(size):
     theirs = {n.removeprefix("transformer."): tuple(p.shape) for n, p in model.named_parameters()}
     cfg = GPT2.model(hf.to_dict()).with_sizes()
     with jax.set_mesh(mesh_of(tiny_config())):
-        ours = flatten(jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0)))
+        ours = flatten(jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0)))
     found = {
         name: rule.shape([_shape(p, ours[p].shape, layer, cfg.vocab_size) for p in rule.ours])
         for name, (rule, layer) in _named(GPT2.rules_of(ours), layers)

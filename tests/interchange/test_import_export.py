@@ -1,6 +1,5 @@
 """Weights come in, go out and come in again without losing a bit; broken folders are refused."""
 
-import dataclasses
 import io
 import json
 import pickle
@@ -15,7 +14,7 @@ from etils import epath
 
 from jaxgpt import convert, evaluate, sample
 from jaxgpt.checkpointing.checkpoints import Checkpoints
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.interchange import import_export
 from jaxgpt.interchange.families import FAMILIES, family_of
@@ -44,7 +43,7 @@ def write_vocab(folder, names=("vocab.json", "merges.txt")):
 def random_params(cfg: ModelConfig) -> dict:
     """Every parameter random, norms and biases too; the padding of the vocabulary zero."""
     with jax.set_mesh(mesh_of(tiny_config())):
-        abstract = jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0))
+        abstract = jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0))
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -104,7 +103,7 @@ def test_round_trip_is_bit_identical(command, tmp_path, model):
         found = json.loads((tmp_path / "again" / file).read_text())
         assert (found["bos_token_id"], found["eos_token_id"]) == (256, 256)
     with jax.set_mesh(mesh_of(tiny_config())):
-        abstract = jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0))
+        abstract = jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0))
         restored = Checkpoints(tmp_path / "w", read_only=True).restore_params(0, abstract)
     jax.tree.map(np.testing.assert_array_equal, restored, params)
 
@@ -124,11 +123,11 @@ def test_an_imported_workdir_evaluates_and_samples(command, tmp_path):
 
 def test_bfloat16_stays_and_dtype_can_be_chosen(command, tmp_path):
     cfg, params = model_folder(tmp_path / "hf", **LLAMA)
-    narrow = dataclasses.replace(cfg, param_dtype="bfloat16")
     params = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), params)
     write_params(tmp_path / "hf/model.safetensors", family_of(cfg), params, cfg, ml_dtypes.bfloat16)
     command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w")
-    assert read_config(epath.Path(tmp_path / "w")).model == narrow
+    imported = read_config(epath.Path(tmp_path / "w"))
+    assert imported.model == cfg and imported.compute.param_dtype == "bfloat16"
     for dtype in ("bfloat16", "float16"):
         code, _, err = command(
             convert.main,
@@ -177,7 +176,7 @@ def test_openai_release(command, tmp_path):
     named = variables()
     model = read_config(epath.Path(tmp_path / "w")).model
     with jax.set_mesh(mesh_of(tiny_config())):
-        abstract = jax.eval_shape(ModelSpec(model, "xla").init, jax.random.key(0))
+        abstract = jax.eval_shape(ModelSpec(Config(model=model), "xla").init, jax.random.key(0))
     ours = flatten(read_params(open_folder(folder), abstract))
     np.testing.assert_array_equal(ours["tokens"][:257], named["model/wte"])
     np.testing.assert_array_equal(ours["positions/kernel"], named["model/wpe"])

@@ -1,7 +1,5 @@
 """What must hold of the model itself."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,7 @@ from tests.conftest import mesh_of, random_batch, tiny_config
 
 
 def build(config: Config):
-    spec = ModelSpec(config.model, "xla")
+    spec = ModelSpec(config, "xla")
     return spec, jax.jit(spec.init)(jax.random.key(0))
 
 
@@ -27,11 +25,11 @@ def tokens_of(config: Config) -> jnp.ndarray:
 
 
 def test_gpt2_has_its_published_size():
-    cfg = ModelConfig(vocab_size=50257)
+    config = Config(model=ModelConfig(vocab_size=50257))
     with jax.set_mesh(mesh_of(tiny_config())):
-        abstract = jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0))
+        abstract = jax.eval_shape(ModelSpec(config, "xla").init, jax.random.key(0))
     assert abstract["tokens"].shape == (50304, 768)
-    assert count_parameters(abstract, cfg) == 124_439_808
+    assert count_parameters(abstract, config.model) == 124_439_808
 
 
 def test_initialisation_is_gpt2s():
@@ -89,15 +87,15 @@ def test_packed_documents_do_not_see_one_another(position):
 @pytest.mark.parametrize(
     "variant",
     [
-        {"scan_layers": False},
+        {"scan_layers": "false"},
         {"remat": "dots"},
         {"remat": "full"},
-        {"remat": "full", "scan_layers": False},
+        {"remat": "full", "scan_layers": "false"},
     ],
 )
 def test_scan_and_remat_change_neither_checkpoint_nor_numbers(variant):
-    def loss_and_grads(**fields):
-        config = tiny_config(dropout=0.1, **fields)
+    def loss_and_grads(**compute):
+        config = tiny_config(compute=compute, dropout=0.1)
         with jax.set_mesh(mesh_of(config)):
             spec, params = build(config)
             tokens = tokens_of(config)
@@ -151,7 +149,9 @@ def test_cached_extension_equals_the_whole(variant):
             model, layers = spec.bind(params), split_layers(params)["blocks"]
             read = model.prefill(layers, tokens[:, :7], positions[:, :7])[1]
             return write_recent(
-                empty_cache(spec.cfg, 3, 24, spec.rules), Cache(read, positions[:, :7]), spec.rules
+                empty_cache(spec.config, 3, 24, spec.rules),
+                Cache(read, positions[:, :7]),
+                spec.rules,
             )
 
         @jax.jit
@@ -163,7 +163,7 @@ def test_cached_extension_equals_the_whole(variant):
         cache, found, slots = (
             start(params),
             [],
-            jax.jit(lambda: empty_cache(spec.cfg, 3, 5, spec.rules)),
+            jax.jit(lambda: empty_cache(spec.config, 3, 5, spec.rules)),
         )
         join = jax.jit(lambda cache, recent: write_recent(cache, recent, spec.rules))
         for first in (7, 12, 17, 22):
@@ -192,7 +192,7 @@ def test_dropout_drops_the_stated_share_and_only_in_training():
 def test_dtypes():
     """bf16 compute: float32 parameters and logits, close to float32 numbers, not equal to them."""
     config = tiny_config()
-    low = dataclasses.replace(config.model, dtype="bfloat16")
+    low = tiny_config(compute={"dtype": "bfloat16"})
     with jax.set_mesh(mesh_of(config)):
         spec, params = build(config)
         tokens = tokens_of(config)
@@ -228,10 +228,12 @@ GPT2_CHANGES = {
     "logit_softcap": 30.0,
     "mup_base_width": 16,
     "dropout": 0.1,
+}
+COMPUTE_CHANGES = {
     "dtype": "bfloat16",
     "param_dtype": "bfloat16",
     "remat": "full",
-    "scan_layers": False,
+    "scan_layers": "false",
 }
 MODERN_CHANGES = {
     "qkv_bias": True,
@@ -240,11 +242,8 @@ MODERN_CHANGES = {
     "rope_original_len": 99,
     "rope_scaling": "linear",
     "full_attention_every": 1,
-    "lora_rank": 3,
-    "lora_alpha": 8.0,
-    "lora_targets": "out",
-    "lora_dora": True,
 }
+LORA_CHANGES = {"rank": 3, "alpha": 8.0, "targets": "out", "dora": True}
 
 
 def gpt2() -> Config:
@@ -262,7 +261,7 @@ def modern() -> Config:
         rope_original_len=16,
         window=4,
     )
-    config.model.lora_rank = 2
+    config.lora.rank = 2
     config.optim.schedule, config.optim.lr_multipliers = "wsd", "lora_in=0.5"
     return config
 
@@ -291,7 +290,7 @@ OPTIM_CHANGES = {
 @pytest.mark.parametrize("base", [gpt2, modern])
 def test_no_field_is_read_by_nobody(base):
     """Perturbing any model or optimizer field changes the train step's program."""
-    before, untouched = traced(base()), {"model.attention"}  # picks a kernel: test_kernel_choice
+    before, untouched = traced(base()), {"compute.attention"}  # picks a kernel: test_kernel_choice
     assert traced(base()) == before
     for path in fields_of(base()):
         room, _, name = path.rpartition(".")
@@ -300,6 +299,12 @@ def test_no_field_is_read_by_nobody(base):
         if room == "model":
             changes = MODERN_CHANGES if base is modern else GPT2_CHANGES
             if name not in changes:
+                untouched.add(path)
+                continue
+            value = changes[name]
+        elif room in ("compute", "lora"):
+            changes = COMPUTE_CHANGES if room == "compute" else LORA_CHANGES
+            if (base is modern) != (room == "lora") or name not in changes:
                 untouched.add(path)
                 continue
             value = changes[name]
@@ -315,5 +320,7 @@ def test_no_field_is_read_by_nobody(base):
         set_field(config, path, value)
         assert traced(config) != before, f"{path} changes nothing"
     other = GPT2_CHANGES if base is modern else MODERN_CHANGES
-    named = {f"model.{n}" for n in other} | {"model.attention", "optim.decay_fraction"}
+    group, rest = ("compute", COMPUTE_CHANGES) if base is modern else ("lora", LORA_CHANGES)
+    named = {f"model.{n}" for n in other} | {f"{group}.{n}" for n in rest}
+    named |= {"compute.attention", "optim.decay_fraction"}
     assert untouched <= named, f"no test perturbs {untouched - named}"

@@ -68,7 +68,7 @@ def ours(case, prefix: str) -> dict:
 def test_logits_loss_and_gradients(case):
     config, _, found = case
     tokens = found["batches"][0]
-    spec = ModelSpec(config.model, "xla")
+    spec = ModelSpec(config, "xla")
 
     def loss_of(params):
         model, inputs = spec.bind(params), jnp.asarray(tokens[:, :-1])
@@ -97,7 +97,7 @@ def assert_gradients_agree(grads: dict, expected: dict):
 
 def test_optimizer_trajectory(case):
     config, _, found = case
-    spec = ModelSpec(config.model, "xla")
+    spec = ModelSpec(config, "xla")
     optimizer = make_optimizer(config.optim, config.num_steps, config.model)
     with jax.set_mesh(mesh_of(config)):
         params = jax.tree.map(jnp.asarray, ours(case, "weight/"))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model import ModelSpec
 from jaxgpt.training.step import token_losses
 from tests.conftest import mesh_of, tiny_config
@@ -48,7 +48,7 @@ def test_logits_loss_and_gradients(name, source):
     else:
         found = torch_side.reference(name, 1)
     cfg, tokens = model_config(name), jnp.asarray(found["tokens"])
-    spec = ModelSpec(cfg, "xla")
+    spec = ModelSpec(Config(model=cfg), "xla")
 
     def loss_of(params):
         model, micro = spec.bind(params), {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}

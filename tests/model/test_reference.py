@@ -120,13 +120,13 @@ def test_logits_against_float64(variant):
     config = tiny_config(**VARIANTS[variant])
     tokens = random_batch(config)["inputs"][0]
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         rng, abstract = np.random.default_rng(0), jax.eval_shape(spec.init, jax.random.key(0))
         params = jax.tree.map(lambda leaf: rng.normal(0.2, 0.3, leaf.shape), abstract)
         floats = jax.tree.map(jnp.float32, params)
         found = jax.jit(lambda p: spec.bind(p)(jnp.asarray(tokens)))(floats)[
             ..., : config.model.vocab_size
         ]
-    want = forward64(params, spec.cfg, tokens)
+    want = forward64(params, spec.model, tokens)
     assert np.abs(want).max() > 2, "logits must reach into the softcap"
     np.testing.assert_allclose(found, want, atol=2e-4 * np.abs(want).max())

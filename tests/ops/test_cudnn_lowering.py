@@ -28,7 +28,7 @@ def test_the_train_step_lowers_for_cuda(shape, pack, monkeypatch):
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda *a, **k: False)
     config = tiny_config(
         shape,
-        dtype="bfloat16",
+        compute={"dtype": "bfloat16"},
         num_kv_heads=2,
         embed_dim=256,
         max_seq_len=128,
@@ -37,7 +37,7 @@ def test_the_train_step_lowers_for_cuda(shape, pack, monkeypatch):
     )
     config.data.pack = pack
     with jax.set_mesh(mesh := mesh_of(config)):
-        training = Training(config, mesh, ModelSpec(config.model, "cudnn"))
+        training = Training(config, mesh, ModelSpec(config, "cudnn"))
         step = make_train_step(training.spec, config)
         traced = step.trace(training.abstract_state(), training.abstract_batch())
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -75,7 +75,7 @@ def test_schedules():
 
 def test_every_parameter_is_covered_by_the_decay_mask():
     with jax.set_mesh(mesh_of(tiny_config())):
-        abstract = jax.eval_shape(ModelSpec(tiny_config().model, "xla").init, jax.random.key(0))
+        abstract = jax.eval_shape(ModelSpec(tiny_config(), "xla").init, jax.random.key(0))
     with pytest.raises(ValueError, match="no rule says whether parameter blocks/gain decays"):
         decay_mask({"blocks": {"gain": 1.0}})
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(abstract))
@@ -351,7 +351,7 @@ def test_first_moments_in_half_the_bytes(name):
     def ten(dtype: str):
         cfg = OptimConfig(name=name, learning_rate=1e-2, warmup_steps=0, moment_dtype=dtype)
         with jax.set_mesh(mesh_of(config)):
-            params = jax.jit(ModelSpec(config.model, "xla").init)(jax.random.key(0))
+            params = jax.jit(ModelSpec(config, "xla").init)(jax.random.key(0))
             optimizer = make_optimizer(cfg, 10, config.model.with_sizes())
             state, update = optimizer.init(params), jax.jit(optimizer.update)
             for k in range(10):

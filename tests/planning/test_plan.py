@@ -89,7 +89,7 @@ def fake(fits):
     def plan_of(config: Config) -> dict:
         seconds = (
             config.grad_accum
-            + {"none": 0, "dots": 0.5, "full": 1, "offload": 1}[config.model.remat]
+            + {"none": 0, "dots": 0.5, "full": 1, "offload": 1}[config.compute.remat]
         )
         return {
             "fits": fits(config),
@@ -103,17 +103,17 @@ def fake(fits):
 
 def test_the_cheapest_change_that_fits():
     config = changed(Config(), {"batch_size": 16, "mesh.data": 2})
-    assert cheapest_that_fits(config, fake(lambda c: c.model.remat != "none"))[0] == {
-        "model.remat": "dots"
+    assert cheapest_that_fits(config, fake(lambda c: c.compute.remat != "none"))[0] == {
+        "compute.remat": "dots"
     }
     assert cheapest_that_fits(config, fake(lambda c: c.grad_accum > 1))[0] == {"grad_accum": 2}
     both = cheapest_that_fits(config, fake(lambda c: c.grad_accum > 2))
-    assert both[0] == {"model.remat": "full", "grad_accum": 4}
+    assert both[0] == {"compute.remat": "full", "grad_accum": 4}
     assert cheapest_that_fits(config, fake(lambda c: False)) is None
-    assert config.grad_accum == 1 and config.model.remat == "none", "the config stays as it is"
-    offloaded = changed(config, {"model.remat": "offload"})
+    assert config.grad_accum == 1 and config.compute.remat == "none", "the config stays as it is"
+    offloaded = changed(config, {"compute.remat": "offload"})
     found = cheapest_that_fits(offloaded, fake(lambda c: c.grad_accum > 2))
-    assert found[0] == {"model.remat": "offload", "grad_accum": 4}
+    assert found[0] == {"compute.remat": "offload", "grad_accum": 4}
     spread = [change for change in smaller(config) if change.get("mesh.fsdp")]
     assert spread[0] == {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
 
@@ -152,14 +152,16 @@ def test_the_network_s_time():
 
 def test_the_search_ranks_what_fits():
     config, told = changed(Config(), {"batch_size": 16}), []
-    plan_of = fake(lambda c: c.batch_size <= 64 and (c.grad_accum >= 2 or c.model.remat == "full"))
+    plan_of = fake(
+        lambda c: c.batch_size <= 64 and (c.grad_accum >= 2 or c.compute.remat == "full")
+    )
     found = search(config, 8, plan_of, told.append)
     batch = [row["change"].get("batch_size", 16) for row in found]
     each = [row["seconds"] / size for row, size in zip(found, batch, strict=True)]
     assert each == sorted(each) and batch[:2] == [64, 32] and batch[2:] == [16] * (len(found) - 2)
     assert {row["change"]["mesh.tensor"] for row in found} >= {1, 2}
     best = found[2]["change"]
-    assert found[2]["seconds"] == 2 and (best["grad_accum"], best["model.remat"]) in (
+    assert found[2]["seconds"] == 2 and (best["grad_accum"], best["compute.remat"]) in (
         (1, "full"),
         (2, "none"),
     )
@@ -206,7 +208,7 @@ def test_gpt2_on_eight_v5e_chips():
         "--config.batch_size=64",
         "--config.grad_accum=1",
         "--config.model.vocab_size=50257",
-        "--config.model.remat=dots",
+        "--config.compute.remat=dots",
         "--price=1.2",
     )
     assert set(found) >= KEYS and found["fits"] and found["parameters"] == 124_439_808
@@ -272,7 +274,7 @@ def test_tensor_parallelism_sums_twice_a_block(split):
         "--config.batch_size=8",
         "--config.grad_accum=1",
         "--config.model.max_seq_len=1024",
-        "--config.model.remat=none",
+        "--config.compute.remat=none",
         f"--config.model.num_layers={layers}",
         "--config.mesh.fsdp=1",
         "--config.mesh.tensor=8",
@@ -331,7 +333,7 @@ def test_fsdp_on_described_gpus():
         "--config.model.num_layers=4",
         "--config.mesh.data=1",
         "--config.mesh.fsdp=8",
-        "--config.model.remat=none",
+        "--config.compute.remat=none",
     )
     rows, whole = rows_of(found), 2 * found["parameters"]
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}

@@ -152,8 +152,8 @@ def test_weights_to_start_from_are_split_over_processes(place, command):
         "--config.mesh.data=1",
         "--config.mesh.fsdp=-1",
         "--config.model.vocab_size=300",
-        "--config.model.lora_rank=2",
-        "--config.model.lora_dora=true",
+        "--config.lora.rank=2",
+        "--config.lora.dora=true",
         "--config.optim.freeze=tokens",
     ]
     codes, _, errors = finish(start("train", 2, 2, *flags(place, "warm-two"), *args))

@@ -31,7 +31,7 @@ def stopped(monkeypatch):
     """A batcher of two slots and four places whose thread does nothing: what is queued stays."""
     monkeypatch.setattr(Batcher, "_run", lambda self: None)
     config = tiny_config(vocab_size=257, max_seq_len=16)
-    return Batcher(Decoder(ModelSpec(config.model, "xla"), {}, 257), mesh_of(config), BYTES, 2, 4)
+    return Batcher(Decoder(ModelSpec(config, "xla"), {}, 257), mesh_of(config), BYTES, 2, 4)
 
 
 def test_cancelled_jobs_leave_the_queue(stopped):
@@ -66,7 +66,7 @@ def test_the_group_with_the_fewest_slots_is_next_and_none_has_all(stopped):
 def test_a_fault_ends_all_jobs_and_is_kept():
     """Whoever waits is told, and the server can see that the thread has gone."""
     config = tiny_config(vocab_size=257, max_seq_len=16)
-    decoder = Decoder(ModelSpec(config.model, "xla"), {}, 257)  # without parameters: it must fail
+    decoder = Decoder(ModelSpec(config, "xla"), {}, 257)  # without parameters: it must fail
     ended, done = [], threading.Event()
 
     def on_text(piece, text):
@@ -94,7 +94,7 @@ def test_numbers_that_are_none_end_a_text():
 def test_one_slot_serves_one_group_after_the_other():
     config = tiny_config(vocab_size=257, max_seq_len=16)
     with jax.set_mesh(mesh_of(config)):
-        spec = ModelSpec(config.model, "xla")
+        spec = ModelSpec(config, "xla")
         decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)), 257)
     batcher = Batcher(decoder, mesh_of(config), BYTES, 1, 16)
     finished, done = [], threading.Semaphore(0)

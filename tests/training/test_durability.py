@@ -162,7 +162,7 @@ def test_another_model_is_named_by_its_first_array(tmp_path):
         bare = make_training(tiny_config(bias=False), mesh)
         with pytest.raises(BadInput, match="has an array .*bias, which this run has not"):
             checkpoints.restore(1, bare.abstract_state())
-        narrow = make_training(tiny_config(param_dtype="bfloat16"), mesh)
+        narrow = make_training(tiny_config(compute={"param_dtype": "bfloat16"}), mesh)
         state, _ = checkpoints.restore(1, narrow.abstract_state())
         assert state.params["tokens"].dtype == jax.numpy.bfloat16, "another dtype is fine"
         checkpoints.close()

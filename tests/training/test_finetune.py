@@ -11,6 +11,7 @@ from etils import epath
 
 from jaxgpt import checkpoint, convert, evaluate, sample, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.config import Config, LoraConfig, ModelConfig
 from jaxgpt.config.stored import to_json
 from jaxgpt.interchange.tokenizers import write_tokenizer
 from jaxgpt.interchange.weights import flatten
@@ -29,7 +30,7 @@ from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
 from tests.evaluation.test_watch import no_more_waiting
 from tests.interchange.test_import_export import model_folder, write_vocab
 
-LORA = dict(lora_rank=4, lora_targets="query,value,out,up,down", lora_alpha=8.0)
+LORA = dict(rank=4, targets="query,value,out,up,down", alpha=8.0)
 
 
 def run_steps(config, count=3):
@@ -84,7 +85,7 @@ def test_freezing_nothing_or_all_is_refused():
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_lora_trains_its_additions_only_and_merges(shape, dora):
-    config = tiny_config(shape, lora_dora=dora, **LORA)
+    config = tiny_config(shape, lora=LORA | {"dora": dora})
     before, after, losses = run_steps(config, 4)
     assert moved(before, after) == {
         path
@@ -94,38 +95,34 @@ def test_lora_trains_its_additions_only_and_merges(shape, dora):
     adam = jax.tree.leaves(before.opt_state)
     added = [l for p, l in flatten(before.params).items() if "lora" in p or "magnitude" in p]
     assert sum(leaf.size for leaf in adam) <= 2 * sum(leaf.size for leaf in added) + 4
-    plain = dataclasses.replace(config.model, lora_rank=0)
+    plain = tiny_config(shape)
     tokens = random_batch(config)["inputs"][0]
     with jax.set_mesh(mesh_of(tiny_config())):
 
-        def logits(cfg, params):
-            spec = ModelSpec(cfg, "xla")
+        def logits(config, params):
+            spec = ModelSpec(config, "xla")
             return np.asarray(jax.jit(lambda p, t: spec.bind(p)(t))(params, tokens))[..., :203]
 
-        one = logits(config.model, after.params)
-        np.testing.assert_allclose(
-            logits(plain, merged(after.params, config.model)), one, atol=1e-5
-        )
-        base = logits(plain, merged(before.params, config.model))
+        one = logits(config, after.params)
+        np.testing.assert_allclose(logits(plain, merged(after.params, config.lora)), one, atol=1e-5)
+        base = logits(plain, merged(before.params, config.lora))
         assert np.abs(one - base).max() > 1e-3
         if not dora:  # B starts at zero: nothing is added yet
-            np.testing.assert_allclose(logits(config.model, before.params), base, atol=1e-6)
+            np.testing.assert_allclose(logits(config, before.params), base, atol=1e-6)
 
 
 def test_lora_is_the_same_on_a_mesh():
     losses = [
-        run_steps(tiny_config(shape, lora_dora=True, **LORA), 6)[2]
+        run_steps(tiny_config(shape, lora=LORA | {"dora": True}), 6)[2]
         for shape in ((1, 1, 1), (2, 2, 2))
     ]
     np.testing.assert_allclose(*losses, atol=1e-4)
 
 
 def test_lora_of_gpt2_is_under_one_percent():
-    from jaxgpt.config import ModelConfig
-
-    cfg = ModelConfig(vocab_size=50257, lora_rank=8)
+    config = Config(model=ModelConfig(vocab_size=50257), lora=LoraConfig(rank=8))
     with jax.set_mesh(mesh_of(tiny_config())):
-        params = jax.eval_shape(ModelSpec(cfg, "xla").init, jax.random.key(0))
+        params = jax.eval_shape(ModelSpec(config, "xla").init, jax.random.key(0))
     trained = sum(l.size for p, l in flatten(params).items() if "lora" in p)
     assert trained == 12 * 2 * 2 * 768 * 8
     assert trained / sum(leaf.size for leaf in jax.tree.leaves(params)) < 0.01
@@ -273,8 +270,8 @@ def test_a_larger_vocabulary_a_shorter_context_a_new_head_and_lora(command, tmp_
         "--config.data.special_tokens=<a>,<b>",
         "--config.model.max_seq_len=16",
         "--config.model.tie_embeddings=false",
-        "--config.model.lora_rank=2",
-        "--config.model.lora_dora=true",
+        "--config.lora.rank=2",
+        "--config.lora.dora=true",
         "--config.init_fresh=head",
     )
     assert code == 0 and "of them trained" in err, err
@@ -284,7 +281,7 @@ def test_a_larger_vocabulary_a_shorter_context_a_new_head_and_lora(command, tmp_
 
     config = read_config(epath.Path(tmp_path / "w"))
     with jax.set_mesh(mesh_of(tiny_config())):
-        abstract = jax.eval_shape(ModelSpec(config.model, "xla").init, jax.random.key(0))
+        abstract = jax.eval_shape(ModelSpec(config, "xla").init, jax.random.key(0))
         found = Checkpoints(tmp_path / "w", read_only=True).restore_params(4, abstract)
     tokens, kernel = np.asarray(found["tokens"]), found["blocks"]["attention"]["query"]["kernel"]
     np.testing.assert_array_equal(tokens[:257], params["tokens"][:257])
@@ -295,7 +292,7 @@ def test_a_larger_vocabulary_a_shorter_context_a_new_head_and_lora(command, tmp_
         convert.main, "export", f"--workdir={tmp_path}/w", f"--to={tmp_path}/out"
     )
     assert code == 0, err
-    assert "lora_rank" not in (tmp_path / "out/config.json").read_text()
+    assert "lora" not in (tmp_path / "out/config.json").read_text()
 
 
 def test_patience():

@@ -58,7 +58,7 @@ def test_ema_is_the_average_of_the_weights():
 
 def test_ema_of_bfloat16_weights_moves_in_float32(tmp_path):
     """A decay of 0.999 is 1 in bfloat16; a checkpoint that kept the average in it still loads."""
-    config = tiny_config(param_dtype="bfloat16")
+    config = tiny_config(compute={"param_dtype": "bfloat16"})
     config.optim.ema_decay = 0.999
     _, states = train(config, steps=3)
     want = jax.tree.map(lambda p: np.asarray(p, np.float64), states[0].params)
@@ -108,20 +108,20 @@ def change(before, after) -> np.ndarray:
 def test_one_update_against_plain_autodiff(dtype):
     """Uneven microbatches, z-loss, clipping, decay: the update and what is logged of it equal those
     from whole float32 logits of the batch in one piece."""
-    config = dataclasses.replace(tiny_config(dtype=dtype), grad_accum=2)
+    config = dataclasses.replace(tiny_config(compute={"dtype": dtype}), grad_accum=2)
     fields = plain_sgd(weight_decay=0.1, clip_norm=0.5, z_loss=0.05, schedule="constant")
     config.optim = OptimConfig(learning_rate=0.5, **fields)
     batch = {name: a.copy() for name, a in random_batch(config).items()}
     batch["targets"][0, :2] = batch["targets"][1, 1, 3:] = IGNORE
     found, (before, after) = train_on(config, 1, batches=[batch])
-    plain = dataclasses.replace(config.model, dtype="float32")
+    plain = tiny_config()
     with jax.set_mesh(mesh_of(config)):
         spec = ModelSpec(plain, "xla")
         inputs, targets = (jnp.asarray(a.reshape(8, -1)) for a in batch.values())
 
         def total(params):
             logits = jax.sharding.reshard(spec.bind(params)(inputs), jax.P(None, None, None))
-            logits = logits[..., : plain.vocab_size]
+            logits = logits[..., : plain.model.vocab_size]
             lse = jax.nn.logsumexp(logits, axis=-1)
             right = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
             counted = targets != IGNORE
@@ -183,7 +183,7 @@ def test_the_logged_learning_rate_is_the_applied_one_and_reaches_its_end(monkeyp
 
 
 def test_float16_trains_like_float32():
-    losses, states = train(tiny_config(dtype="float16"), same_batch=True)
+    losses, states = train(tiny_config(compute={"dtype": "float16"}), same_batch=True)
     exact, _ = train(tiny_config(), same_batch=True)
     np.testing.assert_allclose(losses, exact, atol=0.02)
     assert states[-1].loss_scale["scale"] == loss_scale.FIRST
@@ -193,7 +193,7 @@ def test_float16_trains_like_float32():
 
 def test_float16_skips_an_overflow_and_halves_the_scale(monkeypatch):
     monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
-    _, states = train(tiny_config(dtype="float16"), steps=1)
+    _, states = train(tiny_config(compute={"dtype": "float16"}), steps=1)
     before, after = states
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     jax.tree.map(np.testing.assert_array_equal, before.opt_state, after.opt_state)

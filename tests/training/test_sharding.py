@@ -184,7 +184,7 @@ def test_parameters_and_optimizer_state_are_split():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_fsdp_gathers_each_weight_once_a_pass(remat):
     """Forward and backward: no policy keeps gathered weights, which are as large as the model."""
-    config = tiny_config(remat=remat)
+    config = tiny_config(compute={"remat": remat})
     config.mesh = MeshConfig(data=1, fsdp=8)
     with jax.set_mesh(mesh := make_mesh(config)):
         training = make_training(config, mesh)
@@ -262,8 +262,7 @@ def test_the_train_step_compiles_for_a_tpu_slice(topology):
     devices = topology("v5e:2x4", platform="tpu").devices
     config = tiny_config(
         (2, 2, 2),
-        dtype="bfloat16",
-        remat="dots",
+        compute={"dtype": "bfloat16", "remat": "dots"},
         max_seq_len=128,
         embed_dim=256,
         position="rope",
