@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from jaxgpt.config.migrate import renamed_in
 from jaxgpt.config.schema import Config, fields_of
 from jaxgpt.config.validate import any_of, check_known, checked, named
 from jaxgpt.system.encoding import check_setting
@@ -118,7 +119,8 @@ def load_file(path: str) -> Config:
     except (Exception, SystemExit) as e:  # the user's program: whatever it raises is bad input
         if isinstance(e, SystemExit) and e.code == 128 + signal.SIGTERM:
             raise  # somebody stopped us
-        raise BadInput(f"config file {path}: get_config() failed: {described(e)}") from e
+        why = described(e) + renamed_in(described(e))
+        raise BadInput(f"config file {path}: get_config() failed: {why}") from e
     if not isinstance(config, Config):
         raise BadInput(
             f"config file {path}: get_config() must return a jaxgpt.config.Config,"

@@ -5,6 +5,7 @@ import json
 
 from etils import epath
 
+from jaxgpt.config.migrate import FORMAT, NewerFormat, format_of, migrated
 from jaxgpt.config.schema import Config, MeshConfig, fields_of, get_field, set_field
 from jaxgpt.config.validate import check_fields, check_model, check_types
 from jaxgpt.system.errors import BadInput
@@ -35,7 +36,12 @@ REMEDY = "restore it from a copy, or choose another --workdir"
 
 def to_json(config: Config) -> str:
     """Returns the whole config as JSON text; `from_json` reads it back unchanged."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(as_stored(config), indent=2) + "\n"
+
+
+def as_stored(config: Config) -> dict:
+    """Returns the whole config as JSON's values, with the number of their format."""
+    return {"format": FORMAT} | dataclasses.asdict(config)
 
 
 def from_json(text: str, where: str = "config.json") -> Config:
@@ -54,7 +60,8 @@ def read_config(workdir: epath.Path) -> Config:
     """Returns the config a workdir was trained with.
 
     Raises:
-      BadInput: if `workdir` holds no run, or a config.json that is damaged or describes none.
+      BadInput: if `workdir` holds no run, or a config.json that is damaged, describes none, or is
+        of a newer version.
     """
     check_store(workdir)
     file = workdir / "config.json"
@@ -65,20 +72,22 @@ def read_config(workdir: epath.Path) -> Config:
         config = _from_nested(nested)
         check_fields(config)
         check_model(config)
+    except NewerFormat as e:
+        raise BadInput(f"{file}: {e}") from e
     except BadInput as e:
         raise Damaged(file, str(e), REMEDY) from e
     return config
 
 
 def _from_nested(nested: dict) -> Config:
-    """Returns the config of `dataclasses.asdict`'s nested fields.
+    """Returns the config of what `as_stored` gives, or gave in an earlier version.
 
     Raises:
-      BadInput: if a field is unknown or ill-typed.
+      BadInput: if a field is unknown or ill-typed, or the format is none.
     """
-    config = Config()
+    config, (number, fields) = Config(), format_of(nested)
     known = fields_of(config)
-    for path, value in _flatten(nested, known):
+    for path, value in migrated(_flatten(fields, known), number):
         if path not in known:
             raise BadInput(f"unknown field {path}; was it written by another version?")
         is_whole = known[path] is float and type(value) is int and abs(value) < 2**53

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Collection
 
+from jaxgpt.config.migrate import RENAMED
 from jaxgpt.config.schema import (
     ANY_FLOAT,
     ANY_INT,
@@ -55,8 +56,11 @@ def check_types(config: Config) -> None:
         if kind is float and type(value) is int:
             continue
         if type(value) is not kind:
+            choices = leaves_of()[path].metadata.get("choices", ())
+            among = f": one of {', '.join(choices)}" if choices else ""
             raise BadInput(
-                f"{path}={shown(value)} has type {type(value).__name__}, expected {kind.__name__}"
+                f"{path}={shown(value)} has type {type(value).__name__},"
+                f" expected {kind.__name__}{among}"
             )
 
 
@@ -86,6 +90,9 @@ def check_known(path: str, known: Collection[str], prefix: str = "", where: str 
     """Raises `BadInput`, suggesting the nearest, if `path` is not in `known`."""
     if path in known:
         return
+    if path in RENAMED:
+        link = ", which is now " if where else " is now "
+        raise BadInput(f"{where}{prefix}{path}{link}{prefix}{RENAMED[path]}")
     close = (
         [field for field in known if field.startswith(path + ".")]
         or named(path, known)
@@ -101,7 +108,7 @@ def named(path: str, known: Collection[str]) -> list[str]:
     name = path.split(".")[-1]
     words = {field: field.split(".")[-1].split("_") for field in known}
     return (
-        [field for field in known if "_".join(words[field]) == name]
+        [field for field in known if name in ("_".join(words[field]), field.replace(".", "_"))]
         or [field for field in known if "".join(w[:1] for w in words[field]) == name]
         or [field for field in known if name in words[field]]
     )

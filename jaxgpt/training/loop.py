@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.checkpointing.choice import best_of, is_out_of_patience
+from jaxgpt.config.stored import as_stored
 from jaxgpt.data.pipeline import device_batches, training_stream
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.evaluation.perplexity import Perplexity
@@ -284,7 +285,7 @@ class Loop:
             "rollbacks": clock.rollbacks,
             "data_fingerprint": self.data.fingerprint,
             "seed": self.config.seed,
-            "config": dataclasses.asdict(self.config),
+            "config": as_stored(self.config),
             "versions": {
                 name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")
             },
