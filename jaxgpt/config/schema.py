@@ -1,6 +1,8 @@
 """The fields of a run: plain dataclasses, with every derived size as a property.
 
-A field's metadata says what it may hold (`Range`, or a tuple of choices); `validate` checks it.
+A field's metadata says what it may hold (`range`, or a tuple of `choices`), which `validate`
+checks; whether a run may be resumed with another value (`may_change`); and, of the model's, what
+another value `changes` and which other field it `needs` to have an effect.
 """
 
 import dataclasses
@@ -46,12 +48,36 @@ def choice(default: str, *others: str):
     return dataclasses.field(default=default, metadata={"choices": (default, *others)})
 
 
+def may_change(field):
+    """Returns a field, or one of this default, that a resumed run may have another value of."""
+    return _with(field, may_change=True)
+
+
+def changes(what: str, field):
+    """Returns a model's field, or one of this default, that does not change the function that the
+    parameters stand for, but its "domain" (which ids and positions it takes), the "parameters" (how
+    many arrays hold it) or the "training"."""
+    return _with(field, changes=what)
+
+
+def needs(name: str, *values, field):
+    """Returns a model's field, or one of this default, without effect unless the field `name` has
+    one of `values`."""
+    return _with(field, needs=(name, values))
+
+
+def _with(field, **metadata):
+    if not isinstance(field, dataclasses.Field):
+        field = dataclasses.field(default=field)
+    return dataclasses.field(default=field.default, metadata=field.metadata | metadata)
+
+
 @dataclasses.dataclass
 class ModelConfig:
     """Architecture. The defaults are GPT-2 124M (OpenAI 2019, table 2) but for the vocabulary."""
 
-    vocab_size: int = number(0, 0, 2**24)  # 0 = the tokenizer's
-    max_seq_len: int = number(1024, 1, 2**24)
+    vocab_size: int = changes("domain", number(0, 0, 2**24))  # 0 = the tokenizer's
+    max_seq_len: int = changes("domain", number(1024, 1, 2**24))
     num_layers: int = number(12, 1, 10_000)
     num_heads: int = number(12, 1, 2**16)
     num_kv_heads: int = number(0, 0, 2**16)  # 0 = num_heads; fewer: grouped-query attention
@@ -62,16 +88,18 @@ class ModelConfig:
     norm_eps: float = number(1e-5, 0, 1, "()")
     norm_position: str = choice("pre", "post")
     position: str = choice("learned", "sinusoidal", "rope", "none")
-    rope_theta: float = number(10_000.0, 1, opened="(")
-    rope_scaling: str = choice("none", "linear", "llama3")  # for contexts beyond rope_original_len
-    rope_factor: float = number(1.0, 1)
-    rope_original_len: int = number(8192, 1)
+    rope_theta: float = needs("position", "rope", field=number(10_000.0, 1, opened="("))
+    # For contexts beyond rope_original_len
+    rope_scaling: str = needs("position", "rope", field=choice("none", "linear", "llama3"))
+    rope_factor: float = needs("rope_scaling", "linear", "llama3", field=number(1.0, 1))
+    rope_original_len: int = needs("rope_scaling", "llama3", field=number(8192, 1))
     activation: str = choice(
         "gelu_tanh", "gelu", "relu", "leaky_relu", "relu2", "silu", "swiglu", "geglu"
     )
     bias: bool = True  # of every projection and layer norm
-    qkv_bias: bool = False  # of query, key and value, also without `bias`
-    tie_embeddings: bool = True
+    # Of query, key and value, also without `bias`
+    qkv_bias: bool = changes("parameters", needs("bias", False, field=False))
+    tie_embeddings: bool = changes("parameters", True)
     scale_embeddings: bool = False  # multiply token embeddings by sqrt(embed_dim)
     qk_norm: bool = False  # normalise queries and keys per head
     window: int = number(0, 0)  # attend to the last so many tokens; 0 = all
@@ -80,7 +108,7 @@ class ModelConfig:
     logit_softcap: float = number(0.0, 0)  # c * tanh(logits / c); 0 = off
     # muP: the embed_dim at which the learning rate was tuned; 0 = off
     mup_base_width: int = number(0, 0, 2**20)
-    dropout: float = number(0.0, 0, 1, ")")
+    dropout: float = changes("training", number(0.0, 0, 1, ")"))
 
     def with_sizes(self) -> "ModelConfig":
         """Returns a copy in which no derived size is 0 any more (but for the vocabulary)."""
@@ -108,9 +136,10 @@ class ComputeConfig:
 
     dtype: str = choice("float32", "bfloat16", "float16")  # of activations and matrix products
     param_dtype: str = choice("float32", "bfloat16")  # of parameters and optimizer state
-    attention: str = choice("auto", "xla", "cudnn", "splash")
-    remat: str = choice("none", "dots", "full", "offload")
-    scan_layers: str = choice("true", "false")  # one compiled layer in a loop, or each its own
+    attention: str = may_change(choice("auto", "xla", "cudnn", "splash"))
+    remat: str = may_change(choice("none", "dots", "full", "offload"))
+    # One compiled layer in a loop, or each its own
+    scan_layers: str = may_change(choice("true", "false"))
 
 
 @dataclasses.dataclass
@@ -177,10 +206,11 @@ class OptimConfig:
 class MeshConfig:
     """Devices along each mesh axis; -1 (at most once) = whatever is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence_activations: bool = False  # split positions between the layers over `tensor`
+    data: int = may_change(-1)
+    fsdp: int = may_change(1)
+    tensor: int = may_change(1)
+    # Split positions between the layers over `tensor`
+    sequence_activations: bool = may_change(False)
 
 
 @dataclasses.dataclass
@@ -198,24 +228,25 @@ class Config:
     """A whole run. `batch_size` counts sequences per optimizer step over all devices."""
 
     seed: int = number(0, 0, 2**32 - 1)  # JAX keys take the lower 32 bits: 2**32 would be 0 again
-    num_steps: int = number(1000, 1)
-    num_epochs: float = number(0.0, 0, 1e6)  # passes over the training part; > 0 sets num_steps
+    num_steps: int = may_change(number(1000, 1))
+    # Passes over the training part; > 0 sets num_steps
+    num_epochs: float = may_change(number(0.0, 0, 1e6))
     init_from: str = ""  # a workdir or a Hugging Face folder to start from
     init_fresh: str = ""  # patterns of paths that are not taken from there: "head"
-    early_stop: int = number(0, 0)  # end after so many validations without a better loss; 0 = never
+    # End after so many validations without a better loss; 0 = never
+    early_stop: int = may_change(number(0, 0))
     batch_size: int = number(8, 1)
-    grad_accum: int = number(1, 1)
-    log_every: int = number(10, 1)
-    max_bad_steps: int = number(10, 1)  # non-finite ones in a row before a rollback
-    max_rollbacks: int = number(3, 0)
-    eval_every: int = number(100, 0)
+    grad_accum: int = may_change(number(1, 1))
+    log_every: int = may_change(number(10, 1))
+    max_bad_steps: int = may_change(number(10, 1))  # non-finite ones in a row before a rollback
+    max_rollbacks: int = may_change(number(3, 0))
+    eval_every: int = may_change(number(100, 0))
     eval_batches: int = number(0, 0)  # of batch_size windows each; 0 = the whole split
-    sample_every: int = number(0, 0)  # 0 = only at the end
-    checkpoint_every: int = number(100, 0)
-    keep_checkpoints: int = number(
-        3, 1
-    )  # the newest; the best and every `keep_every`-th stay besides
-    keep_every: int = number(0, 0)
+    sample_every: int = may_change(number(0, 0))  # 0 = only at the end
+    checkpoint_every: int = may_change(number(100, 0))
+    # The newest; the best and every `keep_every`-th stay besides
+    keep_checkpoints: int = may_change(number(3, 1))
+    keep_every: int = may_change(number(0, 0))
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -252,3 +283,20 @@ def set_field(config, path: str, value) -> None:
     """Sets the value at a dotted path."""
     parent, _, name = path.rpartition(".")
     setattr(get_field(config, parent) if parent else config, name, value)
+
+
+def model_differences(one: ModelConfig, other: ModelConfig, *also: str) -> list[str]:
+    """Returns the fields by which two models, their sizes filled in, are different functions of
+    their parameters; with `also`, those too that make a difference of that kind (see `changes`)."""
+
+    def has_effect(field: dataclasses.Field, model: ModelConfig) -> bool:
+        name, values = field.metadata.get("needs", (field.name, None))
+        return values is None or getattr(model, name) in values
+
+    return [
+        field.name
+        for field in dataclasses.fields(ModelConfig)
+        if field.metadata.get("changes", "function") in ("function", *also)
+        and getattr(one, field.name) != getattr(other, field.name)
+        and (has_effect(field, one) or has_effect(field, other))
+    ]

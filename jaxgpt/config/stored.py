@@ -6,31 +6,12 @@ import json
 from etils import epath
 
 from jaxgpt.config.migrate import FORMAT, NewerFormat, format_of, migrated
-from jaxgpt.config.schema import Config, MeshConfig, fields_of, get_field, set_field
+from jaxgpt.config.schema import Config, fields_of, get_field, leaves_of, set_field
 from jaxgpt.config.validate import check_fields, check_model, check_types
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import Damaged, parse_json, read_json
 from jaxgpt.system.stores import check_store
 
-# What a rerun may change (the contract's resume rules).
-MAY_CHANGE = {
-    "num_steps",
-    "num_epochs",
-    "early_stop",
-    "log_every",
-    "eval_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "max_bad_steps",
-    "max_rollbacks",
-    "grad_accum",
-    "compute.attention",
-    "compute.remat",
-    "compute.scan_layers",
-    *(f"mesh.{field}" for field in fields_of(MeshConfig())),
-}
 REMEDY = "restore it from a copy, or choose another --workdir"
 
 
@@ -107,7 +88,8 @@ def check_resume(old: Config, new: Config, workdir) -> list[str]:
         for path in fields_of(new)
         if get_field(old, path) != get_field(new, path)
     }
-    if refused := [text for path, text in changes.items() if path not in MAY_CHANGE]:
+    may_change = {p for p, field in leaves_of().items() if field.metadata.get("may_change")}
+    if refused := [text for path, text in changes.items() if path not in may_change]:
         raise BadInput(
             f"{workdir} holds a run with another config ({'; '.join(refused)});"
             " choose another --workdir or restore these fields"

@@ -11,6 +11,7 @@ from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.config import ComputeConfig, Config, DataConfig, LoraConfig, ModelConfig
+from jaxgpt.config.schema import model_differences
 from jaxgpt.config.stored import to_json
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.interchange.families import Family, family_of
@@ -113,12 +114,7 @@ def check_export(
         plain = dataclasses.replace(trained.config, lora=LoraConfig())
         plain.compute = dataclasses.replace(plain.compute, dtype="float32")
         mine = _probe(ModelSpec(plain, "xla").for_decoding(), params)
-        if differing := [
-            field.name
-            for field in dataclasses.fields(ModelConfig)
-            if field.name not in ("dropout", "qkv_bias", "rope_theta", "rope_original_len")
-            and getattr(again.model, field.name) != getattr(cfg, field.name)
-        ]:
+        if differing := model_differences(again.model, cfg, "domain", "parameters"):
             raise BadInput(f"the export does not read back: {', '.join(differing)} differ; refused")
         other = ModelSpec(Config(model=again.model), "xla").for_decoding()
         abstract = jax.eval_shape(other.init, jax.random.key(0))

@@ -10,6 +10,7 @@ from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
 from jaxgpt.config import Config, MeshConfig, ModelConfig
+from jaxgpt.config.schema import model_differences
 from jaxgpt.config.stored import read_config
 from jaxgpt.interchange.folder import is_model_folder, open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer
@@ -24,9 +25,6 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows
-# What may differ between the two models: it changes no function of the weights, or only its domain
-FREE = {"vocab_size", "max_seq_len", "dropout", "tie_embeddings", "qkv_bias"}
-ROPE = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_len")
 # Texts and ids by which two tokenizers are told apart
 PROBE = (
     "The naïve café (東京), 2024: is this the one?\n\n"
@@ -53,18 +51,17 @@ def check_model(config: Config) -> None:
     else:
         theirs = open_folder(Path(path)).model
     mine = config.model.with_sizes()
-    free, anew = FREE, parse_patterns(config.init_fresh, "init_fresh")
-    if mine.position != "rope" or _any(anew, "rope"):
-        free = FREE | set(ROPE)
-    elif mine.rope_scaling == theirs.rope_scaling == "none":
-        free = FREE | set(ROPE) - {"rope_theta"}
-    if differing := {
-        f.name: f"model.{f.name}: {getattr(theirs, f.name)!r} there, {getattr(mine, f.name)!r} here"
-        for f in dataclasses.fields(ModelConfig)
-        if f.name not in free and getattr(theirs, f.name) != getattr(mine, f.name)
-    }:
-        hint = "; name rope in init_fresh to change it" if set(differing) <= set(ROPE) else ""
-        raise BadInput(f"init_from={path} is another model: {'; '.join(differing.values())}{hint}")
+    differing = model_differences(theirs, mine)
+    rope = [name for name in differing if name.startswith("rope_")]
+    if _any(parse_patterns(config.init_fresh, "init_fresh"), "rope"):
+        differing = [name for name in differing if name not in rope]
+    if differing:
+        hint = "; name rope in init_fresh to change it" if differing == rope else ""
+        found = (
+            f"model.{name}: {getattr(theirs, name)!r} there, {getattr(mine, name)!r} here"
+            for name in differing
+        )
+        raise BadInput(f"init_from={path} is another model: {'; '.join(found)}{hint}")
     if mine.position == "learned" and mine.max_seq_len > theirs.max_seq_len:
         raise BadInput(
             f"init_from={path} has {theirs.max_seq_len} positions,"

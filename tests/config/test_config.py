@@ -7,7 +7,7 @@ from absl import flags
 
 from jaxgpt.cli.flags import config_of, define_config_flag, parse
 from jaxgpt.config import Config, MeshConfig, ModelConfig
-from jaxgpt.config.schema import fields_of, get_field, set_field
+from jaxgpt.config.schema import fields_of, get_field, leaves_of, model_differences, set_field
 from jaxgpt.config.stored import check_resume, from_json, to_json
 from jaxgpt.config.validate import validate
 from jaxgpt.parallel.mesh import mesh_shape
@@ -145,6 +145,37 @@ def test_mesh_shape():
     with pytest.raises(BadInput, match="model.embed_dim = 36"):
         small = Config(batch_size=8, mesh=MeshConfig(1, 8, 1), model=ModelConfig(embed_dim=36))
         mesh_shape(small, 8)
+
+
+def test_what_a_resumed_run_may_change():
+    """The contract's list: steps, cadences and retention, the mesh, and how it is computed."""
+    assert {path for path, field in leaves_of().items() if field.metadata.get("may_change")} == {
+        *("num_steps", "num_epochs", "early_stop", "grad_accum", "max_bad_steps", "max_rollbacks"),
+        *("log_every", "eval_every", "sample_every", "checkpoint_every"),
+        *("keep_checkpoints", "keep_every"),
+        *("compute.attention", "compute.remat", "compute.scan_layers"),
+        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence_activations"),
+    }
+
+
+def test_which_fields_make_another_function_of_the_parameters():
+    def differing(one: dict, other: dict, *also):
+        return model_differences(ModelConfig(**one), ModelConfig(**other), *also)
+
+    free = dict(vocab_size=9, max_seq_len=9, dropout=0.1, tie_embeddings=False, qkv_bias=True)
+    free |= dict(rope_theta=9.0, rope_original_len=9)
+    assert differing(free, {}) == []
+    assert differing(free, {}, "domain") == ["vocab_size", "max_seq_len"]
+    assert differing(free | {"bias": False}, {"bias": False}, "parameters") == [
+        "qkv_bias",
+        "tie_embeddings",
+    ]
+    rope = dict(position="rope", rope_theta=9.0)
+    assert differing(free | {"position": "rope"}, {"position": "rope"}) == ["rope_theta"]
+    assert differing(rope | {"rope_scaling": "llama3"}, rope) == ["rope_scaling"]
+    llama3 = rope | {"rope_scaling": "llama3"}
+    assert differing(llama3 | {"rope_original_len": 9}, llama3) == ["rope_original_len"]
+    assert differing({"norm": "rmsnorm", "window": 4}, {}) == ["norm", "window"]
 
 
 def test_resume_rules():
