@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 
 import jax
@@ -22,6 +21,8 @@ from jaxgpt.inference.trained import open_trained
 from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
 from jaxgpt.training import verify_resume as verify_module
 from tests.conftest import ROOT, wait_until, xla_flags
+from tests.processes.forks import Python
+from tests.processes.processes import FRESH, Child
 
 CONFIG = """
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig
@@ -54,16 +55,16 @@ def losses(workdir) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows(workdir)}
 
 
-def start(config_file, workdir, *args, devices=1) -> subprocess.Popen:
-    """The real command in a process of its own."""
+def start(config_file, workdir, *args, devices=1, fresh=False) -> Child:
+    """The real command in a process of its own; one that is not forked if `fresh`."""
     env = os.environ | {
         "XLA_FLAGS": xla_flags(devices),
         "JAXGPT_CACHE": str(config_file.parent / "cache"),
     }
-    argv = [sys.executable, "-m", "jaxgpt.train", f"--config={config_file}", f"--workdir={workdir}"]
-    return subprocess.Popen(
-        [*argv, *args], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    argv = ["-m", "jaxgpt.train", f"--config={config_file}", f"--workdir={workdir}", *args]
+    if fresh:
+        return FRESH([sys.executable, *argv], cwd=ROOT, env=env)
+    return Python(*argv, cwd=ROOT, env=env)
 
 
 def test_train_evaluate_sample(command, config_file, tmp_path):
@@ -211,7 +212,7 @@ def test_kill_9_and_resume_bit_for_bit(config_file, tmp_path):
     process = start(config_file, killed, *flags, f"--config.num_steps={until}")
     _, err = process.communicate()
     assert process.returncode == 0 and "resume    from checkpoint" in err, err
-    process = start(config_file, whole, *flags, f"--config.num_steps={until}")
+    process = start(config_file, whole, *flags, f"--config.num_steps={until}", fresh=True)
     assert process.wait() == 0, process.communicate()[1]
     assert losses(killed) == losses(whole)
     steps = [r["step"] for r in rows(killed)]

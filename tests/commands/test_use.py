@@ -12,6 +12,8 @@ import pytest
 
 from jaxgpt import evaluate, report, sample
 from tests.conftest import CORPUS, xla_flags
+from tests.processes.forks import Python
+from tests.processes.processes import finish
 
 CONFIG = """
 from jaxgpt.config import *
@@ -117,23 +119,11 @@ def test_a_stride_counts_each_token_once_with_more_context(command, workdir):
 def test_watch_sees_checkpoints_as_they_come(workdir, tmp_path):
     config, other = workdir.parent / "c.py", tmp_path / "run"
     env = os.environ | {"XLA_FLAGS": xla_flags(1)}
-    watcher = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "jaxgpt.evaluate",
-            f"--workdir={other}",
-            "--watch",
-            "--watch_every=0.1",
-        ],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    argv = [f"--workdir={other}", "--watch", "--watch_every=0.1"]
+    watcher = Python("-m", "jaxgpt.evaluate", *argv, env=env)
     assert "waiting   for the first checkpoint" in watcher.stderr.readline()
-    trainer = [sys.executable, "-m", "jaxgpt.train", f"--config={config}", f"--workdir={other}"]
-    assert subprocess.run(trainer, env=env, capture_output=True).returncode == 0
+    argv = [f"--config={config}", f"--workdir={other}"]
+    assert finish([Python("-m", "jaxgpt.train", *argv, env=env)])[0] == [0]
     out, err = watcher.communicate()
     assert watcher.returncode == 0, err
     assert [json.loads(line)["step"] for line in out.splitlines()] == [8, 16, 24]
@@ -326,22 +316,13 @@ def test_streaming_stops_beams_and_several(command, workdir):
         assert code == 2 and message in err
 
 
-def test_interactive_continues_line_by_line(workdir):
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "jaxgpt.sample",
-            f"--workdir={workdir}",
-            "--interactive",
-            "--max_new_tokens=10",
-            "--temperature=0",
-        ],
-        input=f"one\n{'x' * 60}\ntwo\n".encode() + b"\xff\xfe\nthree\n",
-        capture_output=True,
-    )
-    out, err = process.stdout.decode(), process.stderr.decode()
-    assert process.returncode == 0, err
+def test_interactive_continues_line_by_line(workdir, tmp_path):
+    lines = tmp_path / "lines"
+    lines.write_bytes(f"one\n{'x' * 60}\ntwo\n".encode() + b"\xff\xfe\nthree\n")
+    argv = [f"--workdir={workdir}", "--interactive", "--max_new_tokens=10", "--temperature=0"]
+    with lines.open() as stdin:
+        (code,), (out,), (err,) = finish([Python("-m", "jaxgpt.sample", *argv, stdin=stdin)])
+    assert code == 0, err
     assert out.startswith("one") and "\ntwo" in out and "\nthree" in out
     assert "error: a prompt of 60 tokens" in err, "said, and the next line is taken"
     assert "error: the line is not UTF-8" in err

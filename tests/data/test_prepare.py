@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,6 +26,8 @@ from jaxgpt.text import formats
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import CORPUS, wait_until
 from tests.data.damage import DAMAGE
+from tests.processes.forks import Python
+from tests.processes.processes import finish
 
 
 def config(corpus, **fields):
@@ -267,7 +268,7 @@ def test_what_a_killed_prepare_left_is_replaced(corpus, tmp_path):
         f"prepare(DataConfig(source='text:{big}', tokenizer='sentencepiece:400'))"
     )
     cache = Path(os.environ["JAXGPT_CACHE"])
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    child = Python("-c", code)
     wait_until(lambda: list(cache.glob(".*.tmp/train.bin")), child)
     child.kill()
     child.wait()
@@ -288,10 +289,8 @@ def test_two_at_once_do_not_clash(corpus):
         f"print(prepare(DataConfig(source='text:{corpus}/*.txt', validation_fraction=0.25,"
         " tokenizer='sentencepiece:400')).folder)"
     )
-    run = [sys.executable, "-c", code]
-    children = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outs = {child.communicate()[0] for child in children}
-    assert [child.returncode for child in children] == [0, 0, 0] and len(outs) == 1
+    codes, outs, errors = finish([Python("-c", code) for _ in range(3)])
+    assert codes == [0, 0, 0] and len(set(outs)) == 1, errors
 
 
 def test_a_full_disk_leaves_nothing(corpus, tmp_path):
@@ -303,9 +302,9 @@ def test_a_full_disk_leaves_nothing(corpus, tmp_path):
         "from jaxgpt.data.prepare import prepare;"
         f"run(lambda argv: prepare(DataConfig(source='text:{corpus}/*.txt'), '{tmp_path}/out'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert re.fullmatch(r"(data .*\n)*error: cannot write .*/out: .*too large.*\n", done.stderr)
+    (code,), _, (err,) = finish([Python("-c", code)])
+    assert code == 2, err
+    assert re.fullmatch(r"(data .*\n)*error: cannot write .*/out: .*too large.*\n", err)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "corpus"]
 
 

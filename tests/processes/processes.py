@@ -5,9 +5,11 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from tests.conftest import PATIENCE, wait_until, xla_flags
+from tests.processes.forks import Python
 
 CONFIG = """
 from jaxgpt.config import *
@@ -30,26 +32,29 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(module: str, count: int, devices: int, *args: str, only=None) -> list[subprocess.Popen]:
-    """Starts `count` processes (or those of `only`) of a command, each with `devices` devices."""
+Child = Python | subprocess.Popen
+FRESH = partial(subprocess.Popen, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def start(
+    module: str, count: int, devices: int, *args: str, only=None, fresh: bool = False
+) -> list[Child]:
+    """Starts `count` processes (or those of `only`) of a command, each with `devices` devices;
+    `fresh` ones are not forked."""
     env = os.environ | {"XLA_FLAGS": xla_flags(devices)}
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the next test starts it again
     address = f"127.0.0.1:{free_port()}"
     met = [f"--coordinator={address}", f"--num_processes={count}"] if count > 1 else []
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", f"jaxgpt.{module}", *args, *met]
-            + ([f"--process_id={i}"] if met else []),
-            env=env,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    children = []
+    for i in range(count) if only is None else only:
+        argv = ["-m", f"jaxgpt.{module}", *args, *met, *([f"--process_id={i}"] if met else [])]
+        children.append(
+            FRESH([sys.executable, *argv], env=env) if fresh else Python(*argv, env=env)
         )
-        for i in (range(count) if only is None else only)
-    ]
+    return children
 
 
-def finish(children: list[subprocess.Popen]) -> tuple[list, list, list]:
+def finish(children: list[Child]) -> tuple[list, list, list]:
     """Returns the exit codes, stdouts and stderrs."""
     texts = [child.communicate(timeout=PATIENCE) for child in children]
     return [c.returncode for c in children], [t[0] for t in texts], [t[1] for t in texts]
@@ -65,11 +70,11 @@ def rows(workdir: Path, split: str = "train") -> dict[int, float]:
     return dict(found)
 
 
-def wait_for_checkpoint(workdir: Path, step: int, children: list[subprocess.Popen]) -> None:
+def wait_for_checkpoint(workdir: Path, step: int, children: list[Child]) -> None:
     """Waits until the run's checkpoint of `step` is whole."""
     wait_until((workdir / "checkpoints" / str(step)).exists, *children)
 
 
-def wait_for_step(workdir: Path, step: int, children: list[subprocess.Popen]) -> None:
+def wait_for_step(workdir: Path, step: int, children: list[Child]) -> None:
     """Waits until the run has logged `step`."""
     wait_until(lambda: max(rows(workdir), default=0) >= step, *children)

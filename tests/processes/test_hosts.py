@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,6 +13,7 @@ from jaxgpt import train
 from jaxgpt.processes.hosts import HEARTBEAT
 from jaxgpt.training import step
 from tests.conftest import CORPUS, wait_until, xla_flags
+from tests.processes.forks import Python
 from tests.processes.processes import (
     CONFIG,
     finish,
@@ -67,13 +66,7 @@ def test_processes_compare_what_they_read_and_follow_the_first(values, expected)
     address, count = f"127.0.0.1:{free_port()}", str(len(values))
     env = os.environ | {"XLA_FLAGS": xla_flags(1)}
     children = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, address, count, str(i), value],
-            env=env,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
+        Python("-c", SCRIPT, address, count, str(i), value, env=env)
         for i, value in enumerate(values)
     ]
     codes, _, errors = finish(children)
@@ -103,7 +96,7 @@ def flags(folder, workdir: str) -> list[str]:
 
 
 def test_two_processes_train_like_one_and_again_bit_for_bit(place):
-    codes, _, errors = finish(start("train", 2, 2, *flags(place, "two")))
+    codes, _, errors = finish(start("train", 2, 2, *flags(place, "two"), fresh=True))
     assert codes == [0, 0], errors
     for split in ("train", "validation"):
         one, two = rows(place / "one", split), rows(place / "two", split)

@@ -17,6 +17,8 @@ import pytest
 
 from jaxgpt import serve
 from tests.conftest import CORPUS, PATIENCE, wait_until, xla_flags
+from tests.processes.forks import Python
+from tests.processes.processes import finish
 
 CONFIG = """
 from jaxgpt.config import *
@@ -31,15 +33,10 @@ def get_config():
 """
 
 
-def start(workdir, *flags: str) -> tuple[subprocess.Popen, str]:
+def start(workdir, *flags: str) -> tuple[Python, str]:
     """Starts a server; returns it and its address once it answers."""
     env = os.environ | {"XLA_FLAGS": xla_flags(1)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxgpt.serve", f"--workdir={workdir}", "--port=0", *flags],
-        env=env,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Python("-m", "jaxgpt.serve", f"--workdir={workdir}", "--port=0", *flags, env=env)
     for line in process.stderr:
         if line.startswith("serving "):
             return process, line.split(" at ")[1].split()[0].rstrip("/")
@@ -54,14 +51,9 @@ def workdir(tmp_path_factory):
         (folder / "corpus" / f"{i}.txt").write_text(CORPUS[i * 2500 : (i + 1) * 2500])
     (folder / "c.py").write_text(CONFIG.format(corpus=folder / "corpus"))
     env = os.environ | {"JAXGPT_CACHE": str(folder / "cache")}
-    command = [
-        sys.executable,
-        "-m",
-        "jaxgpt.train",
-        f"--config={folder}/c.py",
-        f"--workdir={folder}/run",
-    ]
-    subprocess.run(command, env=env, check=True, capture_output=True)
+    argv = [f"--config={folder}/c.py", f"--workdir={folder}/run"]
+    codes, _, errors = finish([Python("-m", "jaxgpt.train", *argv, env=env)])
+    assert codes == [0], errors
     return folder / "run"
 
 

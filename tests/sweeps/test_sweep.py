@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from jaxgpt.sweeps.runner import Children
 from jaxgpt.system.errors import BadInput
 from jaxgpt.training.end import record_end
 from tests.conftest import ROOT, wait_until, xla_flags
+from tests.processes.forks import Python
 
 CONFIG = """
 from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig, SampleConfig
@@ -112,19 +111,8 @@ def start(config_file, workdir, *args):
         "XLA_FLAGS": xla_flags(1),
         "JAXGPT_CACHE": str(config_file.parent / "cache"),
     }
-    argv = [
-        sys.executable,
-        "-m",
-        "jaxgpt.sweep",
-        f"--config={config_file}",
-        f"--grid={GRID}",
-        f"--workdir={workdir}",
-        "--config.seed=5",
-        *args,
-    ]
-    return subprocess.Popen(
-        argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    argv = [f"--config={config_file}", f"--grid={GRID}", f"--workdir={workdir}", "--config.seed=5"]
+    return Python("-m", "jaxgpt.sweep", *argv, *args, cwd=ROOT, env=env)
 
 
 def test_a_killed_sweep_finishes_with_the_same_table(config_file, tmp_path):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import resource
 import shutil
 import struct
 import subprocess
@@ -21,6 +20,7 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.cli import run as cli
 from jaxgpt.metrics import rows as rows_module
 from tests.conftest import xla_flags
+from tests.processes.forks import Python
 from tests.processes.processes import finish, rows, wait_for_step
 from tests.training import until_full
 
@@ -39,26 +39,13 @@ def get_config():
 
 @pytest.fixture
 def run(corpus, tmp_path):
-    """Starts the same run in a folder of tmp_path: `run(workdir, *flags, **popen)`."""
+    """Starts the same run in a folder of tmp_path: `run(workdir, *flags)`."""
 
-    def start(workdir="w", *args, width=32, cached=True, **popen):
+    def start(workdir="w", *args, width=32, cached=True, file_size=None):
         (tmp_path / "c.py").write_text(CONFIG.format(corpus=corpus, width=width))
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "jaxgpt.train",
-                f"--config={tmp_path}/c.py",
-                f"--workdir={tmp_path / workdir}",
-                *args,
-            ],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"XLA_FLAGS": xla_flags(1), "JAX_ENABLE_COMPILATION_CACHE": str(cached).lower()},
-            **popen,
-        )
+        argv = [f"--config={tmp_path}/c.py", f"--workdir={tmp_path / workdir}", *args]
+        env = {"XLA_FLAGS": xla_flags(1), "JAX_ENABLE_COMPILATION_CACHE": str(cached).lower()}
+        return Python("-m", "jaxgpt.train", *argv, env=os.environ | env, file_size=file_size)
 
     return start
 
@@ -84,10 +71,6 @@ def goes_on(run, tmp_path, **kw) -> None:
 @pytest.mark.parametrize("limit", [7_000, 30_000])
 def test_files_that_may_not_grow(run, tmp_path, command, limit):
     """What a full disk does, on any machine: the smaller limit meets the rows, the other a save."""
-
-    def bound():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     run("not-there").kill()  # writes the config
     assert command(prepare.main, f"--config={tmp_path}/c.py")[0] == 0
     error = one_line(
@@ -95,7 +78,7 @@ def test_files_that_may_not_grow(run, tmp_path, command, limit):
             "w",
             f"--config.checkpoint_every={8 if limit > 7_000 else 0}",
             cached=False,
-            preexec_fn=bound,
+            file_size=limit,
         )
     )
     assert "cannot be written" in error and "File too large" in error
@@ -120,8 +103,7 @@ def test_a_disk_too_small(tmp_path, action, options):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk]).returncode:
         pytest.skip("no mounting here; test_files_that_may_not_grow covers it")
     try:
-        program = [sys.executable, "-m", "tests.training.until_full", action, disk]
-        process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+        process = Python("-m", "tests.training.until_full", action, disk)
         fault, lines = time.monotonic(), []
         for line in process.stderr:
             fault = time.monotonic()
