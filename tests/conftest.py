@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, checked array shapes, one compilation cache for the whole run."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -20,7 +21,7 @@ def xla_flags(devices: int) -> str:
     code."""
     return (
         f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        + QUICK
+        " --xla_cpu_parallel_codegen_split_count=1" + QUICK
     )
 
 
@@ -49,9 +50,21 @@ from jaxgpt.config import (  # noqa: E402
 )
 from jaxgpt.parallel.mesh import make_mesh  # noqa: E402
 
+# Tracing makes many objects, few of them garbage: by default a tenth of the time is collections.
+gc.set_threshold(50_000, 20, 100)
+
 ROOT = Path(__file__).parent.parent
 PATIENCE = 900  # seconds: ends what hangs, and is more than any test takes beside other work
 CORPUS = (ROOT / "LICENSE").read_text()  # real English that every checkout has
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A worker takes neighbouring tests, which share fixtures and programs, until all are taken;
+    then it takes over half of what another has left."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

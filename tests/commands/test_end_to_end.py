@@ -34,7 +34,7 @@ def get_config():
         model=ModelConfig(max_seq_len=32, num_layers=2, num_heads=2, embed_dim=32, dropout=0.1),
         data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=2, ema_decay=0.5),
-        sample=SampleConfig(max_new_tokens=8),
+        sample=SampleConfig(max_new_tokens=0),
     )
 """
 
@@ -69,7 +69,7 @@ def start(config_file, workdir, *args, devices=1, fresh=False) -> Child:
 
 def test_train_evaluate_sample(command, config_file, tmp_path):
     workdir = tmp_path / "w"
-    argv = (f"--config={config_file}", f"--workdir={workdir}")
+    argv = (f"--config={config_file}", f"--workdir={workdir}", "--config.sample.max_new_tokens=8")
     code, out, err = command(train.main, *argv)
     assert (code, out) == (0, ""), err
     for said in (
@@ -344,6 +344,7 @@ def test_elastic_restore_over_meshes(command, config_file, tmp_path):
         "--config.model.dropout=0",
         "--config.optim.schedule=constant",
         "--config.eval_every=0",
+        "--config.checkpoint_every=0",
     )
     argv = (f"--config={config_file}", *still)  # in this process: on 8 devices
 

@@ -122,7 +122,7 @@ def test_watch_sees_checkpoints_as_they_come(workdir, tmp_path):
     argv = [f"--workdir={other}", "--watch", "--watch_every=0.1"]
     watcher = Python("-m", "jaxgpt.evaluate", *argv, env=env)
     assert "waiting   for the first checkpoint" in watcher.stderr.readline()
-    argv = [f"--config={config}", f"--workdir={other}"]
+    argv = [f"--config={config}", f"--workdir={other}", "--config.sample.max_new_tokens=0"]
     assert finish([Python("-m", "jaxgpt.train", *argv, env=env)])[0] == [0]
     out, err = watcher.communicate()
     assert watcher.returncode == 0, err

@@ -21,7 +21,7 @@ def get_config():
         data=DataConfig(tokenizer="byte", source="text:{corpus}/*.txt"),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=3, ema_decay=0.9),
         mesh=MeshConfig(data=2, fsdp=-1),
-        sample=SampleConfig(max_new_tokens=2),
+        sample=SampleConfig(max_new_tokens=0),
     )
 """
 

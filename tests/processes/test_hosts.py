@@ -96,7 +96,8 @@ def flags(folder, workdir: str) -> list[str]:
 
 
 def test_two_processes_train_like_one_and_again_bit_for_bit(place):
-    codes, _, errors = finish(start("train", 2, 2, *flags(place, "two"), fresh=True))
+    sampled = "--config.sample.max_new_tokens=2"
+    codes, _, errors = finish(start("train", 2, 2, *flags(place, "two"), sampled, fresh=True))
     assert codes == [0, 0], errors
     for split in ("train", "validation"):
         one, two = rows(place / "one", split), rows(place / "two", split)

@@ -28,7 +28,7 @@ def get_config():
         model=ModelConfig(max_seq_len=128, num_layers=2, num_heads=2, embed_dim=32),
         data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=2),
-        sample=SampleConfig(max_new_tokens=1),
+        sample=SampleConfig(max_new_tokens=0),
     )
 """
 

@@ -25,6 +25,7 @@ def get_config():
         data=DataConfig(source="text:{folder}/train.txt", shuffle=False,
                         validation_source="text:{folder}/valid.txt"),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=2), mesh=MeshConfig(data=2, tensor=4),
+        sample=SampleConfig(max_new_tokens=0),
     )
 """
 

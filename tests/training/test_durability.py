@@ -1,6 +1,7 @@
 """Damaged checkpoints are named, set aside, and the newest whole one is used."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,9 @@ from jaxgpt import checkpoint, evaluate, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.system.errors import BadInput
 from jaxgpt.training.setup import make_training
-from tests.conftest import mesh_of, tiny_config
+from tests.conftest import CORPUS, mesh_of, tiny_config
+from tests.processes.forks import Python
+from tests.processes.processes import finish
 
 CONFIG = """
 from jaxgpt.config import *
@@ -19,24 +22,38 @@ def get_config():
         num_steps=12, batch_size=8, log_every=1, eval_every=4, checkpoint_every=4,
         keep_checkpoints=9,
         model=ModelConfig(max_seq_len=24, num_layers=2, num_heads=2, embed_dim=32, dropout=0.1),
-        data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
+        data=DataConfig(source="text:{folder}/corpus/*.txt", validation_fraction=0.25,
+                        cache_dir="{folder}/cache"),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=2),
+        sample=SampleConfig(max_new_tokens=0),
     )
 """
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a config, its corpus, and a finished run of 12 steps in `w`."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "corpus").mkdir()
+    for i in range(4):
+        (folder / "corpus" / f"{i}.txt").write_text(CORPUS[i * 2800 : (i + 1) * 2800])
+    (folder / "c.py").write_text(CONFIG.format(folder=folder))
+    argv = [f"--config={folder}/c.py", f"--workdir={folder}/w"]
+    codes, _, errors = finish([Python("-m", "jaxgpt.train", *argv)])
+    assert codes == [0], errors
+    return folder
+
+
 @pytest.fixture
-def trained(command, corpus, tmp_path):
-    """A finished run of 12 steps and the function that runs it again, with other flags."""
-    (tmp_path / "c.py").write_text(CONFIG.format(corpus=corpus))
+def trained(command, finished, tmp_path):
+    """A copy of the finished run and the function that runs it again, with other flags."""
+    workdir = tmp_path / "w"
+    shutil.copytree(finished / "w", workdir)
 
-    def again(*args, workdir="w"):
-        return command(
-            train.main, f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/{workdir}", *args
-        )
+    def again(*args):
+        return command(train.main, f"--config={finished}/c.py", f"--workdir={workdir}", *args)
 
-    assert again()[0] == 0
-    return tmp_path / "w", again
+    return workdir, again
 
 
 def metrics(workdir) -> list[dict]:

@@ -249,7 +249,7 @@ def test_every_architecture_is_the_same_on_a_mesh(variant):
 
 def changes(width: int, mup: bool) -> tuple[float, float]:
     """RMS change of (residual stream, logits) after four AdamW steps at a fixed learning rate."""
-    config = tiny_config(embed_dim=width, mup_base_width=32 if mup else 0)
+    config = tiny_config(embed_dim=width, mup_base_width=16 if mup else 0)
     config.optim.warmup_steps, config.optim.schedule = 0, "constant"
     _, states = train(config, steps=4)
     with jax.set_mesh(mesh := mesh_of(config)):
@@ -273,8 +273,8 @@ def changes(width: int, mup: bool) -> tuple[float, float]:
 def test_mup_coordinate_check():
     """What a step changes does not grow with width under muP (arXiv:2203.03466, appendix D.1),
     so that a learning rate tuned at the base width carries over; without, it does."""
-    base, wide = changes(32, True), changes(512, True)
+    base, wide = changes(16, True), changes(256, True)
     for small, large in zip(base, wide, strict=True):
         assert 0.5 < large / small < 2
-    stream, logits = (b / a for a, b in zip(changes(32, False), changes(512, False), strict=True))
+    stream, logits = (b / a for a, b in zip(changes(16, False), changes(256, False), strict=True))
     assert stream > 20 and logits > 4
