@@ -27,7 +27,7 @@ from tests.processes.processes import (
 SCRIPT = r"""
 import sys, jax
 jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-from jaxgpt.config import BadInput, PeerLost
+from jaxgpt.system.errors import BadInput, PeerLost
 from jaxgpt.cli.run import run
 from jaxgpt.processes.hosts import check_same, on_first
 FAULTS = [  # what process 0 does, what it raises, what the others raise, what that says

@@ -391,12 +391,8 @@ run(main)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_does_not_wait_for_a_thread_that_compiles(workdir, number):
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMPILES_LONG, f"--workdir={workdir}", "--port=0"],
-        env=os.environ | {"XLA_FLAGS": xla_flags(1)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = os.environ | {"XLA_FLAGS": xla_flags(1)}
+    process = Python("-c", COMPILES_LONG, f"--workdir={workdir}", "--port=0", env=env)
     try:
         assert any(line == "warming\n" for line in process.stderr)
         process.send_signal(number)
