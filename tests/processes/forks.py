@@ -101,11 +101,13 @@ class Python:
                 texts[i] = pipes[i].read()
 
         threads = [threading.Thread(target=read, args=(i,)) for i in (0, 1) if pipes[i]]
-        threads.append(threading.Timer(timeout or threading.TIMEOUT_MAX, self.kill))
         for thread in threads:
             thread.start()
-        self.wait()
-        threads[-1].cancel()
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.wait()
         for thread in threads:
             thread.join()
         return tuple(texts)

@@ -6,6 +6,7 @@ import os
 import signal
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
@@ -15,6 +16,7 @@ from jaxgpt import sweep
 from jaxgpt.cli.flags import config_of, define_config_flag, parse
 from jaxgpt.config import Config
 from jaxgpt.config.stored import to_json
+from jaxgpt.sweeps import runner
 from jaxgpt.sweeps.grid import applied, choices, name_of, parse_grid, rungs
 from jaxgpt.sweeps.report import write_results
 from jaxgpt.sweeps.runner import Children
@@ -138,6 +140,13 @@ def test_a_killed_sweep_finishes_with_the_same_table(config_file, tmp_path):
 
 
 def test_halving_and_jobs(command, config_file, tmp_path, monkeypatch):
+    """Its runs are forked, not started by `sweeps.child`: a killed sweep's are, above."""
+
+    def forked(argv, env, stdout, stderr, process_group):
+        assert argv[1:3] == ["-m", "jaxgpt.sweeps.child"]
+        return Python("-m", *argv[4:], env=env, stdout=stdout, stderr=stderr)
+
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=forked))
     monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     monkeypatch.chdir(ROOT)
     code, out, err = command(
