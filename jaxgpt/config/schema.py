@@ -66,6 +66,24 @@ def needs(name: str, *values, field):
     return _with(field, needs=(name, values))
 
 
+class Axis(NamedTuple):
+    """What the devices along a mesh axis split: the batch or not, and which logical axes of the
+    parameters (see `parallel.rules`)."""
+
+    batch: bool
+    logical: tuple[str, ...]
+
+    @property
+    def replicates(self) -> bool:
+        """Whether its devices hold equal parameters, whose gradients are summed over them."""
+        return self.batch and not self.logical
+
+
+def axis(default: int, *logical: str, batch: bool = False):
+    """Returns the field of a mesh axis."""
+    return _with(default, may_change=True, axis=Axis(batch, logical))
+
+
 def _with(field, **metadata):
     if not isinstance(field, dataclasses.Field):
         field = dataclasses.field(default=field)
@@ -206,11 +224,21 @@ class OptimConfig:
 class MeshConfig:
     """Devices along each mesh axis; -1 (at most once) = whatever is left."""
 
-    data: int = may_change(-1)
-    fsdp: int = may_change(1)
-    tensor: int = may_change(1)
+    data: int = axis(-1, batch=True)
+    fsdp: int = axis(1, "embed", batch=True)  # data parallelism whose parameters are split too
+    tensor: int = axis(1, "heads", "kv_heads", "mlp", "vocab")
     # Split positions between the layers over `tensor`
     sequence_activations: bool = may_change(False)
+
+
+MESH_AXES: dict[str, Axis] = {
+    field.name: field.metadata["axis"]
+    for field in dataclasses.fields(MeshConfig)
+    if "axis" in field.metadata
+}
+BATCH_AXES = tuple(name for name, axis in MESH_AXES.items() if axis.batch)
+REPLICAS = tuple(name for name, axis in MESH_AXES.items() if axis.replicates)
+SPLIT_BY = {logical: name for name, axis in MESH_AXES.items() for logical in axis.logical}
 
 
 @dataclasses.dataclass

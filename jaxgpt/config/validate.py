@@ -2,12 +2,17 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Collection
 
 from jaxgpt.config.migrate import RENAMED
 from jaxgpt.config.schema import (
     ANY_FLOAT,
     ANY_INT,
+    BATCH_AXES,
+    MESH_AXES,
+    SPLIT_BY,
+    VOCAB_MULTIPLE,
     Config,
     ModelConfig,
     fields_of,
@@ -182,43 +187,45 @@ def _check_batch_and_mesh(config: Config) -> None:
         raise BadInput(
             f"batch_size={config.batch_size} is not divisible by grad_accum={config.grad_accum}"
         )
-    mesh = config.mesh
-    sizes = {"mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp, "mesh.tensor": mesh.tensor}
+    sizes = {name: getattr(config.mesh, name) for name in MESH_AXES}
     for name, size in sizes.items():
         if size != -1 and size < 1:
             raise BadInput(
-                f"{name}={size} must be a positive number of devices, or -1 for the rest"
+                f"mesh.{name}={size} must be a positive number of devices, or -1 for the rest"
             )
     if list(sizes.values()).count(-1) > 1:
-        raise BadInput("at most one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
-    check_divisible(config, max(mesh.data, 1), max(mesh.fsdp, 1), max(mesh.tensor, 1))
+        raise BadInput(f"at most one of {', '.join(f'mesh.{name}' for name in sizes)} may be -1")
+    check_divisible(config, {name: max(size, 1) for name, size in sizes.items()})
 
 
-def check_divisible(config: Config, data: int, fsdp: int, tensor: int) -> None:
-    """Raises `BadInput` where a mesh axis does not divide what it splits."""
+def check_divisible(config: Config, mesh: dict[str, int]) -> None:
+    """Raises `BadInput` where a mesh axis of so many devices does not divide what it splits."""
     model = config.model.with_sizes()
     microbatch = config.batch_size // config.grad_accum
-    if microbatch % (data * fsdp):
+    if microbatch % (devices := math.prod(mesh[name] for name in BATCH_AXES)):
+        product = " x ".join(f"mesh.{name}={mesh[name]}" for name in BATCH_AXES)
         raise BadInput(
             f"batch_size={config.batch_size} / grad_accum={config.grad_accum} = {microbatch}"
-            f" sequences cannot be divided over mesh.data={data} x mesh.fsdp={fsdp} devices;"
-            f" make batch_size a multiple of {config.grad_accum * data * fsdp}"
+            f" sequences cannot be divided over {product} devices;"
+            f" make batch_size a multiple of {config.grad_accum * devices}"
         )
-    for name, size, axis, devices in (
-        ("model.num_heads", model.num_heads, "tensor", tensor),
-        ("model.num_kv_heads", model.num_kv_heads, "tensor", tensor),
-        ("model.mlp_dim", model.mlp_dim, "tensor", tensor),
-        ("model.embed_dim", model.embed_dim, "fsdp", fsdp),
-        ("the padded vocabulary", 128, "tensor", tensor),
+    for logical, name, size in (
+        ("heads", "model.num_heads", model.num_heads),
+        ("kv_heads", "model.num_kv_heads", model.num_kv_heads),
+        ("mlp", "model.mlp_dim", model.mlp_dim),
+        ("embed", "model.embed_dim", model.embed_dim),
+        ("vocab", "the padded vocabulary", VOCAB_MULTIPLE),
         (
+            "heads",  # the same devices
             "model.max_seq_len, as mesh.sequence_activations splits it,",
             model.max_seq_len if config.mesh.sequence_activations else 0,
-            "tensor",
-            tensor,
         ),
     ):
-        if size % devices:
-            raise BadInput(f"{name} = {size} cannot be divided over mesh.{axis}={devices} devices")
+        axis = SPLIT_BY[logical]
+        if size % mesh[axis]:
+            raise BadInput(
+                f"{name} = {size} cannot be divided over mesh.{axis}={mesh[axis]} devices"
+            )
 
 
 def _check_data(config: Config) -> None:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgpt.config.schema import IGNORE
+from jaxgpt.config.schema import IGNORE, REPLICAS
 from jaxgpt.parallel.collectives import all_gather, reduce_scatter
-from jaxgpt.parallel.rules import REPLICAS, AxisRules
+from jaxgpt.parallel.rules import AxisRules
 
 LOWEST = -1e30  # below every logit, and finite
 

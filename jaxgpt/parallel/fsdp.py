@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt.config.schema import BATCH_AXES, REPLICAS
 from jaxgpt.parallel.collectives import all_gather, all_to_all, reduce_scatter
-from jaxgpt.parallel.rules import BATCH_AXES, REPLICAS, AxisRules, without_fsdp
+from jaxgpt.parallel.rules import AxisRules, without_fsdp
 
 GATHERED = "gathered_weights"  # what no remat policy keeps: as large as the model
 

@@ -1,4 +1,4 @@
-"""Building the (data, fsdp, tensor) mesh that every program runs under."""
+"""Building the mesh that every program runs under; its axes are `MeshConfig`'s."""
 
 import math
 
@@ -8,19 +8,20 @@ from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from jaxgpt.config import Config
+from jaxgpt.config.schema import MESH_AXES
 from jaxgpt.config.validate import check_divisible
 from jaxgpt.system.errors import BadInput
 
-AXES = ("data", "fsdp", "tensor")
+AXES = tuple(MESH_AXES)
 
 
-def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
+def mesh_shape(config: Config, num_devices: int) -> tuple[int, ...]:
     """Returns the size of each of `AXES` with -1 filled in.
 
     Raises:
       BadInput: if the axes do not multiply to `num_devices`, or do not divide the model or batch.
     """
-    wanted = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    wanted = [getattr(config.mesh, axis) for axis in AXES]
     fixed = math.prod(size for size in wanted if size != -1)
     shape = tuple(num_devices // fixed if size == -1 else size for size in wanted)
     if math.prod(shape) != num_devices:
@@ -29,7 +30,7 @@ def mesh_shape(config: Config, num_devices: int) -> tuple[int, int, int]:
             f"{text} needs {'a multiple of ' if -1 in wanted else ''}{fixed} devices,"
             f" but there are {num_devices}; set one axis to -1 to use whatever is there"
         )
-    check_divisible(config, *shape)
+    check_divisible(config, dict(zip(AXES, shape, strict=True)))
     return shape
 
 
@@ -46,19 +47,21 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    explicit = (AxisType.Explicit,) * 3
+    explicit = (AxisType.Explicit,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1 and shape[1] == len(devices) and (ordered := _by_coordinates(devices)):
+    fsdp, data = shape[AXES.index("fsdp")], shape[AXES.index("data")]
+    if slices == 1 and fsdp == len(devices) and (ordered := _by_coordinates(devices)):
         return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=explicit)
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=explicit, devices=devices)
-    if shape[0] % slices:
+    if data % slices:
         raise BadInput(
-            f"mesh.data={shape[0]} cannot go over {slices} slices of devices; make it a multiple of"
+            f"mesh.data={data} cannot go over {slices} slices of devices; make it a multiple of"
             f" {slices}"
         )
-    inside = (shape[0] // slices, *shape[1:])
-    placed = create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    outside = [slices if axis == "data" else 1 for axis in AXES]
+    inside = [size // slices for size, slices in zip(shape, outside, strict=True)]
+    placed = create_hybrid_device_mesh(inside, outside, devices)
     return Mesh(placed, AXES, axis_types=explicit)
 
 

@@ -8,22 +8,16 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
+from jaxgpt.config.schema import BATCH_AXES, REPLICAS, SPLIT_BY
 from jaxgpt.parallel.torus import Torus
 
-BATCH_AXES = ("data", "fsdp")  # FSDP is data parallelism whose parameters are split too
-REPLICAS = tuple(axis for axis in BATCH_AXES if axis != "fsdp")  # hold equal parameters
-
 TABLE = {
+    **SPLIT_BY,  # parameters; activations keep `embed` whole and name it None
     "batch": BATCH_AXES,
     "lookup_batch": REPLICAS,  # of embeddings while `embed` is still split over fsdp
     "seq": None,
     "residual": None,  # positions of the residual stream, between the layers
-    "embed": "fsdp",  # of parameters; activations keep theirs whole and name it None
-    "heads": "tensor",
-    "kv_heads": "tensor",
     "head_dim": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
 }
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxgpt.config import Config
+from jaxgpt.config.schema import BATCH_AXES, SPLIT_BY
 from jaxgpt.model.flops import flops_per_token
 from jaxgpt.model.gpt import count_parameters, windows
 from jaxgpt.parallel.mesh import AXES, make_mesh
@@ -203,12 +204,12 @@ def _kernel_flops(program: Program, training: Training) -> int:
     over the layers' windows, times the width of a head, for each product of matrices."""
     cfg, mesh = training.spec.model, training.mesh.shape
     rows = training.config.batch_size // training.config.grad_accum
-    rows //= mesh["data"] * mesh["fsdp"]
+    rows //= math.prod(mesh[axis] for axis in BATCH_AXES)
     seen = [
         np.minimum(np.arange(1, cfg.max_seq_len + 1), w or cfg.max_seq_len).sum()
         for w in windows(cfg)
     ]
-    one = 2 * int(np.mean(seen)) * cfg.head_dim * cfg.num_heads // mesh["tensor"] * rows
+    one = 2 * int(np.mean(seen)) * cfg.head_dim * cfg.num_heads // mesh[SPLIT_BY["heads"]] * rows
     total = 0
     for name, times in program.kernels().items():
         kind = next((kind for kind in PRODUCTS if f"_{kind}" in name), None)

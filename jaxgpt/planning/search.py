@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxgpt.config import Config
-from jaxgpt.config.schema import set_field
+from jaxgpt.config.schema import MESH_AXES, set_field
 from jaxgpt.config.validate import validate
 from jaxgpt.parallel.mesh import mesh_shape
 from jaxgpt.system.errors import BadInput
 
 POLICIES = ("none", "dots", "full", "offload")  # the one that keeps most first
-MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+ONE_DEVICE = {f"mesh.{axis}": 1 for axis in MESH_AXES}
 Change = dict[str, Any]
 Plan = dict[str, Any]
 
@@ -46,7 +46,8 @@ def smaller(config: Config) -> Iterator[Change]:
     # Offloading is left to people
     policies = POLICIES[POLICIES.index(config.compute.remat) + 1 : -1]
     accums = accumulations(config)
-    spread = {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": config.mesh.tensor}
+    spread = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in MESH_AXES}
+    spread |= {"mesh.data": 1, "mesh.fsdp": -1}
     meshes = [{}] if config.mesh.data == 1 else [{}, spread]
     for mesh in meshes:
         if mesh:
@@ -75,10 +76,11 @@ def cheapest_that_fits(
 def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]]]:
     """Yields a mesh and a remat policy to try, and the `grad_accum` for it, the smallest first."""
     tensors = [t for t in (1, 2, 4, 8) if devices % t == 0]
-    meshes = {mesh_shape(config, devices)}
-    meshes |= {(devices, 1, 1)} | {(1, devices // t, t) for t in tensors}
-    for mesh in sorted(meshes, reverse=True):
-        sizes = dict(zip(MESH, mesh, strict=True))
+    own = dict(zip(ONE_DEVICE, mesh_shape(config, devices), strict=True))
+    meshes = [own, ONE_DEVICE | {"mesh.data": devices}]
+    meshes += [ONE_DEVICE | {"mesh.fsdp": devices // t, "mesh.tensor": t} for t in tensors]
+    for mesh in sorted({tuple(sizes.values()) for sizes in meshes}, reverse=True):
+        sizes = dict(zip(ONE_DEVICE, mesh, strict=True))
         start = dataclasses.replace(config, grad_accum=1)
         for policy in POLICIES[:-1]:
             yield sizes | {"compute.remat": policy}, [1, *accumulations(start)]

@@ -175,7 +175,7 @@ def _load(path: str) -> tuple[dict, ModelConfig]:
         config = read_config(epath.Path(path))
         checkpoints = Checkpoints(path, read_only=True)
         spec = ModelSpec(config, "xla")
-        alone = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1))
+        alone = dataclasses.replace(config, mesh=MeshConfig(data=1))
         with jax.set_mesh(make_mesh(alone, jax.local_devices()[:1])):
             abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
             average = config.optim.ema_decay > 0
