@@ -5,9 +5,9 @@ Prints loss (nats/token), perplexity and bits per byte over a whole split, as JS
 of stdout; of a mixture, for each source too. --data=SOURCE takes the whole of SOURCE as the split.
 --stride=N lets windows overlap, so that each token is predicted from more context.
 
---all_steps evaluates every checkpoint, one line of JSON each. --watch goes on evaluating new ones
-as they appear, until the run ends (after num_steps, early or diverged): the evaluation job beside a
-training job. A run that was killed has not ended; --watch waits for it to go on.
+--all_steps evaluates every checkpoint, one line of JSON each. --watch also evaluates new ones
+as they appear, until the run ends (after num_steps, early or diverged): an evaluation job beside a
+training job. A run that was killed has not ended; --watch waits for it to resume.
 
 --task=NAME:GLOB answers a task's rows instead: sentiment, entailment (accuracy and confusion
 matrix), questions (exact match and F1), hellaswag, arc (accuracy, and by character), lambada

@@ -6,8 +6,8 @@ Stdout is the prompt and its continuation, nothing else; several samples are sep
 --prompt_file=F.jsonl continues every row's `prompt` instead, and prints the row with `text`,
 `finish_reason`, `tokens` and `logprobs` (the model's own, of each token generated) as one line of
 JSON; the row's own max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed and
-stop win over the flags. --interactive continues what you type, line by line. --num_beams=K searches
-the likeliest continuation instead of drawing.
+stop override the flags. --interactive continues what you type, line by line. --num_beams=K searches
+for the likeliest continuation instead of sampling.
 """
 
 import dataclasses
@@ -52,26 +52,20 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     define_step(values)
     flags.DEFINE_string("prompt", "", "text to continue", flag_values=values)
-    flags.DEFINE_string(
-        "prompt_file", "", "jsonl files with a prompt in each row", flag_values=values
-    )
+    flags.DEFINE_string("prompt_file", "", "rows of JSON with a prompt each", flag_values=values)
     flags.DEFINE_bool("interactive", False, "continue what is typed", flag_values=values)
     flags.DEFINE_bool("stream", False, "print text as it is generated", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 200, "most tokens of a sample", flag_values=values)
     flags.DEFINE_float("temperature", 0.8, "0 = greedy", flag_values=values)
     flags.DEFINE_integer("top_k", 40, "only the k likeliest tokens; 0 = all", flag_values=values)
     flags.DEFINE_float(
-        "top_p", 1.0, "only the likeliest tokens of this total probability", flag_values=values
+        "top_p", 1.0, "only the likeliest up to this probability", flag_values=values
     )
-    flags.DEFINE_float(
-        "min_p", 0.0, "only tokens this likely, relative to the likeliest", flag_values=values
-    )
-    flags.DEFINE_float(
-        "repetition_penalty", 1.0, "above 1: tokens seen so far are less likely", flag_values=values
-    )
+    flags.DEFINE_float("min_p", 0.0, "least share of the best's probability", flag_values=values)
+    flags.DEFINE_float("repetition_penalty", 1.0, "above 1: fewer repeats", flag_values=values)
     flags.DEFINE_multi_string("stop", [], "end in front of this; repeatable", flag_values=values)
     flags.DEFINE_integer("num_samples", 1, "how many", flag_values=values)
-    flags.DEFINE_integer("num_beams", 0, "width of a beam search; 0 = draw", flag_values=values)
+    flags.DEFINE_integer("num_beams", 0, "width of a beam search; 0 = sample", flag_values=values)
     flags.DEFINE_integer("seed", 0, "same seed, same samples", flag_values=values)
     parse(values, argv, __doc__)
     request = read_flags(values)
@@ -145,7 +139,7 @@ def print_stream(
     decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest, num_samples: int
 ) -> None:
     """Prints one sample after the other as it is generated."""
-    encode_prompts(tokenizer, [request], decoder.cfg)  # a prompt too long fails before any output
+    encode_prompts(tokenizer, [request], decoder.spec.model)  # fails before anything is printed
     for sample in samples_of(request, num_samples):
         sys.stdout.write("\n---\n" * (sample.sample_index > 0) + request.prompt)
         for _, text, _ in stream_text(decoder, tokenizer, [sample], STREAM_CHUNK):
@@ -193,7 +187,7 @@ def continue_rows(
 ) -> None:
     """Prints each row, in order, with its continuation, `num_samples` times."""
     pairs = [(row, sample) for row, request in rows for sample in samples_of(request, num_samples)]
-    encode_prompts(tokenizer, [request for _, request in rows], decoder.cfg)  # all, before output
+    encode_prompts(tokenizer, [r for _, r in rows], decoder.spec.model)  # fails before any output
     for start in range(0, len(pairs), BATCH):
         batch = pairs[start : start + BATCH]
         requests = [request for _, request in batch]

@@ -1,8 +1,8 @@
 """Serve a run: python -m jaxgpt.serve --workdir=DIR [--host=127.0.0.1 --port=8000]
 
-OpenAI's /v1/completions (text in, text out, with streaming), /v1/models, /healthz, and a page to
-try it at /. Needs `pip install -e '.[serve]'`. Whoever can reach the port may use it, unless there
-is an --api_key; web pages of other origins may not, unless --allow_origin names them.
+OpenAI's /v1/completions (with streaming), /v1/models, /healthz, and a page to try it at /. Needs
+`pip install -e '.[serve]'`. Everyone who can reach the port may use it, unless there is an
+--api_key; web pages of other origins may not, unless --allow_origin names them.
 """
 
 import os
@@ -23,8 +23,8 @@ from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
 
-PATIENCE = 20  # seconds that a client has to send its whole request
-GRACE = 4  # seconds that texts under way have to finish once the server is told to end
+REQUEST_TIMEOUT = 20  # seconds that a client has to send its whole request
+GRACE = 4  # seconds that unfinished texts have at a shutdown
 
 
 def main(argv: list[str]) -> None:
@@ -34,13 +34,13 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("host", "127.0.0.1", "address to listen at", flag_values=values)
     flags.DEFINE_integer("port", 8000, "port; 0 = any free one", flag_values=values)
     flags.DEFINE_string("name", "", "the model's name; default: the workdir's", flag_values=values)
-    flags.DEFINE_integer("slots", 8, "texts that grow side by side", flag_values=values)
+    flags.DEFINE_integer("slots", 8, "texts that are generated in one batch", flag_values=values)
     flags.DEFINE_integer("max_waiting", 256, "requests that may wait", flag_values=values)
     flags.DEFINE_multi_string(
-        "allow_origin", [], "pages of this origin may ask too; repeatable", flag_values=values
+        "allow_origin", [], "let pages of this origin in; repeatable", flag_values=values
     )
     flags.DEFINE_string(
-        "api_key", "", "what /v1/ wants; default: $JAXGPT_API_KEY", flag_values=values
+        "api_key", "", "key that /v1/ requires; default: $JAXGPT_API_KEY", flag_values=values
     )
     parse(values, argv, __doc__)
     if not values.workdir:
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
     for name, least, most in (("slots", 1, 1024), ("max_waiting", 1, 10**6), ("port", 0, 65535)):
         if not least <= values[name].value <= most:
             raise BadInput(f"--{name}={values[name].value} must be from {least} to {most}")
-    require("uvicorn", "serve", "jaxgpt.serve")
-    require("starlette", "serve", "jaxgpt.serve")
+    for module in ("uvicorn", "starlette"):
+        require(module, "serve", "jaxgpt.serve")
     # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.serving.guard import Guard
 
@@ -80,8 +80,8 @@ def serve(values: flags.FlagValues, guard, listening: socket.socket) -> None:
     name = values.name or Path(values.workdir).resolve().name
     say(f"serving   {name}, step {trained.step}, at http://{host}:{port}/ (Ctrl-C ends)")
     config = uvicorn.Config(
-        make_app(batcher, name, guard, PATIENCE),
-        http=connection_class(most_connections(), PATIENCE),
+        make_app(batcher, name, guard, REQUEST_TIMEOUT),
+        http=connection_class(most_connections(), REQUEST_TIMEOUT),
         ws="none",
         log_level="error",
         timeout_graceful_shutdown=3 * GRACE,
@@ -111,20 +111,17 @@ def _leave(number: int) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket that holds the port, before anything is loaded.
+    """Returns a socket that listens at the port. It is taken before anything is loaded; clients
+    that connect early wait.
 
     Raises:
-      BadInput: if it cannot be had.
+      BadInput: if the port cannot be taken.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(1024)  # who comes early waits
+        return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as e:
         raise BadInput(f"cannot listen at {host} port {port}: {e.strerror or e}") from e
-    return listening
 
 
 if __name__ == "__main__":

@@ -26,18 +26,17 @@ def evaluation_batch(
     contains it; elsewhere, past the end and where `mask` is 0 the target is IGNORE.
     """
     stride = stride or seq_len
-    inputs = np.zeros((batch_size, seq_len), np.int32)
-    targets = np.full((batch_size, seq_len), IGNORE, np.int32)
-    for row in range(batch_size):
-        start = (k * batch_size + row) * stride
-        window = np.asarray(tokens[start : start + seq_len + 1]).astype(np.int32)
-        count = max(len(window) - 1, 0)
-        known = seq_len - stride if start else 0
-        inputs[row, :count] = window[:-1]
-        targets[row, known:count] = window[1 + known :]
-        if mask is not None:
-            counted = np.asarray(mask[start + 1 : start + 1 + count])
-            targets[row, :count] = np.where(counted, targets[row, :count], IGNORE)
+    start = (k * batch_size + np.arange(batch_size))[:, None] * stride
+    position = start + np.arange(seq_len + 1)
+    has_target = position[:, 1:] < len(tokens)
+    position = np.minimum(position, len(tokens) - 1)
+    window = np.asarray(tokens[position]).astype(np.int32)
+    is_new = (start == 0) | (np.arange(seq_len) >= seq_len - stride)
+    is_target = has_target & is_new
+    if mask is not None:
+        is_target &= np.asarray(mask[position[:, 1:]]) != 0
+    inputs = np.where(has_target, window[:, :-1], 0)
+    targets = np.where(is_target, window[:, 1:], IGNORE).astype(np.int32)
     return {"inputs": inputs[None], "targets": targets[None]}
 
 

@@ -24,17 +24,17 @@ def beam_search(
     Raises:
       BadInput: if prompt and continuation exceed the context.
     """
-    check_length(len(prompt), new, decoder.cfg)
+    check_length(len(prompt), new, decoder.spec.model)
     keys = sample_keys([(0, 0)] * num_beams)
     state = decoder.prefill([prompt] * num_beams, [Sampling(0.0)] * num_beams, keys, new)
     beams = jax.device_get(
         _search(decoder.spec, new, end, decoder.vocab_limit, decoder.params, state)
     )
-    scores, found = beams.total / beams.length, []
+    scores, results = beams.total / beams.length, []
     for i in np.argsort(-scores, kind="stable"):
         tokens = beams.tokens[i, : beams.length[i]]
-        found.append((tokens[:-1] if tokens[-1] == end else tokens, float(scores[i])))
-    return found
+        results.append((tokens[:-1] if tokens[-1] == end else tokens, float(scores[i])))
+    return results
 
 
 class Beams(NamedTuple):

@@ -75,11 +75,6 @@ class Decoder:
         `vocab_limit`, the tokenizer's size: the model's vocabulary may be larger."""
         return cls(spec.for_decoding(), _decoding_params(spec.for_decoding(), params), vocab_limit)
 
-    @property
-    def cfg(self) -> ModelConfig:
-        """The model's sizes."""
-        return self.spec.model
-
     def prefill(
         self,
         prompts: Sequence[np.ndarray],
@@ -91,15 +86,15 @@ class Decoder:
         """Returns the state after reading the prompts. Its cache has room for `new` more tokens, or
         `slots` slots in all. Generating past the context (see `check_length`) makes a row's own
         tokens meaningless but does not affect other rows."""
-        padded = pad_rows(prompts)
+        padded, cfg = pad_rows(prompts), self.spec.model
         width = padded.shape[1]
         room = width + round_up(new, CHUNK)
-        if has_sliding_context(self.cfg):
-            room = min(room, max(width, round_up(self.cfg.window, CACHE_BLOCK)))
+        if has_sliding_context(cfg):
+            room = min(room, max(width, round_up(cfg.window, CACHE_BLOCK)))
         slots = round_up(slots or room, CACHE_BLOCK)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        batch_sampling = BatchSampling.of(sampling)
-        return _prefill(self.spec, slots, self.params, padded, lengths, keys, batch_sampling)
+        rows = padded, lengths, keys, BatchSampling.of(sampling)
+        return _prefill(self.spec, slots, self.params, *rows)
 
     def decode(
         self, state: DecodeState, count: int = CHUNK, reach: int = 0, with_top: bool = False
@@ -173,7 +168,7 @@ def generate(
     Raises:
       BadInput: if a prompt and its continuation exceed the context.
     """
-    check_length(max(map(len, prompts)), new, decoder.cfg)
+    check_length(max(map(len, prompts)), new, decoder.spec.model)
     keys = sample_keys([(seed, b) for b in range(len(prompts))])
     chunks = list(stream(decoder, prompts, new, [sampling] * len(prompts), keys, end))
     tokens, logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))

@@ -34,9 +34,9 @@ class GenerationRequest:
 
 
 class TokenLogprob(NamedTuple):
-    """A token's log-probability, the likeliest (id, log-probability) in its place, and the
-    character of the text at which the token starts. The first token of a prompt has no `logprob`:
-    nothing precedes it."""
+    """A token's log-probability (None for a prompt's first token: nothing precedes it), the
+    likeliest (id, log-probability) in its place, and the character of prompt and text at which it
+    starts."""
 
     token: int
     logprob: float | None
@@ -77,7 +77,7 @@ class Continuation:
             if not math.isfinite(logprob):
                 self._finish("broken")
                 break
-            offset = len(self.text) + len(self.pending)
+            offset = len(self.request.prompt + self.text + self.pending)
             self.details.append(TokenLogprob(token, logprob, top, offset))
             if token == self.tokenizer.end_of_text:
                 self._finish("stop")
@@ -95,7 +95,8 @@ class Continuation:
         ended = self.details and self.details[-1].token == self.tokenizer.end_of_text
         if self.finish_reason == "length" or ended:
             return len(self.details)
-        return bisect.bisect_left(self.details, len(self.text), key=lambda detail: detail.offset)
+        shown = len(self.request.prompt + self.text)
+        return bisect.bisect_left(self.details, shown, key=lambda detail: detail.offset)
 
     def _add(self, new: str) -> None:
         """Shows text up to the first complete stop string, and without an end that could become
@@ -142,7 +143,7 @@ def stream_text(
     Raises:
       BadInput: before anything is generated, if a request does not fit the context.
     """
-    prompts = encode_prompts(tokenizer, requests, decoder.cfg)
+    prompts = encode_prompts(tokenizer, requests, decoder.spec.model)
     texts = [Continuation(tokenizer, *pair) for pair in zip(requests, prompts, strict=True)]
     keys = sample_keys([(request.seed, request.sample_index) for request in requests])
     new = max(request.max_new_tokens for request in requests)

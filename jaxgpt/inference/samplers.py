@@ -78,21 +78,15 @@ def penalise_repetition(
 
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B V"]:
     """Keeps the k likeliest tokens and those that tie with the k-th; all where k is 0."""
-
-    def enough(kept: Bool[Array, "B V"]) -> Bool[Array, "B"]:
-        return jnp.sum(kept, axis=-1) >= k
-
-    return jnp.where((k == 0)[:, None], logits, _keep_fewest(logits, enough))
+    kept = _keep_fewest(logits, lambda kept: jnp.sum(kept, axis=-1) >= k)
+    return jnp.where((k == 0)[:, None], logits, kept)
 
 
 def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array, "B V"]:
     """Keeps the fewest likeliest tokens whose probabilities reach p (arXiv:1904.09751, eq. 2)."""
     probabilities = jax.nn.softmax(logits, axis=-1)
-
-    def enough(kept: Bool[Array, "B V"]) -> Bool[Array, "B"]:
-        return jnp.sum(jnp.where(kept, probabilities, 0), axis=-1) >= p
-
-    return jnp.where((p >= 1)[:, None], logits, _keep_fewest(logits, enough))
+    kept = _keep_fewest(logits, lambda kept: jnp.sum(probabilities, -1, where=kept) >= p)
+    return jnp.where((p >= 1)[:, None], logits, kept)
 
 
 def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array, "B V"]:
@@ -152,17 +146,17 @@ def next_token(
     """Returns one token per row, each row with its own key; never an id whose logit is -inf."""
     logits, greedy = filter_logits(logits, rows, seen), rows.temperature == 0
 
-    def likeliest(logits):
+    def likeliest():
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    tokens = jax.lax.cond(jnp.all(greedy), likeliest, lambda logits: sample(logits, keys), logits)
-    return jax.lax.cond(
-        jnp.any(greedy) & ~jnp.all(greedy),
-        lambda logits, tokens: jnp.where(greedy, likeliest(logits), tokens),
-        lambda logits, tokens: tokens,
-        logits,
-        tokens,
-    )
+    def sampled():
+        return sample(logits, keys)
+
+    def mixed():
+        return jnp.where(greedy, likeliest(), sampled())
+
+    kind = jnp.where(jnp.all(greedy), 0, jnp.where(jnp.any(greedy), 2, 1))
+    return jax.lax.switch(kind, (likeliest, sampled, mixed))
 
 
 def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:

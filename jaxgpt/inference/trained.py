@@ -1,4 +1,4 @@
-"""Opening a workdir to use its model."""
+"""A trained model, opened from its workdir."""
 
 import dataclasses
 
@@ -39,12 +39,12 @@ class Trained:
         """Returns the decoder of `params`; call under `jax.set_mesh(mesh)`.
 
         Raises:
-          BadInput: if a weight is not a finite number, so that no text would come of it.
+          BadInput: if a weight is not a finite number.
         """
         params = self.params()
         finite = jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
-        for path, good in jax.tree.leaves_with_path(jax.device_get(finite)):
-            if not good:
+        for path, is_finite in jax.tree.leaves_with_path(jax.device_get(finite)):
+            if not is_finite:
                 raise BadInput(
                     f"checkpoint {self.step} of {self.checkpoints.folder.parent} holds weights that"
                     f" are not finite ({jax.tree_util.keystr(path, simple=True, separator='/')});"
@@ -56,8 +56,8 @@ class Trained:
 def open_trained(workdir: str, step: int | str | None) -> Trained:
     """Returns what `workdir` holds at `step`, which may be "best" or None: see `Checkpoints.pick`.
 
-    The run's own mesh need not fit here: the model is copied to each of this machine's devices,
-    which share the batch.
+    The run's own mesh is not used: each of this machine's devices holds the whole model and takes
+    a share of the batch.
 
     Raises:
       BadInput: if there is no run, no such checkpoint, or no tokenizer.

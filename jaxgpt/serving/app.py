@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from jaxgpt.inference.generation import Continuation
-from jaxgpt.serving.batcher import Batcher, Busy, Group
+from jaxgpt.inference.generation import Continuation, TokenLogprob
+from jaxgpt.serving.batcher import Batcher, Busy, Group, Job
 from jaxgpt.serving.guard import Guard
 from jaxgpt.serving.openai import (
     NOT_FINITE,
@@ -47,7 +47,7 @@ def make_app(batcher: Batcher, model: str, guard: Guard, seconds: float = 30) ->
         except TimeoutError as e:
             raise ApiError(408, f"the body was not whole after {seconds:g} seconds") from e
         parsed = await asyncio.to_thread(  # tokenizing a long prompt must not block other requests
-            parse_body, body, model, batcher.tokenizer, batcher.decoder.cfg
+            parse_body, body, model, batcher.tokenizer, batcher.decoder.spec.model
         )
         completion = Completion(batcher, parsed, model)
         if parsed.stream:
@@ -118,21 +118,16 @@ class Completion:
         self.batcher, self.request, self.tokenizer = batcher, request, batcher.tokenizer
         # (choice, text just added, finish reason, number of tokens shown so far)
         self.updates: asyncio.Queue[tuple[int, str, str, int]] = asyncio.Queue()
-        self.header = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
+        id, created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        self.header = dict(id=id, object="text_completion", created=created, model=model)
         if len(request.requests) > batcher.capacity:
             raise ApiError(400, f"this server takes at most {batcher.capacity} choices", param="n")
         with_prompt = request.echo and request.logprobs >= 0
         group = Group(with_top=request.logprobs > 0, with_prompt_logprobs=with_prompt)
-        choices = zip(request.prompts, request.requests, strict=True)
+        on_text = [self._on_text(i) for i in range(len(request.requests))]
+        choices = list(zip(request.prompts, request.requests, on_text, strict=True))
         try:
-            self.jobs = batcher.submit(
-                [(*choice, self._on_text(i)) for i, choice in enumerate(choices)], group
-            )
+            self.jobs = batcher.submit(choices, group)
         except Busy as e:
             if batcher.closing:
                 raise ApiError(503, SHUTTING_DOWN) from e
@@ -149,26 +144,36 @@ class Completion:
 
         return on_text
 
-    def _choice(self, i: int, text: str, shown: slice, finish: str, prompt: bool = False) -> dict:
-        """Returns choice `i` with `text` and the details of the `shown` tokens of its continuation,
-        preceded by those of its prompt if `prompt`.
+    def _choice(self, i: int, text: str, details: list[TokenLogprob], finish: str) -> dict:
+        """Returns choice `i` with `text`, whose tokens are those of `details`.
 
         Raises:
           ApiError: 500, if the model's numbers are not finite.
         """
-        job, logprobs = self.jobs[i], None
         if finish == "broken":
             raise ApiError(500, NOT_FINITE)
+        logprobs = None
         if self.request.logprobs >= 0:
-            length = len(job.request.prompt)
-            details = [d._replace(offset=length + d.offset) for d in job.text.details[shown]]
-            if prompt and job.prompt_logprobs:
-                details = prompt_details(job.prompt, job.prompt_logprobs, self.tokenizer) + details
             logprobs = logprobs_object(details, self.request.logprobs, self.tokenizer)
         return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish or None}
 
+    def _echo(self, job: Job) -> tuple[str, list[TokenLogprob]]:
+        """Returns the prompt's text and the details of its tokens, if they are to be echoed."""
+        if not self.request.echo:
+            return "", []
+        if not job.prompt_logprobs:
+            return job.request.prompt, []
+        details = prompt_details(job.prompt, job.prompt_logprobs, self.tokenizer)
+        return job.request.prompt, details
+
     def _usage(self) -> dict:
         return usage(self.request, [job.text for job in self.jobs])
+
+    async def _update(self, timeout: float | None = None) -> tuple[int, str, str, int]:
+        update = await asyncio.wait_for(self.updates.get(), timeout)
+        if update[2] == "closed":
+            raise ApiError(503, SHUTTING_DOWN)
+        return update
 
     async def response(self, request: Request) -> Response:
         """Returns the whole response once every choice is finished.
@@ -180,20 +185,18 @@ class Completion:
         try:
             while unfinished:
                 try:
-                    _, _, finish, _ = await asyncio.wait_for(self.updates.get(), DISCONNECT_POLL)
+                    _, _, finish, _ = await self._update(DISCONNECT_POLL)
+                    unfinished -= bool(finish)
                 except TimeoutError:
                     if await request.is_disconnected():
                         return Response(status_code=499)
-                    continue
-                if finish == "closed":
-                    raise ApiError(503, SHUTTING_DOWN)
-                unfinished -= bool(finish)
         finally:
             self.batcher.cancel(self.jobs)
-        echo, choices = self.request.echo, []
+        choices = []
         for i, job in enumerate(self.jobs):
-            text, finish = job.request.prompt * echo + job.text.text, job.text.finish_reason
-            choices.append(self._choice(i, text, slice(job.text.num_shown), finish, prompt=echo))
+            prompt, details = self._echo(job)
+            details = details + job.text.details[: job.text.num_shown]
+            choices.append(self._choice(i, prompt + job.text.text, details, job.text.finish_reason))
         return json_response(self.header | {"choices": choices, "usage": self._usage()})
 
     async def events(self) -> AsyncIterator[str]:
@@ -202,16 +205,13 @@ class Completion:
         to_echo = set(range(unfinished)) if self.request.echo else set()
         try:
             while unfinished:
-                i, new, finish, num_shown = await self.updates.get()
-                if finish == "closed":
-                    raise ApiError(503, SHUTTING_DOWN)
-                choices = [self._choice(i, new, slice(shown[i], num_shown), finish)]
-                if i in to_echo:  # with the first text: only now are the prompt's logprobs there
+                i, new, finish, num_shown = await self._update()
+                if i in to_echo:  # not earlier: only now are the prompt's log-probabilities there
                     to_echo.remove(i)
-                    prompt = self.jobs[i].request.prompt
-                    choices.insert(0, self._choice(i, prompt, slice(0), "", prompt=True))
-                for choice in choices:
+                    choice = self._choice(i, *self._echo(self.jobs[i]), "")
                     yield _event(self.header | {"choices": [choice]})
+                details = self.jobs[i].text.details[shown[i] : num_shown]
+                yield _event(self.header | {"choices": [self._choice(i, new, details, finish)]})
                 shown[i] = num_shown
                 unfinished -= bool(finish)
             if self.request.include_usage:

@@ -160,7 +160,7 @@ class Batcher:
                     state = self._decode(state)
 
     def _prefill(self, prompts: list[np.ndarray], request: GenerationRequest) -> DecodeState:
-        count, slots = len(prompts), self.decoder.cfg.max_seq_len
+        count, slots = len(prompts), self.decoder.spec.model.max_seq_len
         keys = sample_keys([(request.seed, request.sample_index)] * count)
         return self.decoder.prefill(prompts, [request.sampling] * count, keys, 1, slots)
 

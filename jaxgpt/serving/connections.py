@@ -92,8 +92,8 @@ def connection_class(most: int, seconds: float) -> type[H11Protocol]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; `ended_by` is the signal that ended it, 0 before. `close` is called with
-    the first of them, beside uvicorn's own shutdown, which waits for its answers."""
+    """uvicorn's server; `ended_by` is the signal that ended it, 0 until then. The shutdown calls
+    `close` while uvicorn waits for its responses."""
 
     def __init__(self, config: uvicorn.Config, close: Callable, alive: Callable[[], bool]):
         super().__init__(config)
@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own raises a signal again at its end, which asyncio may take for itself."""
+        """Replaces uvicorn's, which raises the signal again at its end: asyncio may handle that."""
 
         def end(number, frame) -> None:
             self.ended_by = self.ended_by or number
