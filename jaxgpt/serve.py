@@ -6,11 +6,7 @@ OpenAI's /v1/completions (with streaming), /v1/models, /healthz, and a page to t
 """
 
 import os
-import signal
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from absl import flags
 from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
+from jaxgpt.processes import signals
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
@@ -56,7 +53,8 @@ def main(argv: list[str]) -> None:
     key = values.api_key or os.environ.get("JAXGPT_API_KEY", "")
     guard = Guard(values.host, values.allow_origin, key)
     listening = bind(values.host, values.port)
-    with at_once():
+    # nothing is to be saved, and the interpreter's own end would wait for a compilation
+    with signals.handled_by(signals.leave):
         serve(values, guard, listening)
 
 
@@ -87,27 +85,9 @@ def serve(values: flags.FlagValues, guard, listening: socket.socket) -> None:
         timeout_graceful_shutdown=3 * GRACE,
     )
     server = Server(config, partial(batcher.close, GRACE), batcher.thread.is_alive)
-    server.run(sockets=[listening])
+    server.run(sockets=[listening])  # raises a signal again at its end, which `leave` then handles
     if batcher.failure:
         raise batcher.failure
-    _leave(server.ended_by)
-
-
-@contextmanager
-def at_once() -> Iterator[None]:
-    """Lets a signal end the process at once: nothing is there to save, and the interpreter's own
-    end would wait for a thread that compiles, or abort in it."""
-    before = {n: signal.signal(n, lambda n, _: _leave(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _leave(number: int) -> None:
-    sys.stdout.flush()
-    os._exit(128 + number)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -33,6 +33,9 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
 
 
+Top = Sequence[tuple[int, float]]  # (id, log-probability), the likeliest first
+
+
 class TokenLogprob(NamedTuple):
     """A token's log-probability (None for a prompt's first token: nothing precedes it), the
     likeliest (id, log-probability) in its place, and the character of prompt and text at which it
@@ -40,7 +43,7 @@ class TokenLogprob(NamedTuple):
 
     token: int
     logprob: float | None
-    top: Sequence[tuple[int, float]]
+    top: Top
     offset: int
 
 
@@ -62,12 +65,7 @@ class Continuation:
         self.details: list[TokenLogprob] = []
         self.text = self.pending = self.finish_reason = ""
 
-    def feed(
-        self,
-        tokens: Sequence[int],
-        logprobs: Sequence[float],
-        tops: Iterable[Sequence[tuple[int, float]]] = (),
-    ) -> str:
+    def feed(self, tokens: list[int], logprobs: list[float], tops: Iterable[Top] = ()) -> str:
         """Takes the next tokens, their log-probabilities and the likeliest (id, log-probability) in
         the place of each; returns the text that they add."""
         before = len(self.text)
@@ -77,7 +75,7 @@ class Continuation:
             if not math.isfinite(logprob):
                 self._finish("broken")
                 break
-            offset = len(self.request.prompt + self.text + self.pending)
+            offset = self._shown_end + len(self.pending)
             self.details.append(TokenLogprob(token, logprob, top, offset))
             if token == self.tokenizer.end_of_text:
                 self._finish("stop")
@@ -95,8 +93,11 @@ class Continuation:
         ended = self.details and self.details[-1].token == self.tokenizer.end_of_text
         if self.finish_reason == "length" or ended:
             return len(self.details)
-        shown = len(self.request.prompt + self.text)
-        return bisect.bisect_left(self.details, shown, key=lambda detail: detail.offset)
+        return bisect.bisect_left(self.details, self._shown_end, key=lambda detail: detail.offset)
+
+    @property
+    def _shown_end(self) -> int:
+        return len(self.request.prompt) + len(self.text)
 
     def _add(self, new: str) -> None:
         """Shows text up to the first complete stop string, and without an end that could become

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 # Seconds by which process 0 outlives the others: when its coordinator goes, JAX aborts those that
@@ -55,6 +56,17 @@ def leave(number: int, frame=None) -> None:
     if index == 0:
         time.sleep(MOMENT)
     os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable) -> Iterator[None]:
+    """Has `handler(number, frame)` handle SIGTERM and SIGINT inside the `with` block."""
+    previous = {number: signal.signal(number, handler) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def _attend(theirs: socket.socket, abort_line: str) -> None:

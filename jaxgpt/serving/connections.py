@@ -1,4 +1,4 @@
-"""The server's connections: idle ones are closed, and signals end it with the right exit code.
+"""The server's connections: idle ones are closed, so that new clients are always let in.
 
 uvicorn closes a connection that is idle after a response, but waits forever for a first request or
 for the rest of one; and at the limit of open files it accepts no new connection.
@@ -7,9 +7,7 @@ for the rest of one; and at the limit of open files it accepts no new connection
 import asyncio
 import json
 import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import h11
 import uvicorn
@@ -92,27 +90,12 @@ def connection_class(most: int, seconds: float) -> type[H11Protocol]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; `ended_by` is the signal that ended it, 0 until then. The shutdown calls
-    `close` while uvicorn waits for its responses."""
+    """uvicorn's server, which ends when `alive()` is false, and calls `close` at its shutdown while
+    it waits for its responses."""
 
     def __init__(self, config: uvicorn.Config, close: Callable, alive: Callable[[], bool]):
         super().__init__(config)
-        self.close, self.alive, self.ended_by = close, alive, 0
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Replaces uvicorn's, which raises the signal again at its end: asyncio may handle that."""
-
-        def end(number, frame) -> None:
-            self.ended_by = self.ended_by or number
-            self.handle_exit(number, frame)
-
-        before = {n: signal.signal(n, end) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self.close, self.alive = close, alive
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or not self.alive()
