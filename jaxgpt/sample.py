@@ -97,11 +97,9 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
     """
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
-    prompts = [
-        f"--{name}" for name in ("prompt", "prompt_file", "interactive") if values[name].value
-    ]
-    if len(prompts) > 1:
-        raise BadInput(f"{' and '.join(prompts)} do not go together; choose one")
+    given = [name for name in ("prompt", "prompt_file", "interactive") if values[name].value]
+    if len(given) > 1:
+        raise BadInput(f"--{' and --'.join(given)} do not go together; choose one")
     for name, least, most in (
         ("max_new_tokens", 1, MAX_UINT32),
         ("num_samples", 1, MAX_SAMPLES),
@@ -194,12 +192,8 @@ def continue_rows(
         if start:  # the last batch is filled up: another batch size would be compiled anew
             requests += requests[-1:] * (BATCH - len(batch))
         for (row, _), text in zip(batch, generate_text(decoder, tokenizer, requests)):
-            result = {
-                "text": text.text,
-                "finish_reason": text.finish_reason,
-                "tokens": text.tokens,
-                "logprobs": text.logprobs,
-            }
+            result = dict(text=text.text, finish_reason=text.finish_reason)
+            result |= dict(tokens=text.tokens, logprobs=text.logprobs)
             print(json.dumps(row | result, ensure_ascii=False), flush=True)
 
 

@@ -171,8 +171,7 @@ def generate(
     check_length(max(map(len, prompts)), new, decoder.spec.model)
     keys = sample_keys([(seed, b) for b in range(len(prompts))])
     chunks = list(stream(decoder, prompts, new, [sampling] * len(prompts), keys, end))
-    tokens, logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
-    return tokens, logprobs
+    return tuple(np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
 
 
 def stream(
@@ -239,34 +238,26 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def _decode(
-    spec: ModelSpec,
-    count: int,
-    span: int,
-    vocab_limit: int,
-    params: dict,
-    state: DecodeState,
-    with_top,
-):
+def _decode(spec: ModelSpec, count: int, span: int, vocab_limit: int, params, state, with_top):
     model = spec.bind(params)
-    table, batch = model.table(), state.token.shape[0]
-    cache = first_slots(state.cache, span)
+    table, cache = model.table(), first_slots(state.cache, span)
+    rows = jnp.arange(state.token.shape[0])
 
-    def step(carry, at):
-        recent, token, position, seen = carry
-        x, recent = model.extend(params["blocks"], token, position, cache, recent, at)
+    def step(carry: DecodeState, at):
+        """`carry.cache` holds only the tokens of this chunk."""
+        position = carry.position
+        x, recent = model.extend(params["blocks"], carry.token, position, cache, carry.cache, at)
         logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
-        keys = jax.vmap(jax.random.fold_in)(state.keys, position + 1)
-        token = next_token(limit_vocab(logits, vocab_limit), keys, state.sampling, seen)
+        keys = jax.vmap(jax.random.fold_in)(carry.keys, position + 1)
+        token = next_token(limit_vocab(logits, vocab_limit), keys, carry.sampling, carry.seen)
         logprobs = token_logprobs(logits, token, vocab_limit, with_top)
-        seen = seen.at[jnp.arange(batch), token].set(True)
-        return (recent, token, position + 1, seen), (token, logprobs)
+        seen = carry.seen.at[rows, token].set(True)
+        carry = DecodeState(recent, token, position + 1, seen, carry.keys, carry.sampling)
+        return carry, (token, logprobs)
 
-    recent = empty_cache(spec.config, batch, count, spec.rules)
-    carry = (recent, state.token, state.position, state.seen)
-    (recent, token, position, seen), outputs = jax.lax.scan(step, carry, jnp.arange(count))
-    cache_after = write_recent(state.cache, recent, spec.rules)
-    after = DecodeState(cache_after, token, position, seen, state.keys, state.sampling)
+    recent = empty_cache(spec.config, len(rows), count, spec.rules)
+    after, outputs = jax.lax.scan(step, state._replace(cache=recent), jnp.arange(count))
+    after = after._replace(cache=write_recent(state.cache, after.cache, spec.rules))
     return after, *jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), outputs)
 
 

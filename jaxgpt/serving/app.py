@@ -120,12 +120,11 @@ class Completion:
         self.updates: asyncio.Queue[tuple[int, str, str, int]] = asyncio.Queue()
         id, created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         self.header = dict(id=id, object="text_completion", created=created, model=model)
-        if len(request.requests) > batcher.capacity:
+        if len(request.choices) > batcher.capacity:
             raise ApiError(400, f"this server takes at most {batcher.capacity} choices", param="n")
         with_prompt = request.echo and request.logprobs >= 0
         group = Group(with_top=request.logprobs > 0, with_prompt_logprobs=with_prompt)
-        on_text = [self._on_text(i) for i in range(len(request.requests))]
-        choices = list(zip(request.prompts, request.requests, on_text, strict=True))
+        choices = [(*choice, self._on_text(i)) for i, choice in enumerate(request.choices)]
         try:
             self.jobs = batcher.submit(choices, group)
         except Busy as e:
@@ -161,9 +160,8 @@ class Completion:
         """Returns the prompt's text and the details of its tokens, if they are to be echoed."""
         if not self.request.echo:
             return "", []
-        if not job.prompt_logprobs:
-            return job.request.prompt, []
-        details = prompt_details(job.prompt, job.prompt_logprobs, self.tokenizer)
+        scored = job.prompt_logprobs
+        details = prompt_details(job.prompt, scored, self.tokenizer) if scored else []
         return job.request.prompt, details
 
     def _usage(self) -> dict:

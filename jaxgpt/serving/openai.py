@@ -62,11 +62,9 @@ def json_response(value: object, status: int = 200, headers: Mapping | None = No
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest:
-    """A parsed body: the prompt and the generation request of each choice, in order, and how to
-    answer."""
+    """A parsed body: the choices to generate, with the ids of their prompts, and how to answer."""
 
-    prompts: list[np.ndarray]
-    requests: list[GenerationRequest]
+    choices: list[tuple[np.ndarray, GenerationRequest]]
     stream: bool
     logprobs: int  # how many alternatives to each token; -1: no log-probabilities at all
     echo: bool
@@ -103,9 +101,8 @@ def parse_body(
     if not isinstance(options, dict):
         raise ApiError(400, "stream_options must be an object", param="stream_options")
     return CompletionRequest(
-        prompts=[ids for ids, _ in prompts for _ in range(n)],
-        requests=[
-            dataclasses.replace(_parse_choice(body, ids, text, cfg), sample_index=i)
+        choices=[
+            (ids, dataclasses.replace(_parse_choice(body, ids, text, cfg), sample_index=i))
             for ids, text in prompts
             for i in range(n)
         ],
@@ -184,14 +181,12 @@ def _boolean(body: dict, name: str) -> bool:
     return value
 
 
-def prompt_details(
-    prompt: np.ndarray, logprobs: Logprobs, tokenizer: Tokenizer
-) -> list[TokenLogprob]:
-    """Returns the details of a prompt's tokens; `logprobs` are those of all but the first."""
+def prompt_details(ids: np.ndarray, rest: Logprobs, tokenizer: Tokenizer) -> list[TokenLogprob]:
+    """Returns the details of a prompt's tokens; `rest` holds the log-probabilities of all but the
+    first."""
     detokenizer, offset, details = IncrementalDetokenizer(tokenizer), 0, []
-    chosen = [None, *logprobs.chosen.tolist()]
-    tops = [[], *logprobs.top_pairs()]
-    for token, logprob, top in zip(prompt.tolist(), chosen, tops, strict=True):
+    logprobs, tops = [None, *rest.chosen.tolist()], [[], *rest.top_pairs()]
+    for token, logprob, top in zip(ids.tolist(), logprobs, tops, strict=True):
         details.append(TokenLogprob(token, logprob, top, offset))
         offset += len(detokenizer.add(token))
     return details
@@ -235,7 +230,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 def usage(request: CompletionRequest, texts: list[Continuation]) -> dict:
     """Returns a response's token counts; a prompt counts once however many choices it has."""
-    prompt = sum({id(ids): len(ids) for ids in request.prompts}.values())
+    prompt = sum({id(ids): len(ids) for ids, _ in request.choices}.values())
     completion = sum(len(text.tokens) for text in texts)
     total = prompt + completion
     return dict(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
