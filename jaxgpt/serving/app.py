@@ -118,8 +118,8 @@ class Completion:
         self.batcher, self.request, self.tokenizer = batcher, request, batcher.tokenizer
         # (choice, text just added, finish reason, number of tokens shown so far)
         self.updates: asyncio.Queue[tuple[int, str, str, int]] = asyncio.Queue()
-        id, created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
-        self.header = dict(id=id, object="text_completion", created=created, model=model)
+        name, created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        self.header = dict(id=name, object="text_completion", created=created, model=model)
         if len(request.choices) > batcher.capacity:
             raise ApiError(400, f"this server takes at most {batcher.capacity} choices", param="n")
         with_prompt = request.echo and request.logprobs >= 0
