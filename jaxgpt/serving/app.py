@@ -144,11 +144,8 @@ class Completion:
         return on_text
 
     def _choice(self, i: int, text: str, details: list[TokenLogprob], finish: str) -> dict:
-        """Returns choice `i` with `text`, whose tokens are those of `details`.
-
-        Raises:
-          ApiError: 500, if the model's numbers are not finite.
-        """
+        """Returns choice `i` with `text`, whose tokens are those of `details`; raises a 500 if the
+        model's numbers are not finite."""
         if finish == "broken":
             raise ApiError(500, NOT_FINITE)
         logprobs = None

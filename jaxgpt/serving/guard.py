@@ -32,12 +32,12 @@ class Guard:
 
     def __init__(self, host: str, origins: Sequence[str] = (), key: str = ""):
         self.origins, self.key = [origin.rstrip("/").lower() for origin in origins], key
-        for origin, given in zip(self.origins, origins, strict=True):
-            parts = split(origin)
-            if origin != "*" and origin != f"{parts.scheme}://{parts.netloc}":
-                raise BadInput(f"--allow_origin={given} must be like https://name:8080, or *")
         self.names = {"localhost", host.lower(), socket.gethostname().lower()}
-        self.names |= {split(origin).hostname for origin in self.origins}
+        for origin in self.origins:
+            parts = split(origin)
+            if origin not in ("*", f"{parts.scheme}://{parts.netloc}"):
+                raise BadInput(f"--allow_origin={origin} must be like https://name:8080, or *")
+            self.names.add(parts.hostname)
 
     def __call__(self, app: ASGIApp) -> ASGIApp:
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,26 +45,26 @@ class Guard:
                 return await app(scope, receive, send)
             headers = Headers(scope=scope)
             origin = headers.get("origin", "")
-            answer, extra = app, {}
+            response, cors = app, {}
             try:
                 self._check_names(headers.get("host", ""), origin)
                 if origin:
-                    extra = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+                    cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
                 if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                    extra["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
-                    extra["Access-Control-Allow-Methods"] = "GET, POST"
-                    answer = Response(status_code=204)
+                    cors["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+                    cors["Access-Control-Allow-Methods"] = "GET, POST"
+                    response = Response(status_code=204)
                 else:
                     self._check_request(scope, headers)
             except ApiError as e:
-                answer = e.response()
+                response = e.response()
 
-            async def send_more(message) -> None:
+            async def send_with_cors(message) -> None:
                 if message["type"] == "http.response.start":
-                    MutableHeaders(scope=message).update(extra)
+                    MutableHeaders(scope=message).update(cors)
                 await send(message)
 
-            await answer(scope, receive, send_more)
+            await response(scope, receive, send_with_cors)
 
         return guarded
 
@@ -73,10 +73,10 @@ class Guard:
             return
         name = split(f"//{host}").hostname or ""
         if host and not (name in self.names or _is_address(name)):
-            raise ApiError(403, f"this server is not {name!r}; --allow_origin=http://... names it")
+            raise ApiError(403, f"{name!r} is not a name of this server; see --allow_origin")
         if origin and origin.lower() not in self.origins:
             if split(origin).netloc.lower() != host.lower():
-                raise ApiError(403, f"pages of {origin!r} may not ask; --allow_origin lets them")
+                raise ApiError(403, f"pages of {origin!r} are not let in; see --allow_origin")
 
     def _check_request(self, scope: Scope, headers: Headers) -> None:
         if self.key and scope["path"].startswith("/v1/"):

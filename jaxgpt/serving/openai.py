@@ -193,12 +193,9 @@ def prompt_details(ids: np.ndarray, rest: Logprobs, tokenizer: Tokenizer) -> lis
 
 
 def logprobs_object(details: list[TokenLogprob], count: int, tokenizer: Tokenizer) -> dict:
-    """Returns OpenAI's `logprobs` with `count` alternatives to each token. The token itself is
-    always among them; of two with the same text, the higher log-probability counts.
-
-    Raises:
-      ApiError: 500, if a log-probability is not a number.
-    """
+    """Returns OpenAI's `logprobs` with `count` alternatives to each token; raises a 500 for a
+    log-probability that is not a number. The token itself is always among the alternatives; of two
+    with the same text, the higher log-probability counts."""
     tokens, logprobs, tops = [], [], []
     for token, logprob, alternatives, _ in details:
         text, top = token_text(tokenizer, token), None
