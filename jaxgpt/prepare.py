@@ -8,10 +8,10 @@ Cleans and tokenizes the config's data source and writes token shards, into the 
 training part.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 
-import numpy as np
 from absl import flags
 
 from jaxgpt.cli.flags import config_of, define_config_flag, parse
@@ -67,45 +67,37 @@ def main(argv: list[str]) -> None:
 
 def explain(data: Prepared) -> None:
     """Says how many documents each rule dropped or masked, with the first few."""
-    if not data.dropped and not data.masked:
-        say("explain   nothing was dropped or masked")
+    lines = []
     for rule, entry in data.dropped.items():
-        say(f"explain   {rule} dropped {entry['documents']:,} documents, for example")
-        _examples(entry)
+        lines.append((f"{rule} dropped {entry['documents']:,} documents, for example", entry))
     for kind, entry in data.masked.items():
-        say(
-            f"explain   pii masked {entry['masks']:,} {kind} addresses in"
-            f" {entry['documents']:,} documents, which now read"
-        )
-        _examples(entry)
-
-
-def _examples(entry: dict) -> None:
-    for example in entry["examples"]:
-        say(f"          {example['where']}: {' '.join(example['text'].split())}")
+        documents = f"{entry['documents']:,} documents, which now read"
+        lines.append((f"pii masked {entry['masks']:,} {kind} addresses in {documents}", entry))
+    for line, entry in lines or [("nothing was dropped or masked", {"examples": []})]:
+        say(f"explain   {line}")
+        for example in entry["examples"]:
+            say(f"          {example['where']}: {' '.join(example['text'].split())}")
 
 
 def compare(config: Config, data: Prepared, source: str) -> dict:
-    """Returns how much of `source` stands in the training part (see `contamination`)."""
+    """Returns how much of `source` is in the training part (see `contamination`)."""
     cfg = config.data
     sources = open_sources(source, cfg, cache_folder(cfg))
     pieces = (piece for one in sources for piece in join_pieces(one.documents()))
-    found = contamination(((p.where, p.text) for p in pieces), training_documents(data))
-    say(
-        f"against   {found['overlapping']:,} of {found['compared']:,} documents of {source} share"
-        f" an n-gram with the training part; {found['found']:,} of {found['ngrams']:,} n-grams"
-    )
-    for worst in found["worst"]:
+    overlap = contamination(((p.where, p.text) for p in pieces), training_documents(data))
+    documents = f"{overlap['overlapping']:,} of {overlap['compared']:,} documents of {source}"
+    grams = f"{overlap['found']:,} of {overlap['ngrams']:,} n-grams"
+    say(f"against   {documents} share an n-gram with the training part; {grams}")
+    for worst in overlap["worst"]:
         say(f"          {worst['share']:.1%} of the {worst['ngram']}-grams of {worst['where']}")
-    return found
+    return overlap
 
 
 def training_documents(data: Prepared) -> Iterator[str]:
     """Yields the training part's documents, decoded."""
     tokens = data.train.tokens
-    ends = np.append(data.train.starts[1:], len(tokens))
-    for start, end in zip(data.train.starts, ends, strict=True):
-        yield data.tokenizer.decode(tokens[int(start) + 1 : int(end)])
+    for start, end in itertools.pairwise([*data.train.starts.tolist(), len(tokens)]):
+        yield data.tokenizer.decode(tokens[start + 1 : end])
 
 
 if __name__ == "__main__":

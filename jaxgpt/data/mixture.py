@@ -1,4 +1,4 @@
-"""Which source's turn it is: exact over any prefix."""
+"""In which order a mixture's sources are used: their shares are exact over any prefix."""
 
 import math
 from fractions import Fraction
@@ -7,16 +7,16 @@ import numpy as np
 
 from jaxgpt.system.errors import BadInput
 
-LONGEST_PERIOD = 1 << 17  # about a second to lay out
+LONGEST_PERIOD = 1 << 17  # takes about a second to compute
 
 
-class Turns:
-    """A fixed sequence of sources: among the first n turns each has n * weight of them, off by
-    less than one.
+class MixtureSchedule:
+    """A fixed sequence of sources: each has n * weight of the first n examples, off by less than
+    one.
 
     Tijdeman's rule (The chairman assignment problem, Discrete Mathematics 32, 1980): of the
-    sources that are far enough behind, the one that would be late first. Weights are exact
-    fractions, so the sequence repeats and any place of it can be looked up.
+    sources that are far enough behind their share, take the one that would be late first. Weights
+    are exact fractions, so the sequence is periodic and can be read from any place on.
     """
 
     def __init__(self, weights: tuple[Fraction, ...]):
@@ -24,19 +24,19 @@ class Turns:
         if self.period > LONGEST_PERIOD:
             raise BadInput(
                 f"the weights {', '.join(map(str, weights))} repeat only after {self.period:,}"
-                " windows; write them with fewer digits"
+                " chunks; write them with fewer digits"
             )
         self.shares = np.array([int(w * self.period) for w in weights])
         self.source = _assign(self.shares, self.period)
-        self.rank = np.empty(self.period, np.int64)  # how many turns the source had before
+        self.rank = np.empty(self.period, np.int64)  # how many examples the source had before
         for i, share in enumerate(self.shares):
             self.rank[self.source == i] = np.arange(share)
 
-    def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (source, which of that source's turns) of each place, all from 0."""
-        round_, within = np.divmod(places, self.period)
+    def at(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (source, how many examples the source had before) of each index, from 0."""
+        periods, within = np.divmod(indices, self.period)
         source = self.source[within]
-        return source, round_ * self.shares[source] + self.rank[within]
+        return source, periods * self.shares[source] + self.rank[within]
 
 
 def _assign(shares: np.ndarray, period: int) -> np.ndarray:
@@ -44,11 +44,11 @@ def _assign(shares: np.ndarray, period: int) -> np.ndarray:
         return np.zeros(period, np.int64)
     # scaled by (2m - 2) * period, everything is an integer
     scale = 2 * len(shares) - 2
-    given, chosen = np.zeros(len(shares), np.int64), np.empty(period, np.int64)
+    counts, sources = np.zeros(len(shares), np.int64), np.empty(period, np.int64)
     for n in range(1, period + 1):
-        behind = scale * (n * shares - given * period)
+        behind = scale * (n * shares - counts * period)
         slack = (scale - 1) * period - behind
         late = np.where(behind >= period, slack / shares, np.inf)
-        chosen[n - 1] = i = int(np.argmin(late))
-        given[i] += 1
-    return chosen
+        sources[n - 1] = source = int(np.argmin(late))
+        counts[source] += 1
+    return sources

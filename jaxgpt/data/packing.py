@@ -1,22 +1,22 @@
-"""Whole documents into windows: a plan made once, stored beside the tokens.
+"""Whole documents into chunks: a plan made once, stored beside the tokens.
 
-A document of n tokens (its end-of-text in front included) fills n places: the last one's target is
-the end-of-text behind it. Longer ones than a window are cut into windows; the rest, and all others,
-go by best-fit decreasing (arXiv:2404.10830): the longest first, each into the fullest window that
-still has room.
+A document of n tokens (its end-of-text in front included) fills n positions: the target of the last
+is the end-of-text that follows. Documents longer than a chunk fill whole chunks first; their rests
+and all other documents are placed by best-fit decreasing (arXiv:2404.10830): the longest first,
+each into the fullest chunk that still has room.
 
 With T = 6 and documents of 4, 9 and 2 tokens: [9's first 6], [4's 4, 2's 2], [9's last 3, 3 of
 padding].
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.data.shards import META, ChecksummedFile, Split, cached, verify
+from jaxgpt.data.cache import load_or_write
+from jaxgpt.data.shards import META, Split, verify_checksums, write_checksummed
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import read_json
 
@@ -24,8 +24,8 @@ PLAN = {"first": "<i8", "starts": "<i8", "lengths": "<i4"}
 
 
 class Plan(NamedTuple):
-    """Window w holds pieces first[w] .. first[w+1] - 1; piece p is `lengths[p]` tokens from
-    token `starts[p]` on."""
+    """Chunk c holds segments first[c] .. first[c+1] - 1; segment s is `lengths[s]` tokens from
+    token `starts[s]` on."""
 
     first: np.ndarray
     starts: np.ndarray
@@ -36,40 +36,39 @@ def make_plan(starts: np.ndarray, end: int, seq_len: int) -> Plan:
     """Returns the plan for documents at the ascending `starts`, the last of which ends at `end`."""
     sizes = np.diff(np.append(starts, end)).astype(np.int64)
     full = sizes // seq_len
-    whole_starts = np.repeat(starts, full) + seq_len * count_up(full)
+    full_starts = np.repeat(starts, full) + seq_len * count_up(full)
     rest = sizes % seq_len
-    rest_starts = starts + full * seq_len
     order = np.argsort(-rest, kind="stable")
     order = order[rest[order] > 0]
-    window_of = _best_fit(rest[order].tolist(), seq_len)
-    by_window = np.argsort(window_of, kind="stable")
-    counts = np.bincount(window_of, minlength=0)
-    picked = order[by_window]
+    chunk_of = _best_fit(rest[order].tolist(), seq_len)
+    by_chunk = order[np.argsort(chunk_of, kind="stable")]
+    counts = np.concatenate([[0], np.ones(len(full_starts), int), np.bincount(chunk_of)])
+    rest_starts = (starts + full * seq_len)[by_chunk]
     return Plan(
-        np.concatenate([[0], np.cumsum(np.concatenate([np.ones(len(whole_starts), int), counts]))]),
-        np.concatenate([whole_starts, rest_starts[picked]]).astype(np.int64),
-        np.concatenate([np.full(len(whole_starts), seq_len), rest[picked]]).astype(np.int32),
+        np.cumsum(counts),
+        np.concatenate([full_starts, rest_starts]).astype(np.int64),
+        np.concatenate([np.full(len(full_starts), seq_len), rest[by_chunk]]).astype(np.int32),
     )
 
 
 def _best_fit(sizes: list[int], room: int) -> np.ndarray:
-    """Returns each size's window; `sizes` descend. Bit r of `open_` = some window has r free."""
-    free: list[list[int]] = [[] for _ in range(room + 1)]
-    open_, windows, chosen = 0, 0, np.empty(len(sizes), np.int64)
+    """Returns each size's chunk; `sizes` descend."""
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # chunks by their free positions
+    bits = 0  # bit r is set if with_room[r] is not empty
+    num_chunks, chunk_of = 0, np.empty(len(sizes), np.int64)
     for i, size in enumerate(sizes):
-        fitting = open_ >> size
-        if fitting:
-            left = size + (fitting & -fitting).bit_length() - 1
-            window = free[left].pop()
-            if not free[left]:
-                open_ &= ~(1 << left)
+        if fitting := bits >> size:
+            free = size + (fitting & -fitting).bit_length() - 1
+            chunk = with_room[free].pop()
+            if not with_room[free]:
+                bits &= ~(1 << free)
         else:
-            left, window, windows = room, windows, windows + 1
-        chosen[i] = window
-        free[left - size].append(window)
-        if left > size:
-            open_ |= 1 << (left - size)
-    return chosen
+            free, chunk, num_chunks = room, num_chunks, num_chunks + 1
+        chunk_of[i] = chunk
+        with_room[free - size].append(chunk)
+        if free > size:
+            bits |= 1 << (free - size)
+    return chunk_of
 
 
 def count_up(counts: np.ndarray) -> np.ndarray:
@@ -79,34 +78,27 @@ def count_up(counts: np.ndarray) -> np.ndarray:
 
 
 def plan_for(split: Split, part: int, seq_len: int, locks: Path) -> Plan:
-    """Returns the plan of one part of a split, made and stored on first use.
+    """Returns the plan of one part of a split, made and stored on first use."""
 
-    Raises:
-      BadInput: if it cannot be written beside the tokens.
-    """
+    def write(scratch: Path) -> None:
+        begin, end = split.parts[part].first, split.parts[part].end
+        first, last = np.searchsorted(split.starts, (begin, end))
+        starts = np.asarray(split.starts[first:last]).astype(np.int64)
+        if not len(starts):
+            raise BadInput("there is no document to pack")
+        checksums = {
+            name: write_checksummed(scratch / name, values.astype(dtype).tobytes())
+            for (name, dtype), values in zip(
+                PLAN.items(), make_plan(starts, end, seq_len), strict=True
+            )
+        }
+        (scratch / META).write_text(json.dumps(checksums))
+
     folder = split.folder / f"pack-{seq_len}" / f"{split.name}.{part}"
-    return cached(folder, locks, _writer(split, part, seq_len), _read_plan)
+    return load_or_write(folder, locks, write, _read_plan)
 
 
 def _read_plan(folder: Path) -> Plan:
-    schema = {name: {"bytes": int, "crc32": [int]} for name in PLAN}
-    checksums = read_json(folder / META, schema)
-    verify(folder, {name: checksums[name] for name in PLAN})
+    checksums = read_json(folder / META, {name: {"bytes": int, "crc32": [int]} for name in PLAN})
+    verify_checksums(folder, {name: checksums[name] for name in PLAN})
     return Plan(*(np.memmap(folder / name, dtype, "r") for name, dtype in PLAN.items()))
-
-
-def _writer(split: Split, part: int, seq_len: int) -> Callable[[Path], None]:
-    def write(scratch: Path) -> None:
-        found = split.parts[part]
-        first, end = np.searchsorted(split.starts, (found.first, found.end))
-        starts = np.asarray(split.starts[first:end]).astype(np.int64)
-        if not len(starts):
-            raise BadInput("there is no document to pack")
-        plan, checksums = make_plan(starts, found.end, seq_len), {}
-        for (name, dtype), values in zip(PLAN.items(), plan, strict=True):
-            file = ChecksummedFile(scratch / name)
-            file.write(values.astype(dtype).tobytes())
-            checksums[name] = file.close()
-        (scratch / META).write_text(json.dumps(checksums))
-
-    return write

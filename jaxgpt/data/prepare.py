@@ -5,28 +5,18 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data.remote import fetched, publish
-from jaxgpt.data.shards import (
-    FORMAT,
-    META,
-    Split,
-    cached,
-    checksums_of,
-    read_meta,
-    read_split,
-    token_dtype,
-    verify,
-    write_meta,
-    write_once,
-)
-from jaxgpt.data.split import Part, hold_out, scan
-from jaxgpt.data.tokenize import write_split
+from jaxgpt.data import shards
+from jaxgpt.data.cache import load_or_write
+from jaxgpt.data.remote import fetch, publish
+from jaxgpt.data.shards import Split, read_meta, read_split, verify_checksums
+from jaxgpt.data.split import hold_out, measure
+from jaxgpt.data.tokenize import write_splits
 from jaxgpt.metrics.progress import Bar
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
@@ -49,6 +39,8 @@ class Prepared:
     train: Split
     validation: Split
     tokenizer: Tokenizer
+    dropped: dict[str, dict]  # by cleaning: {rule: {"documents", "examples"}}
+    masked: dict[str, dict]  # by cleaning: {kind: {"masks", "documents", "examples"}}
 
     @property
     def fingerprint(self) -> str:
@@ -59,160 +51,143 @@ class Prepared:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
-    def dropped(self) -> dict[str, dict]:
-        """What cleaning left out: `{rule: {"documents", "examples"}}`."""
-        return read_meta(self.folder)["dropped"]
-
-    @property
-    def masked(self) -> dict[str, dict]:
-        """What cleaning replaced: `{kind: {"masks", "documents", "examples"}}`."""
-        return read_meta(self.folder).get("masked", {})
-
-    @property
     def summary(self) -> dict:
-        """What there is to say about it, as JSON."""
-        found = {}
-        for name in ("train", "validation"):
-            entry = read_meta(self.folder)["splits"][name]
-            found |= {f"{name} {what}": entry[what] for what in ("documents", "tokens", "bytes")}
-        dropped = {rule: entry["documents"] for rule, entry in self.dropped.items()}
-        masked = {kind: entry["masks"] for kind, entry in self.masked.items()}
-        return (
-            found
-            | {"vocabulary": self.tokenizer.vocab_size}
-            | ({"dropped": dropped} if dropped else {})
-            | ({"masked": masked} if masked else {})
-        )
+        """Its sizes, and what cleaning did, as JSON."""
+        summary = {}
+        for split in (self.train, self.validation):
+            summary[f"{split.name} documents"] = split.documents
+            summary[f"{split.name} tokens"] = len(split.tokens)
+            summary[f"{split.name} bytes"] = split.bytes
+        summary["vocabulary"] = self.tokenizer.vocab_size
+        if self.dropped:
+            summary["dropped"] = {rule: entry["documents"] for rule, entry in self.dropped.items()}
+        if self.masked:
+            summary["masked"] = {kind: entry["masks"] for kind, entry in self.masked.items()}
+        return summary
 
 
 def cache_folder(cfg: DataConfig) -> Path:
-    """Returns where prepared corpora live."""
-    chosen = cfg.cache_dir or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"
-    return path_of(chosen, "data.cache_dir")
+    """Returns where prepared corpora are cached."""
+    folder = cfg.cache_dir or os.environ.get("JAXGPT_CACHE") or "~/.cache/jaxgpt"
+    return path_of(folder, "data.cache_dir")
 
 
 def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     """Returns the corpus of `cfg` as token shards, written now if the cache has none.
 
-    Everything is in the key that decides: the text, the split rule, the cleaning and the
-    tokenizer. `out` names a folder to write to instead of the cache, or a URL to copy it to.
+    The cache key covers all that decides on the tokens: the text, the split rule, the cleaning and
+    the tokenizer. `out` names a folder to write to instead of the cache, or a URL to copy it to.
 
     Raises:
       BadInput: for a source, file, line, step or tokenizer that cannot be used.
     """
-    if cfg.source.startswith("shards:"):
-        place = cfg.source.removeprefix("shards:")
-        if is_object_store(place):
-            return fetched(place, cache_folder(cfg), read_prepared)
-        return open_prepared(path_of(place, "data.source=shards"))
     cache = cache_folder(cfg)
+    if cfg.source.startswith("shards:"):
+        folder = cfg.source.removeprefix("shards:")
+        if is_object_store(folder):
+            return fetch(folder, cache, read_prepared)
+        return open_prepared(path_of(folder, "data.source=shards"))
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f"data.cache_dir {cache} cannot be made: {e}") from e
-    given, sources, held_out = find_data(cfg, cache)
+    tokenizer, sources, validation = find_data(cfg, cache)
 
     def make_key() -> str:
         return _hash(
-            str(FORMAT),
+            str(shards.FORMAT),
             *[f"{s.weight} {_identity(s)}" for s in sources],
-            *[f"validation {s.identity()}" for s in held_out],
-            "" if held_out else str(cfg.validation_fraction),
+            *[f"validation {s.identity()}" for s in validation],
+            "" if validation else str(cfg.validation_fraction),
             cleaning_identity(cfg.clean) if cfg.clean else "",
             f"{cfg.tokenizer} sentencepiece {version('sentencepiece')} {cfg.special_tokens}"
-            if given is None
-            else fingerprint(given),
+            if tokenizer is None
+            else fingerprint(tokenizer),
         )
 
-    seen = Seen((*sources, *held_out), make_key)
+    key = CacheKey((*sources, *validation), make_key)
 
     def write(scratch: Path) -> None:
-        _write(cfg, sources, held_out, given, seen.key, scratch)
-        seen.check()
+        _write_corpus(cfg, sources, validation, tokenizer, key.value, scratch)
+        key.check()
 
-    if not out or is_object_store(out):
-        prepared = cached(cache / seen.key, cache / "locks", write, read_prepared)
-        if out:
-            publish(prepared.folder, out)
-        return prepared
-    folder = _chosen(out, seen.key)
-    write_once(folder, cache / "locks", write)
-    return open_prepared(folder)
+    to_cache = not out or is_object_store(out)
+    folder = cache / key.value if to_cache else _out_folder(out, key.value)
+    if not to_cache and folder.exists():
+        return open_prepared(folder)
+    prepared = load_or_write(folder, cache / "locks", write, read_prepared)
+    if is_object_store(out):
+        publish(folder, out)
+    return prepared
 
 
 def find_data(
     cfg: DataConfig, cache: Path
 ) -> tuple[Tokenizer | None, tuple[Source, ...], tuple[Source, ...]]:
-    """Returns the tokenizer, None if it is to be trained, and the sources of both splits; reads no
-    document yet.
+    """Returns the tokenizer, None if it is to be trained, and the sources of `data.source` and
+    `data.validation_source`; reads no document yet.
 
     Raises:
-      BadInput: for a tokenizer, cleaning step or source that cannot be, or that has no file.
+      BadInput: for a tokenizer, cleaning step or source that cannot be used, or without files.
     """
     check_spec(cfg.tokenizer)
     make_steps(cfg.clean)  # for its errors
-    given = None
+    tokenizer = None
     if not is_trained(cfg.tokenizer):
-        given = make_tokenizer(cfg.tokenizer, special_tokens=cfg.special_tokens)
-    sources = open_sources(cfg.source, cfg, cache, given)
-    held_out = ()
-    if cfg.validation_source:
-        held_out = open_sources(cfg.validation_source, cfg, cache, given)
-    return given, sources, held_out
+        tokenizer = make_tokenizer(cfg.tokenizer, special_tokens=cfg.special_tokens)
+    sources = open_sources(cfg.source, cfg, cache, tokenizer)
+    if not cfg.validation_source:
+        return tokenizer, sources, ()
+    return tokenizer, sources, open_sources(cfg.validation_source, cfg, cache, tokenizer)
 
 
-class Seen:
-    """The key of a corpus, and a check that its files are still those that the key was made of."""
+class CacheKey:
+    """The cache key of a corpus, and a check that its files are still those it was made from."""
 
     def __init__(self, sources: tuple[Source, ...], make_key: Callable[[], str]):
-        validation = (s.validation.files for s in sources if s.validation)
-        self.files = sorted({*(f for s in sources for f in s.files), *chain(*validation)})
+        sources = [*sources, *(s.validation for s in sources if s.validation)]
+        self.files = sorted({file for source in sources for file in source.files})
         self.make_key, self.stamps = make_key, [file_stamp(file) for file in self.files]
         self.is_young = any(map(is_young, self.stamps))
-        self.key = make_key()
+        self.value = make_key()
 
     def check(self) -> None:
         """Raises `BadInput` if a file was written to or replaced since it was hashed."""
-        for file, before in zip(self.files, self.stamps, strict=True):
-            if file_stamp(file) != before:
+        for file, stamp in zip(self.files, self.stamps, strict=True):
+            if file_stamp(file) != stamp:
                 raise BadInput(f"{file} changed while it was read; run the command again")
-        if self.is_young and self.make_key() != self.key:
+        if self.is_young and self.make_key() != self.value:
             raise BadInput("the text changed while it was read; run the command again")
 
 
-def _chosen(out: str, key: str) -> Path:
-    """Returns the folder that --out names, which is not there, empty, or holds this corpus."""
+def _out_folder(out: str, key: str) -> Path:
+    """Returns the folder that --out names, which is not there (an empty one is removed) or holds
+    this corpus."""
     folder = path_of(out, "--out")
     if folder.name in ("", ".."):  # ., / and the like
         folder = folder.resolve()
-    if (folder / META).exists():
+    if (folder / shards.META).exists():
         if read_meta(folder)["key"] != key:
             raise BadInput(f"{folder} already holds another prepared corpus; choose another --out")
     elif folder.exists():
         if not folder.is_dir() or folder.samefile(".") or any(folder.iterdir()):
             raise BadInput(f"{folder} exists and is no prepared corpus; choose another --out")
+        folder.rmdir()
     return folder
 
 
 def read_prepared(folder: Path) -> Prepared:
-    """Returns what `prepare` wrote into `folder`.
-
-    Raises:
-      BadInput: if it is not there or damaged.
-    """
+    """Returns what `prepare` wrote into `folder`."""
     train, validation = read_split(folder, "train"), read_split(folder, "validation")
-    sums = read_meta(folder)["checksums"]
-    verify(folder, {name: sums[name] for name in sums if name.startswith("tokenizer/")})
+    meta = read_meta(folder)
+    sums = meta["checksums"]
+    verify_checksums(folder, {name: sums[name] for name in sums if name.startswith("tokenizer/")})
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return Prepared(folder, train, validation, tokenizer)
+    return Prepared(folder, train, validation, tokenizer, meta["dropped"], meta.get("masked", {}))
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """Returns what `prepare` wrote into a folder that the user named.
-
-    Raises:
-      BadInput: if it is not there or damaged; the message says what to do.
-    """
+    """Returns what `prepare` wrote into a folder that the user named; errors say what to do."""
     try:
         return read_prepared(folder)
     except Damaged as e:
@@ -222,7 +197,7 @@ def open_prepared(folder: Path) -> Prepared:
 def check_shards(cfg: DataConfig, data: Prepared) -> None:
     """Compares `data.tokenizer` with the tokenizer that comes with `shards:`.
 
-    Says so if the default gives way to another.
+    Says so if the shards' tokenizer is used instead of the default one.
 
     Raises:
       BadInput: if the field names another one.
@@ -231,113 +206,87 @@ def check_shards(cfg: DataConfig, data: Prepared) -> None:
         cfg.tokenizer, cfg.special_tokens, data.tokenizer
     ):
         return
-    held = f"{data.tokenizer.kind} of {data.tokenizer.vocab_size:,} ids"
+    stored = f"{data.tokenizer.kind} of {data.tokenizer.vocab_size:,} ids"
     if (cfg.tokenizer, cfg.special_tokens) != (DataConfig.tokenizer, DataConfig.special_tokens):
         more = f" with data.special_tokens={cfg.special_tokens}" if cfg.special_tokens else ""
         raise BadInput(
             f"data.tokenizer={cfg.tokenizer}{more} is not the tokenizer that {cfg.source} was"
-            f" prepared with ({held}); leave the field out, or prepare the text again with yours"
+            f" prepared with ({stored}); leave the field out, or prepare the text again with yours"
         )
-    say(f"data      the tokenizer is that of {cfg.source}: {held}")
+    say(f"data      the tokenizer is that of {cfg.source}: {stored}")
 
 
 def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Path) -> Split:
-    """Returns the whole of `source` as one split, for evaluation with a trained tokenizer.
-
-    Raises:
-      BadInput: see `open_sources`.
-    """
+    """Returns the whole of `source` as one split, for evaluation with a trained tokenizer."""
     if source.startswith("shards:"):
         raise BadInput("--data=shards:DIR holds splits already; name the text instead")
     cache.mkdir(parents=True, exist_ok=True)
     sources = open_sources(source, cfg, cache, tokenizer)
 
     def make_key() -> str:
-        return _hash(str(FORMAT), *[s.identity() for s in sources], "whole", fingerprint(tokenizer))
+        return _hash(
+            str(shards.FORMAT), *[s.identity() for s in sources], "whole", fingerprint(tokenizer)
+        )
 
-    seen = Seen(sources, make_key)
+    key = CacheKey(sources, make_key)
 
     def write(scratch: Path) -> None:
-        sizes = [sum(scan(s.documents, s.spec).sizes) for s in sources]
-        files, bar = {}, Bar("data      tokenizing", sum(sizes))
-        parts = [(s.spec, s.weight, s.documents) for s in sources]
-        masked = any(s.masked for s in sources)
-        entry, checksums = write_split(scratch, "whole", parts, tokenizer, files, bar, masked)
-        bar.close()
-        _write_meta(scratch, tokenizer, seen.key, files, Report(), {"whole": entry}, checksums)
-        seen.check()
+        splits = {"whole": [_measured(source) for source in sources]}
+        _write_shards(scratch, splits, tokenizer, key.value, Report())
+        key.check()
 
-    return cached(cache / seen.key, cache / "locks", write, partial(read_split, name="whole"))
+    read = partial(read_split, name="whole")
+    return load_or_write(cache / key.value, cache / "locks", write, read)
 
 
-def _write(
+def _write_corpus(
     cfg: DataConfig,
     sources: tuple[Source, ...],
-    held_out: tuple[Source, ...],
-    given: Tokenizer | None,
+    validation: tuple[Source, ...],
+    tokenizer: Tokenizer | None,
     key: str,
     scratch: Path,
 ) -> None:
+    """Cleans, splits and tokenizes; writes everything into the folder `scratch`."""
     report, steps = Report(), make_steps(cfg.clean)
-    sources = [_cleaned(s, steps, report, scratch) for s in sources]
-    own = [_cleaned(s.validation, steps, report, scratch) for s in sources if s.validation]
-    held_out = [_cleaned(s, steps, report, scratch) for s in held_out]
-    train, validation = _parts(sources, own, held_out, cfg.validation_fraction)
-    total = sum(part.size for _, part in (*train, *validation))
-    documents = f"{cfg.source}: {total / 1e6:,.1f} MB"
-    say(f"data      preparing {documents}")
-    if given is None:
+    clean = partial(_cleaned, steps=steps, report=report, scratch=scratch)
+    cleaned = [clean(source) for source in sources]
+    own = [source.validation and clean(source.validation) for source in sources]
+    splits = {"train": [], "validation": [_measured(clean(source)) for source in validation]}
+    for source, own_validation in zip(cleaned, own, strict=True):
+        sizes = measure(source.documents, source.spec)
+        if validation or own_validation:
+            splits["train"].append(replace(source, num_bytes=sizes.total))
+            if not validation:
+                splits["validation"].append(_measured(own_validation))
+        elif sizes.total < 2:
+            raise BadInput(f"data source {source.spec} is too short to hold out a validation part")
+        else:
+            parts = hold_out(source.documents, sizes, cfg.validation_fraction)
+            for split, (documents, size) in zip(splits.values(), parts, strict=True):
+                split.append(replace(source, documents=documents, num_bytes=size))
+    total = sum(source.num_bytes for split in splits.values() for source in split)
+    say(f"data      preparing {cfg.source}: {total / 1e6:,.1f} MB")
+    if tokenizer is None:
         say(f"data      training {cfg.tokenizer} on the training part")
-    tokenizer = given or make_tokenizer(
-        cfg.tokenizer,
-        [TrainingText(_texts(part.documents), part.size, float(s.weight)) for s, part in train],
-        cfg.special_tokens,
-    )
-    save_tokenizer(tokenizer, scratch / "tokenizer")
-    files, splits, checksums = {}, {}, {}
-    for file in (scratch / "tokenizer").iterdir():
-        checksums[f"tokenizer/{file.name}"] = checksums_of(file)
-    bar = Bar("data      tokenizing", total)
-    for name, parts in (("train", train), ("validation", validation)):
-        listed = [(s.spec, s.weight, part.documents) for s, part in parts]
-        masked = any(s.masked for s, _ in parts)
-        splits[name], sums = write_split(scratch, name, listed, tokenizer, files, bar, masked)
-        checksums |= sums
-    bar.close()
+        texts = [
+            TrainingText(partial(_texts, s.documents), s.num_bytes, float(s.weight))
+            for s in splits["train"]
+        ]
+        tokenizer = make_tokenizer(cfg.tokenizer, texts, cfg.special_tokens)
+    _write_shards(scratch, splits, tokenizer, key, report)
     for spool in scratch.glob("*.spool"):
         spool.unlink()
-    _write_meta(scratch, tokenizer, key, files, report, splits, checksums)
 
 
-def _parts(sources, own, held_out, fraction: float):
-    """Returns the (source, Part) pairs of the training and of the validation split."""
-    own = iter(own)
-    train, validation = [], []
-    for source in sources:
-        found = scan(source.documents, source.spec)
-        everything = Part(source.documents, sum(found.sizes))
-        if held_out or source.validation:
-            train.append((source, everything))
-            if not held_out:
-                alone = next(own)
-                size = sum(scan(alone.documents, alone.spec).sizes)
-                validation.append((alone, Part(alone.documents, size)))
-            continue
-        if sum(found.sizes) < 2:
-            raise BadInput(f"data source {source.spec} is too short to hold out a validation part")
-        parts = hold_out(source.documents, found, fraction)
-        train.append((source, parts[0]))
-        validation.append((source, parts[1]))
-    for source in held_out:
-        size = sum(scan(source.documents, source.spec).sizes)
-        validation.append((source, Part(source.documents, size)))
-    return train, validation
+def _measured(source: Source) -> Source:
+    return replace(source, num_bytes=measure(source.documents, source.spec).total)
 
 
 def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Source:
-    """Returns the source with its documents cleaned, written to disk in between.
+    """Returns the source with its documents cleaned, which are spooled to disk.
 
-    The steps remember what came before, so duplicates are found across sources and splits.
+    The steps remember earlier documents, so duplicates are found across sources and splits.
     """
     if not steps:
         return source
@@ -352,7 +301,7 @@ def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Sour
         raise BadInput(
             f"data.clean drops every document of {source.spec} ({counts or 'it has none'})"
         )
-    return dataclasses.replace(source, documents=partial(_read_spool, spool))
+    return replace(source, documents=partial(_read_spool, spool))
 
 
 def _counted(documents: Documents, bar: Bar) -> Iterator[Piece]:
@@ -369,23 +318,30 @@ def _read_spool(spool: Path) -> Iterator[Piece]:
             yield Piece(*json.loads(line))
 
 
-def _texts(documents: Documents):
-    return lambda: (piece.text for piece in documents())
+def _texts(documents: Documents) -> Iterator[str]:
+    return (piece.text for piece in documents())
 
 
-def _write_meta(folder, tokenizer, key, files, report: Report, splits, checksums) -> None:
+def _write_shards(
+    scratch: Path, splits: dict[str, list[Source]], tokenizer: Tokenizer, key: str, report: Report
+) -> None:
+    """Writes the tokenizer, the tokens of each split, and meta.json."""
+    folder = scratch / "tokenizer"
+    save_tokenizer(tokenizer, folder)
+    sums = {f"tokenizer/{file.name}": shards.checksums_of(file) for file in folder.iterdir()}
+    entries, token_sums, files = write_splits(scratch, splits, tokenizer)
     meta = {
-        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "dtype": shards.token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "end_of_text": tokenizer.end_of_text,
         "key": key,
-        "files": list(files),
+        "files": files,
         "dropped": report.dropped,
         "masked": report.masked,
-        "splits": splits,
-        "checksums": checksums,
+        "splits": entries,
+        "checksums": sums | token_sums,
     }
-    write_meta(folder, meta)
+    shards.write_meta(scratch, meta)
 
 
 def _identity(source: Source) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 
@@ -10,87 +9,86 @@ import numpy as np
 
 from jaxgpt.data.shards import SplitWriter, token_dtype
 from jaxgpt.metrics.progress import Bar
-from jaxgpt.text.pieces import Documents, Piece, Span, join_pieces, num_bytes, split_into_pieces
+from jaxgpt.text.pieces import Piece, Span, join_pieces, num_bytes, split_into_pieces
+from jaxgpt.text.sources import Source
 from jaxgpt.tokenizer import Tokenizer
 
 BATCH_CHARS = 4 << 20  # of text in one batch; three batches exist at a time
 BATCH_PIECES = 4096
 
 
-def write_split(
-    folder: Path,
-    name: str,
-    parts: list[tuple[str, Fraction, Documents]],
-    tokenizer: Tokenizer,
-    files: dict[str, int],
-    bar: Bar,
-    masked: bool = False,
-) -> tuple[dict, dict]:
-    """Writes a split of (source, weight, documents) parts; returns its meta entry and checksums.
+def write_splits(
+    folder: Path, splits: dict[str, list[Source]], tokenizer: Tokenizer
+) -> tuple[dict, dict, list[str]]:
+    """Writes the documents of each split's sources; returns the splits' entries in meta.json, their
+    files' checksums, and the names of the documents' files."""
+    entries, checksums, files = {}, {}, {}
+    total = sum(source.num_bytes for sources in splits.values() for source in sources)
+    bar = Bar("data      tokenizing", total)
+    for name, sources in splits.items():
+        masked = any(source.masked for source in sources)
+        writer = SplitWriter(folder, name, token_dtype(tokenizer.vocab_size), files, masked)
+        for source in sources:
+            writer.begin_part(source.spec, source.weight)
+            for piece, ids, is_target in tokenized(source.documents(), tokenizer):
+                if not piece.continues:
+                    writer.begin_document(piece.file, piece.row, tokenizer.end_of_text)
+                text = piece.text if piece.tokens is None else tokenizer.decode(piece.tokens)
+                target_bytes = sum(num_bytes(s.text) for s in piece.spans if s.is_target)
+                writer.extend(ids, num_bytes(text), is_target, target_bytes)
+                bar.advance(num_bytes(text))
+        entries[name], sums = writer.close()
+        checksums |= sums
+    bar.close()
+    return entries, checksums, list(files)
 
-    `files` collects the names of the documents' files. `masked`: not all of the text is learnt.
-    """
-    writer = SplitWriter(folder, name, token_dtype(tokenizer.vocab_size), files, masked)
-    for source, weight, documents in parts:
-        writer.begin_part(source, weight)
-        for piece, (ids, learn) in tokenized(documents(), tokenizer):
-            if not piece.continues:
-                writer.begin_document(piece.file, piece.row, tokenizer.end_of_text)
-            text = piece.text if piece.tokens is None else tokenizer.decode(piece.tokens)
-            size = num_bytes(text)
-            learnt = sum(num_bytes(part.text) for part in piece.spans if part.is_target)
-            writer.extend(ids, size, learn, learnt)
-            bar.advance(size)
-    return writer.close()
 
-
-def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, tuple]]:
-    """Yields each piece with (ids, which of them are learnt; None = all).
+def tokenized(
+    pieces: Iterable[Piece], tokenizer: Tokenizer
+) -> Iterator[tuple[Piece, np.ndarray, np.ndarray | None]]:
+    """Yields (piece, ids, which of them are targets; None = all).
 
     A batch is tokenized while the next is read.
     """
-    previous = None
-    with ThreadPoolExecutor(1) as ahead:
+    with ThreadPoolExecutor(1) as executor:
+        running = None
         for batch in _batches(_cut(pieces, tokenizer)):
-            coming = batch, ahead.submit(_encode, batch, tokenizer)
+            previous, running = running, executor.submit(_encode, batch, tokenizer)
             if previous:
-                yield from zip(previous[0], previous[1].result(), strict=True)
-            previous = coming
-        if previous:
-            yield from zip(previous[0], previous[1].result(), strict=True)
+                yield from previous.result()
+        if running:
+            yield from running.result()
 
 
 def _encode(batch: list[Piece], tokenizer: Tokenizer) -> list[tuple]:
     if batch[0].tokens is not None:
-        return [(piece.tokens, None) for piece in batch]
-    texts = [
-        part.text
+        return [(piece, piece.tokens, None) for piece in batch]
+    spans = (span for piece in batch for span in piece.spans or (Span(piece.text),))
+    encoded = iter(tokenizer.encode_batch([span.text for span in spans if not span.special]))
+    return [
+        (piece, *_encode_spans(piece, encoded, tokenizer))
+        if piece.spans
+        else (piece, next(encoded), None)
         for piece in batch
-        for part in piece.spans or (Span(piece.text),)
-        if not part.special
     ]
-    encoded = iter(tokenizer.encode_batch(texts))
-    return [_in_parts(p, encoded, tokenizer) if p.spans else (next(encoded), None) for p in batch]
 
 
-def _in_parts(piece: Piece, encoded: Iterator[np.ndarray], tokenizer: Tokenizer) -> tuple:
-    """Parts are tokenized one by one, so that none of them changes another's tokens."""
+def _encode_spans(piece: Piece, encoded: Iterator[np.ndarray], tokenizer: Tokenizer) -> tuple:
+    """Each span is tokenized by itself, so that none of them changes another's tokens."""
     ids = [
-        np.array([tokenizer.special[part.text]]) if part.special else next(encoded)
-        for part in piece.spans
+        np.array([tokenizer.special[span.text]]) if span.special else next(encoded)
+        for span in piece.spans
     ]
-    learn = [np.full(len(i), part.is_target) for i, part in zip(ids, piece.spans, strict=True)]
-    return np.concatenate(ids).astype(np.int32), np.concatenate(learn)
+    is_target = [np.full(len(i), span.is_target) for i, span in zip(ids, piece.spans, strict=True)]
+    return np.concatenate(ids).astype(np.int32), np.concatenate(is_target)
 
 
 def _cut(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Cuts long documents where that changes no token; joins pieces if no place is known to.
-
-    What is tokenized already stays in its pieces, whatever the tokenizer.
-    """
+    """Cuts long documents where that changes no token; joins them again if the tokenizer does not
+    say where that is. Tokens of `bin:` files stay in their pieces."""
     if not tokenizer.cuttable:
-        for tokenized, run in groupby(pieces, lambda piece: piece.tokens is not None):
-            read = iter if tokenized else join_pieces
+        for is_tokenized, run in groupby(pieces, lambda piece: piece.tokens is not None):
+            read = iter if is_tokenized else join_pieces
             yield from read(run)
         return
     for piece in pieces:

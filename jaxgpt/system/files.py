@@ -1,6 +1,7 @@
 """Reading and writing whole files: the small JSON files that jaxgpt keeps, and folders."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -8,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,10 @@ def path_of(text: str, what: str) -> Path:
 
 
 @contextmanager
-def whole_folder(target: Path, flag: str) -> Iterator[Path]:
+def whole_folder(target: Path, flag: str, is_locked: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `target` that takes its name if the body succeeds.
 
-    What a killed process left of the same folder is removed first.
+    What a killed process left of the same folder is removed first (see `remove_leftovers`).
 
     Raises:
       BadInput: now, if `target` holds something (`flag` names another); at the end, if it cannot
@@ -174,7 +175,7 @@ def whole_folder(target: Path, flag: str) -> Iterator[Path]:
         if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
             raise BadInput(f"{target} exists already; choose another {flag}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target)
+        remove_leftovers(target, is_locked)
         scratch = scratch_for(target)
         try:
             scratch.mkdir()
@@ -186,6 +187,37 @@ def whole_folder(target: Path, flag: str) -> Iterator[Path]:
             remove_folder(scratch)
     except OSError as e:
         raise BadInput(f"cannot write {target}: {e}") from e
+
+
+@contextmanager
+def locked(path: os.PathLike, on_wait: Callable[[], None]) -> Iterator[bool]:
+    """Holds the lock of a file, which is made if need be, or of a folder, until the body ends.
+
+    Where another process holds it, calls `on_wait`, which may raise, and then waits. Yields False
+    on file systems without locks.
+    """
+    # NFS gives an exclusive lock only on a file that is open for writing
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
+    try:
+        is_locked = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            is_locked = False
+        yield is_locked
+    finally:
+        os.close(handle)
+
+
+def remove_any(path: Path) -> None:
+    """Removes a file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_folder(folder: os.PathLike) -> None:
@@ -232,15 +264,21 @@ def scratch_for(target: os.PathLike) -> Path:
     return Path(target).with_name(f"{_scratch_prefix(target)}{own}")
 
 
-def remove_leftovers(target: os.PathLike) -> None:
-    """Removes what processes of this machine that have ended left at `scratch_for(target)`."""
+def remove_leftovers(target: os.PathLike, is_locked: bool = False) -> None:
+    """Removes what processes of this machine that have ended left at `scratch_for(target)`.
+
+    Of a caller that holds a lock that all writers of `target` take (`is_locked`), whatever any
+    process of any machine left there.
+    """
     prefix = _scratch_prefix(target)
+    of_any_host = prefix.removesuffix(f"{_host()}.")
     with os.scandir(Path(target).parent) as entries:
-        found = [entry.path for entry in entries if entry.name.startswith(prefix)]
-    for path in found:
+        paths = [entry.path for entry in entries if entry.name.startswith(of_any_host)]
+    for path in paths:
         process = path.rpartition(prefix)[2].partition(".")[0]
-        own = path == str(scratch_for(target))  # the same number as that of a process of old
-        if own or (process.isdigit() and not _is_alive(int(process))):
+        own = path == str(scratch_for(target))  # of a process that had the same number before
+        ended = own or (process.isdigit() and not _is_alive(int(process)))
+        if ended or (is_locked and path.endswith(".tmp")):
             shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -250,7 +288,11 @@ def _scratch_prefix(target: os.PathLike) -> str:
     name = os.path.basename(os.fspath(target))
     if len(os.fsencode(name)) > 80:  # with the rest it must stay below 255 bytes
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-    return f".{name}.{os.uname().nodename[:64]}."
+    return f".{name}.{_host()}."
+
+
+def _host() -> str:
+    return os.uname().nodename[:64]
 
 
 def _is_alive(process: int) -> bool:

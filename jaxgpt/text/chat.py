@@ -1,6 +1,7 @@
 """Rows of prompts and responses as documents of which only the responses are targets of the loss.
 
 A row is {"prompt": ..., "response": ...} or {"messages": [{"role": "user", "content": ...}, ...]}.
+Other rows, and rows without a target, raise `BadInput`, which names file and line.
 """
 
 import os
@@ -31,21 +32,13 @@ JINJA = {
 
 
 def read_chat(file: str, template: str) -> Iterator[Piece]:
-    """Yields a document per line of JSON, in spans that say what is a target.
-
-    Raises:
-      BadInput: naming file and line, if a row is malformed or holds no target.
-    """
+    """Yields a document per line of JSON, in spans that say what is a target."""
     for _, number, row in json_rows([file]):
         yield supervised_piece(row_spans(row, template, f"{file}, line {number}"), file, number)
 
 
 def supervised_piece(spans: list[Span], file: str, number: int) -> Piece:
-    """Returns the document that consists of `spans`.
-
-    Raises:
-      BadInput: if none of them is a target.
-    """
+    """Returns the document that consists of `spans`."""
     if not any(span.is_target and span.text for span in spans):
         raise BadInput(f"{file}, line {number} has no response to learn: all of it would be masked")
     text = check_text("".join(span.text for span in spans), f"{file}, line {number}")
@@ -53,11 +46,7 @@ def supervised_piece(spans: list[Span], file: str, number: int) -> Piece:
 
 
 def row_spans(row, template: str, where: str) -> list[Span]:
-    """Returns the spans of one row.
-
-    Raises:
-      BadInput: if it is neither of the two kinds.
-    """
+    """Returns the spans of one row."""
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
         return TEMPLATES[template]([_message(m, where) for m in row["messages"]])
     if isinstance(row, dict) and {"prompt", "response"} <= set(row):

@@ -198,21 +198,21 @@ class Report:
 
     def add_drop(self, rule: str, piece: Piece) -> None:
         """Counts a dropped document and keeps the first few."""
-        self._count(self.dropped.setdefault(rule, {"documents": 0, "examples": []}), piece)
+        _count(self.dropped, rule, piece)
 
     def add_masks(self, counts: dict[str, int], piece: Piece) -> None:
         """Counts what was replaced in a document, and keeps the first few such documents."""
         for kind, count in counts.items():
-            entry = self.masked.setdefault(kind, {"masks": 0, "documents": 0, "examples": []})
-            entry["masks"] += count
-            self._count(entry, piece)
+            entry = _count(self.masked, kind, piece)
+            entry["masks"] = entry.get("masks", 0) + count
 
-    @staticmethod
-    def _count(entry: dict, piece: Piece) -> None:
-        entry["documents"] += 1
-        if len(entry["examples"]) < EXAMPLES:
-            text = piece.text[:EXAMPLE_CHARS]
-            entry["examples"].append({"where": piece.where, "text": text})
+
+def _count(table: dict[str, dict], name: str, piece: Piece) -> dict:
+    entry = table.setdefault(name, {"documents": 0, "examples": []})
+    entry["documents"] += 1
+    if len(entry["examples"]) < EXAMPLES:
+        entry["examples"].append({"where": piece.where, "text": piece.text[:EXAMPLE_CHARS]})
+    return entry
 
 
 def clean_documents(

@@ -22,7 +22,6 @@ from jaxgpt.system.extras import require
 from jaxgpt.system.files import Damaged, Missing, read_json, write_whole
 
 BLOCK = 1 << 20
-ZSTD_BLOCK = 1 << 12  # compressed bytes read at once: at most 128 MB of zeros come out of them
 LONGEST = 1 << 28  # bytes of one line or record: a longer one is damaged, or not text
 REMEMBERED = 16 << 20  # bytes from which on a file's hash is kept rather than computed anew
 RACY_SECONDS = 2  # a file younger than this may still change within its time stamp
@@ -121,47 +120,15 @@ def open_file(file: str, decompress: bool = True) -> Iterator[BinaryIO]:
             if decompress and file.endswith(".gz"):
                 yield gzip.GzipFile(fileobj=raw)
             elif decompress and file.endswith(".zst"):
-                zstandard = require("zstandard", "data", f"reading {file}")
-                yield io.BufferedReader(_Zstd(raw, zstandard), BLOCK)
+                arrow = require("pyarrow", "data", f"reading {file}")
+                stream = arrow.CompressedInputStream(arrow.PythonFile(raw, "r"), "zstd")
+                yield io.BufferedReader(stream, BLOCK)
             else:
                 yield raw
     except BadInput:
         raise
     except errors as e:
         raise BadInput(f"{file} cannot be read: {e}") from e
-
-
-class _Zstd(io.RawIOBase):
-    """The decompressed bytes of a zstd stream. The library's own reader accepts a stream that is
-    cut short as if it ended there."""
-
-    def __init__(self, raw: BinaryIO, library):
-        self.raw, self.library = raw, library
-        self.frame, self.buffer = None, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target) -> int:
-        while not self.buffer:
-            if not (block := self.raw.read(ZSTD_BLOCK)):
-                if self.frame:
-                    raise EOFError("the zstd stream ends too early")
-                return 0
-            self.buffer = memoryview(b"".join(self._decompress(block)))
-        count = min(len(target), len(self.buffer))
-        target[:count], self.buffer = self.buffer[:count], self.buffer[count:]
-        return count
-
-    def _decompress(self, block: bytes) -> Iterator[bytes]:
-        while block:
-            self.frame = self.frame or self.library.ZstdDecompressor().decompressobj()
-            try:
-                yield self.frame.decompress(block)
-            except self.library.ZstdError as e:
-                raise OSError(str(e)) from e
-            block = self.frame.unused_data if self.frame.eof else b""
-            self.frame = None if self.frame.eof else self.frame
 
 
 def read_blocks(file: str) -> Iterator[bytes]:

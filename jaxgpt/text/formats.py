@@ -1,4 +1,7 @@
-"""Files to documents: plain text, jsonl, parquet, web archives, tokens, and the built-in corpus."""
+"""Files to documents: plain text, jsonl, parquet, web archives, tokens, and the built-in corpus.
+
+A damaged file, or one of another format, raises `BadInput`, which names file and line.
+"""
 
 import codecs
 import hashlib
@@ -52,11 +55,7 @@ def _not_utf8(where: str, e: UnicodeDecodeError, offset: int = 0) -> BadInput:
 
 
 def json_rows(files: list[str]) -> Iterator[tuple[str, int, object]]:
-    """Yields (file, line number, value) of every line of JSON that is not blank.
-
-    Raises:
-      BadInput: naming file and line, if one is not UTF-8 or not JSON.
-    """
+    """Yields (file, line number, value) of every line of JSON that is not blank."""
     for file in files:
         for number, line in read_lines(file):
             where = f"{file}, line {number}"
@@ -167,9 +166,6 @@ def read_tokens(file: str, end_of_text: int, vocab_size: int) -> Iterator[Piece]
     """Yields the documents of a token file: raw uint16 as nanoGPT writes, or with llm.c's header.
 
     End-of-text tokens separate documents, whether they come first (llm.c) or last (nanoGPT).
-
-    Raises:
-      BadInput: if it is cut short or holds an id that the vocabulary lacks.
     """
     tokens, row, continues = open_tokens(file), 0, False
     for start in range(0, len(tokens), TOKENS_AT_ONCE):
@@ -190,11 +186,7 @@ def read_tokens(file: str, end_of_text: int, vocab_size: int) -> Iterator[Piece]
 
 
 def open_tokens(file: str) -> np.ndarray:
-    """Returns a `.bin` file's tokens, memory-mapped.
-
-    Raises:
-      BadInput: if its length does not fit its header, or it is empty.
-    """
+    """Returns a `.bin` file's tokens, memory-mapped."""
     try:
         header = np.fromfile(file, "<i4", 3)
         size = np.memmap(file, np.uint8, "r").size

@@ -11,16 +11,9 @@ from pathlib import Path
 
 from jaxgpt.config import DataConfig
 from jaxgpt.system.errors import BadInput
+from jaxgpt.text import formats
 from jaxgpt.text.chat import read_chat
 from jaxgpt.text.files import file_stamp, hash_files, list_files
-from jaxgpt.text.formats import (
-    read_builtin,
-    read_jsonl,
-    read_parquet,
-    read_text,
-    read_tokens,
-    read_warc,
-)
 from jaxgpt.text.pieces import Documents, Piece, num_bytes
 from jaxgpt.text.tasks import TASKS, read_task
 from jaxgpt.text.tfds import open_tfds
@@ -84,14 +77,13 @@ def open_sources(
 def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) -> Source:
     kind, _, argument = spec.partition(":")
     if spec == "builtin":
-        return Source(spec, read_builtin, _hash_of_builtin)
+        return Source(spec, formats.read_builtin, _hash_of_builtin)
     if kind == "tfds" and argument:
-        splits = open_tfds(argument, cfg.field, cfg.data_dir)
-        train, validation = (
-            split and _of_files(spec, f"tfds {cfg.field}", split, split.files(), cache)
-            for split in splits
+        train, *validation = (
+            _of_files(spec, f"tfds {cfg.field}", documents, files, cache)
+            for documents, files in open_tfds(argument, cfg.field, cfg.data_dir)
         )
-        return dataclasses.replace(train, validation=validation)
+        return dataclasses.replace(train, validation=validation[0] if validation else None)
     if kind == "bin" and argument and tokenizer is None:
         raise BadInput(
             f"data source {spec} holds tokens: set data.tokenizer to the one that made them"
@@ -99,15 +91,15 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
         )
     setting = cfg.chat_template if kind == "sft" else cfg.field
     readers = {
-        "text": read_text,
-        "jsonl": partial(read_jsonl, field=cfg.field),
-        "parquet": partial(read_parquet, column=cfg.field),
-        "warc": read_warc,
+        "text": formats.read_text,
+        "jsonl": partial(formats.read_jsonl, field=cfg.field),
+        "parquet": partial(formats.read_parquet, column=cfg.field),
+        "warc": formats.read_warc,
         "sft": partial(read_chat, template=cfg.chat_template),
     }
     if tokenizer is not None:
         readers["bin"] = partial(
-            read_tokens, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size
+            formats.read_tokens, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size
         )
     task, _, task_pattern = argument.partition(":")
     if kind == "task" and task in TASKS and task_pattern:
@@ -139,6 +131,6 @@ def _of_files(
 
 def _hash_of_builtin() -> str:
     text_hash = hashlib.sha256()
-    for piece in read_builtin():
+    for piece in formats.read_builtin():
         text_hash.update(num_bytes(piece.text).to_bytes(8, "little") + piece.text.encode())
     return text_hash.hexdigest()

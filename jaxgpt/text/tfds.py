@@ -1,42 +1,19 @@
 """TensorFlow Datasets on disk, read through `tfds.data_source`: ArrayRecord, without TensorFlow."""
 
-import dataclasses
 import importlib
 import os
 from collections.abc import Iterator
+from functools import partial
 
 from jaxgpt.system.errors import BadInput, as_bad_input
-from jaxgpt.text.pieces import Piece
+from jaxgpt.text.pieces import Documents, Piece
 
 VALIDATION = ("validation", "valid", "dev", "test")  # splits that serve for validation, best first
 
 
-@dataclasses.dataclass(frozen=True)
-class TfdsSplit:
-    """One split of a prepared dataset. Calling it reads the documents."""
-
-    builder: object
-    split: str
-    field: str
-
-    def __call__(self) -> Iterator[Piece]:
-        name = f"{self.builder.info.full_name}[{self.split}]"
-        for row, example in enumerate(self.builder.as_data_source(split=self.split), start=1):
-            try:
-                text = example[self.field]
-                text = text.decode("utf-8") if isinstance(text, bytes) else text
-            except UnicodeDecodeError as e:
-                raise BadInput(f"{name}, record {row} is not UTF-8: {e}") from e
-            if text:
-                yield Piece(text, name, row)
-
-    def files(self) -> list[str]:
-        """Returns the files of the split."""
-        return [os.fspath(file) for file in self.builder.info.splits[self.split].filepaths]
-
-
-def open_tfds(name: str, field: str, data_dir: str) -> tuple[TfdsSplit, TfdsSplit | None]:
-    """Returns (training split, the dataset's own validation split if it has one).
+def open_tfds(name: str, field: str, data_dir: str) -> list[tuple[Documents, list[str]]]:
+    """Returns the documents and files of the training split and, if the dataset has one, of its
+    validation split.
 
     Raises:
       BadInput: if the dataset is unknown, not on disk, in another file format, or `field` is not
@@ -74,5 +51,20 @@ def open_tfds(name: str, field: str, data_dir: str) -> tuple[TfdsSplit, TfdsSpli
         builder.as_data_source(split="train")
     except NotImplementedError as e:
         raise BadInput(f"tfds:{name} in {where} is not in array_record format; {advice}") from e
-    validation = next((TfdsSplit(builder, s, field) for s in VALIDATION if s in splits), None)
-    return TfdsSplit(builder, "train", field), validation
+    names = ["train", *[split for split in VALIDATION if split in splits][:1]]
+    return [
+        (partial(_read, builder, split, field), list(map(os.fspath, splits[split].filepaths)))
+        for split in names
+    ]
+
+
+def _read(builder, split: str, field: str) -> Iterator[Piece]:
+    name = f"{builder.info.full_name}[{split}]"
+    for row, example in enumerate(builder.as_data_source(split=split), start=1):
+        try:
+            text = example[field]
+            text = text.decode("utf-8") if isinstance(text, bytes) else text
+        except UnicodeDecodeError as e:
+            raise BadInput(f"{name}, record {row} is not UTF-8: {e}") from e
+        if text:
+            yield Piece(text, name, row)

@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
         """Returns the UTF-8 of one id in the middle of a text; it may be part of a character."""
 
     def save(self, folder: os.PathLike) -> None:
-        """Writes the files that `open` reads."""
+        """Writes the files that `open(folder)`, a class method, reads."""
 
 
 def text_ids(ids: Iterable, tokenizer: Tokenizer) -> list[int]:

@@ -59,11 +59,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Sequence[TrainingText]) -> "CharTokenizer":
-        """Returns the tokenizer of every character in `texts`.
-
-        Raises:
-          BadInput: if there are more than `MAX_CHARACTERS`.
-        """
+        """Returns the tokenizer of all characters in `texts`, at most `MAX_CHARACTERS`."""
         characters: set[str] = set()
         for text in texts:
             for document in text.documents():

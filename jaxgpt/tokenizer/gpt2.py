@@ -63,11 +63,7 @@ class Gpt2Tokenizer(Tokenizer):
 
     @classmethod
     def open(cls, folder: os.PathLike) -> "Gpt2Tokenizer":
-        """Reads GPT-2's vocabulary, under any of the three sets of file names in use.
-
-        Raises:
-          BadInput: if the folder has none of them, or they are damaged.
-        """
+        """Reads GPT-2's vocabulary, under any of the three sets of file names in use."""
         if not folder.is_dir():
             raise BadInput(f"tokenizer folder {folder} does not exist")
         try:

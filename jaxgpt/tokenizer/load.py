@@ -96,9 +96,6 @@ def describes(spec: str, special_tokens: str, tokenizer: Tokenizer) -> bool:
     """Says whether `tokenizer` may have been made from `spec` with `special_tokens`.
 
     One that is trained is compared by its kind and size alone.
-
-    Raises:
-      BadInput: if `spec` is unknown or a file is missing.
     """
     if not is_trained(spec):
         return fingerprint(make_tokenizer(spec, (), special_tokens)) == fingerprint(tokenizer)
@@ -118,11 +115,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder) -> None:
 
 
 def load_tokenizer(folder) -> Tokenizer:
-    """Reads what `save_tokenizer` wrote.
-
-    Raises:
-      BadInput: if there is none, or it is damaged.
-    """
+    """Reads what `save_tokenizer` wrote."""
     folder = epath.Path(folder)
     if not (folder / KIND_FILE).exists():
         raise BadInput(f"{folder} holds no tokenizer")

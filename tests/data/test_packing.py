@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from jaxgpt import prepare as prepare_command
 from jaxgpt.config import Config, DataConfig, ModelConfig
 from jaxgpt.config.schema import IGNORE
-from jaxgpt.data.mixture import Turns
+from jaxgpt.data.chunks import PackedChunks
+from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.packing import make_plan, plan_for
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
-from jaxgpt.data.windows import Packed
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, tiny_config
@@ -38,7 +38,7 @@ def stream_of(sizes):
 @given(SIZES, st.integers(1, 16))
 def test_every_token_is_a_target_once_and_in_its_own_document(sizes, length):
     tokens, starts = stream_of(sizes)
-    packed = Packed(tokens, length, make_plan(starts, len(tokens), length), 0)
+    packed = PackedChunks(tokens, length, make_plan(starts, len(tokens), length), 0)
     batch = packed.read(np.arange(len(packed)))
     real = batch["targets"] != IGNORE
     assert packed.num_targets(np.arange(len(packed))) == real.sum() == len(tokens)
@@ -52,14 +52,14 @@ def test_every_token_is_a_target_once_and_in_its_own_document(sizes, length):
             np.testing.assert_array_equal(inputs[1:], targets[:-1])
             assert np.count_nonzero(inputs == 0) <= 1, "one document"
     whole = [size for size in sizes if size <= length]
-    cuts = sum(len(packed.spans(w)) for w in range(len(packed)))
+    cuts = sum(len(packed.segments(w)) for w in range(len(packed)))
     assert cuts == len(whole) + sum(-(-size // length) for size in sizes if size > length)
 
 
 def test_the_plan_by_hand():
     plan = make_plan(np.array([0, 4, 13]), 15, 6)
-    packed = Packed(*(stream_of([4, 9, 2])[0], 6, plan, 0))
-    spans = [packed.spans(w) for w in range(len(packed))]
+    packed = PackedChunks(*(stream_of([4, 9, 2])[0], 6, plan, 0))
+    spans = [packed.segments(w) for w in range(len(packed))]
     assert spans == [[(4, 6)], [(0, 4), (13, 2)], [(10, 3)]]
 
 
@@ -75,7 +75,7 @@ def test_documents_in_a_window_do_not_see_each_other(position):
     """Changing one document changes no logit of its neighbours, bit for bit."""
     config = tiny_config(position=position, num_kv_heads=2)
     tokens, starts = stream_of([7, 9, 5, 30])
-    packed = Packed(tokens, 24, make_plan(starts, len(tokens), 24), 0)
+    packed = PackedChunks(tokens, 24, make_plan(starts, len(tokens), 24), 0)
     with jax.set_mesh(mesh_of(config)):
         spec = ModelSpec(config, "xla")
         params = spec.init(jax.random.key(0))
@@ -95,7 +95,7 @@ def test_documents_in_a_window_do_not_see_each_other(position):
             after = run(batch, np.where(mine, 200 - batch["inputs"], batch["inputs"]))
             np.testing.assert_array_equal(after[~mine], before[~mine])
             assert np.abs(after[mine] - before[mine]).max() > 1e-3
-        alone = packed.spans(1)[1]
+        alone = packed.segments(1)[1]
         ids = jnp.asarray(tokens[alone[0] : alone[0] + alone[1]])[None]
         row = batch["segments"][0] == 2
         by_itself = np.asarray(jax.jit(lambda ids: spec.bind(params)(ids))(ids))[..., :203]
@@ -109,7 +109,7 @@ WEIGHTS = st.lists(st.integers(1, 30), min_size=1, max_size=5)
 @given(WEIGHTS)
 def test_turns_are_exact_over_every_prefix(weights):
     weights = [Fraction(w, sum(weights)) for w in weights]
-    turns = Turns(tuple(weights))
+    turns = MixtureSchedule(tuple(weights))
     source, turn = turns.at(np.arange(3 * turns.period))
     for i, weight in enumerate(weights):
         count = np.cumsum(source == i)
@@ -120,7 +120,7 @@ def test_turns_are_exact_over_every_prefix(weights):
 
 def test_weights_without_a_short_period_are_refused():
     with pytest.raises(BadInput, match="write them with fewer digits"):
-        Turns((Fraction(1, 1000003), Fraction(1000002, 1000003)))
+        MixtureSchedule((Fraction(1, 1000003), Fraction(1000002, 1000003)))
 
 
 def config_of(corpus, **data):
@@ -145,7 +145,7 @@ def test_a_mixture_of_packed_or_plain_windows(corpus, pack, hosts):
         parts = [stream.batch(k, np.arange(2).reshape(hosts, -1)[h]) for h in range(hosts)]
         for name, whole in batch.items():
             np.testing.assert_array_equal(np.concatenate([p[name] for p in parts], 1), whole)
-        source, _ = stream.windows(stream.places(k).ravel())
+        source, _ = stream.chunks(stream.indices(k).ravel())
         shares = [share + np.count_nonzero(source == i) for i, share in enumerate(shares)]
         assert abs(shares[0] - (k + 1)) < 1, "a quarter of four"
     again = training_stream(prepare(config.data).train, config)
@@ -179,7 +179,7 @@ def test_corpus_shorter_than_a_window(corpus):
     config.model.max_seq_len = one.end - one.first - 1
     training_stream(data.train, config)
     config.model.max_seq_len += 1
-    with pytest.raises(BadInput, match="0.txt has .* tokens, shorter than one window"):
+    with pytest.raises(BadInput, match="0.txt has .* tokens, shorter than one chunk"):
         training_stream(data.train, config)
     config.data.pack = True
     training_stream(data.train, config)
@@ -193,7 +193,7 @@ def test_show(command, corpus, tmp_path, pack):
         f" validation_fraction=0.2, pack={pack}))\n"
     )
     code, out, _ = command(prepare_command.main, f"--config={tmp_path}/c.py", "--show=1")
-    assert code == 0 and out.startswith("batch 1 (step 2): 2 windows of 3000 tokens")
+    assert code == 0 and out.startswith("batch 1 (step 2): 2 chunks of 3000 tokens")
     text = (corpus / "1.txt").read_text()
     assert f"{corpus}/1.txt (from its token " in out and text[500:900] in out
     assert "--- loss on 0-" in out

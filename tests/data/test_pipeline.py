@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from jaxgpt.config.schema import IGNORE
-from jaxgpt.data.mixture import Turns
+from jaxgpt.data.chunks import ContiguousChunks
+from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream, _local_rows, device_batches
-from jaxgpt.data.windows import Contiguous
 from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows
 from jaxgpt.parallel.rules import AxisRules
 from tests.conftest import mesh_of, tiny_config
@@ -21,8 +21,8 @@ TOKENS = np.arange(1000, dtype=np.uint16)
 
 
 def windows(tokens=TOKENS, seq_len=10, batch=8, accum=1, seed=0, shuffle=True):
-    sources = (Contiguous(tokens, seq_len),)
-    return Stream(sources, Turns((Fraction(1),)), batch, accum, seed, shuffle)
+    sources = (ContiguousChunks(tokens, seq_len),)
+    return Stream(sources, MixtureSchedule((Fraction(1),)), batch, accum, seed, shuffle)
 
 
 def test_a_window_holds_consecutive_tokens_and_targets_are_next():
@@ -37,12 +37,12 @@ def test_a_window_holds_consecutive_tokens_and_targets_are_next():
 def test_each_epoch_is_a_permutation(count, seed, epoch):
     w = windows(tokens=np.zeros(count * 10 + 1, np.uint16), seed=seed)
     places = range(epoch * count, (epoch + 1) * count)
-    assert sorted(w.windows(np.array(places))[1]) == list(range(count))
+    assert sorted(w.chunks(np.array(places))[1]) == list(range(count))
 
 
 def test_order_depends_on_seed_and_epoch_and_can_be_switched_off():
     def order(epoch=0, **kw):
-        return windows(**kw).windows(99 * epoch + np.arange(99))[1].tolist()
+        return windows(**kw).chunks(99 * epoch + np.arange(99))[1].tolist()
 
     orders = [order(), order(seed=1), order(epoch=1), order(shuffle=False)]
     assert len(set(map(tuple, orders))) == 4
@@ -51,7 +51,7 @@ def test_order_depends_on_seed_and_epoch_and_can_be_switched_off():
 
 def test_the_order_is_pinned():
     """A library update that changes the order would break every resume: notice it here."""
-    assert windows().windows(np.arange(8))[1].tolist() == [87, 61, 50, 7, 70, 72, 24, 52]
+    assert windows().chunks(np.arange(8))[1].tolist() == [87, 61, 50, 7, 70, 72, 24, 52]
 
 
 def test_grad_accum_splits_the_same_batch():

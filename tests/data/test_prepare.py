@@ -19,8 +19,9 @@ from jaxgpt import train as train_command
 from jaxgpt.config import DataConfig
 from jaxgpt.data import prepare as module
 from jaxgpt.data import shards
+from jaxgpt.data.cache import load_or_write
 from jaxgpt.data.prepare import prepare, prepare_whole, read_prepared
-from jaxgpt.data.shards import read_meta, write_once
+from jaxgpt.data.shards import read_meta
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text import formats
 from jaxgpt.tokenizer import make_tokenizer
@@ -47,7 +48,7 @@ def test_stream_has_end_of_text_in_front_of_each_document(corpus):
 def test_cached_until_something_that_matters_changes(corpus, monkeypatch):
     first = prepare(config(corpus))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_split", lambda *a: pytest.fail("should come from the cache"))
+        patch.setattr(module, "write_splits", lambda *a: pytest.fail("should come from the cache"))
         assert prepare(config(corpus)).folder == first.folder
     folders = {first.folder}
     folders.add(prepare(config(corpus, tokenizer="sentencepiece:400")).folder)
@@ -87,7 +88,7 @@ def test_a_failure_leaves_nothing_behind(corpus, tmp_path):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_once(out, tmp_path / "cache/locks", fail)
+        load_or_write(out, tmp_path / "cache/locks", fail, read_prepared)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "corpus"]
 
 
@@ -135,7 +136,7 @@ def test_a_damaged_cache_is_made_anew_and_a_damaged_folder_named(
             prepare(DataConfig(source=f"shards:{named}"))
     else:
         assert len(told) <= 1 and prepare(DataConfig(source=f"shards:{named}"))
-    monkeypatch.setattr(module, "_write", lambda *a: pytest.fail("it is whole now"))
+    monkeypatch.setattr(module, "_write_corpus", lambda *a: pytest.fail("it is whole now"))
     assert prepare(cfg).fingerprint == whole.fingerprint
     text = again.tokenizer.decode(again.train.tokens)
     assert text == whole.tokenizer.decode(whole.train.tokens)
@@ -156,7 +157,7 @@ def test_one_bit_anywhere_in_meta_is_noticed(cached_corpus, tmp_path):
             assert found == read_meta(whole.folder), "white space may change"
 
 
-@pytest.mark.parametrize("when", ["scan", "write_split"])
+@pytest.mark.parametrize("when", ["measure", "write_splits"])
 @pytest.mark.parametrize("how", ["replaced", "same size and time", "restored", "gone"])
 def test_a_source_that_changes_meanwhile(corpus, monkeypatch, how, when):
     """Never the old text under the new key, nor the new one under the old."""
@@ -190,7 +191,7 @@ def test_a_source_that_changes_meanwhile(corpus, monkeypatch, how, when):
 
 def test_a_change_within_the_time_stamp_is_noticed(corpus, monkeypatch):
     """Files written just now are compared by their bytes: the clock of time stamps is coarse."""
-    file, original = corpus / "3.txt", module.write_split
+    file, original = corpus / "3.txt", module.write_splits
     stamp = module.file_stamp(str(file))
 
     def meddled(*args):
@@ -198,7 +199,7 @@ def test_a_change_within_the_time_stamp_is_noticed(corpus, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(module, "file_stamp", lambda file: stamp)
-    monkeypatch.setattr(module, "write_split", meddled)
+    monkeypatch.setattr(module, "write_splits", meddled)
     with pytest.raises(BadInput, match="the text changed while it was read"):
         prepare(config(corpus))
 
@@ -208,18 +209,18 @@ def test_an_interrupt_leaves_nothing_and_the_next_run_starts_clean(command, corp
         "from jaxgpt.config import *\ndef get_config():\n"
         f"    return Config(data=DataConfig(source='text:{corpus}/*.txt', tokenizer='char'))\n"
     )
-    argv, original = [f"--config={tmp_path}/c.py"], module.write_split
+    argv, original = [f"--config={tmp_path}/c.py"], module.write_splits
     # where tests run in the background, SIGINT is ignored
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "write_split", lambda *a, n=number: signal.raise_signal(n))
+            patch.setattr(module, "write_splits", lambda *a, n=number: signal.raise_signal(n))
             found, out, err = command(prepare_command.main, *argv)
         assert (found, out) == (code, "") and "Traceback" not in err
         left = [p.name for p in (tmp_path / "cache").iterdir()]
         assert left == ["locks"], "no half of a corpus"
     signal.signal(signal.SIGINT, previous)
-    assert module.write_split is original
+    assert module.write_splits is original
     assert command(prepare_command.main, *argv)[0] == 0
 
 
@@ -252,11 +253,11 @@ def test_checksums_of_many_blocks(tmp_path, monkeypatch):
         file.write(bytes(size * [size]))
     sums = {"f": file.close()}
     assert sums["f"]["bytes"] == 36 and len(sums["f"]["crc32"]) == 4
-    shards.verify(tmp_path, sums)
+    shards.verify_checksums(tmp_path, sums)
     sums["f"]["crc32"][2] += 1
     (tmp_path / shards.VERIFIED).unlink()
     with pytest.raises(BadInput, match="between bytes 20 and 30 its checksum differs"):
-        shards.verify(tmp_path, sums)
+        shards.verify_checksums(tmp_path, sums)
 
 
 def test_what_a_killed_prepare_left_is_replaced(corpus, tmp_path):

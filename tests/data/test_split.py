@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.data.split import hold_out, scan
+from jaxgpt.data.split import hold_out, measure
 from jaxgpt.text import pieces
 
 
@@ -12,8 +12,8 @@ def split(texts, fraction):
     def documents():
         return (piece for text in texts for piece in pieces.split_into_pieces([text], "f"))
 
-    parts = hold_out(documents, scan(documents, "s"), fraction)
-    return tuple([piece.text for piece in pieces.join_pieces(part.documents())] for part in parts)
+    parts = hold_out(documents, measure(documents, "s"), fraction)
+    return tuple([piece.text for piece in pieces.join_pieces(part())] for part, _ in parts)
 
 
 def test_whole_documents_are_held_out_from_the_end():

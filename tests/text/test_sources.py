@@ -24,7 +24,7 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data.split import scan
+from jaxgpt.data.split import measure
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text import files, pieces
 from jaxgpt.text.sources import open_sources
@@ -99,7 +99,7 @@ def test_bad_text_sources(tmp_path):
         (f"text:{tmp_path}/empty.txt", "is empty"),
     ):
         with pytest.raises(BadInput, match=message):
-            scan(opened(source)[0].documents, source)
+            measure(opened(source)[0].documents, source)
 
 
 def test_a_character_across_two_blocks_and_the_place_of_a_bad_byte(tmp_path, monkeypatch):

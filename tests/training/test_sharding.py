@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, MeshConfig
-from jaxgpt.data.mixture import Turns
+from jaxgpt.data.chunks import ContiguousChunks
+from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream, device_batches
-from jaxgpt.data.windows import Contiguous
 from jaxgpt.parallel.fsdp import embed_columns_to_rows, gather_weight, sum_gradient
 from jaxgpt.parallel.mesh import AXES, devices_along, make_mesh
 from jaxgpt.parallel.rules import AxisRules
@@ -222,8 +222,8 @@ def curve() -> list[float]:
     config = dataclasses.replace(config, num_steps=20, seed=7, grad_accum=2)
     config.optim.learning_rate = 3e-3
     tokens = np.frombuffer(CORPUS.encode(), np.uint8)
-    source = Contiguous(tokens, config.model.max_seq_len)
-    stream = Stream((source,), Turns((Fraction(1),)), config.batch_size, 2, 7, True)
+    source = ContiguousChunks(tokens, config.model.max_seq_len)
+    stream = Stream((source,), MixtureSchedule((Fraction(1),)), config.batch_size, 2, 7, True)
     losses = []
     with jax.set_mesh(mesh := mesh_of(config)):
         training = make_training(config, mesh)
