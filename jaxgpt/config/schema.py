@@ -181,7 +181,7 @@ class DataConfig:
     field: str = "text"  # of a jsonl line, a parquet table, a TFDS example
     data_dir: str = ""  # of TFDS; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     clean: str = ""  # steps in this order: html,unicode,quality,exact_dedup,near_dedup,pii
-    pack: bool = False  # whole documents in each window, instead of windows of one stream
+    pack: bool = False  # whole documents in each chunk, instead of chunks of one stream
     chat_template: str = choice(
         "plain", "chatml"
     )  # of sft: rows with messages; chatml needs its special tokens

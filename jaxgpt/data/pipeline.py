@@ -134,10 +134,18 @@ def device_batches(
     rows = _local_rows(sharding, shape)
     steps = grain.MapDataset.range(start + 1, stop + 1)
     batches = steps.map(lambda step: stream.batch(batch_of(int(step)), rows))
+
+    def to_devices(local: np.ndarray) -> jax.Array:
+        def shard(index):
+            wanted = np.searchsorted(rows, np.arange(shape[1])[index[1]])
+            return local[index[0], wanted, index[2]]
+
+        return jax.make_array_from_callback(shape, sharding, shard)
+
     read_ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     sent: deque[dict[str, jax.Array]] = deque()
     for batch in batches.to_iter_dataset(read_ahead):
-        sent.append({name: to_devices(a, rows, sharding, shape) for name, a in batch.items()})
+        sent.append({name: to_devices(array) for name, array in batch.items()})
         if len(sent) > ON_DEVICE:
             yield sent.popleft()
     yield from sent
@@ -147,15 +155,3 @@ def _local_rows(sharding: NamedSharding, shape: tuple) -> np.ndarray:
     """Returns which rows (axis 1) this process's devices hold."""
     slices = sharding.addressable_devices_indices_map(shape).values()
     return np.unique(np.concatenate([np.arange(shape[1])[index[1]] for index in slices]))
-
-
-def to_devices(
-    local: np.ndarray, rows: np.ndarray, sharding: NamedSharding, shape: tuple
-) -> jax.Array:
-    """Returns the global array of `shape` whose `rows` (axis 1) are `local` on this host."""
-
-    def shard(index):
-        wanted = np.arange(shape[1])[index[1]]
-        return local[index[0], np.searchsorted(rows, wanted), index[2]]
-
-    return jax.make_array_from_callback(shape, sharding, shard)
