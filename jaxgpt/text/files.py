@@ -131,13 +131,6 @@ def open_file(file: str, decompress: bool = True) -> Iterator[BinaryIO]:
         raise BadInput(f"{file} cannot be read: {e}") from e
 
 
-def read_blocks(file: str) -> Iterator[bytes]:
-    """Yields the decompressed bytes of `file`, at most BLOCK at a time."""
-    with open_file(file) as stream:
-        while block := stream.read(BLOCK):
-            yield block
-
-
 def read_lines(file: str) -> Iterator[tuple[int, bytes]]:
     """Yields (number from 1, line) of every line of `file` that is not blank.
 

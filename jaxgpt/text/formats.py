@@ -10,7 +10,6 @@ import json
 import re
 import sysconfig
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput, as_bad_input
 from jaxgpt.system.extras import require
-from jaxgpt.text.files import LONGEST, open_file, read_blocks, read_lines
+from jaxgpt.text.files import BLOCK, LONGEST, open_file, read_lines
 from jaxgpt.text.pieces import Piece, split_into_pieces
 
 LLMC_HEADERS = {20240520: "<u2", 20240801: "<u4"}  # llm.c's magic numbers and their token types
@@ -36,15 +35,17 @@ def read_text(file: str) -> Iterator[Piece]:
 
 
 def _decoded(file: str) -> Iterator[str]:
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    for block in chain(read_blocks(file), [b""]):
-        pending = len(decoder.getstate()[0])  # bytes of a character that began in the last block
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as e:
-            raise _not_utf8(file, e, offset - pending) from e
-        offset += len(block)
-        yield text
+    decoder, offset, block = codecs.getincrementaldecoder("utf-8")(), 0, b" "
+    with open_file(file) as stream:
+        while block:
+            block = stream.read(BLOCK)
+            pending = len(decoder.getstate()[0])  # bytes of a character that began in the last one
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as e:
+                raise _not_utf8(file, e, offset - pending) from e
+            offset += len(block)
+            yield text
 
 
 def _not_utf8(where: str, e: UnicodeDecodeError, offset: int = 0) -> BadInput:

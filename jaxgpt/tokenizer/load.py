@@ -28,10 +28,6 @@ READERS = {
     "hf": HfTokenizer.open,
 }
 KIND_FILE = "tokenizer_kind.json"
-HELP = (
-    "choose byte, char, sentencepiece:SIZE, sentencepiece:unigram:SIZE,"
-    " sentencepiece:FILE.model, gpt2:DIR or hf:DIR (any tokenizer.json)"
-)
 
 
 def is_trained(spec: str) -> bool:
@@ -89,7 +85,11 @@ def make_tokenizer(
     kind, _, path = spec.partition(":")
     if kind in READERS and path:
         return READERS[kind](path_of(path, "data.tokenizer"))
-    raise BadInput(f"data.tokenizer={spec!r} is unknown: {HELP}")
+    raise BadInput(
+        f"data.tokenizer={spec!r} is unknown: choose byte, char, sentencepiece:SIZE,"
+        " sentencepiece:unigram:SIZE, sentencepiece:FILE.model, gpt2:DIR or hf:DIR (any"
+        " tokenizer.json)"
+    )
 
 
 def describes(spec: str, special_tokens: str, tokenizer: Tokenizer) -> bool:

@@ -13,7 +13,7 @@ from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.prepare import prepare, prepare_whole
 from jaxgpt.data.shards import SplitWriter, token_dtype
 from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows
-from jaxgpt.text import files, formats, pieces
+from jaxgpt.text import formats, pieces
 from jaxgpt.text.cleaning import Report, clean_documents, make_steps
 from jaxgpt.text.pieces import Piece
 from jaxgpt.tokenizer import make_tokenizer
@@ -122,7 +122,7 @@ def test_one_document_of_tokens_is_cut_once(tmp_path, monkeypatch):
 
 def test_one_line_in_pieces_is_cut_at_the_character(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_CHARS", 50)
-    monkeypatch.setattr(files, "BLOCK", 64)
+    monkeypatch.setattr(formats, "BLOCK", 64)
     (tmp_path / "a.txt").write_text("word " * 200)
     data = prepare(DataConfig(source=f"text:{tmp_path}/a.txt", validation_fraction=0.13))
     assert (len(data.train.tokens) - 1, len(data.validation.tokens) - 1) == (870, 130)

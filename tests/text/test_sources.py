@@ -26,7 +26,7 @@ from warcio.warcwriter import WARCWriter
 from jaxgpt.config import DataConfig
 from jaxgpt.data.split import measure
 from jaxgpt.system.errors import BadInput
-from jaxgpt.text import files, pieces
+from jaxgpt.text import files, formats, pieces
 from jaxgpt.text.sources import open_sources
 from jaxgpt.tokenizer.base import ByteTokenizer
 
@@ -103,7 +103,7 @@ def test_bad_text_sources(tmp_path):
 
 
 def test_a_character_across_two_blocks_and_the_place_of_a_bad_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "BLOCK", 7)
+    monkeypatch.setattr(formats, "BLOCK", 7)
     (tmp_path / "a.txt").write_text("ünïcödé " * 20)
     assert documents("text:a.txt") == ["ünïcödé " * 20]
     (tmp_path / "a.txt").write_bytes("ünïcödé ".encode() * 20 + b"\xc3")
@@ -113,7 +113,7 @@ def test_a_character_across_two_blocks_and_the_place_of_a_bad_byte(tmp_path, mon
 
 def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_CHARS", 50)
-    monkeypatch.setattr(files, "BLOCK", 64)
+    monkeypatch.setattr(formats, "BLOCK", 64)
     text = "".join(f"line {i} of some text\n" for i in range(50))
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("short")
