@@ -41,6 +41,7 @@ from jaxgpt.inference.decode import Decoder, generate, tokens_before
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.processes import hosts
+from jaxgpt.processes.flags import define_flags
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("task", "", f"NAME:GLOB, {'|'.join(KNOWN_TASKS)}", flag_values=values)
     flags.DEFINE_string("lm_eval", "", "tasks of lm-eval, comma-separated", flag_values=values)
     flags.DEFINE_integer("limit", None, "rows of each lm-eval task", flag_values=values)
-    hosts.define_flags(values)
+    define_flags(values)
     parse(values, argv, __doc__)
     check_flags(values)
     hosts.join(values)

@@ -37,6 +37,7 @@ from jaxgpt.model.gpt import count_parameters
 from jaxgpt.optim.groups import split, trainable
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.processes import hosts
+from jaxgpt.processes.flags import define_flags
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import write_whole
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     define_config_flag(values, argv)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_integer("verify_resume", 0, "prove resume over K steps", flag_values=values)
-    hosts.define_flags(values)
+    define_flags(values)
     config = config_of(parse(values, argv, __doc__))
     if not values["verify_resume"].using_default_value:
         print(json.dumps(verify_resume(argv, values.verify_resume)))

@@ -15,6 +15,7 @@ from logging import CRITICAL, getLogger
 from absl import logging
 
 from jaxgpt.system.errors import BadInput, PeerLost, described, one_line
+from jaxgpt.system.stores import outage
 
 GRACE = 5.0  # seconds for threads to end by themselves after an error
 # What the system refuses because of the path, the permissions or the space that it was given.
@@ -35,7 +36,8 @@ REFUSED = {
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command and leaves the process with the contract's exit code."""
     logging.set_verbosity(logging.FATAL)  # what libraries log of an error, they also raise
-    getLogger("asyncio").setLevel(CRITICAL)
+    for library in ("asyncio", "gcsfs"):
+        getLogger(library).setLevel(CRITICAL)
     sys.unraisablehook = _no_closed_loops
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -45,8 +47,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     try:
         code = main(sys.argv) or 0
     except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = 2
+        lost = outage(e)  # no fault of the input, which a store accepted before
+        print(f"error: {lost or e}", file=sys.stderr)
+        code = 1 if lost else 2
     except PeerLost as e:
         print(f"error: {e}", file=sys.stderr)
         code = 1
@@ -68,12 +71,15 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 def unforeseen(e: Exception) -> tuple[int, str]:
     """Returns exit code and message of an exception that no check foresaw.
 
-    What the system refuses for its path, permissions or space is bad input (2); the rest is a fault
-    (1), whose traceback goes to a file that the message names.
+    What the system refuses for its path, permissions or space is bad input (2). An object store
+    that fails is no fault of ours (1). The rest is (1), and its traceback goes to a file that the
+    message names.
     """
     if isinstance(e, OSError) and e.errno in REFUSED:
         where = "".join(f"{name}: " for name in (e.filename, e.filename2) if name)
         return 2, one_line(f"{where}{e.strerror or e}{REFUSED[e.errno]}")
+    if lost := outage(e):
+        return 1, lost
     what = one_line(described(e))[:500]
     try:
         with tempfile.NamedTemporaryFile(

@@ -83,6 +83,8 @@ class RowFile:
         if self.path.exists() and kept.encode() != read_bytes(path):
             write_whole(self.path, kept)
         self.file = None if is_object_store(path) else self.path.open("ab")
+        if not self.file and not self.path.exists():
+            self.path.write_text("")  # from here on, one that is not there was deleted
         self.text, self.synced = kept, True
 
     def write(self, row: dict) -> None:
@@ -99,6 +101,7 @@ class RowFile:
         if self.file:
             self._check_place()
         elif not self.synced:
+            self._check_place()
             self.path.write_text(self.text)
             self.synced = True
 
@@ -109,7 +112,10 @@ class RowFile:
 
     def _check_place(self) -> None:
         try:
-            if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
+            if self.file:
+                if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
+                    return
+            elif self.path.exists():
                 return
         except FileNotFoundError:
             pass

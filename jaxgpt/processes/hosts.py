@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.processes import signals
+from jaxgpt.processes.flags import check_flags
 from jaxgpt.system.console import silence
 from jaxgpt.system.errors import BadInput, PeerLost, one_line
 
@@ -35,16 +36,6 @@ LOST = ("gloo", "nccl", "coordination", "heartbeat", "connection", "unavailable"
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    """Adds the flags that `join` reads."""
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "processes of this run", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
-    flags.DEFINE_integer(
-        "join_timeout", 300, "seconds to wait for the other processes", flag_values=values
-    )
-
-
 def join(values: flags.FlagValues) -> None:
     """Meets the other processes of the run, where there are any; call it before any other JAX.
 
@@ -53,16 +44,12 @@ def join(values: flags.FlagValues) -> None:
     Raises:
       BadInput: if the flags do not go together, or (ending the process) if not all processes come.
     """
-    given = (values.num_processes, values.process_id)
-    if values.coordinator:
-        found = _check(values.coordinator, *given) | {"cluster_detection_method": "deactivate"}
+    if found := check_flags(values):
         where = f"the coordinator {values.coordinator}"
-    elif given != (None, None):
-        raise BadInput("--num_processes and --process_id need --coordinator=HOST:PORT")
     elif all(name in os.environ for name in SLURM) and os.environ.get("SLURM_NTASKS", "1") != "1":
-        found, where = {}, "this Slurm step"
+        where = "this Slurm step"
     elif _on_tpu():
-        found, where = {}, "this TPU slice"
+        where = "this TPU slice"
     else:
         return
     jax.config.update("jax_enable_preemption_service", False)
@@ -85,19 +72,6 @@ def join(values: flags.FlagValues) -> None:
     signals.index = jax.process_index()
     if jax.process_index() > 0:
         silence()
-
-
-def _check(coordinator: str, count: int | None, index: int | None) -> dict:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise BadInput(f"--coordinator={coordinator} is not HOST:PORT")
-    if count is None or index is None:
-        raise BadInput("--coordinator needs --num_processes=N and --process_id=I")
-    if not 0 <= index < count:
-        raise BadInput(
-            f"--process_id={index} is not one of 0 .. {count - 1} (--num_processes={count})"
-        )
-    return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
 
 
 def _on_tpu() -> bool:

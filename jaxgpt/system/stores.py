@@ -11,9 +11,12 @@ import shutil
 
 from etils import epath
 
-from jaxgpt.system.errors import BadInput
+from jaxgpt.system.errors import BadInput, described, one_line
 from jaxgpt.system.extras import require
 
+# What a store that cannot be reached raises: its packages' own exceptions, and TensorStore's words.
+FROM = ("botocore.", "aiobotocore.", "aiohttp.", "gcsfs.", "google.", "requests.", "urllib3.")
+WORDS = ("UNAVAILABLE", "CURL error", "Connection refused", "Could not connect", "Connect timeout")
 PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # fsspec's package, our extra
 
 
@@ -33,6 +36,26 @@ def check_store(path) -> None:
         _reach(os.fspath(path))
 
 
+_reached: list[str] = []  # the URLs that this process uses
+
+
+def outage(e: BaseException) -> str:
+    """Returns the line for an object store that fails though it was reachable, '' if that is not
+    what `e` or a cause of it says."""
+    if not _reached:
+        return ""
+    found: BaseException | None = e
+    while found is not None:
+        own = type(found).__module__.startswith(FROM) or isinstance(found, ConnectionError)
+        if own or any(word in str(found) for word in WORDS):
+            return (
+                f"the object store of {_reached[0]} does not answer any more"
+                f" ({one_line(described(found))[:300]}); run the same command again to resume"
+            )
+        found = found.__cause__ or found.__context__
+    return ""
+
+
 @functools.cache
 def _reach(url: str) -> None:
     scheme = url.partition("://")[0]
@@ -47,6 +70,7 @@ def _reach(url: str) -> None:
         epath.Path(url).exists()
     except Exception as e:  # each store raises its own
         raise BadInput(f"{url} cannot be reached: {e}") from e
+    _reached.append(url)
 
 
 def read_bytes(path) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from jaxgpt.processes import hosts
+from jaxgpt.processes.flags import define_flags
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -78,7 +78,7 @@ def test_restart_counts_failures_anew_after_a_long_run(tmp_path):
 
 def test_a_run_that_only_waits_for_others_is_not_a_long_one():
     values = flags.FlagValues()
-    hosts.define_flags(values)
+    define_flags(values)
     values.mark_as_parsed()
     long = int(re.search(r"RESTART_HEALTHY:-(\d+)", (LAUNCH / "restart.sh").read_text())[1])
     assert long > 2 * values.join_timeout

@@ -251,15 +251,19 @@ def test_a_signal_at_any_moment_ends_every_process(place, tmp_path, moment, orde
     args.append(f"--config.num_steps={steps}")
     missing = 1 if moment == "joining" else 0  # whom all wait for
     children = start("train", 2 + missing, 2, *args, only=(0, 1))
-    for child in children:
-        wait_until((tmp_path / str(child.pid)).exists, *children)
-    if moment == "joining":
-        time.sleep(1)  # until it waits in C++
-    for index in order:
-        children[index].send_signal(number)
-        time.sleep(apart)
-    began = time.monotonic()
-    codes, _, errors = finish(children)
+    try:
+        for child in children:
+            wait_until((tmp_path / str(child.pid)).exists, *children)
+        if moment == "joining":
+            time.sleep(1)  # until it waits in C++
+        for index in order:
+            children[index].send_signal(number)
+            time.sleep(apart)
+        began = time.monotonic()
+        codes, _, errors = finish(children)
+    finally:
+        for child in children:
+            child.kill()
     assert codes == [128 + number] * 2, errors
     assert "error: " not in "".join(errors) and "Traceback" not in "".join(errors), errors
     assert time.monotonic() - began < HEARTBEAT, "the patience of JAX's barrier"

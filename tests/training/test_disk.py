@@ -41,8 +41,8 @@ def get_config():
 def run(corpus, tmp_path):
     """Starts the same run in a folder of tmp_path: `run(workdir, *flags)`."""
 
-    def start(workdir="w", *args, width=32, cached=True, file_size=None):
-        (tmp_path / "c.py").write_text(CONFIG.format(corpus=corpus, width=width))
+    def start(workdir="w", *args, width=32, cached=True, file_size=None, more=""):
+        (tmp_path / "c.py").write_text(CONFIG.format(corpus=corpus, width=width) + more)
         argv = [f"--config={tmp_path}/c.py", f"--workdir={tmp_path / workdir}", *args]
         env = {"XLA_FLAGS": xla_flags(1), "JAX_ENABLE_COMPILATION_CACHE": str(cached).lower()}
         return Python("-m", "jaxgpt.train", *argv, env=os.environ | env, file_size=file_size)
@@ -59,13 +59,14 @@ def one_line(process) -> str:
     return last
 
 
-def goes_on(run, tmp_path, **kw) -> None:
-    """Runs again, and compares with a run that nothing befell."""
-    (code,), _, (error,) = finish([run("w", **kw)])
+def goes_on(run, tmp_path, workdir="w", **kw) -> str:
+    """Runs again, and compares with a run that nothing befell; returns what the former said."""
+    (code,), _, (error,) = finish([run(workdir, **kw)])
     assert code == 0, error
     assert finish([run("whole", **kw)])[0] == [0]
     for split in ("train", "validation"):
-        assert rows(tmp_path / "w", split) == rows(tmp_path / "whole", split)
+        assert rows(tmp_path / workdir, split) == rows(tmp_path / "whole", split)
+    return error
 
 
 @pytest.mark.parametrize("limit", [7_000, 30_000])
@@ -116,6 +117,35 @@ def test_a_disk_too_small(tmp_path, action, options):
         until_full.main(["", action, disk])
         folder, step = (disk, 3) if action == "save" else (disk / "imported", 0)
         assert Checkpoints(folder, read_only=True).whole() == [step]
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+FILLING = """
+import os, subprocess
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+def save(checkpoints, step, *args, honest=Checkpoints.save):
+    if step == 16 and not os.path.exists("{marker}"):
+        open("{marker}", "w").close()
+        disk = os.statvfs("{disk}")
+        room = (disk.f_blocks - disk.f_bfree) * disk.f_frsize + 16384
+        subprocess.run(["mount", "-o", f"remount,size={{room}}", "{disk}"], check=True)
+    honest(checkpoints, step, *args)
+Checkpoints.save = save
+"""
+
+
+def test_a_disk_that_fills_in_the_midst_of_a_save(run, tmp_path):
+    """The run repeats every row from the checkpoint before."""
+    (disk := tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk]).returncode:
+        pytest.skip("no mounting here; test_files_that_may_not_grow covers it")
+    try:
+        filling = FILLING.format(disk=disk, marker=tmp_path / "filled")
+        error = one_line(run("disk/w", more=filling))  # of the save, or of a row that came first
+        assert f"{disk}/w/" in error and "No space left on device" in error
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert "resume    from checkpoint 8" in goes_on(run, tmp_path, "disk/w", more=filling)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 

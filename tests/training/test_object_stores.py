@@ -11,10 +11,11 @@ import pytest
 from etils import epath
 
 from jaxgpt import checkpoint, convert, evaluate, prepare, report, sample, train
+from jaxgpt.metrics import rows as rows_module
 from jaxgpt.metrics.rows import ROW, read_rows
 from jaxgpt.system import stores
 from jaxgpt.system.errors import BadInput
-from tests.conftest import CORPUS, xla_flags
+from tests.conftest import CORPUS, PATIENCE, xla_flags
 from tests.processes.stores import served
 
 CONFIG = """
@@ -106,6 +107,57 @@ def test_a_run_lives_on_an_object_store(bucket, command, tmp_path, monkeypatch):
     assert code == 2 and "already holds another prepared corpus" in err
     here = {path.name for path in tmp_path.iterdir()}
     assert here == {"t.txt", "c.py", "local", "cache", "of-another-machine", "log"}
+
+
+def test_a_workdir_deleted_in_mid_run(bucket, command, tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text(CORPUS)
+    (tmp_path / "c.py").write_text(CONFIG.format(folder=tmp_path))
+    argv, workdir = (f"--config={tmp_path}/c.py", f"--workdir={bucket}/gone"), f"{bucket}/gone"
+    write = rows_module.RowFile.write
+
+    def deleting(file, row):
+        if row["step"] == 5:
+            epath.Path(workdir).rmtree()
+        write(file, row)
+
+    monkeypatch.setattr(rows_module.RowFile, "write", deleting)
+    code, _, err = command(train.main, *argv)
+    assert code == 2 and "everything is in" not in err
+    message = f"{workdir}/metrics.jsonl was moved or deleted while the run was writing"
+    assert message in err.splitlines()[-1], err
+    assert not (epath.Path(workdir) / "metrics.jsonl").exists()
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_store_that_goes_down_in_mid_run(kind, tmp_path):
+    """No fault of the input and none of jaxgpt: one line with the URL, exit 1, within minutes."""
+    (tmp_path / "t.txt").write_text(CORPUS)
+    (tmp_path / "c.py").write_text(CONFIG.format(folder=tmp_path))
+    with served(kind) as (url, env):
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "jaxgpt.train", f"--config={tmp_path}/c.py"),
+                *(f"--workdir={url}/run", "--config.num_steps=100000"),
+            ],
+            env=os.environ | env | {"XLA_FLAGS": xla_flags(8)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.split()[:2] == ["step", "5/100000"]:
+                break
+    try:
+        said += process.communicate(timeout=PATIENCE)[1].splitlines()
+    finally:
+        process.kill()
+    errors = [line for line in said if line.startswith("error: ")]
+    assert process.returncode == 1 and len(errors) == 1, said
+    assert errors[0].startswith(f"error: the object store of {url}/run does not answer any more (")
+    assert errors[0].endswith("run the same command again to resume") and errors[0] == said[-1]
+    assert not any("Traceback" in line for line in said)
 
 
 def test_what_cannot_be_used_is_one_line(bucket, command, tmp_path):
