@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
                 " to the object store"
             )
     # JAX is imported from here on: what is wrong with the flags is said at once
-    from jaxgpt.interchange.import_export import export_folder, import_folder
+    from jaxgpt.jobs.convert import export_folder, import_folder
 
     if what == "import":
         import_folder(path_of(values["from"].value, "--from"), Path(values.workdir))

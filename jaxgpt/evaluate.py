@@ -15,44 +15,15 @@ matrix), questions (exact match and F1), hellaswag, arc (accuracy, and by charac
 (`pip install -e '.[lm-eval]'`) by name, or by a task's .yaml file, on --limit rows each.
 """
 
-import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import jax
-import numpy as np
 from absl import flags
-from etils import epath
-from jax.sharding import NamedSharding
 
-from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
-from jaxgpt.config.stored import read_config
-from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
-from jaxgpt.data.shards import Split
-from jaxgpt.evaluation.multiple_choice import BENCHMARKS, last_words, multiple_choice, read_items
-from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.evaluation.tasks import AnswerScorer, classification, document_start, questions
-from jaxgpt.inference.decode import Decoder, generate, tokens_before
-from jaxgpt.inference.samplers import Sampling
-from jaxgpt.inference.trained import Trained, open_trained
-from jaxgpt.processes import hosts
 from jaxgpt.processes.flags import define_flags
-from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.extras import require
-from jaxgpt.text.files import list_files
-from jaxgpt.text.tasks import TASKS, read_examples
-from jaxgpt.training.end import read_end
-from jaxgpt.training.step import make_eval_step
-
-KNOWN_TASKS = (*TASKS, *BENCHMARKS)
-MAX_ANSWER = 32  # tokens of the answer to a question
-Measure = Callable[[dict], dict]  # parameters -> figures
 
 
 def main(argv: list[str]) -> None:
@@ -65,12 +36,18 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("data", "", "another source, evaluated whole", flag_values=values)
     flags.DEFINE_string("split", "validation", "validation or train", flag_values=values)
     flags.DEFINE_integer("stride", 0, "tokens between windows; 0 = no overlap", flag_values=values)
-    flags.DEFINE_string("task", "", f"NAME:GLOB, {'|'.join(KNOWN_TASKS)}", flag_values=values)
+    flags.DEFINE_string("task", "", "NAME:GLOB, see above", flag_values=values)
     flags.DEFINE_string("lm_eval", "", "tasks of lm-eval, comma-separated", flag_values=values)
     flags.DEFINE_integer("limit", None, "rows of each lm-eval task", flag_values=values)
     define_flags(values)
     parse(values, argv, __doc__)
     check_flags(values)
+    # JAX is imported from here on: what is wrong with the flags is said at once
+    import jax
+
+    from jaxgpt.jobs.evaluate import evaluate
+    from jaxgpt.processes import hosts
+
     hosts.join(values)
     with hosts.peers_watched():
         for row in evaluate(values):
@@ -93,223 +70,6 @@ def check_flags(values: flags.FlagValues) -> None:
         raise BadInput(f"--{given[0]} and --{given[1]} do not go together")
     if values.watch and values.coordinator:
         raise BadInput("--watch is for one process: several would see a checkpoint at other times")
-
-
-def evaluate(values: flags.FlagValues) -> Iterator[dict]:
-    """Yields the figures that the flags ask for, of one checkpoint or of several."""
-    rows = task_rows(values.task) if values.task else []
-    if values.watch:
-        wait_for_first(values.workdir, values.watch_every)
-    trained = open_trained(values.workdir, values.step)
-    if values.lm_eval:
-        measure = harness_measure(trained, values.lm_eval.split(","), values.limit)
-    elif values.task:
-        measure = task_measure(trained, values.task.partition(":")[0], rows)
-    else:
-        measure = loss_measure(trained, values)
-    steps = [trained.step]
-    if values.all_steps:
-        steps = trained.checkpoints.whole()
-    if values.watch:
-        steps = new_checkpoints(trained, values.watch_every)
-    for step in steps:
-        began = time.perf_counter()
-        with jax.set_mesh(trained.mesh):
-            figures = measure(dataclasses.replace(trained, step=step).params())
-        yield {"step": step} | figures | {"seconds": time.perf_counter() - began}
-
-
-def wait_for_first(workdir: str, every: float) -> None:
-    """Waits until `workdir` holds a run with a checkpoint.
-
-    Raises:
-      BadInput: if it cannot come to hold one: it is a file, is damaged, or its run has ended.
-    """
-    folder, is_told = epath.Path(workdir), False
-    while True:
-        ended = read_end(folder)  # read first: the checkpoints of a run that has ended are there
-        if folder.exists() and not folder.is_dir():
-            raise BadInput(f"{workdir} is a file, not a run's folder")
-        if (folder / "config.json").exists():
-            read_config(folder)
-            if (folder / "checkpoints").exists() and Checkpoints(folder, read_only=True).steps():
-                return
-        if ended:
-            raise BadInput(f"the run in {workdir} ended ({ended}) without a checkpoint")
-        if not is_told:
-            say(f"waiting   for the first checkpoint of {workdir}")
-        is_told = True
-        time.sleep(every)
-
-
-def new_checkpoints(trained: Trained, every: float) -> Iterator[int]:
-    """Yields the step of each whole checkpoint as it appears, until the run has ended; one that the
-    run deletes before its turn is skipped."""
-    seen: set[int] = set()
-    while True:
-        ended = has_ended(trained)  # checked first: the run's last checkpoint is then found below
-        trained.checkpoints.manager.reload()
-        new = [step for step in trained.checkpoints.whole() if step not in seen]
-        for step in new:
-            seen.add(step)
-            if not trained.checkpoints.damage(step):
-                yield step
-        if ended:
-            return
-        if not new:
-            time.sleep(every)
-
-
-def has_ended(trained: Trained) -> bool:
-    """Says whether a run makes no more checkpoints: it has recorded its end, is at its last step (a
-    kill can fall between that checkpoint and the record), or was imported."""
-    folder = trained.checkpoints.folder.parent
-    trained.checkpoints.manager.reload()
-    steps = trained.checkpoints.steps()
-    return bool(read_end(folder)) or 0 in steps or steps[-1] >= read_config(folder).num_steps
-
-
-def loss_measure(trained: Trained, values: flags.FlagValues) -> Measure:
-    """Returns the function that evaluates parameters on the split that the flags name."""
-    name, config = values.data or values.split, trained.config
-    split = open_split(trained, values.data, values.split)
-    with jax.set_mesh(trained.mesh):
-        eval_step, sharding = make_eval_step(trained.spec), batch_sharding(trained)
-    seq_len, batch = config.model.max_seq_len, config.batch_size
-    evaluate_split = Perplexity(eval_step, sharding, split, seq_len, batch, values.stride)
-
-    def measure(params: dict) -> dict:
-        figures = evaluate_split(params)
-        say(
-            f"{name}: loss {figures['loss']:.4f} nats/token,"
-            f" perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits/byte"
-        )
-        for source, row in figures.get("sources", {}).items():
-            say(
-                f"  {source}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f},"
-                f" {row['tokens']:,} tokens"
-            )
-        return {"split": name} | figures
-
-    return measure
-
-
-def batch_sharding(trained: Trained) -> NamedSharding:
-    """Returns the sharding of an evaluation's batches."""
-    return NamedSharding(trained.mesh, trained.spec.rules(None, "batch", "seq"))
-
-
-def task_rows(spec: str) -> list:
-    """Returns the rows of NAME:GLOB.
-
-    Raises:
-      BadInput: if the task is unknown, a file is missing, or a row is malformed.
-    """
-    name, _, pattern = spec.partition(":")
-    if name not in KNOWN_TASKS or not pattern:
-        raise BadInput(f"--task={spec} is unknown: choose {', '.join(KNOWN_TASKS)}, as NAME:GLOB")
-    files = list_files(spec, pattern)
-    rows = read_items(name, files) if name in BENCHMARKS else list(read_examples(name, files))
-    if not rows:
-        raise BadInput(f"--task={spec} holds no example")
-    return rows
-
-
-def task_measure(trained: Trained, name: str, rows: list) -> Measure:
-    """Returns the function that evaluates parameters on a task's rows."""
-    seq_len, batch = trained.config.model.max_seq_len, trained.config.batch_size
-    with jax.set_mesh(trained.mesh):
-        eval_step, sharding = make_eval_step(trained.spec), batch_sharding(trained)
-    scorer = AnswerScorer(eval_step, sharding, trained.tokenizer, seq_len, batch)
-
-    def measure(params: dict) -> dict:
-        if name == "questions":
-            figures = questions(rows, greedy_line(trained, params))
-        elif name == "lambada":
-            figures = last_words(rows, scorer, params, greedy_tokens(trained, params))
-        elif name in BENCHMARKS:
-            figures = multiple_choice(rows, scorer, params)
-        else:
-            figures = classification(name, rows, scorer, params)
-        for label, row in figures.get("confusion", {}).items():
-            say(f"{label:>16} | " + "  ".join(f"{given} {count}" for given, count in row.items()))
-        return {"task": name} | figures
-
-    return measure
-
-
-def harness_measure(trained: Trained, tasks: list[str], limit: int | None) -> Measure:
-    """Returns the function that runs tasks of lm-eval: their names, or files of their own (.yaml).
-
-    Raises:
-      BadInput: if lm-eval is not installed; the function does if lm-eval does not know a task.
-    """
-    lm_eval = require("lm_eval", "lm-eval", "--lm_eval")
-    from jaxgpt.evaluation.harness import HarnessModel
-
-    tasks = [str(Path(task).absolute()) if task.endswith(".yaml") else task for task in tasks]
-
-    def measure(params: dict) -> dict:
-        batch = trained.config.batch_size
-        model = HarnessModel(trained.spec, params, trained.tokenizer, batch)
-        try:
-            results = lm_eval.simple_evaluate(model, tasks=tasks, limit=limit, log_samples=False)
-        except (KeyError, ValueError, OSError) as e:
-            raise BadInput(f"--lm_eval: {e}") from e
-        return {
-            "lm_eval": {
-                name: {key: value for key, value in row.items() if isinstance(value, int | float)}
-                for name, row in results["results"].items()
-            }
-        }
-
-    return measure
-
-
-def greedy_tokens(trained: Trained, params: dict) -> Callable[[np.ndarray, int], np.ndarray]:
-    """Returns the function (prompt's tokens, count) -> the next `count` tokens by greedy decoding,
-    fewer if the text ends."""
-    tokenizer, context = trained.tokenizer, trained.config.model.max_seq_len
-    decoder = Decoder.of(trained.spec, params, tokenizer.vocab_size)
-
-    def continue_tokens(prompt: np.ndarray, count: int) -> np.ndarray:
-        prompt, end = document_start(tokenizer, prompt, context - count), tokenizer.end_of_text
-        (tokens,), _ = generate(decoder, [prompt], count, Sampling(temperature=0.0), end=end)
-        return tokens_before(tokens, end)
-
-    return continue_tokens
-
-
-def greedy_line(trained: Trained, params: dict) -> Callable[[str], str]:
-    """Returns the function that answers a prompt with the next line by greedy decoding."""
-    tokenizer, continue_tokens = trained.tokenizer, greedy_tokens(trained, params)
-    count = min(MAX_ANSWER, trained.config.model.max_seq_len - 1)
-
-    def answer(prompt: str) -> str:
-        return tokenizer.decode(continue_tokens(tokenizer.encode(prompt), count)).split("\n")[0]
-
-    return answer
-
-
-def open_split(trained: Trained, source: str, split: str) -> Split:
-    """Returns the tokens to evaluate on: the whole of `source`, else the run's own `split`.
-
-    Raises:
-      BadInput: if the source is unusable, or the run's own text has changed since training.
-    """
-    data = trained.config.data
-    if source:
-        return prepare_whole(source, data, trained.tokenizer, cache_folder(data))
-    meta = trained.checkpoints.meta(trained.step)
-    if "imported" in meta:
-        raise BadInput("imported weights have no text of their own; name some with --data=SOURCE")
-    prepared = prepare(data)
-    if prepared.fingerprint != meta["data_fingerprint"]:
-        raise BadInput(
-            f"the text or tokenizer of data.source={data.source} has changed since training;"
-            " name what to evaluate on with --data=SOURCE"
-        )
-    return prepared.train if split == "train" else prepared.validation
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ ROOMS = [
     "data",
     "optim",
     "checkpointing",
-    "inference",
     "interchange",
+    "inference",
     "serving",
     "evaluation",
     "reports",
     "training",
     "sweeps",
     "planning",
+    "jobs",
 ]
 
 

@@ -13,7 +13,7 @@ import jax
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from jaxgpt.interchange.import_export import import_folder
+from jaxgpt.jobs.convert import import_folder
 from tests.interchange.test_import_export import write_vocab
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import convert, evaluate
+from jaxgpt import convert
 from jaxgpt.config import DataConfig
 from jaxgpt.data.prepare import prepare_whole
 from jaxgpt.evaluation import tasks
@@ -19,6 +19,7 @@ from jaxgpt.evaluation.multiple_choice import (
     token_pair,
 )
 from jaxgpt.inference.trained import open_trained
+from jaxgpt.jobs import evaluate as job
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.tasks import read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer
@@ -182,11 +183,11 @@ def test_every_task_s_prompt_begins_as_its_training_does(command, tmp_path, monk
         seen.append(prompts[0])
         return [np.zeros(count, np.int32)], None
 
-    monkeypatch.setattr(evaluate, "generate", generated)
-    monkeypatch.setattr(evaluate.Decoder, "of", lambda *_: None)
+    monkeypatch.setattr(job, "generate", generated)
+    monkeypatch.setattr(job.Decoder, "of", lambda *_: None)
     (example,) = read_examples("questions", [file])
-    evaluate.greedy_line(trained, {})(example.prompt)
-    evaluate.greedy_tokens(trained, {})(trained.tokenizer.encode(example.prompt), 2)
+    job.greedy_line(trained, {})(example.prompt)
+    job.greedy_tokens(trained, {})(trained.tokenizer.encode(example.prompt), 2)
     for ids in seen:
         assert len(ids) == 1 + len("Context: a\nQuestion: b\nAnswer:")
         np.testing.assert_array_equal(ids, learnt.tokens[: len(ids)])
@@ -196,7 +197,7 @@ def test_every_task_s_prompt_begins_as_its_training_does(command, tmp_path, monk
         return np.zeros((8, 96), np.float32)
 
     with jax.set_mesh(trained.mesh):
-        sharding = evaluate.batch_sharding(trained)
+        sharding = job.batch_sharding(trained)
         choices = tasks.AnswerScorer(losses, sharding, trained.tokenizer, 96, 8)
         encode = trained.tokenizer.encode
         choices.scores({}, [(encode(example.prompt), encode(" c"))])

@@ -12,8 +12,9 @@ from jaxgpt.config import DataConfig
 from jaxgpt.data.prepare import prepare_whole
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.trained import open_trained
-from jaxgpt.interchange.import_export import import_folder
 from jaxgpt.interchange.safetensors import SafetensorsFile
+from jaxgpt.jobs import evaluate as job
+from jaxgpt.jobs.convert import import_folder
 from jaxgpt.training.step import make_eval_step
 from tests.conftest import CORPUS
 from tests.interchange.test_import_export import model_folder
@@ -156,7 +157,7 @@ def test_every_split_by_every_stride(run, source):
     with jax.set_mesh(trained.mesh):
         params, step = trained.params(), make_eval_step(trained.spec)
         for stride, batch in ((0, 8), (CONTEXT, 16), (7, 8), (1, 8), (CONTEXT - 1, 8)):
-            sharding = evaluate.batch_sharding(trained)
+            sharding = job.batch_sharding(trained)
             found = Perplexity(step, sharding, split, CONTEXT, batch, stride)(params)
             total, count, size, sources = by_hand(SPLITS[source], nats, stride or CONTEXT)
             assert (found["tokens"], found["bytes"]) == (count, size), stride
@@ -182,7 +183,7 @@ def test_the_first_windows_alone(run):
     split = prepare_whole(f"text:{folder}/a.txt", DataConfig(), trained.tokenizer, folder / "cache")
     with jax.set_mesh(trained.mesh):
         measure = Perplexity(
-            make_eval_step(trained.spec), evaluate.batch_sharding(trained), split, CONTEXT, 8
+            make_eval_step(trained.spec), job.batch_sharding(trained), split, CONTEXT, 8
         )
         found = measure(trained.params(), max_windows=9)
     ids, _ = stream(ONE)

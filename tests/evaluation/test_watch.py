@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from jaxgpt import convert, evaluate
+from jaxgpt.jobs import evaluate as job
 from jaxgpt.system.errors import BadInput
 from jaxgpt.training.end import REASONS, forget_end, read_end, record_end
 from tests.conftest import CORPUS
@@ -17,7 +18,7 @@ from tests.interchange.test_import_export import model_folder
 def no_more_waiting(monkeypatch, during=lambda: pytest.fail("it would wait for ever")):
     """Calls `during` where `--watch` would wait."""
     clock = SimpleNamespace(sleep=lambda seconds: during(), perf_counter=time.perf_counter)
-    monkeypatch.setattr(evaluate, "time", clock)
+    monkeypatch.setattr(job, "time", clock)
 
 
 def test_the_end_is_recorded_and_forgotten(tmp_path):

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from jaxgpt import convert
 from jaxgpt.config import Config
-from jaxgpt.interchange import import_export
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
 from jaxgpt.interchange.tokenizers import read_tokenizer
 from jaxgpt.interchange.torch_file import TorchFile
 from jaxgpt.interchange.weights import read_params
+from jaxgpt.jobs import convert as convert_job
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.files import scratch_for
 from tests.conftest import mesh_of, tiny_config
@@ -476,9 +476,7 @@ def test_a_disk_that_fills_during_import(holds, folders, size):
 
 
 def test_a_signal_during_import_leaves_nothing(command, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        import_export, "read_params", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
-    )
+    monkeypatch.setattr(convert_job, "read_params", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     argv = ("import", f"--from={folders}/gpt2", f"--workdir={tmp_path}/out/w")
     assert command(convert.main, *argv)[0] == 128 + signal.SIGTERM
     assert not list((tmp_path / "out").iterdir())

@@ -16,13 +16,13 @@ from jaxgpt import convert, evaluate, sample
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.stored import read_config
-from jaxgpt.interchange import import_export
 from jaxgpt.interchange.families import FAMILIES, family_of
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
 from jaxgpt.interchange.tokenizers import _byte_name
 from jaxgpt.interchange.torch_file import TorchFile
 from jaxgpt.interchange.weights import flatten, read_params, write_params
+from jaxgpt.jobs import convert as convert_job
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
 from tests.conftest import CORPUS, ROOT, mesh_of, tiny_config
@@ -368,7 +368,7 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(command, tmp_path, monkeyp
         params = params | {"tokens": np.asarray(params["tokens"])[::-1]}
         write_params(file, family, params, cfg, dtype)
 
-    monkeypatch.setattr(import_export, "write_params", wrong)
+    monkeypatch.setattr(convert_job, "write_params", wrong)
     argv = (f"--workdir={tmp_path}/w", f"--to={tmp_path}/out")
     code, _, err = command(convert.main, "export", *argv)
     assert code == 2 and "does not read back: logits differ" in err
