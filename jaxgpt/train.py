@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ from jaxgpt.config.schema import INT32
 from jaxgpt.config.stored import check_resume, read_config, to_json
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, check_shards, prepare
+from jaxgpt.evaluation.perplexity import Perplexity
+from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.gpt import count_parameters
@@ -46,8 +48,9 @@ from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.load import fingerprint
 from jaxgpt.training.end import forget_end, record_end
-from jaxgpt.training.loop import DIVERGED, Clock, Loop, restore_or_init
+from jaxgpt.training.loop import DIVERGED, History, Loop, restore_or_init
 from jaxgpt.training.memory import check_memory
+from jaxgpt.training.objectives import make_eval_step
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 from jaxgpt.training.verify_resume import verify_resume
 from jaxgpt.training.warm_start import check_model, check_source, check_vocabulary
@@ -67,90 +70,136 @@ def main(argv: list[str]) -> int:
     check_writable(workdir)
     hosts.join(values)
     with hosts.peers_watched():
-        return run_in(workdir, config)
+        return train(workdir, config)
 
 
-def run_in(workdir: epath.Path, config: Config) -> int:
-    """Trains the run of `config` in `workdir`, from wherever it is; returns the exit code."""
+def train(workdir: epath.Path, config: Config) -> int:
+    """Trains the run of `config` in `workdir`, from wherever it is; returns the exit code.
+
+    Everything is checked before anything is written: the config, then the data, then the memory.
+    """
     config, changes = adopt(workdir, config)
     mesh = make_mesh(config)
     if not config.num_epochs and is_finished(workdir, config):
         return 0
     data = prepare(config.data)
+    config = complete(config, data, workdir)
+    if config.num_epochs and is_finished(workdir, config):
+        return 0
+    run = make_training(config, mesh)
+    with jax.set_mesh(mesh):
+        describe(run, data, workdir)
+        check_memory(run.abstract_state(), mesh)
+        hosts.check_same(to_json(config), "the config")
+        hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
+        stream = training_stream(data.train, config)
+        evaluate, sample = (
+            evaluator(run, data),
+            TrainingSample(run.spec, data.tokenizer, config.sample),
+        )
+        with only_trainer(workdir):
+            checkpoints = Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
+            state, history = restore_or_init(run, data, checkpoints)
+            restored = int(state.step)
+            if restored >= config.num_steps:  # the newest checkpoint was damaged
+                return say_finished(workdir, restored, config)
+            write_setup(workdir, config, data, is_new=not restored)
+            if history.is_out_of_patience(config.early_stop):
+                return say_stopped_early(workdir, restored, history)
+            say_resumed(restored, changes)
+            hosts.on_first(lambda: forget_end(workdir))
+            step = compile_step(run)
+            report = Reporter(workdir, restored, jax.process_index() == 0)
+            loop = Loop(run, data, stream, evaluate, sample, step, checkpoints, report, history)
+            code = loop(state)
+            report.close()
+            if jax.process_index() == 0:
+                conclude(code, loop, workdir)
+            return code
+
+
+def complete(config: Config, data: Prepared, workdir: epath.Path) -> Config:
+    """Returns `config` with what follows from the data: `num_steps` of `num_epochs`, and the
+    vocabulary's size.
+
+    Raises:
+      BadInput: if the data do not go with the config, or with the weights to start from.
+    """
     if not (workdir / "config.json").exists():
         check_shards(config.data, data)  # runs from before keep the shards' own
         if config.init_from:
             check_vocabulary(config, data.tokenizer)
-    config = resolve_epochs(config, data)
-    if config.num_epochs and is_finished(workdir, config):
-        return 0
-    config = resolve_vocab(config, data.tokenizer.vocab_size)
-    training = make_training(config, mesh)
-    with jax.set_mesh(mesh):
-        return train(training, data, workdir, changes)
+    return resolve_vocab(resolve_epochs(config, data), data.tokenizer.vocab_size)
 
 
-def train(training: Training, data: Prepared, workdir: epath.Path, changes: list[str]) -> int:
-    """Checks what can be checked, then trains in `workdir` alone; returns the exit code."""
-    config = training.config
-    describe(training, data, workdir)
-    check_memory(training.abstract_state(), training.mesh)
-    hosts.check_same(to_json(config), "the config")
-    hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
-    loop = Loop(training, data)
-    with only_trainer(workdir):
-        return carry_on(training, data, loop, workdir, changes)
+def evaluator(run: Training, data: Prepared) -> Perplexity:
+    """Returns what validates while training."""
+    config = run.config
+    return Perplexity(
+        make_eval_step(run.spec),
+        run.batch_sharding,
+        data.validation,
+        config.model.max_seq_len,
+        config.batch_size // config.grad_accum,
+    )
 
 
-def carry_on(
-    training: Training, data: Prepared, loop: Loop, workdir: epath.Path, changes: list[str]
-) -> int:
-    """Trains from the workdir's newest whole checkpoint, or from nothing; returns the exit code."""
-    config, is_first = training.config, jax.process_index() == 0
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
-    state, clock = restore_or_init(training, data, checkpoints)
-    if int(state.step) >= config.num_steps:  # the newest one was damaged
-        return say_finished(workdir, int(state.step), config)
-    if state.step:
+def write_setup(workdir: epath.Path, config: Config, data: Prepared, is_new: bool) -> None:
+    """Writes `config.json` and, of a new run, the tokenizer.
+
+    Raises:
+      BadInput: if another tokenizer is there, or not all processes see the same `workdir`.
+    """
+    if not is_new:
         check_tokenizer(workdir, data)
-    elif is_first:
+    elif jax.process_index() == 0:
         save_tokenizer(data.tokenizer, workdir / "tokenizer")
         if data.train.mask is not None:
             save_template(config.data.chat_template, workdir / "tokenizer")
     hosts.on_first(lambda: write_whole(workdir / "config.json", to_json(config)))
     check_shared(workdir)
-    if clock.is_out_of_patience(config.early_stop):
-        hosts.on_first(lambda: record_end(workdir, int(state.step), "early_stop"))
-        say(f"finished  {workdir} stopped early after step {int(state.step)}; {best_of(clock)}")
-        return 0
-    if state.step:
-        say(
-            f"resume    from checkpoint {int(state.step)}"
-            + (f" with {'; '.join(changes)}" if changes else "")
-        )
-    hosts.on_first(lambda: forget_end(workdir))
+
+
+def compile_step(run: Training) -> Callable:
+    """Returns the compiled train step, and says how long that took."""
     began = time.perf_counter()
-    train_step = training.compile_step()
+    step = run.compile_step()
     say(f"compile   the train step took {duration(time.perf_counter() - began)}")
-    report = Reporter(workdir, int(state.step), is_first)
-    code = loop(state, clock, train_step, checkpoints, report)
-    clock = loop.clock
-    report.close()
-    if code in (0, DIVERGED) and is_first:
-        last_step = loop.checkpoints.latest() or 0
-        early = clock.is_out_of_patience(config.early_stop)
-        reason = "early_stop" if early else "num_steps"
-        record_end(workdir, last_step, "diverged" if code == DIVERGED else reason)
-    if code == 0 and is_first:
+    return step
+
+
+def conclude(code: int, loop: Loop, workdir: epath.Path) -> None:
+    """Records how a run ended, unless a signal stopped it, and says what to do next."""
+    if code not in (0, DIVERGED):
+        return
+    history, last_step = loop.history, loop.checkpoints.latest() or 0
+    early = history.is_out_of_patience(loop.config.early_stop)
+    reason = "early_stop" if early else "num_steps"
+    record_end(workdir, last_step, "diverged" if code == DIVERGED else reason)
+    if code == 0:
         step = " --step=best" if early else ""
         say(
-            f"done      {outcome(loop, config)} in {duration(clock.now())}; everything is in"
+            f"done      {outcome(loop)} in {duration(history.training_seconds())}; everything is in"
             f" {workdir}\n"
             f"next      python -m jaxgpt.sample --workdir={workdir}{step} --prompt='def '\n"
             f"          python -m jaxgpt.evaluate --workdir={workdir}{step}\n"
             f"          tensorboard --logdir={workdir}/tensorboard"
         )
-    return code
+
+
+def say_resumed(step: int, changes: list[str]) -> None:
+    """Says from where a run goes on, and with which changes; nothing of a new run."""
+    if step:
+        say(
+            f"resume    from checkpoint {step}" + (f" with {'; '.join(changes)}" if changes else "")
+        )
+
+
+def say_stopped_early(workdir: epath.Path, step: int, history: History) -> int:
+    """Says that early stopping has ended the run, and records it; returns the exit code."""
+    hosts.on_first(lambda: record_end(workdir, step, "early_stop"))
+    say(f"finished  {workdir} stopped early after step {step}; {best_of(history)}")
+    return 0
 
 
 @contextmanager
@@ -184,19 +233,19 @@ def lock(workdir: epath.Path) -> int | None:
     return handle
 
 
-def outcome(loop: Loop, config: Config) -> str:
+def outcome(loop: Loop) -> str:
     """Says how a finished run ended."""
-    last = loop.last_validation
+    last, num_steps = loop.last_validation, loop.config.num_steps
     if last is None:  # it failed
-        return f"no validation loss after {config.num_steps} steps"
-    early = "" if last["step"] == config.num_steps else f" (stopped early; {best_of(loop.clock)})"
+        return f"no validation loss after {num_steps} steps"
+    early = "" if last["step"] == num_steps else f" (stopped early; {best_of(loop.history)})"
     loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats/token"
     return f"validation loss {loss} after {last['step']} steps{early}"
 
 
-def best_of(clock: Clock) -> str:
+def best_of(history: History) -> str:
     """Says which checkpoint is the best."""
-    step, loss = clock.best
+    step, loss = history.best
     return f"the best validation loss was {loss:.4f} at step {step} (--step=best)"
 
 

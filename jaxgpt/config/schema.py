@@ -259,6 +259,7 @@ class Config:
     num_steps: int = may_change(number(1000, 1))
     # Passes over the training part; > 0 sets num_steps
     num_epochs: float = may_change(number(0.0, 0, 1e6))
+    objective: str = choice("causal_lm")  # what training minimises: see `training.objectives`
     init_from: str = ""  # a workdir or a Hugging Face folder to start from
     init_fresh: str = ""  # patterns of paths that are not taken from there: "head"
     # End after so many validations without a better loss; 0 = never

@@ -27,7 +27,7 @@ from jaxgpt.system.extras import require
 from jaxgpt.text.files import list_files
 from jaxgpt.text.tasks import TASKS, read_examples
 from jaxgpt.training.end import read_end
-from jaxgpt.training.step import make_eval_step
+from jaxgpt.training.objectives import make_eval_step
 
 KNOWN_TASKS = (*TASKS, *BENCHMARKS)
 MAX_ANSWER = 32  # tokens of the answer to a question

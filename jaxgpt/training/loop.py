@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.checkpointing.choice import best_of, is_out_of_patience
+from jaxgpt.config import Config
 from jaxgpt.config.stored import as_stored
-from jaxgpt.data.pipeline import device_batches, training_stream
+from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.training_sample import TrainingSample
@@ -34,30 +35,48 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.training.divergence import Diverged, Spikes, batch_of
 from jaxgpt.training.setup import Training
 from jaxgpt.training.state import TrainState
-from jaxgpt.training.step import make_eval_step
 
 DIVERGED = 3  # the exit code of a run that diverged and could not recover
 WORST = 1e30  # stands for a validation loss that is not finite: JSON has no infinity
 
 
 @dataclasses.dataclass
-class Clock:
-    """Training time, tokens and validation losses so far, over resumes; saved with checkpoints."""
+class History:
+    """What a run has done so far, over resumes; saved with each checkpoint.
+
+    `seconds` is training time up to the last restore, `tokens` counts targets, `validations` are
+    (step, loss), `skips` the batches that were left out (see `batch_of`).
+    """
 
     seconds: float = 0.0
     tokens: int = 0
     validations: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    skips: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # see `batch_of`
+    skips: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     rollbacks: int = 0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def now(self) -> float:
+    def training_seconds(self) -> float:
+        """Returns the training time up to now."""
         return self.seconds + time.perf_counter() - self.started
 
     @property
     def best(self) -> tuple[int, float]:
-        """The (step, loss) of the least validation loss, the earliest of equals."""
+        """The (step, loss) of the lowest validation loss, the earliest of equals."""
         return best_of(self.validations)
+
+    def to_meta(self) -> dict:
+        """Returns what `from_meta` reads."""
+        meta = dataclasses.asdict(self) | {"seconds": self.training_seconds()}
+        return {name: value for name, value in meta.items() if name != "started"}
+
+    @classmethod
+    def from_meta(cls, meta: dict) -> "History":
+        """Returns the history in a checkpoint's meta; checkpoints of old hold less."""
+        pairs = {
+            name: [tuple(pair) for pair in meta.get(name, [])] for name in ("validations", "skips")
+        }
+        rest = {name: meta[name] for name in ("tokens", "seconds", "rollbacks") if name in meta}
+        return cls(**rest, **pairs)
 
     def is_out_of_patience(self, patience: int) -> bool:
         """Says whether the last `patience` validations (0: never) brought no better loss."""
@@ -66,7 +85,7 @@ class Clock:
 
 def restore_or_init(
     run: Training, data: Prepared, checkpoints: Checkpoints
-) -> tuple[TrainState, Clock]:
+) -> tuple[TrainState, History]:
     """Returns the newest checkpoint's state, else a fresh one.
 
     Raises:
@@ -74,149 +93,154 @@ def restore_or_init(
     """
     step = checkpoints.newest_whole()
     if step is None:
-        return run.first_state(), Clock()
+        return run.first_state(), History()
     state, meta = checkpoints.restore(step, run.abstract_state())
     if meta.get("data_fingerprint") != data.fingerprint:
         raise BadInput(
             f"the text of data.source={run.config.data.source} or its tokenizer has changed"
             f" since checkpoint {step}; restore it, or choose another --workdir"
         )
-    past, skips = ([tuple(p) for p in meta.get(name, [])] for name in ("validations", "skips"))
-    seconds, rollbacks = meta.get("seconds", 0.0), meta.get("rollbacks", 0)
-    return state, Clock(seconds, meta["tokens"], past, skips, rollbacks)
+    return state, History.from_meta(meta)
 
 
+@dataclasses.dataclass
+class Speed:
+    """Seconds per step since the last restart, without evaluation and saving."""
+
+    step: int = 0
+    since: float = 0.0
+
+    def restart(self, step: int) -> None:
+        """Counts from `step` and now on."""
+        self.step, self.since = step, time.perf_counter()
+
+    def seconds_per_step(self, step: int) -> float:
+        """Returns the seconds of each step up to `step`, and restarts there."""
+        seconds = (time.perf_counter() - self.since) / max(step - self.step, 1)
+        self.restart(step)
+        return seconds
+
+
+@dataclasses.dataclass
 class Loop:
-    """The part of a run that repeats. Making one checks the data against the config.
+    """The part of a run that repeats: `loop(state) -> exit code`."""
 
-    Raises:
-      BadInput: if a split is shorter than a window, the sample's prompt is longer than the
-        context, or another value under `sample.` is out of range.
-    """
+    run: Training
+    data: Prepared
+    stream: Stream
+    evaluate: Perplexity
+    sample: TrainingSample
+    train_step: Callable
+    checkpoints: Checkpoints
+    report: Reporter
+    history: History = dataclasses.field(default_factory=History)
+    last_validation: dict | None = None
+    spikes: Spikes = dataclasses.field(default_factory=Spikes)
+    speed: Speed = dataclasses.field(default_factory=Speed)
 
-    def __init__(self, run: Training, data: Prepared):
-        config = run.config
-        self.run, self.config, self.data = run, config, data
-        self.stream = training_stream(data.train, config)
-        self.evaluate = Perplexity(
-            make_eval_step(run.spec),
-            run.batch_sharding,
-            data.validation,
-            config.model.max_seq_len,
-            config.batch_size // config.grad_accum,
-        )
-        self.sample = TrainingSample(run.spec, data.tokenizer, config.sample)
-        self.last_validation: dict | None = None
-        self.spikes = Spikes()
+    @property
+    def config(self) -> Config:
+        """The run's config."""
+        return self.run.config
 
-    def __call__(
-        self,
-        state: TrainState,
-        clock: Clock,
-        train_step: Callable,
-        checkpoints: Checkpoints,
-        report: Reporter,
-    ) -> int:
-        """Trains from `state` to `num_steps` and returns the exit code."""
-        self.checkpoints, self.report = checkpoints, report
+    def __call__(self, state: TrainState) -> int:
+        """Trains from `state` to `num_steps`, to a stop signal on any process or until early
+        stopping; returns the exit code."""
+        config = self.config
+        step, batches, vote = self._start_after(int(state.step))
+        pending = None  # a row waits until the next step is dispatched, so the device never does
+        ended, signal = False, 0  # by early stopping, by a signal
         hosts.meet()  # from here on a signal is one to all; before, it ends the process at once
         with StopRequest() as stop:
-            while True:
+            while step < config.num_steps and not ended and not signal:
+                step += 1
+                state, metrics = self.train_step(state, next(batches))
+                self.history.tokens += self.stream.num_targets(batch_of(step, self.history.skips))
+                end, signal = step == config.num_steps, vote(stop.received)
+                validates = (end or _due(step, config.eval_every)) and not signal
+                samples = (end or _due(step, config.sample_every)) and not signal
+                saves = end or _due(step, config.checkpoint_every) or signal > 0
                 try:
-                    stopped_by = self._train(state, clock, train_step, stop)
-                    break
-                except Diverged as e:
-                    if clock.rollbacks == self.config.max_rollbacks:
-                        self._give_up(e, clock)
-                        checkpoints.close()
+                    if pending:
+                        self._log(*pending)
+                    is_due = end or _due(step, config.log_every)
+                    pending = (step, self.history.tokens, metrics) if is_due else None
+                    if pending and (validates or samples or saves):
+                        self._log(*pending)
+                        pending = None
+                except Diverged as diverged:
+                    if self.history.rollbacks == config.max_rollbacks:
+                        self._give_up(diverged)
+                        self.checkpoints.close()
                         return DIVERGED
-                    state, clock = self._roll_back(e, clock)
-            checkpoints.close()
-        if stopped_by:
-            step = checkpoints.latest()
-            say(f"stopped   by signal {stopped_by} after step {step}, which is saved")
-            return 128 + stopped_by
-        return 0
+                    state = self._roll_back(diverged)
+                    step, batches, vote = self._start_after(int(state.step))
+                    pending, signal = None, 0
+                    continue
+                if validates:
+                    with survived("validation", step):
+                        self._validate(state, step)
+                    ended = self.history.is_out_of_patience(config.early_stop)
+                    is_best = config.early_stop > 0 and self.history.best[0] == step
+                    saves = saves or ended or is_best
+                if samples:
+                    with survived("sample", step):
+                        self._sample(state, step)
+                if saves:
+                    self._save(state, step)
+                if validates or samples or saves:
+                    self.speed.restart(step)
+            self.checkpoints.close()
+        if not signal:
+            return 0
+        say(f"stopped   by signal {signal} after step {step}, which is saved")
+        return 128 + signal
 
-    def _train(self, state: TrainState, clock: Clock, train_step, stop: StopRequest) -> int:
-        """Trains to `num_steps`, a stop signal on any process or early stopping; returns the
-        signal's number, 0 if there was none.
-
-        Raises:
-          Diverged: after too many bad steps in a row.
-        """
-        config, start = self.config, int(state.step)
+    def _start_after(self, step: int) -> tuple[int, Iterator[dict], hosts.Vote]:
+        """Returns `step`, the batches behind it, on the devices, and a new vote."""
+        self.history.started = time.perf_counter()
+        self.speed.restart(step)
         batches = device_batches(
             self.stream,
             self.run.batch_sharding,
-            start,
-            config.num_steps,
-            partial(batch_of, skips=clock.skips),
+            step,
+            self.config.num_steps,
+            partial(batch_of, skips=self.history.skips),
         )
-        speed = _Speed(start)
-        ended = False  # by early stopping
-        logged = None  # a row waits until the next step is dispatched, so the device never does
-        vote = hosts.Vote(self.run.mesh)
-        self.clock = clock
-        clock.started = time.perf_counter()
-        for step, batch in enumerate(batches, start=start + 1):
-            state, metrics = train_step(state, batch)
-            clock.tokens += self.stream.num_targets(batch_of(step, clock.skips))
-            if logged:
-                logged = self._log(*logged, clock, speed)
-            end, stopping = step == config.num_steps, vote(stop.received)
-            if end or _due(step, config.log_every):
-                logged = (step, clock.tokens, metrics)
-            validates = (end or _due(step, config.eval_every)) and not stopping
-            samples = (end or _due(step, config.sample_every)) and not stopping
-            saves = end or _due(step, config.checkpoint_every) or stopping
-            if validates or samples or saves:
-                logged = logged and self._log(*logged, clock, speed)
-                if validates:
-                    with outlived("validation", step):
-                        self._validate(state, step, clock)
-                    ended = clock.is_out_of_patience(config.early_stop)
-                    is_best = config.early_stop > 0 and clock.best[0] == step
-                    saves = saves or ended or is_best
-                if samples:
-                    with outlived("sample", step):
-                        self._sample(state, step)
-                if saves:
-                    self._save(state, step, clock)
-                speed.restart(step)
-            if ended or stopping:
-                return stopping
-        return 0
+        return step, batches, hosts.Vote(self.run.mesh)
 
-    def _roll_back(self, e: Diverged, clock: Clock) -> tuple[TrainState, Clock]:
+    def _roll_back(self, diverged: Diverged) -> TrainState:
         """Returns the newest whole checkpoint's state, the bad batches left out of what follows."""
         state, earlier = restore_or_init(self.run, self.data, self.checkpoints)
-        restored = int(state.step)
-        first = max(e.step - e.in_a_row + 1, restored + 1)
-        earlier.skips = [*clock.skips, (first, e.step - first + 1)]
-        earlier.seconds, earlier.rollbacks = clock.now(), clock.rollbacks + 1
+        restored, last = int(state.step), diverged.step
+        first = max(last - diverged.in_a_row + 1, restored + 1)
         self.report.rewind(restored)
         say(
-            f"diverged  {e.in_a_row} non-finite steps in a row up to step {e.step}: back to"
-            f" checkpoint {restored}, without {self._batches(e, clock)}"
+            f"diverged  {diverged.in_a_row} non-finite steps in a row up to step {last}: back to"
+            f" checkpoint {restored}, without {self._batches(diverged)}"
         )
-        return state, earlier
+        earlier.skips = [*self.history.skips, (first, last - first + 1)]
+        earlier.seconds = self.history.training_seconds()
+        earlier.rollbacks = self.history.rollbacks + 1
+        self.history = earlier
+        return state
 
-    def _give_up(self, e: Diverged, clock: Clock) -> None:
+    def _give_up(self, diverged: Diverged) -> None:
         say(
-            f"diverged  {e.in_a_row} non-finite steps in a row up to step {e.step}, after"
-            f" {clock.rollbacks} rollbacks: giving up. The last of them took"
-            f" {self._batches(e, clock)}; look at one with python -m jaxgpt.prepare --config=FILE"
-            f" --show={batch_of(e.step, clock.skips)}, or lower optim.learning_rate"
+            f"diverged  {diverged.in_a_row} non-finite steps in a row up to step {diverged.step},"
+            f" after {self.history.rollbacks} rollbacks: giving up. The last of them took"
+            f" {self._batches(diverged)}; look at one with python -m jaxgpt.prepare --config=FILE"
+            f" --show={batch_of(diverged.step, self.history.skips)}, or lower optim.learning_rate"
         )
 
-    def _batches(self, e: Diverged, clock: Clock) -> str:
-        steps = range(e.step - e.in_a_row + 1, e.step + 1)
-        return f"batches {', '.join(str(batch_of(s, clock.skips)) for s in steps)}"
+    def _batches(self, diverged: Diverged) -> str:
+        steps = range(diverged.step - diverged.in_a_row + 1, diverged.step + 1)
+        return f"batches {', '.join(str(batch_of(s, self.history.skips)) for s in steps)}"
 
-    def _log(self, step: int, tokens: int, metrics: dict, clock: Clock, speed: "_Speed") -> None:
+    def _log(self, step: int, tokens: int, metrics: dict) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        step_seconds = speed.seconds_per_step(step)
+        in_a_row, skipped = values.pop("in_a_row"), values.pop("skipped")
+        step_seconds = self.speed.seconds_per_step(step)
         per_step = self.config.batch_size * self.config.model.max_seq_len
         devices = self.run.mesh.devices
         row = {
@@ -234,37 +258,38 @@ class Loop:
                 devices.flat[0].device_kind,
                 devices.size,
             ),
-            "seconds": clock.now(),
+            "seconds": self.history.training_seconds(),
         }
+        row |= {name: _finite(v) for name, v in values.items() if name not in row}
         self.report.metrics(row)
         eta = (self.config.num_steps - step) * step_seconds
         if self.report.active:
             say(train_line(row, self.config.num_steps, eta))
-        batch = batch_of(step, clock.skips)
-        if values["in_a_row"]:
+        batch = batch_of(step, self.history.skips)
+        if in_a_row:
             say(
                 f"skipped   step {step} (batch {batch}): loss or gradient not finite,"
-                f" {values['in_a_row']:.0f} in a row, {values['skipped']:.0f} in all"
+                f" {in_a_row:.0f} in a row, {skipped:.0f} in all"
             )
         elif usual := self.spikes(values["loss"]):
             say(
                 f"spike     loss {values['loss']:.4f} at step {step} (batch {batch}), usually"
                 f" {usual:.4f}"
             )
-        if values["in_a_row"] >= self.config.max_bad_steps:
-            raise Diverged(step, int(values["in_a_row"]))
+        if in_a_row >= self.config.max_bad_steps:
+            raise Diverged(step, int(in_a_row))
 
-    def _validate(self, state: TrainState, step: int, clock: Clock) -> None:
+    def _validate(self, state: TrainState, step: int) -> None:
         jax.block_until_ready(state.step)  # steps still under way are not the evaluation's time
         began = time.perf_counter()
         windows = self.config.eval_batches * self.config.batch_size  # whatever grad_accum is
-        found = self.evaluate(state.best_params, windows)
+        figures = self.evaluate(state.best_params, windows)
         row = {"step": step, "split": "validation"}
-        row |= {name: _finite(found[name]) for name in ("loss", "perplexity", "bits_per_byte")}
-        row["seconds"] = clock.now()
+        row |= {name: _finite(figures[name]) for name in ("loss", "perplexity", "bits_per_byte")}
+        row["seconds"] = self.history.training_seconds()
         self.report.metrics(row)
         self.last_validation = row
-        clock.validations.append((step, WORST if row["loss"] is None else row["loss"]))
+        self.history.validations.append((step, WORST if row["loss"] is None else row["loss"]))
         if self.report.active:
             line = validation_line(row, self.config.num_steps)
             say(f"{line} | took {duration(time.perf_counter() - began)}")
@@ -276,13 +301,9 @@ class Loop:
                 body = (self.config.sample.prompt + text).strip("\n")
                 say(f"--- sample at step {step} ---\n{body}\n---")
 
-    def _save(self, state: TrainState, step: int, clock: Clock) -> None:
+    def _save(self, state: TrainState, step: int) -> None:
         meta = {
-            "tokens": clock.tokens,
-            "seconds": clock.now(),
-            "validations": clock.validations,
-            "skips": clock.skips,
-            "rollbacks": clock.rollbacks,
+            **self.history.to_meta(),
             "data_fingerprint": self.data.fingerprint,
             "seed": self.config.seed,
             "config": as_stored(self.config),
@@ -292,13 +313,13 @@ class Loop:
             "environment": environment(self.run.mesh),
             "data": self.data.summary,
         }
-        loss = dict(clock.validations).get(step)
+        loss = dict(self.history.validations).get(step)
         self.report.sync()
         self.checkpoints.save(step, state, meta, loss)
 
 
 @contextmanager
-def outlived(what: str, step: int) -> Iterator[None]:
+def survived(what: str, step: int) -> Iterator[None]:
     """Turns an error into one line: neither a sample nor a validation is worth the run.
 
     Bad input (a full disk) still ends it. So does any error with several processes: the others may
@@ -335,19 +356,3 @@ def _finite(value: float) -> float | None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class _Speed:
-    """Seconds per step since the last restart, evaluation and saving apart."""
-
-    def __init__(self, step: int):
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self.step, self.since = step, time.perf_counter()
-
-    def seconds_per_step(self, step: int) -> float:
-        now = time.perf_counter()
-        seconds = (now - self.since) / max(step - self.step, 1)
-        self.step, self.since = step, now
-        return seconds

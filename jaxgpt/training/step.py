@@ -1,105 +1,96 @@
-"""The update: loss, gradients over microbatches, optimizer."""
+"""The update: gradients over microbatches, the optimizer, and what a bad step leaves alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config
-from jaxgpt.config.schema import IGNORE
-from jaxgpt.model import GPT, ModelSpec
+from jaxgpt.model import ModelSpec
 from jaxgpt.optim.groups import join, split, trainable
 from jaxgpt.optim.optimizers import at_step, make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.training import loss_scale
 from jaxgpt.training.divergence import counted, keep_if
+from jaxgpt.training.objectives import OBJECTIVES, Batch, Micro
 from jaxgpt.training.state import TrainState, widened
 
-Batch = dict[str, Int[Array, "A B T"]]  # inputs, targets (packed: segments, positions too)
-Micro = dict[str, Int[Array, "B T"]]
 
-
-def make_train_step(spec: ModelSpec, config: Config) -> Callable:
+def make_train_step(
+    spec: ModelSpec, config: Config, companions: Mapping[str, ModelSpec] | None = None
+) -> Callable:
     """Returns the jitted update `(state, batch) -> (state, metrics)`; it donates `state`.
 
+    With `companions`, models that the objective asks for by name, the update takes their parameters
+    too: `(state, batch, {name: params})`. They are neither trained nor donated.
+
     The gradient is that of the mean over all targets of all microbatches, so that `grad_accum`
-    changes memory and nothing else. Metrics are scalars on the device: `loss` (cross-entropy in
-    nats, without z-loss), `grad_norm` (before clipping), `learning_rate` (that of the update),
-    `in_a_row` and `skipped` (bad steps, see `training.divergence`).
+    changes memory and nothing else. Metrics are scalars on the device: the objective's own (`loss`
+    is one, see `training.objectives`), `grad_norm` (before clipping), `learning_rate` (that of the
+    update), `in_a_row` and `skipped` (bad steps, see `training.divergence`).
     """
     optimizer = make_optimizer(config.optim, config.num_steps, spec.model)
     schedule = make_schedule(config.optim, config.num_steps)
-    z_loss, seed, ema_decay = config.optim.z_loss, config.seed, config.optim.ema_decay
+    objective = OBJECTIVES[config.objective](config)
 
-    def objective(trained, frozen, micro: Micro, num_targets, key, scale):
-        nats, lse = token_losses(spec.bind(join(trained, frozen)), micro, key)
-        loss = jnp.sum(nats) / num_targets
-        return scale * (loss + z_loss * jnp.sum(jnp.square(lse)) / num_targets), loss
-
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(
+        state: TrainState, batch: Batch, frozen_models: Mapping[str, dict] | None = None
+    ):
         mask = trainable(state.params, config.optim.freeze, spec.config.lora.rank)
         trained, frozen = split(state.params, mask)
-        num_targets = jnp.maximum(jnp.sum(batch["targets"] != IGNORE), 1).astype(jnp.float32)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)  # for dropout
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)  # for dropout
         scale = loss_scale.factor(state.loss_scale)
+        # Until all targets are counted, gradients are those of a mean over all positions: sums
+        # would overflow float16.
+        positions = batch["inputs"].size
+
+        def scaled_loss(trained, micro: Micro, key):
+            others = {name: companions[name].bind(p) for name, p in (frozen_models or {}).items()}
+            model = spec.bind(join(trained, frozen))
+            total, count, metrics = objective(model, micro, key, **others)
+            metrics = jax.tree.map(lambda sum_: sum_ / positions, metrics)
+            return scale * (total / positions), (count, metrics)
 
         def gradient(micro: Micro, index):
-            grad = jax.grad(objective, has_aux=True)
-            return grad(trained, frozen, micro, num_targets, jax.random.fold_in(key, index), scale)
+            grad = jax.grad(scaled_loss, has_aux=True)
+            return grad(trained, micro, jax.random.fold_in(key, index))
 
-        grads, loss = _sum_over_microbatches(gradient, batch, trained)
-        if state.loss_scale:
-            grads = jax.tree.map(lambda g: g / scale, grads)
+        grads, (count, metrics) = _sum_over_microbatches(gradient, batch, trained)
+        share = positions / jnp.maximum(count, 1).astype(jnp.float32)
+        grads = jax.tree.map(lambda g, p: (g * (share / scale)).astype(p.dtype), grads, trained)
+        metrics = jax.tree.map(lambda mean: mean * share, metrics)
         opt_state = at_step(state.opt_state, state.step)
         updates, opt_state = optimizer.update(grads, opt_state, trained)
         params = join(optax.apply_updates(trained, updates), frozen)
-        new = TrainState(
-            params,
-            opt_state,
-            state.step + 1,
-            _average(state.ema, params, mask, ema_decay),
-            state.loss_scale,
-            state.bad,
-        )
+        ema = _average(state.ema, params, mask, config.optim.ema_decay)
+        new = TrainState(params, opt_state, state.step + 1, ema, state.loss_scale, state.bad)
         norm = optax.global_norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = _guarded(state, new, good)
-        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step)}
+        new = _guarded(state, new, jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm))
+        metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step)}
         return new, metrics | new.bad
 
     return jax.jit(train_step, donate_argnames="state")
 
 
-def token_losses(model: GPT, micro: Micro, dropout_key):
-    """Returns (nats, logsumexp) of each target, [B, T], without making all logits at once."""
-    x, _ = model.hidden(
-        micro["inputs"],
-        positions=micro.get("positions"),
-        segments=micro.get("segments"),
-        dropout_key=dropout_key,
-    )
-    return model.losses(x, micro["targets"])
-
-
 def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):
-    """Returns the summed (gradients, loss); one microbatch needs neither loop nor buffer.
+    """Returns `gradient`'s results summed; one microbatch needs neither loop nor buffer.
 
-    The sum is float32: in bfloat16 the 257th of equal gradients would change nothing.
+    Gradients are summed in float32: in bfloat16 the 257th of equal ones would change nothing.
     """
     num_micro = batch["inputs"].shape[0]
+    first = jax.tree.map(lambda x: x[0], batch)
     if num_micro == 1:
-        return gradient(jax.tree.map(lambda x: x[0], batch), 0)
+        return gradient(first, 0)
 
     def add(total, numbered):
         micro, index = numbered
         return jax.tree.map(jnp.add, total, gradient(micro, index)), None
 
+    _, scalars = jax.eval_shape(gradient, first, 0)
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    start = (zeros, jnp.zeros((), jnp.float32))
-    grads, loss = jax.lax.scan(add, start, (batch, jnp.arange(num_micro)))[0]
-    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), loss
+    start = zeros, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), scalars)
+    return jax.lax.scan(add, start, (batch, jnp.arange(num_micro)))[0]
 
 
 def _average(ema: dict, params: dict, mask: dict, decay: float) -> dict:
@@ -126,14 +117,3 @@ def _guarded(old: TrainState, new: TrainState, good) -> TrainState:
         scale = loss_scale.adjust(scale, good)
     bad = counted(old.bad, blame)
     return TrainState(kept.params, kept.opt_state, new.step, kept.ema, scale, bad)
-
-
-def make_eval_step(spec: ModelSpec) -> Callable[[dict, Batch], Float[Array, "B T"]]:
-    """Returns the jitted `(params, batch) -> nats of every target`, 0 where there is none."""
-
-    def eval_step(params, batch: Batch):
-        micro = jax.tree.map(lambda a: a[0], batch)
-        nats, _ = token_losses(spec.bind(params), micro, None)
-        return jax.sharding.reshard(nats, jax.P(None, None))
-
-    return jax.jit(eval_step)

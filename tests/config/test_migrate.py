@@ -52,8 +52,8 @@ def in_format_1(config: Config) -> str:
     for old, new in RENAMED.items():
         nested["model"][old.removeprefix("model.")] = get_field(config, new)
     nested["model"]["scan_layers"] = config.compute.scan_layers == "true"
-    for group in ("format", "compute", "lora"):
-        del nested[group]
+    for later in ("format", "compute", "lora", "objective"):
+        del nested[later]
     return json.dumps(nested, indent=2) + "\n"
 
 

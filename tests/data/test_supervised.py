@@ -22,8 +22,8 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.text.chat import JINJA, TEMPLATES, row_spans
 from jaxgpt.text.tasks import Example, read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer
+from jaxgpt.training.objectives import make_eval_step
 from jaxgpt.training.setup import make_training
-from jaxgpt.training.step import make_eval_step
 from tests.conftest import mesh_of, tiny_config
 
 ROWS = [

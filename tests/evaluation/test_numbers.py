@@ -15,7 +15,7 @@ from jaxgpt.inference.trained import open_trained
 from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.jobs import evaluate as job
 from jaxgpt.jobs.convert import import_folder
-from jaxgpt.training.step import make_eval_step
+from jaxgpt.training.objectives import make_eval_step
 from tests.conftest import CORPUS
 from tests.interchange.test_import_export import model_folder
 

@@ -10,8 +10,9 @@ from jaxgpt.config.schema import fields_of, get_field, set_field
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.cache import Cache, empty_cache, write_recent
 from jaxgpt.model.gpt import count_parameters, split_layers
+from jaxgpt.training.objectives import token_losses
 from jaxgpt.training.setup import make_training
-from jaxgpt.training.step import make_train_step, token_losses
+from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of, random_batch, tiny_config
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxgpt import train
 from jaxgpt.processes.hosts import HEARTBEAT
-from jaxgpt.training import step
+from jaxgpt.training import objectives
 from tests.conftest import CORPUS, wait_until, xla_flags
 from tests.processes.forks import Python
 from tests.processes.processes import (
@@ -160,12 +160,12 @@ def test_weights_to_start_from_are_split_over_processes(place, command):
 POISONED = """
 import jax.numpy as jnp
 from jaxgpt.processes.hosts import HEARTBEAT
-from jaxgpt.training import step
-honest = step.token_losses
+from jaxgpt.training import objectives
+honest = objectives.token_losses
 def poisoned(model, micro, key):
     nats, lse = honest(model, micro, key)
     return jnp.where(jnp.any(micro["inputs"] == 1, axis=-1, keepdims=True), jnp.nan, nats), lse
-step.token_losses = poisoned
+objectives.token_losses = poisoned
 """
 
 
@@ -189,7 +189,9 @@ def test_a_bad_stretch_that_one_process_reads_takes_all_of_them_back(place, comm
     ]
     codes, _, errors = finish(start("train", 2, 2, *args, f"--workdir={place}/bad-two"))
     assert codes == [0, 0] and "back to checkpoint 8, without batches 9, 10" in errors[0], errors
-    monkeypatch.setattr(step, "token_losses", step.token_losses)  # the config replaces it
+    monkeypatch.setattr(
+        objectives, "token_losses", objectives.token_losses
+    )  # the config replaces it
     code, _, err = command(train.main, *args, f"--workdir={place}/bad-one")
     assert code == 0 and "back to checkpoint 8, without batches 9, 10" in err
     two, one = rows(place / "bad-two"), rows(place / "bad-one")

@@ -23,7 +23,7 @@ from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.training.end import read_end
-from jaxgpt.training.loop import Clock
+from jaxgpt.training.loop import History
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.warm_start import check_model, check_vocabulary
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
@@ -297,12 +297,12 @@ def test_a_larger_vocabulary_a_shorter_context_a_new_head_and_lora(command, tmp_
 
 
 def test_patience():
-    clock = Clock(validations=[(10, 3.0), (20, 2.0), (30, 2.5)])
-    assert clock.best == (20, 2.0)
-    assert not clock.is_out_of_patience(2) and clock.is_out_of_patience(1)
-    assert not clock.is_out_of_patience(0)
-    clock.validations.append((40, 2.0))
-    assert clock.is_out_of_patience(2), "as good is not better"
+    history = History(validations=[(10, 3.0), (20, 2.0), (30, 2.5)])
+    assert history.best == (20, 2.0)
+    assert not history.is_out_of_patience(2) and history.is_out_of_patience(1)
+    assert not history.is_out_of_patience(0)
+    history.validations.append((40, 2.0))
+    assert history.is_out_of_patience(2), "as good is not better"
 
 
 def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corpus, monkeypatch):

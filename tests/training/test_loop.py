@@ -1,6 +1,8 @@
 """What a run validates, and what its samples and validations cannot do to it."""
 
 import json
+from collections.abc import Callable
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,14 @@ import numpy as np
 import pytest
 
 from jaxgpt import train
+from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, DataConfig, ModelConfig
+from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.training_sample import TrainingSample
-from jaxgpt.training.loop import Clock, Loop
+from jaxgpt.metrics.rows import Reporter
+from jaxgpt.training.loop import Loop
 from jaxgpt.training.setup import make_training, resolve_vocab
 from jaxgpt.training.state import TrainState
 from tests.conftest import mesh_of
@@ -58,7 +63,12 @@ def loop_of(corpus):
         config.mesh.data = 1
         config = resolve_vocab(config, prepared.tokenizer.vocab_size)
         training = make_training(config, mesh_of(config))
-        loop = Loop(training, prepared)
+        stream, evaluate = (
+            training_stream(prepared.train, config),
+            train.evaluator(training, prepared),
+        )
+        rest = (Mock(spec=kind) for kind in (TrainingSample, Callable, Checkpoints, Reporter))
+        loop = Loop(training, prepared, stream, evaluate, *rest)
         loop.report = Rows()
         return loop, training
 
@@ -72,7 +82,7 @@ def test_what_is_validated_does_not_depend_on_grad_accum(loop_of):
         loop, training = loop_of(accum)
         with jax.set_mesh(training.mesh):
             loop.evaluate.eval_step = lambda params, batch: batch["targets"][0].astype(float)
-            loop._validate(jax.eval_shape(training.init), 1, Clock())
+            loop._validate(jax.eval_shape(training.init), 1)
         found.append(loop.report.last["loss"])
     tokens = loop.data.validation.tokens
     np.testing.assert_allclose(found, tokens[1 : 2 * 8 * 16 + 1].mean(), rtol=1e-6)
@@ -86,7 +96,7 @@ def test_the_average_is_what_is_validated_and_sampled(loop_of):
     loop.sample = lambda params, seed: used.append(params) or ""
     for ema in ({"w": 2.0}, {}):
         state = TrainState({"w": 1.0}, (), jnp.int32(3), ema=ema)
-        loop._validate(state, 3, Clock())
+        loop._validate(state, 3)
         loop._sample(state, 3)
     assert used == [{"w": 2.0}] * 2 + [{"w": 1.0}] * 2
 
