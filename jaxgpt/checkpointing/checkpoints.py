@@ -18,6 +18,7 @@ from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import remove_folder
 from jaxgpt.system.stores import absolute, check_store, is_object_store, move_folder
+from jaxgpt.system.trees import leaves_by_path
 
 SET_ASIDE = "checkpoints-damaged"
 
@@ -240,7 +241,7 @@ class Checkpoints:
         return self.manager.restore(step, args=args).state, self.meta(step)
 
     def _compare(self, step: int, abstract_state) -> None:
-        saved, wanted = self.arrays(step), _by_path(abstract_state)
+        saved, wanted = self.arrays(step), leaves_by_path(abstract_state)
         where = f"checkpoint {step} in {self.folder}"
         for path, leaf in wanted.items():
             if path not in saved:
@@ -257,7 +258,7 @@ class Checkpoints:
         """Returns the shape and dtype of each saved array by its path, reading none of them."""
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             found = reader.metadata(self.folder / str(step) / "state")
-        return _by_path(found.item_metadata.tree)
+        return leaves_by_path(found.item_metadata.tree)
 
     def meta(self, step: int) -> dict:
         """Returns what was saved beside the state."""
@@ -332,11 +333,6 @@ def _handlers() -> dict:
     saved a tenth of the disk (tests/benchmarks/RESULTS.md)."""
     arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
     return {"state": arrays, "meta": ocp.JsonCheckpointHandler()}
-
-
-def _by_path(tree) -> dict:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 class _Kept:

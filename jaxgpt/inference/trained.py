@@ -15,6 +15,7 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.errors import BadInput
+from jaxgpt.system.trees import leaf_path
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -47,7 +48,7 @@ class Trained:
             if not is_finite:
                 raise BadInput(
                     f"checkpoint {self.step} of {self.checkpoints.folder.parent} holds weights that"
-                    f" are not finite ({jax.tree_util.keystr(path, simple=True, separator='/')});"
+                    f" are not finite ({leaf_path(path)});"
                     " choose another with --step"
                 )
         return Decoder.of(self.spec, params, self.tokenizer.vocab_size)

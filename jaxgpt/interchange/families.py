@@ -1,4 +1,4 @@
-"""What jaxgpt's models are called elsewhere: config fields and tensors of GPT-2, Llama, Qwen3."""
+"""GPT-2, Llama and Qwen3 as Hugging Face stores them: their config fields and tensors, and ours."""
 
 import dataclasses
 import math
@@ -14,63 +14,65 @@ from jaxgpt.system.files import check_json
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One tensor of theirs and the one or more of ours that it holds.
+    """One tensor of theirs and the parameters of ours that it contains.
 
-    `theirs` may contain {layer}; `turned`: theirs is [out, in] where ours is [in, out].
-    Several of ours lie side by side along the output axis.
+    `theirs` may contain {layer}. Several of ours are concatenated along the output axis.
+    `transposed`: theirs is [out, in] where ours is [in, out].
     """
 
     theirs: str
     ours: tuple[str, ...]
-    turned: bool = False
+    transposed: bool
 
-    def give(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """Returns their tensor of our arrays (of one layer)."""
-        flat = [_matrix(path, a) for path, a in zip(self.ours, arrays, strict=True)]
-        joined = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=-1)
-        return joined.T if self.turned else joined
+    def to_theirs(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """Returns their tensor, made of our arrays (of one layer)."""
+        matrices = [a.reshape(_matrix_shape(p, a.shape)) for p, a in zip(self.ours, arrays)]
+        joined = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=-1)
+        return joined.T if self.transposed else joined
 
     def shape(self, shapes: list[tuple]) -> tuple:
-        """Returns their tensor's shape, from ours (of one layer)."""
-        flat = [_flat_shape(path, shape) for path, shape in zip(self.ours, shapes, strict=True)]
-        found = (*flat[0][:-1], sum(shape[-1] for shape in flat))
-        return found[::-1] if self.turned else found
+        """Returns their tensor's shape, from our shapes (of one layer)."""
+        matrices = [_matrix_shape(path, shape) for path, shape in zip(self.ours, shapes)]
+        joined = (*matrices[0][:-1], sum(shape[-1] for shape in matrices))
+        return joined[::-1] if self.transposed else joined
 
-    def take(self, tensor: np.ndarray, shapes: list[tuple]) -> list[np.ndarray]:
-        """Returns our arrays, in `shapes`, out of their tensor; the inverse of `give`."""
-        tensor = tensor.T if self.turned else tensor
-        widths = [_flat_shape(path, s)[-1] for path, s in zip(self.ours, shapes, strict=True)]
-        parts = np.split(tensor, np.cumsum(widths)[:-1], axis=-1)
-        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _flat_shape(path: str, shape: tuple) -> tuple:
-    """Kernels become [in, out], biases and scales [out]; tables stay."""
-    if path.endswith("/kernel") and path != "positions/kernel":
-        inputs = 2 if path.endswith("out/kernel") else 1
-        return (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
-    return shape if path in ("tokens", "head", "positions/kernel") else (math.prod(shape),)
+    def to_ours(self, tensor: np.ndarray, shapes: list[tuple]) -> list[np.ndarray]:
+        """Returns our arrays, in `shapes`, from their tensor; the inverse of `to_theirs`."""
+        tensor = tensor.T if self.transposed else tensor
+        widths = [_matrix_shape(path, shape)[-1] for path, shape in zip(self.ours, shapes)]
+        matrices = np.split(tensor, np.cumsum(widths)[:-1], axis=-1)
+        return [matrix.reshape(shape) for matrix, shape in zip(matrices, shapes)]
 
 
-def _matrix(path: str, array: np.ndarray) -> np.ndarray:
-    return array.reshape(_flat_shape(path, array.shape))
+def _matrix_shape(path: str, shape: tuple) -> tuple:
+    """Returns a kernel's shape as [in, out], a bias's or scale's as [out], a table's unchanged."""
+    if path in ("tokens", "head", "positions/kernel"):
+        return shape
+    if not path.endswith("/kernel"):
+        return (math.prod(shape),)
+    inputs = 2 if path.endswith("out/kernel") else 1
+    return (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """`exact` lists what our fields must be for the architectures to be the same; `config` and
-    `model` translate the rest, `schema` is what `model` reads (see `config.files.parse_json`);
-    `prefix` may be missing in their names, `ignored` may be there."""
+    """An architecture of Hugging Face's that jaxgpt can also express.
+
+    `exact` lists the values our fields must have for the two to compute the same; `model_config`
+    and `hf_config` translate the other fields, `schema` describes what `model_config` reads (see
+    `system.files.parse_json`). Their tensors' names may start with `prefix`; tensors whose names
+    end with one of `ignored` are skipped.
+    """
 
     name: str
     architecture: str
     exact: dict[str, tuple]
     rules: tuple[Rule, ...]
-    model: Callable[[dict], ModelConfig]
-    config: Callable[[ModelConfig], dict]
+    model_config: Callable[[dict], ModelConfig]
+    hf_config: Callable[[ModelConfig], dict]
     schema: dict
-    prefix: str = ""
-    ignored: tuple[str, ...] = ()
+    prefix: str
+    ignored: tuple[str, ...]
 
     def differences(self, cfg: ModelConfig) -> list[str]:
         """Returns what keeps `cfg` from being of this family: `model.norm='rmsnorm'`, ..."""
@@ -82,10 +84,10 @@ class Family:
         ]
 
     def rules_of(self, paths) -> list[Rule]:
-        """Returns the rules for a model with these parameters (biases, head as there are).
+        """Returns the rules for a model with these parameters: biases and a head are optional.
 
         Raises:
-          BadInput: if a parameter has no place in their layout.
+          BadInput: if this family has no tensor for a parameter.
         """
         rules = [rule for rule in self.rules if set(rule.ours) <= set(paths)]
         if missing := set(paths) - {path for rule in rules for path in rule.ours}:
@@ -93,9 +95,27 @@ class Family:
         return rules
 
 
-def _block(name: str, path: str, turned: bool = False, *more: str) -> Rule:
-    return Rule(name, tuple(f"blocks/{p}" for p in (path, *more)), turned)
+def _rules(tensors: dict[str, str], transposed: bool) -> tuple[Rule, ...]:
+    """Returns the rules of a table from their names to ours; `transposed`: kernels are [out, in].
 
+    `{q,k}/kernel` stands for q/kernel and k/kernel.
+    """
+    rules = []
+    for theirs, ours in tensors.items():
+        before, _, rest = ours.partition("{")
+        inside, _, after = rest.partition("}")
+        paths = tuple(f"{before}{name}{after}" for name in inside.split(","))
+        rules.append(Rule(theirs, paths, transposed and ours.endswith("/kernel")))
+    return tuple(rules)
+
+
+COMMON = {
+    "norm_position": ("pre",),
+    "window": (0,),
+    "logit_softcap": (0.0,),
+    "mup_base_width": (0,),
+    "scale_embeddings": (False,),
+}
 
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 GPT2_FIXED = {
@@ -109,58 +129,61 @@ GPT2_SCHEMA = {
     **{"n_positions?": int, "n_ctx?": int, "n_inner?": int | None},
     **{"activation_function?": str, "layer_norm_epsilon?": float, "tie_word_embeddings?": bool},
 }
+GPT2_FIELDS = {  # theirs: ours
+    "vocab_size": "vocab_size",
+    "n_positions": "max_seq_len",
+    "n_layer": "num_layers",
+    "n_head": "num_heads",
+    "n_embd": "embed_dim",
+    "n_inner": "mlp_dim",
+    "layer_norm_epsilon": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+GPT2_TENSORS = {  # theirs: ours
+    "wte.weight": "tokens",
+    "wpe.weight": "positions/kernel",
+    "h.{layer}.ln_1.weight": "blocks/attention_norm/scale",
+    "h.{layer}.ln_1.bias": "blocks/attention_norm/bias",
+    "h.{layer}.attn.c_attn.weight": "blocks/attention/{query,key,value}/kernel",
+    "h.{layer}.attn.c_attn.bias": "blocks/attention/{query,key,value}/bias",
+    "h.{layer}.attn.c_proj.weight": "blocks/attention/out/kernel",
+    "h.{layer}.attn.c_proj.bias": "blocks/attention/out/bias",
+    "h.{layer}.ln_2.weight": "blocks/mlp_norm/scale",
+    "h.{layer}.ln_2.bias": "blocks/mlp_norm/bias",
+    "h.{layer}.mlp.c_fc.weight": "blocks/mlp/up/kernel",
+    "h.{layer}.mlp.c_fc.bias": "blocks/mlp/up/bias",
+    "h.{layer}.mlp.c_proj.weight": "blocks/mlp/down/kernel",
+    "h.{layer}.mlp.c_proj.bias": "blocks/mlp/down/bias",
+    "ln_f.weight": "final_norm/scale",
+    "ln_f.bias": "final_norm/bias",
+    "lm_head.weight": "head",
+}
 
 
-def _gpt2_model(hf: dict) -> ModelConfig:
+def _gpt2_model_config(hf: dict) -> ModelConfig:
     _require(hf, GPT2_FIXED)
     activation = hf.get("activation_function", "gelu_new")
     if activation not in GPT2_ACTIVATIONS:
         raise BadInput(f"config.json: activation_function={activation!r} is not supported")
-    return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        max_seq_len=hf.get("n_positions", hf.get("n_ctx")),
-        num_layers=hf["n_layer"],
-        num_heads=hf["n_head"],
-        embed_dim=hf["n_embd"],
-        mlp_dim=hf.get("n_inner") or 4 * hf["n_embd"],
-        activation=GPT2_ACTIVATIONS[activation],
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=hf.get("tie_word_embeddings", True),
-    )
+    defaults = {"n_positions": hf.get("n_ctx"), "layer_norm_epsilon": 1e-5}
+    hf = defaults | {"tie_word_embeddings": True} | hf
+    hf["n_inner"] = hf.get("n_inner") or 4 * hf["n_embd"]
+    fields = {ours: hf[theirs] for theirs, ours in GPT2_FIELDS.items()}
+    return ModelConfig(**fields, activation=GPT2_ACTIVATIONS[activation])
 
 
-def _gpt2_config(cfg: ModelConfig) -> dict:
-    names = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}
-    return {
-        "model_type": "gpt2",
-        "vocab_size": cfg.vocab_size,
-        "n_positions": cfg.max_seq_len,
-        "n_ctx": cfg.max_seq_len,
-        "n_layer": cfg.num_layers,
-        "n_head": cfg.num_heads,
-        "n_embd": cfg.embed_dim,
-        "n_inner": cfg.mlp_dim,
-        "activation_function": names[cfg.activation],
-        "layer_norm_epsilon": cfg.norm_eps,
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "resid_pdrop": cfg.dropout,
-        "embd_pdrop": cfg.dropout,
-        "attn_pdrop": cfg.dropout,
-    }
+def _gpt2_hf_config(cfg: ModelConfig) -> dict:
+    activations = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}
+    fields = {theirs: getattr(cfg, ours) for theirs, ours in GPT2_FIELDS.items()}
+    fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
+    activation = {"activation_function": activations[cfg.activation]}
+    return {"model_type": "gpt2", "n_ctx": cfg.max_seq_len} | fields | activation
 
 
-COMMON = {
-    "norm_position": ("pre",),
-    "window": (0,),
-    "logit_softcap": (0.0,),
-    "mup_base_width": (0,),
-    "scale_embeddings": (False,),
-}
-QKV = tuple(f"attention/{name}" for name in ("query", "key", "value"))
 GPT2 = Family(
-    "gpt2",
-    "GPT2LMHeadModel",
-    COMMON
+    name="gpt2",
+    architecture="GPT2LMHeadModel",
+    exact=COMMON
     | {
         "norm": ("layernorm",),
         "position": ("learned",),
@@ -168,38 +191,10 @@ GPT2 = Family(
         "qk_norm": (False,),
         "activation": tuple(GPT2_ACTIVATIONS.values()),
     },
-    (
-        Rule("wte.weight", ("tokens",)),
-        Rule("wpe.weight", ("positions/kernel",)),
-        *(
-            rule
-            for end, suffix in (("kernel", "weight"), ("bias", "bias"))
-            for rule in (
-                _block(
-                    f"h.{{layer}}.attn.c_attn.{suffix}",
-                    *[f"{QKV[0]}/{end}"],
-                    False,
-                    *[f"{path}/{end}" for path in QKV[1:]],
-                ),
-                _block(f"h.{{layer}}.attn.c_proj.{suffix}", f"attention/out/{end}"),
-                _block(f"h.{{layer}}.mlp.c_fc.{suffix}", f"mlp/up/{end}"),
-                _block(f"h.{{layer}}.mlp.c_proj.{suffix}", f"mlp/down/{end}"),
-            )
-        ),
-        *(
-            rule
-            for end, suffix in (("scale", "weight"), ("bias", "bias"))
-            for rule in (
-                _block(f"h.{{layer}}.ln_1.{suffix}", f"attention_norm/{end}"),
-                _block(f"h.{{layer}}.ln_2.{suffix}", f"mlp_norm/{end}"),
-                Rule(f"ln_f.{suffix}", (f"final_norm/{end}",)),
-            )
-        ),
-        Rule("lm_head.weight", ("head",)),
-    ),
-    _gpt2_model,
-    _gpt2_config,
-    GPT2_SCHEMA,
+    rules=_rules(GPT2_TENSORS, transposed=False),
+    model_config=_gpt2_model_config,
+    hf_config=_gpt2_hf_config,
+    schema=GPT2_SCHEMA,
     prefix="transformer.",
     ignored=(".attn.bias", ".attn.masked_bias"),
 )
@@ -222,84 +217,90 @@ ROPE_SCHEMA = {
     **{"rope_type?": str, "type?": str, "rope_theta?": float, "factor?": float},
     "original_max_position_embeddings?": int,
 }
+LLAMA_FIELDS = {  # theirs: ours
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "hidden_size": "embed_dim",
+    "intermediate_size": "mlp_dim",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+LLAMA_TENSORS = {  # theirs: ours
+    "embed_tokens.weight": "tokens",
+    "layers.{layer}.input_layernorm.weight": "blocks/attention_norm/scale",
+    "layers.{layer}.self_attn.q_proj.weight": "blocks/attention/query/kernel",
+    "layers.{layer}.self_attn.k_proj.weight": "blocks/attention/key/kernel",
+    "layers.{layer}.self_attn.v_proj.weight": "blocks/attention/value/kernel",
+    "layers.{layer}.self_attn.o_proj.weight": "blocks/attention/out/kernel",
+    "layers.{layer}.post_attention_layernorm.weight": "blocks/mlp_norm/scale",
+    "layers.{layer}.mlp.gate_proj.weight": "blocks/mlp/gate/kernel",
+    "layers.{layer}.mlp.up_proj.weight": "blocks/mlp/up/kernel",
+    "layers.{layer}.mlp.down_proj.weight": "blocks/mlp/down/kernel",
+    "norm.weight": "final_norm/scale",
+    "lm_head.weight": "head",
+}
+QWEN3_TENSORS = LLAMA_TENSORS | {
+    "layers.{layer}.self_attn.q_norm.weight": "blocks/attention/query_norm/scale",
+    "layers.{layer}.self_attn.k_norm.weight": "blocks/attention/key_norm/scale",
+}
+ROPE_SCALING = {"default": "none", "linear": "linear", "llama3": "llama3"}  # theirs: ours
+LLAMA3_FACTORS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def _llama_model(hf: dict) -> ModelConfig:
+def _llama_model_config(hf: dict) -> ModelConfig:
     _require(hf, LLAMA_FIXED)
     if not set(hf.get("layer_types") or ()) <= {"full_attention"}:
         raise BadInput("config.json: layer_types other than full_attention are not supported")
     rope = check_json(hf.get("rope_parameters") or hf.get("rope_scaling") or {}, ROPE_SCHEMA)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = {"default": "none", "linear": "linear", "llama3": "llama3"}.get(kind)
-    if scaling is None:
+    if kind not in ROPE_SCALING:
         raise BadInput(f"config.json: rope_type={kind!r} is not supported")
-    if scaling == "llama3":
-        _require(rope, {"low_freq_factor": 1.0, "high_freq_factor": 4.0})
+    if kind == "llama3":
+        _require(rope, LLAMA3_FACTORS)
     heads = hf["num_attention_heads"]
+    hf = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | hf
+    hf["num_key_value_heads"] = hf.get("num_key_value_heads") or heads
+    hf["head_dim"] = hf.get("head_dim") or hf["hidden_size"] // heads
     return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        max_seq_len=hf["max_position_embeddings"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        embed_dim=hf["hidden_size"],
-        mlp_dim=hf["intermediate_size"],
+        **{ours: hf[theirs] for theirs, ours in LLAMA_FIELDS.items()},
         norm="rmsnorm",
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
         position="rope",
         rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 1e4))),
-        rope_scaling=scaling,
+        rope_scaling=ROPE_SCALING[kind],
         rope_factor=float(rope.get("factor", 1.0)),
         rope_original_len=rope.get("original_max_position_embeddings", 8192),
         activation="swiglu",
         bias=False,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
         qk_norm=hf.get("model_type") == "qwen3",
     )
 
 
-def _llama_config(cfg: ModelConfig) -> dict:
-    kind = {"none": "default"}.get(cfg.rope_scaling, cfg.rope_scaling)
+def _llama_hf_config(cfg: ModelConfig) -> dict:
+    kind = {ours: theirs for theirs, ours in ROPE_SCALING.items()}[cfg.rope_scaling]
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": cfg.rope_theta}
-    if cfg.rope_scaling != "none":
+    if kind != "default":
         rope["factor"] = cfg.rope_factor
-    if cfg.rope_scaling == "llama3":
-        rope |= {
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": cfg.rope_original_len,
-        }
-    old = {"rope_theta": cfg.rope_theta, "rope_scaling": None if kind == "default" else rope}
+    if kind == "llama3":
+        rope |= LLAMA3_FACTORS | {"original_max_position_embeddings": cfg.rope_original_len}
     return {
         "model_type": "qwen3" if cfg.qk_norm else "llama",
-        "vocab_size": cfg.vocab_size,
-        "max_position_embeddings": cfg.max_seq_len,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
-        "hidden_size": cfg.embed_dim,
-        "intermediate_size": cfg.mlp_dim,
-        "rms_norm_eps": cfg.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": cfg.tie_embeddings,
+        **{theirs: getattr(cfg, ours) for theirs, ours in LLAMA_FIELDS.items()},
+        **{key: LLAMA_FIXED[key] for key in ("hidden_act", "attention_bias", "mlp_bias")},
         "rope_parameters": rope,
-    } | old
+        "rope_theta": cfg.rope_theta,  # this and the next: before transformers 5
+        "rope_scaling": None if kind == "default" else rope,
+    }
 
 
-def _modern(name: str, architecture: str, qk_norm: bool) -> Family:
-    norms = tuple(
-        _block(f"layers.{{layer}}.self_attn.{short}_norm.weight", f"attention/{long}_norm/scale")
-        for short, long in (("q", "query"), ("k", "key"))
-    )
-    kernels = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out"))
+def _llama_family(name: str, architecture: str, tensors: dict[str, str], qk_norm: bool) -> Family:
     return Family(
-        name,
-        architecture,
-        COMMON
+        name=name,
+        architecture=architecture,
+        exact=COMMON
         | {
             "norm": ("rmsnorm",),
             "position": ("rope",),
@@ -308,41 +309,17 @@ def _modern(name: str, architecture: str, qk_norm: bool) -> Family:
             "activation": ("swiglu",),
             "qk_norm": (qk_norm,),
         },
-        (
-            Rule("model.embed_tokens.weight", ("tokens",)),
-            *(
-                _prefixed(
-                    _block(
-                        f"layers.{{layer}}.self_attn.{short}_proj.weight",
-                        f"attention/{long}/kernel",
-                        True,
-                    )
-                )
-                for short, long in kernels
-            ),
-            *(
-                _prefixed(_block(f"layers.{{layer}}.mlp.{n}_proj.weight", f"mlp/{n}/kernel", True))
-                for n in ("gate", "up", "down")
-            ),
-            *map(_prefixed, norms if qk_norm else ()),
-            _prefixed(_block("layers.{layer}.input_layernorm.weight", "attention_norm/scale")),
-            _prefixed(_block("layers.{layer}.post_attention_layernorm.weight", "mlp_norm/scale")),
-            Rule("model.norm.weight", ("final_norm/scale",)),
-            Rule("lm_head.weight", ("head",)),
-        ),
-        _llama_model,
-        _llama_config,
-        LLAMA_SCHEMA,
+        rules=_rules(tensors, transposed=True),
+        model_config=_llama_model_config,
+        hf_config=_llama_hf_config,
+        schema=LLAMA_SCHEMA,
+        prefix="model.",
         ignored=("rotary_emb.inv_freq",),
     )
 
 
-def _prefixed(rule: Rule) -> Rule:
-    return dataclasses.replace(rule, theirs=f"model.{rule.theirs}")
-
-
-LLAMA = _modern("llama", "LlamaForCausalLM", False)
-QWEN3 = _modern("qwen3", "Qwen3ForCausalLM", True)
+LLAMA = _llama_family("llama", "LlamaForCausalLM", LLAMA_TENSORS, qk_norm=False)
+QWEN3 = _llama_family("qwen3", "Qwen3ForCausalLM", QWEN3_TENSORS, qk_norm=True)
 FAMILIES = {family.name: family for family in (GPT2, LLAMA, QWEN3)}
 
 
@@ -353,17 +330,15 @@ def _require(hf: dict, fixed: dict) -> None:
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """Returns the family whose architecture is exactly the config's.
+    """Returns the family that computes exactly what a model of this config does.
 
     Raises:
-      BadInput: naming the fields that no family has so.
+      BadInput: if there is none; it names the fields in which the nearest family differs.
     """
-    found = {name: family.differences(cfg) for name, family in FAMILIES.items()}
-    for name, differences in found.items():
-        if not differences:
-            return FAMILIES[name]
-    name, differences = min(found.items(), key=lambda item: len(item[1]))
-    raise BadInput(
-        f"no Hugging Face architecture is exactly this model: the nearest, {name}, has not"
-        f" {', '.join(differences)}"
-    )
+    nearest = min(FAMILIES.values(), key=lambda family: len(family.differences(cfg)))
+    if differences := nearest.differences(cfg):
+        raise BadInput(
+            "no Hugging Face architecture computes exactly what this model does: the nearest,"
+            f" {nearest.name}, does not support {', '.join(differences)}"
+        )
+    return nearest

@@ -1,4 +1,4 @@
-"""A folder of someone else's: its config and its tensors by name, whatever files hold them."""
+"""A model folder of Hugging Face's or OpenAI's: its config, and its tensors by name."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
 from jaxgpt.interchange.torch_file import TorchFile
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import check_json, parse_json
+from jaxgpt.system.files import check_json, read_json
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 SIZES = ("vocab_size", "num_heads", "head_dim", "embed_dim", "mlp_dim")  # each an axis of a tensor
@@ -25,15 +25,14 @@ WEIGHTS = (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", TorchFi
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A model on disk: nothing but headers has been read yet.
+    """A model on disk, of which only the files' headers have been read.
 
-    `names` gives for each tensor, by its family's name, the file object and its name there.
+    `names` maps the family's name of a tensor to its file object and its name in that file.
     """
 
     path: Path
     family: Family
     model: ModelConfig
-    hf_config: dict
     names: dict[str, tuple]
 
     def shape(self, name: str) -> tuple:
@@ -42,7 +41,7 @@ class Folder:
         return _squeezed(file, file.shapes[inner])
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor, read from its file now."""
+        """Returns a tensor, read from its file."""
         file, inner = self.names[name]
         try:
             values = file.read(inner)
@@ -57,35 +56,34 @@ class Folder:
 
 
 def _squeezed(file, shape: tuple) -> tuple:
-    """OpenAI's kernels are those of a convolution of width 1."""
+    """Returns the shape without the width, 1, of OpenAI's kernels, which are convolutions."""
     return shape[1:] if isinstance(file, TfCheckpoint) and len(shape) == 3 else shape
 
 
 def is_model_folder(path: Path) -> bool:
     """Says whether `path` looks like a folder that `open_folder` reads."""
-    config = path / "config.json"
     if (path / "hparams.json").is_file():
         return True
-    return config.is_file() and "model_type" in _json(config)
+    config = path / "config.json"
+    return config.is_file() and "model_type" in read_json(config, dict)
 
 
 def open_folder(path: Path) -> Folder:
     """Opens a Hugging Face folder of GPT-2, Llama or Qwen3, or OpenAI's GPT-2 release.
 
     Raises:
-      BadInput: if it is none of these, a file is missing or damaged, or the architecture has a
-        part that jaxgpt's has not.
+      BadInput: if it is none of these, if a file is missing or damaged, or if the architecture has
+        a part that jaxgpt does not support.
     """
     if not path.is_dir():
         raise BadInput(f"{path} is not a folder")
     if (path / "hparams.json").is_file():
-        hf = _openai_config(_json(path / "hparams.json"))
         file = TfCheckpoint(path)
         names = {_openai_name(name): (file, name) for name in file.shapes}
-        return _opened(path, GPT2, hf, names)
+        return _checked(path, GPT2, _openai_config(read_json(path / "hparams.json", dict)), names)
     if not (path / "config.json").is_file():
         raise BadInput(f"{path} holds neither config.json (Hugging Face) nor hparams.json (OpenAI)")
-    hf = _json(path / "config.json")
+    hf = read_json(path / "config.json", dict)
     family = FAMILIES.get(str(hf.get("model_type")))
     if family is None:
         raise BadInput(
@@ -95,32 +93,29 @@ def open_folder(path: Path) -> Folder:
     names = {}
     for file in _files(path):
         for name in file.shapes:
-            plain = name.removeprefix(family.prefix) if family.prefix else name
-            if not plain.endswith(family.ignored or ("\0",)):
-                if plain in names:
-                    raise BadInput(f"{path} holds tensor {plain} twice")
-                names[plain] = (file, name)
-    return _opened(path, family, hf, names)
+            short = name.removeprefix(family.prefix)
+            if short in names:
+                raise BadInput(f"{path} holds tensor {short} twice")
+            if not short.endswith(family.ignored):
+                names[short] = (file, name)
+    return _checked(path, family, hf, names)
 
 
-def _opened(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Folder:
-    """Returns the folder, its config checked against what its files hold."""
+def _checked(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Folder:
+    """Returns the folder if its config is possible and agrees with the tensors in its files."""
+    shapes = {name: file.shapes[inner] for name, (file, inner) in names.items()}
     for name, (file, inner) in names.items():
         if file.dtypes[inner].name not in FLOATS:
             raise BadInput(f"{path}: tensor {name} holds {file.dtypes[inner]}, no weights")
-    files = {id(file): file for file, _ in names.values()}.values()
     claimed = sum(
-        math.prod(file.shapes[inner]) * file.dtypes[inner].itemsize
-        for file, inner in names.values()
+        math.prod(shapes[name]) * file.dtypes[inner].itemsize
+        for name, (file, inner) in names.items()
     )
-    if claimed > 2 * sum(file.size for file in files):  # a tied head may share the embedding's
-        raise BadInput(
-            f"{path}: its tensors overlap: they take {claimed} bytes, more than its files"
-        )
-    model = _model(family, hf, path)
-    largest = max(
-        (max(shape, default=0) for shape in _shapes(names) if math.prod(shape)), default=0
-    )
+    stored = sum(file.size for file in {file for file, _ in names.values()})
+    if claimed > 2 * stored:  # a tied head may share the embedding's bytes
+        raise BadInput(f"{path}: its tensors overlap: they take {claimed} bytes of {stored} stored")
+    model = _model_config(path, family, hf)
+    largest = max((size for s in shapes.values() if math.prod(s) for size in s), default=0)
     for field in SIZES:
         if getattr(model, field) > largest:
             raise BadInput(
@@ -132,65 +127,46 @@ def _opened(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Fo
             f"{path}: its config says {model.num_layers} layers,"
             f" its files hold {len(names)} tensors"
         )
-    return Folder(path, family, model, hf, names)
+    return Folder(path, family, model, names)
 
 
-def _shapes(names: dict[str, tuple]) -> list[tuple]:
-    return [file.shapes[inner] for file, inner in names.values()]
-
-
-def _model(family: Family, hf: dict, path: Path) -> ModelConfig:
+def _model_config(path: Path, family: Family, hf: dict) -> ModelConfig:
     try:
         check_json(hf, family.schema)
-        model = family.model(hf)
+        model = family.model_config(hf)
         for field in (*SIZES, "num_layers", "max_seq_len", "num_kv_heads"):
-            least = 0 if field in ("num_kv_heads", "head_dim") else 1  # 0: derived from the others
-            if not least <= getattr(model, field) < 1 << 31:
+            lowest = 0 if field in ("num_kv_heads", "head_dim") else 1  # 0: derived from others
+            if not lowest <= getattr(model, field) < 1 << 31:
                 raise ValueError(f"{field} is {getattr(model, field)}")
         model = model.with_sizes()
+        validate(Config(model=model))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise BadInput(f"{path}: its config lacks or garbles a field: {e!r}") from e
-    try:
-        validate(Config(model=model))
     except BadInput as e:
-        raise BadInput(f"{path}: its config describes no model: {e}") from e
+        raise BadInput(f"{path}: its config is not a possible model: {e}") from e
     return model
 
 
-def _json(file: Path) -> dict:
-    try:
-        if not file.is_file():
-            raise OSError("it is not a file")
-        return parse_json(file.read_bytes(), dict)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{file} cannot be read as a JSON object: {e}") from e
-
-
 def _files(path: Path) -> list:
-    for name, kind in WEIGHTS:
+    for name, reader in WEIGHTS:
         if (path / name).is_file():
-            return [kind(path / name)]
+            return [reader(path / name)]
         index = path / f"{name}.index.json"
         if index.is_file():
-            where = _json(index).get("weight_map")
-            if not isinstance(where, dict):
-                raise BadInput(f"{index} has no weight_map")
-            shards = sorted({str(shard) for shard in where.values()})
+            shards = read_json(index, {"weight_map": dict})["weight_map"].values()
+            shards = sorted({str(shard) for shard in shards})
             for shard in shards:
                 if not re.fullmatch(r"[\w.-]+", shard) or shard.startswith("."):
-                    raise BadInput(f"{index} names {shard!r}, which is no file beside it; refused")
+                    raise BadInput(f"{index}: {shard!r} is not a file beside it; refused")
                 if not (path / shard).is_file():
                     raise BadInput(f"{path / shard} is missing: {index.name} names it")
-            return [kind(path / shard) for shard in shards]
+            return [reader(path / shard) for shard in shards]
     raise BadInput(f"{path} holds no weights: model.safetensors or pytorch_model.bin")
 
 
 def _openai_config(hparams: dict) -> dict:
-    names = {"n_positions": "n_ctx", "vocab_size": "n_vocab"}
-    names |= {name: name for name in ("n_embd", "n_head", "n_layer")}
-    if missing := [theirs for theirs in names.values() if theirs not in hparams]:
-        raise BadInput(f"hparams.json lacks {', '.join(missing)}")
-    return {"model_type": "gpt2"} | {ours: hparams[theirs] for ours, theirs in names.items()}
+    names = {"n_ctx": "n_positions", "n_vocab": "vocab_size"}  # hparams.json: config.json
+    return {names.get(name, name): value for name, value in hparams.items()}
 
 
 def _openai_name(name: str) -> str:

@@ -5,8 +5,8 @@
               "__metadata__": {}}
     data     the tensors, row-major, little-endian
 
-The library of that name writes a file from a dictionary of all its tensors; here a model leaves
-memory tensor by tensor, so that no second copy of it ever exists.
+The library of that name writes a file from a dictionary of all tensors. Here tensors are read and
+written one by one, so that no second copy of a model is ever in memory.
 """
 
 import json
@@ -52,7 +52,7 @@ class SafetensorsFile:
         self.dtypes = {name: DTYPES[entry["dtype"]] for name, entry in self.entries.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor, read from the file now."""
+        """Returns a tensor, read from the file."""
         begin, _ = self.entries[name]["data_offsets"]
         count = math.prod(self.shapes[name])
         with open(self.file, "rb") as stream:
@@ -70,7 +70,7 @@ def _header(file: Path) -> tuple[dict, int]:
         entries = parse_json(stream.read(length), {str: dict})
     entries.pop("__metadata__", None)
     check_json(entries, {str: ENTRY})
-    end = 0  # the tensors stand side by side: none lies in another, and no byte is unused
+    end = 0  # tensors follow each other without overlaps or gaps
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']}")
@@ -90,7 +90,7 @@ def _header(file: Path) -> tuple[dict, int]:
 def write_safetensors(
     file: Path, shapes: dict[str, tuple], dtype: np.dtype, read: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes the tensors that `read(name)` gives, one at a time, as `dtype`."""
+    """Writes each tensor that `read(name)` returns as `dtype`, one at a time."""
     entries, at = {}, 0
     for name, shape in shapes.items():
         end = at + math.prod(shape) * dtype.itemsize

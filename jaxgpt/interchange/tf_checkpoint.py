@@ -1,16 +1,16 @@
 """TensorFlow's checkpoint format, as far as OpenAI's GPT-2 release needs it, without TensorFlow.
 
-`model.ckpt.index` is a LevelDB table from variable names to protocol buffers that say where in
-`model.ckpt.data-00000-of-00001` a variable lies (tensorflow/core/util/tensor_bundle).
+`model.ckpt.index` is a LevelDB table from variable names to protocol buffers with the variable's
+dtype, shape and offset in `model.ckpt.data-00000-of-00001` (tensorflow/core/util/tensor_bundle).
 """
 
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxgpt.interchange.protobuf import message, varint
 from jaxgpt.system.errors import BadInput
 
 MAGIC = 0xDB4775248B80FB57
@@ -24,38 +24,35 @@ class TfCheckpoint:
 
     def __init__(self, folder: Path):
         index, self.data = folder / "model.ckpt.index", folder / "model.ckpt.data-00000-of-00001"
-        self.places: dict[str, int] = {}
+        self.offsets: dict[str, int] = {}
         self.shapes: dict[str, tuple] = {}
         try:
-            self.size = size = self.data.stat().st_size
+            self.size = self.data.stat().st_size
             if index.stat().st_size > LONGEST_INDEX:
                 raise ValueError(f"its index has more than {LONGEST_INDEX} bytes")
             for key, value in _table(index.read_bytes()):
                 if key:  # the empty key holds the header
-                    self._add(key.decode(), dict(message(value)), size)
+                    self._add(key.decode(), dict(_fields(value)))
         except OSError as e:
             raise BadInput(f"the TensorFlow checkpoint in {folder} cannot be read: {e}") from e
         except (ValueError, IndexError, KeyError, TypeError) as e:
             raise BadInput(f"the TensorFlow checkpoint in {folder} is damaged: {e}") from e
         self.dtypes = dict.fromkeys(self.shapes, np.dtype("<f4"))
 
-    def _add(self, name: str, entry: dict, data_size: int) -> None:
+    def _add(self, name: str, entry: dict) -> None:
         if entry.get(1) != FLOAT:
-            return  # counters and the like
-        shape = [
-            dict(message(dim)).get(1, 0)
-            for number, dim in message(entry.get(2, b""))
-            if number == 2
-        ]
+            return  # the step and other counters
+        dims = [value for number, value in _fields(entry.get(2, b"")) if number == 2]
+        shape = [dict(_fields(dim)).get(1, 0) for dim in dims]
         offset, length = entry.get(4, 0), entry.get(5, 0)
-        if length != 4 * math.prod(shape) or offset + length > data_size:
+        if length != 4 * math.prod(shape) or offset + length > self.size:
             raise ValueError(f"variable {name} does not lie within the data file")
-        self.places[name], self.shapes[name] = offset, tuple(shape)
+        self.offsets[name], self.shapes[name] = offset, tuple(shape)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a variable, read from the file now."""
+        """Returns a variable, read from the file."""
         count = math.prod(self.shapes[name])
-        values = np.fromfile(self.data, "<f4", count, offset=self.places[name])
+        values = np.fromfile(self.data, "<f4", count, offset=self.offsets[name])
         return values.reshape(self.shapes[name])
 
 
@@ -66,12 +63,12 @@ def _table(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
     at = len(raw) - FOOTER_BYTES
     handle = []  # of the meta index, then of the index: an offset and a size each
     for _ in range(4):
-        number, at = varint(raw, at)
+        number, at = _varint(raw, at)
         handle.append(number)
-    previous = 0  # the end of the block before: none is read twice
+    previous = 0  # where the last block ended: overlapping blocks could be read without end
     for _, value in _block(raw, *handle[2:]):
-        offset, place = varint(value, 0)
-        size, _ = varint(value, place)
+        offset, at = _varint(value, 0)
+        size, _ = _varint(value, at)
         if offset < previous:
             raise ValueError("the index's blocks overlap")
         previous = offset + size
@@ -85,11 +82,46 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     restarts = int.from_bytes(block[-4:], "little")
     end, at, key = len(block) - 4 * (restarts + 1), 0, b""
     while at < end:
-        shared, at = varint(block, at)
-        unshared, at = varint(block, at)
-        length, at = varint(block, at)
+        shared, at = _varint(block, at)
+        unshared, at = _varint(block, at)
+        length, at = _varint(block, at)
         if shared + unshared > LONGEST_NAME:
             raise ValueError("a name is too long")
         key = key[:shared] + block[at : at + unshared]
         yield key, block[at + unshared : at + unshared + length]
         at += unshared + length
+
+
+def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
+    """Yields the (field number, value) pairs of a protocol buffer; fixed-width values as an int."""
+    at = 0
+    while at < len(raw):
+        tag, at = _varint(raw, at)
+        kind = tag & 7
+        if kind == 0:
+            value, at = _varint(raw, at)
+        elif kind in (1, 5):
+            width = 8 if kind == 1 else 4
+            value, at = int.from_bytes(raw[at : at + width], "little"), at + width
+        elif kind == 2:
+            length, at = _varint(raw, at)
+            value, at = raw[at : at + length], at + length
+        else:
+            raise ValueError(f"a field of wire type {kind}")
+        if at > len(raw):
+            raise ValueError("a field is cut short")
+        yield tag >> 3, value
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    """Returns the number that begins at `at`, of at most 64 bits, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(raw):
+            break
+        byte = raw[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+    raise ValueError("a number is cut short or too long")

@@ -1,4 +1,4 @@
-"""Tokenizers out of and into model folders."""
+"""Reading the tokenizer of a model folder, and writing one."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from jaxgpt.interchange.sentencepiece import fast_tokenizer
-from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import parse_json
+from jaxgpt.system.files import read_json
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.tokenizer.gpt2 import END_OF_TEXT, Gpt2Tokenizer
+from jaxgpt.tokenizer.gpt2 import BYTES, END_OF_TEXT, Gpt2Tokenizer
 from jaxgpt.tokenizer.hf import HfTokenizer
 from jaxgpt.tokenizer.sentencepiece import MODEL_FILE
 from jaxgpt.tokenizer.special import SpecialTokens
@@ -21,10 +20,10 @@ TOKENIZER = {"model?": dict | None, "pre_tokenizer?": dict | None, "added_tokens
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Returns the tokenizer of a model folder.
 
-    GPT-2's own where the files are GPT-2's, else the folder's tokenizer.json as it is.
+    It is a `Gpt2Tokenizer` where the files are of GPT-2's kind, else an `HfTokenizer`.
 
     Raises:
-      BadInput: if there is none that can be read.
+      BadInput: if there is no tokenizer, or it cannot be read.
     """
     file = folder / "tokenizer.json"
     if file.is_file() and not _is_gpt2(file):
@@ -33,14 +32,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _is_gpt2(file: Path) -> bool:
-    try:
-        found = parse_json(file.read_bytes(), TOKENIZER)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{file} cannot be read as a tokenizer: {e}") from e
-    splitter, added = found.get("pre_tokenizer") or {}, found.get("added_tokens") or []
+    tokenizer = read_json(file, TOKENIZER)
+    splitter, added = tokenizer.get("pre_tokenizer") or {}, tokenizer.get("added_tokens") or []
     return (
-        (found.get("model") or {}).get("type") == "BPE"
-        and found.get("normalizer") is None
+        (tokenizer.get("model") or {}).get("type") == "BPE"
+        and tokenizer.get("normalizer") is None
         and splitter.get("type") == "ByteLevel"
         and splitter.get("use_regex", True)
         and not splitter.get("add_prefix_space")
@@ -49,10 +45,9 @@ def _is_gpt2(file: Path) -> bool:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, template: str) -> str:
-    """Writes what `AutoTokenizer` reads, and a SentencePiece model itself beside it.
+    """Writes the files that `AutoTokenizer` reads, and a SentencePiece model's own file.
 
-    Returns '', or what to know about the result. `template` is a chat template (Jinja), '' for
-    none.
+    Returns '', or a warning for the user. `template` is a chat template (Jinja), '' for none.
     """
     base = tokenizer.base if isinstance(tokenizer, SpecialTokens) else tokenizer
     if base.kind in ("gpt2", "sentencepiece"):
@@ -60,8 +55,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, templa
     fast, end = _fast(base)
     if fast is None:
         return (
-            "tokenizer its SentencePiece model cannot be a tokenizer.json: transformers would split"
-            f" text differently; load {MODEL_FILE} there with sentencepiece"
+            "tokenizer a tokenizer.json cannot express this SentencePiece model: transformers would"
+            f" split text differently; load {MODEL_FILE} with sentencepiece instead"
         )
     if isinstance(tokenizer, SpecialTokens):
         fast.add_special_tokens([AddedToken(n, normalized=False) for n in tokenizer.names])
@@ -83,8 +78,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, templa
 
 
 def _fast(base: Tokenizer) -> tuple[FastTokenizer | None, str]:
-    """Returns the same tokenizer for the `tokenizers` library (None if it can be none) and its
-    end-of-text's name."""
+    """Returns the same tokenizer for the `tokenizers` library (None if that cannot express it) and
+    the text of its end-of-text token."""
     if base.kind == "sentencepiece":
         end = base.processor.id_to_piece(base.end_of_text)
         if fast := fast_tokenizer(base):
@@ -96,11 +91,11 @@ def _fast(base: Tokenizer) -> tuple[FastTokenizer | None, str]:
     if base.kind == "gpt2":
         fast = FastTokenizer.from_str(base.fast.to_str())
     elif base.kind == "byte":
-        names = {_byte_name(byte): byte for byte in range(256)}
-        fast = FastTokenizer(models.BPE(vocab=names | {END_OF_TEXT: base.end_of_text}, merges=[]))
+        vocab = BYTES | {END_OF_TEXT: base.end_of_text}
+        fast = FastTokenizer(models.BPE(vocab=vocab, merges=[]))
         fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         fast.decoder = decoders.ByteLevel()
-    else:  # char: what the vocabulary lacks is the replacement character's id
+    else:  # char: unknown characters become the replacement character
         vocab = {character: i for i, character in enumerate(base.characters)}
         vocab |= {"\N{REPLACEMENT CHARACTER}": base.unknown, END_OF_TEXT: base.end_of_text}
         fast = FastTokenizer(
@@ -109,11 +104,3 @@ def _fast(base: Tokenizer) -> tuple[FastTokenizer | None, str]:
         fast.decoder = decoders.Fuse()
     fast.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
     return fast, END_OF_TEXT
-
-
-def _byte_name(byte: int) -> str:
-    """The character that stands for a byte in GPT-2's vocabularies (Radford et al. 2019, code)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    if byte in printable:
-        return chr(byte)
-    return chr(256 + [b for b in range(256) if b not in printable].index(byte))

@@ -1,7 +1,7 @@
-"""`pytorch_model.bin` without torch and without running anything it contains.
+"""`pytorch_model.bin`, read without torch and without running code from it.
 
-The file is a zip of a pickle that describes the tensors and one raw file per storage. A pickle may
-name any function to call; ours knows the few that tensors need and refuses the rest unopened.
+The file is a zip of a pickle, which describes the tensors, and one raw file per storage. A pickle
+may call any function; ours allows the few that tensors need and refuses the rest.
 """
 
 import io
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxgpt.system.errors import BadInput
+from jaxgpt.system.errors import BadInput, described
 
 STORAGES = {
     "FloatStorage": np.dtype("<f4"),
@@ -26,8 +26,6 @@ STORAGES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
-
-
 MOST_AXES = 8
 LONGEST_PICKLE = 100 << 20
 
@@ -48,22 +46,18 @@ class _Tensor(NamedTuple):
 def _tensor(storage, offset, size, stride, *_) -> _Tensor:
     numbers = (offset, *size, *stride)
     if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError("a tensor without a storage, or with odd sizes or strides")
+        raise ValueError("a tensor without a storage, or with impossible sizes or strides")
     if len(size) != len(stride) or len(size) > MOST_AXES:
         raise ValueError(f"a tensor of {len(size)} axes and {len(stride)} strides")
     return _Tensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _parameter(data, *_) -> _Tensor:
-    return data
-
-
-def _ordered_dict() -> dict:
-    return {}
+def _parameter(tensor, *_) -> _Tensor:
+    return tensor
 
 
 CALLABLE = {
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): lambda: {},
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
 }
@@ -71,26 +65,26 @@ ALLOWED = CALLABLE | {("torch", name): dtype for name, dtype in STORAGES.items()
 # what torch.save writes for a dictionary of tensors, in pickle's protocols 2 to 5
 OPCODES = (
     "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1"
-    " BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM"
-    " SETITEMS"
-    " BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID REDUCE BUILD"
+    " BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT"
+    " SETITEM SETITEMS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
+    " REDUCE BUILD"
 )
-_SLOW = pickle._Unpickler  # Python's own, whose every opcode can be replaced
+_PYTHON = pickle._Unpickler  # the one written in Python, in which every opcode can be replaced
 
 
 class _Refused(Exception):
     pass
 
 
-class _Unpickler(_SLOW):
+class _Unpickler(_PYTHON):
     """Reads a state dict, whose keys are strings and whose values are tensors.
 
-    Nothing else is ever hashed, compared or printed: tuples that each hold another one twice would
-    be 2^40 of them after forty lines.
+    Nothing else is ever hashed, compared or printed: if each of forty tuples contains the one
+    before twice, that would visit 2^40 tuples.
     """
 
     dispatch = {
-        getattr(pickle, name)[0]: _SLOW.dispatch[getattr(pickle, name)[0]]
+        getattr(pickle, name)[0]: _PYTHON.dispatch[getattr(pickle, name)[0]]
         for name in OPCODES.split()
     }
 
@@ -103,16 +97,16 @@ class _Unpickler(_SLOW):
         kind, dtype, key, _, count = saved
         known = kind == "storage" and isinstance(dtype, np.dtype)
         if not known or type(key) is not str or not key.isalnum() or type(count) is not int:
-            raise ValueError("an unknown reference")
+            raise ValueError("a reference to something other than a storage")
         return _Storage(dtype, key, count)
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if function not in CALLABLE.values():
-            raise ValueError("a call of what is no function")
+            raise ValueError("a call of something other than a function")
         self.append(function(*arguments))
 
-    def _build(self) -> None:  # torch notes versions of modules here
+    def _build(self) -> None:  # torch stores the versions of modules this way
         self.stack.pop()
 
     def _set_items(self) -> None:
@@ -126,7 +120,7 @@ class _Unpickler(_SLOW):
 
     def _set(self, key, value) -> None:
         if type(key) is not str or type(self.stack[-1]) is not dict:
-            raise ValueError("a key that is no name")
+            raise ValueError("a key that is not a name")
         self.stack[-1][key] = value
 
     dispatch |= {
@@ -155,19 +149,21 @@ class TorchFile:
                 if order in infos and archive.read(order) != b"little":
                     raise ValueError("its numbers are not little-endian")
                 state = _Unpickler(io.BytesIO(archive.read(index))).load()
-            sizes = {name: info.file_size for name, info in infos.items()}
+                sizes = {name: info.file_size for name, info in infos.items()}
         except _Refused as e:
-            raise BadInput(f"{file} wants to run {e}: no state of tensors does; refused") from e
+            raise BadInput(
+                f"{file} wants to run {e}, which a state dict has no use for; refused"
+            ) from e
         except zipfile.BadZipFile as e:
             raise BadInput(
                 f"{file} is not a zip as torch writes since 1.6, or damaged ({e}); convert it to"
                 " safetensors"
             ) from e
-        except Exception as e:  # a pickle can fail in any way it likes
-            raise BadInput(f"{file} holds no state of tensors: {type(e).__name__}: {e}") from e
+        except Exception as e:  # a damaged pickle can raise anything
+            raise BadInput(f"{file} is not a state dict of tensors: {described(e)}") from e
         if type(state) is not dict or not all(type(t) is _Tensor for t in state.values()):
-            raise BadInput(f"{file} holds no state of tensors: something else is in it")
-        self.tensors: dict[str, _Tensor] = dict(state)
+            raise BadInput(f"{file} is not a state dict of tensors")
+        self.tensors: dict[str, _Tensor] = state
         for name, tensor in self.tensors.items():
             self._check(name, tensor, sizes)
         self.size = file.stat().st_size
@@ -184,7 +180,7 @@ class TorchFile:
             raise BadInput(f"{self.file}: the data of tensor {name} is missing or cut short")
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor, read from the file now."""
+        """Returns a tensor, read from the file."""
         tensor = self.tensors[name]
         dtype = tensor.storage.dtype
         with zipfile.ZipFile(self.file) as archive:

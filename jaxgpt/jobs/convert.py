@@ -1,11 +1,10 @@
-"""Workdirs made of Hugging Face's folders, and such folders written and read back."""
+"""Importing a model folder as a workdir, and exporting a workdir as one that is read back."""
 
 import dataclasses
 import json
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 from etils import epath
 
@@ -28,21 +27,16 @@ from jaxgpt.system.files import whole_folder
 from jaxgpt.text.chat import saved_template
 from jaxgpt.tokenizer import save_tokenizer
 
-DTYPES = {
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-# float32 comes back as it was; the others are rounded once
+# of logits: float32 is written without loss, the other dtypes are rounded once
 LARGEST_DIFFERENCE = {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.5}
 PROBE_TOKENS = 64
 
 
 def import_folder(source: Path, workdir: Path) -> None:
-    """Makes `workdir` of the model in `source`.
+    """Writes the model in `source` as a new workdir.
 
     Raises:
-      BadInput: if the folder cannot be read (see `open_folder`), or `workdir` holds something.
+      BadInput: if `source` cannot be read (see `open_folder`), or `workdir` is not empty.
     """
     folder = open_folder(source)
     tokenizer = read_tokenizer(source)
@@ -74,8 +68,8 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
     """Writes the checkpoint as a Hugging Face folder.
 
     Raises:
-      BadInput: if no architecture there is the model's, `target` holds something, or what was
-        written does not read back to the same logits.
+      BadInput: if no architecture of theirs matches the model, if `target` is not empty, or if the
+        folder as written gives other logits.
     """
     trained = open_trained(workdir, step)
     cfg = trained.config.model.with_sizes()
@@ -83,7 +77,7 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
     with whole_folder(target, "--to") as scratch:
         with jax.set_mesh(trained.mesh):
             params = merged(trained.params(), trained.config.lora)
-            write_params(scratch / "model.safetensors", family, params, cfg, DTYPES[dtype])
+            write_params(scratch / "model.safetensors", family, params, cfg, dtype)
         _write_configs(trained, cfg, family, scratch, dtype)
         template = saved_template(epath.Path(workdir) / "tokenizer")
         note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
@@ -96,7 +90,7 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
 def _write_configs(trained: Trained, cfg: ModelConfig, family: Family, folder: Path, dtype: str):
     end = trained.tokenizer.end_of_text
     ids = {"bos_token_id": end, "eos_token_id": end}
-    config = {"architectures": [family.architecture]} | family.config(cfg) | ids
+    config = {"architectures": [family.architecture]} | family.hf_config(cfg) | ids
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
     (folder / "generation_config.json").write_text(json.dumps(ids, indent=2))
 

@@ -9,6 +9,7 @@ import jax
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.lora import is_addition
 from jaxgpt.system.errors import BadInput
+from jaxgpt.system.trees import leaf_path
 
 MATRICES = (
     "kernel",
@@ -31,14 +32,9 @@ INPUTS_OUTPUTS = {
 }
 
 
-def path_of(path: tuple) -> str:
-    """Returns a tree path as people write it: `blocks/mlp/up/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def by_path(choose: Callable[[str], object], params: dict) -> dict:
     """Returns `choose(path)` for every parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: choose(path_of(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: choose(leaf_path(path)), params)
 
 
 def decay_mask(params: dict) -> dict:
@@ -97,7 +93,7 @@ def trainable(params: dict, freeze: str, lora_rank: int) -> dict:
     """
     frozen = matching(params, freeze, "optim.freeze")
     mask = jax.tree_util.tree_map_with_path(
-        lambda path, stop: not stop and (not lora_rank or is_addition(path_of(path))), frozen
+        lambda path, stop: not stop and (not lora_rank or is_addition(leaf_path(path))), frozen
     )
     if not any(jax.tree.leaves(mask)):
         raise BadInput(f"optim.freeze={freeze!r} leaves no parameter to train")
@@ -125,7 +121,7 @@ def as_matrices(blocks: dict) -> dict:
     """
 
     def flat(path: tuple, leaf):
-        *_, layer, name = path_of(path).split("/")
+        *_, layer, name = leaf_path(path).split("/")
         layers, shape = leaf.shape[0], leaf.shape[1:]
         if name in VECTORS:
             return leaf.reshape(layers, -1)

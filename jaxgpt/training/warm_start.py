@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
 from jaxgpt.config import Config, MeshConfig, ModelConfig
@@ -14,7 +15,7 @@ from jaxgpt.config.schema import model_differences
 from jaxgpt.config.stored import read_config
 from jaxgpt.interchange.folder import is_model_folder, open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer
-from jaxgpt.interchange.weights import flatten, read_params, unflatten
+from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import is_addition, magnitudes, merged
 from jaxgpt.optim.groups import parse_patterns
@@ -22,6 +23,7 @@ from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.processes import hosts
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
+from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows
@@ -119,7 +121,7 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
     check_model(config)
     source, theirs = _load(config.init_from)
     fresh = jax.jit(spec.init)(jax.random.key(config.seed))
-    wanted, anew = flatten(fresh), parse_patterns(config.init_fresh, "init_fresh")
+    wanted, anew = leaves_by_path(fresh), parse_patterns(config.init_fresh, "init_fresh")
     if strange := set(source) - set(wanted) - {p for p in source if _any(anew, p)}:
         raise BadInput(
             f"init_from={config.init_from} has {', '.join(sorted(strange))}, which this model has"
@@ -141,7 +143,7 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
         if path.endswith("/magnitude"):
             kernel = hosts.gathered(found[path.replace("magnitude", "kernel")])
             found[path] = _placed(magnitudes(kernel, leaf.shape), leaf)
-    return unflatten(found)
+    return unflatten_dict(found, sep="/")
 
 
 def _any(patterns: list[re.Pattern], path: str) -> bool:
@@ -181,7 +183,7 @@ def _load(path: str) -> tuple[dict, ModelConfig]:
             average = config.optim.ema_decay > 0
             params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
             params = merged(params, config.lora)
-            return {p: np.asarray(leaf) for p, leaf in flatten(params).items()}, spec.model
+            return {p: np.asarray(leaf) for p, leaf in leaves_by_path(params).items()}, spec.model
     folder = open_folder(Path(path))
     spec = ModelSpec(Config(model=folder.model), "xla")
-    return flatten(read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))), spec.model
+    return leaves_by_path(read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))), spec.model

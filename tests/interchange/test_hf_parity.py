@@ -59,19 +59,20 @@ def test_the_larger_shapes_have_their_names(size):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from jaxgpt.interchange.families import GPT2
-    from jaxgpt.interchange.weights import _named, _shape, flatten
+    from jaxgpt.interchange.weights import our_shapes, tensors_of
+    from jaxgpt.system.trees import leaves_by_path
 
     layers, heads, dim = size
     hf = GPT2Config(n_layer=layers, n_head=heads, n_embd=dim)
     with torch.device("meta"):
         model = GPT2LMHeadModel(hf)
     theirs = {n.removeprefix("transformer."): tuple(p.shape) for n, p in model.named_parameters()}
-    cfg = GPT2.model(hf.to_dict()).with_sizes()
+    cfg = GPT2.model_config(hf.to_dict()).with_sizes()
     with jax.set_mesh(mesh_of(tiny_config())):
-        ours = flatten(jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0)))
+        ours = leaves_by_path(jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0)))
     found = {
-        name: rule.shape([_shape(p, ours[p].shape, layer, cfg.vocab_size) for p in rule.ours])
-        for name, (rule, layer) in _named(GPT2.rules_of(ours), layers)
+        name: rule.shape(our_shapes(rule, layer, ours, cfg.vocab_size))
+        for name, (rule, layer) in tensors_of(GPT2.rules_of(ours), layers).items()
     }
     assert found == theirs
 

@@ -19,12 +19,13 @@ from jaxgpt.config.stored import read_config
 from jaxgpt.interchange.families import FAMILIES, family_of
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
-from jaxgpt.interchange.tokenizers import _byte_name
 from jaxgpt.interchange.torch_file import TorchFile
-from jaxgpt.interchange.weights import flatten, read_params, write_params
+from jaxgpt.interchange.weights import read_params, write_params
 from jaxgpt.jobs import convert as convert_job
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
+from jaxgpt.system.trees import leaves_by_path
+from jaxgpt.tokenizer.gpt2 import BYTES
 from tests.conftest import CORPUS, ROOT, mesh_of, tiny_config
 from tests.golden.openai_gpt2 import FOLDER as OPENAI
 from tests.golden.openai_gpt2 import variables
@@ -35,7 +36,7 @@ LLAMA = dict(norm="rmsnorm", position="rope", activation="swiglu", bias=False, n
 
 def write_vocab(folder, names=("vocab.json", "merges.txt")):
     """GPT-2's vocabulary of bytes alone: no merges."""
-    vocab = {_byte_name(b): b for b in range(256)} | {"<|endoftext|>": 256}
+    vocab = BYTES | {"<|endoftext|>": 256}
     (folder / names[0]).write_text(json.dumps(vocab))
     (folder / names[1]).write_text("#version: 0.2\n")
 
@@ -62,7 +63,7 @@ def model_folder(folder, **model):
     family, params = family_of(cfg), random_params(cfg)
     folder.mkdir()
     write_params(folder / "model.safetensors", family, params, cfg, np.float32)
-    (folder / "config.json").write_text(json.dumps(family.config(cfg) | {"eos_token_id": 256}))
+    (folder / "config.json").write_text(json.dumps(family.hf_config(cfg) | {"eos_token_id": 256}))
     write_vocab(folder)
     return cfg, params
 
@@ -159,7 +160,7 @@ def test_sharded_files(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, params)
     for bad in ("../../etc/passwd", "/etc/passwd", "..", "sub/a.safetensors", ".hidden"):
         index.write_text(json.dumps({"weight_map": weight_map | {names[0]: bad}}))
-        with pytest.raises(BadInput, match="is no file beside it; refused"):
+        with pytest.raises(BadInput, match="is not a file beside it; refused"):
             open_folder(tmp_path / "hf")
     index.write_text(json.dumps({"weight_map": {names[0]: "c.safetensors"}}))
     with pytest.raises(BadInput, match="c.safetensors is missing"):
@@ -177,7 +178,7 @@ def test_openai_release(command, tmp_path):
     model = read_config(epath.Path(tmp_path / "w")).model
     with jax.set_mesh(mesh_of(tiny_config())):
         abstract = jax.eval_shape(ModelSpec(Config(model=model), "xla").init, jax.random.key(0))
-    ours = flatten(read_params(open_folder(folder), abstract))
+    ours = leaves_by_path(read_params(open_folder(folder), abstract))
     np.testing.assert_array_equal(ours["tokens"][:257], named["model/wte"])
     np.testing.assert_array_equal(ours["positions/kernel"], named["model/wpe"])
     qkv = named["model/h1/attn/c_attn/w"][0]
@@ -278,7 +279,10 @@ def rewritten(tmp_path, change):
     ("change", "message"),
     [
         (lambda a: a.pop("transformer.h.1.ln_1.bias"), "lacks h.1.ln_1.bias"),
-        (lambda a: a.update({"transformer.h.9.x": np.ones(1)}), "holds what gpt2 has not: h.9.x"),
+        (
+            lambda a: a.update({"transformer.h.9.x": np.ones(1)}),
+            "has tensors that gpt2 lacks: h.9.x",
+        ),
         (
             lambda a: a.update({"transformer.wpe.weight": np.ones((3, 32))}),
             r"tensor wpe.weight has shape \(3, 32\), its config says \(24, 32\)",
@@ -351,8 +355,8 @@ def test_bfloat16_is_what_every_tensor_is(tmp_path):
 
 def test_what_has_no_counterpart_is_not_exported():
     for model, message in (
-        (dict(window=8), "the nearest, gpt2, has not model.window=8"),
-        (LLAMA | dict(bias=True), "nearest, llama, has not model.bias=True"),
+        (dict(window=8), "the nearest, gpt2, does not support model.window=8"),
+        (LLAMA | dict(bias=True), "nearest, llama, does not support model.bias=True"),
         (LLAMA | dict(activation="geglu"), "model.activation='geglu'"),
     ):
         with pytest.raises(BadInput, match=message):

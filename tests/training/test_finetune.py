@@ -14,11 +14,11 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, LoraConfig, ModelConfig
 from jaxgpt.config.stored import to_json
 from jaxgpt.interchange.tokenizers import write_tokenizer
-from jaxgpt.interchange.weights import flatten
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import merged
 from jaxgpt.optim.groups import join, split, trainable
 from jaxgpt.system.errors import BadInput
+from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
@@ -48,7 +48,7 @@ def run_steps(config, count=3):
 
 
 def moved(before, after) -> set[str]:
-    one, two = flatten(before.params), flatten(after.params)
+    one, two = leaves_by_path(before.params), leaves_by_path(after.params)
     return {path for path in one if not np.array_equal(one[path], two[path])}
 
 
@@ -57,13 +57,13 @@ def test_frozen_parameters_do_not_change_by_a_bit(name):
     config = tiny_config()
     config.optim.name, config.optim.freeze, config.optim.ema_decay = name, "tokens,attention/", 0.5
     before, after, _ = run_steps(config)
-    every = set(flatten(before.params))
+    every = set(leaves_by_path(before.params))
     frozen = {path for path in every if "tokens" in path or "attention/" in path}
     assert moved(before, after) == every - frozen
     shapes = [leaf.shape for leaf in jax.tree.leaves(before.opt_state)]
     for frozen_shape in ((256, 32), (2, 32, 4, 8), (2, 32, 32)):
         assert frozen_shape not in shapes, "no optimizer state for what is frozen"
-    ema, params = flatten(after.ema), flatten(after.params)
+    ema, params = leaves_by_path(after.ema), leaves_by_path(after.params)
     for path in frozen:
         np.testing.assert_array_equal(ema[path], params[path])
 
@@ -89,11 +89,11 @@ def test_lora_trains_its_additions_only_and_merges(shape, dora):
     before, after, losses = run_steps(config, 4)
     assert moved(before, after) == {
         path
-        for path in flatten(before.params)
+        for path in leaves_by_path(before.params)
         if path.endswith(("lora_in", "lora_out", "magnitude"))
     }
     adam = jax.tree.leaves(before.opt_state)
-    added = [l for p, l in flatten(before.params).items() if "lora" in p or "magnitude" in p]
+    added = [l for p, l in leaves_by_path(before.params).items() if "lora" in p or "magnitude" in p]
     assert sum(leaf.size for leaf in adam) <= 2 * sum(leaf.size for leaf in added) + 4
     plain = tiny_config(shape)
     tokens = random_batch(config)["inputs"][0]
@@ -123,7 +123,7 @@ def test_lora_of_gpt2_is_under_one_percent():
     config = Config(model=ModelConfig(vocab_size=50257), lora=LoraConfig(rank=8))
     with jax.set_mesh(mesh_of(tiny_config())):
         params = jax.eval_shape(ModelSpec(config, "xla").init, jax.random.key(0))
-    trained = sum(l.size for p, l in flatten(params).items() if "lora" in p)
+    trained = sum(l.size for p, l in leaves_by_path(params).items() if "lora" in p)
     assert trained == 12 * 2 * 2 * 768 * 8
     assert trained / sum(leaf.size for leaf in jax.tree.leaves(params)) < 0.01
 
