@@ -1,10 +1,10 @@
-"""What is in a run's checkpoints, and whether it is whole:
+"""List, show or verify the checkpoints of a run:
 
     python -m jaxgpt.checkpoint list --workdir=DIR
     python -m jaxgpt.checkpoint show --workdir=DIR [--step=N|best]
     python -m jaxgpt.checkpoint verify --workdir=DIR [--step=N|best]
 
-`list` has a row for each checkpoint, `show` everything of one but its arrays' values, `verify`
+`list` prints a row per checkpoint; `show` prints the metadata, shapes and dtypes of one; `verify`
 compares every file with its checksum and exits with 2 if one differs. The last line is JSON.
 """
 
@@ -15,27 +15,22 @@ from absl import flags
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.checkpointing.choice import BEST, define_step
 from jaxgpt.checkpointing.manifest import size_of
-from jaxgpt.cli.flags import parse
+from jaxgpt.cli.flags import parse_action
 from jaxgpt.cli.run import run
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
-
-ACTIONS = ("list", "show", "verify")
 
 
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "folder of the run", flag_values=values)
     define_step(values, "see above")
-    action = argv[1] if len(argv) > 1 else ""
-    if action not in ACTIONS and not any(arg.endswith(("-h", "-help")) for arg in argv):
-        raise BadInput(f"say what to do: jaxgpt.checkpoint {'|'.join(ACTIONS)} --workdir=DIR")
-    parse(values, [argv[0], *argv[2:]] if action in ACTIONS else argv, __doc__)
+    action = parse_action(values, argv, tuple(ACTIONS), __doc__)
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     checkpoints = Checkpoints(values.workdir, read_only=True)
     step = checkpoints.pick(BEST) if values.step == BEST else values.step
-    {"list": list_all, "show": show, "verify": verify}[action](checkpoints, step)
+    ACTIONS[action](checkpoints, step)
 
 
 def list_all(checkpoints: Checkpoints, step: int | None) -> None:
@@ -55,23 +50,20 @@ def list_all(checkpoints: Checkpoints, step: int | None) -> None:
 def describe(checkpoints: Checkpoints, step: int) -> dict:
     """Returns `step`, `tokens`, `loss`, `bytes` and `damage`; None for what cannot be read."""
     row = {"step": step, "tokens": None, "loss": None, "bytes": None}
-    row["damage"] = checkpoints.damage(step)
-    if not row["damage"]:
-        row["tokens"], row["loss"] = checkpoints.meta(step)["tokens"], checkpoints.loss(step)
-        row["bytes"] = size_of(checkpoints.folder / str(step))
-    return row
+    if damage := checkpoints.damage(step):
+        return row | {"damage": damage}
+    row["tokens"], row["loss"] = checkpoints.meta(step)["tokens"], checkpoints.loss(step)
+    return row | {"bytes": size_of(checkpoints.folder / str(step)), "damage": ""}
 
 
 def show(checkpoints: Checkpoints, step: int | None) -> None:
-    """Prints what one checkpoint (default: that which `sample` uses) holds, array by array."""
-    step = checkpoints.pick(step)
-    arrays = {
-        path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in checkpoints.arrays(step).items()
-    }
-    for path, (shape, dtype) in arrays.items():
-        say(f"{path}: {dtype}{shape}")
-    found = describe(checkpoints, step) | {"meta": checkpoints.meta(step), "arrays": arrays}
-    print(json.dumps(found))
+    """Prints metadata and arrays of one checkpoint (default: the one that `sample` uses)."""
+    step, arrays = checkpoints.pick(step), {}
+    for path, leaf in checkpoints.arrays(step).items():
+        arrays[path] = [list(leaf.shape), str(leaf.dtype)]
+        say(f"{path}: {leaf.dtype}{list(leaf.shape)}")
+    row = describe(checkpoints, step)
+    print(json.dumps(row | {"meta": checkpoints.meta(step), "arrays": arrays}))
 
 
 def verify(checkpoints: Checkpoints, step: int | None) -> None:
@@ -83,15 +75,20 @@ def verify(checkpoints: Checkpoints, step: int | None) -> None:
     steps = checkpoints.steps()
     if step is not None and step not in steps:
         raise BadInput(f"{checkpoints.folder} holds no checkpoint {step}, only {steps}")
-    faults = {s: checkpoints.damage(s) for s in steps if step in (None, s)}
-    for number, fault in faults.items():
-        say(f"step {number}: {fault or 'whole'}")
-    damaged = {number: fault for number, fault in faults.items() if fault}
-    print(json.dumps({"whole": [s for s in faults if s not in damaged], "damaged": damaged}))
+    whole, damaged = [], {}
+    for s in steps if step is None else [step]:
+        if fault := checkpoints.damage(s):
+            damaged[s] = fault
+        else:
+            whole.append(s)
+        say(f"step {s}: {fault or 'whole'}")
+    print(json.dumps({"whole": whole, "damaged": damaged}))
     if damaged:
-        number, fault = next(iter(damaged.items()))
-        raise BadInput(f"checkpoint {number} in {checkpoints.folder} is damaged: {fault}")
+        s, fault = next(iter(damaged.items()))
+        raise BadInput(f"checkpoint {s} in {checkpoints.folder} is damaged: {fault}")
 
+
+ACTIONS = {"list": list_all, "show": show, "verify": verify}
 
 if __name__ == "__main__":
     run(main)

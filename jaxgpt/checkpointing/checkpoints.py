@@ -1,7 +1,8 @@
 """Orbax checkpoints of the whole training state under `checkpoints/<step>`."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,11 @@ SET_ASIDE = "checkpoints-damaged"
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Saving is asynchronous and atomic; the newest `keep`, the one
-    of the least validation loss and every `keep_every`-th step stay.
+    """The checkpoints of one workdir. Saving is asynchronous and atomic; the newest `keep`, the
+    best by validation loss and every `keep_every`-th step are kept, the others deleted.
 
-    Each holds `state` (any pytree of arrays), `meta` (a JSON dict: tokens seen, seconds trained,
-    data fingerprint, seed, versions), the validation loss if there was one, and a manifest.
+    Each has `state` (any pytree of arrays), `meta` (a JSON dict: tokens seen, seconds trained, data
+    fingerprint, seed, versions, the validation loss if there was one), and a manifest.
     """
 
     def __init__(self, workdir, keep: int = 1, keep_every: int = 0, read_only: bool = False):
@@ -36,35 +37,34 @@ class Checkpoints:
         self.folder = absolute(workdir) / "checkpoints"
         if read_only and not self.folder.exists():
             raise BadInput(f"{workdir} has no checkpoints; train first")
-        self.saving: int | None = None
-        self.again = self.snapshot = None  # of the save under way
-        self.losses: dict[int, float | None] = {}  # of each step, as far as they were asked for
-        sealed = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        self.saving: int | None = None  # step of the last save
+        self.start_save = self.snapshot = None  # of the save that is running
+        self.losses: dict[int, float | None] = {}  # a cache for `loss`
+        retention = policies.PreserveAll() if read_only else _Retention(self, keep, keep_every)
+        on_written = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
         self.manager = ocp.CheckpointManager(
             self.folder,
             item_handlers=_handlers(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.PreserveAll()
-                if read_only
-                else _Kept(keep, keep_every, self.loss),
+                preservation_policy=retention,
                 create=not read_only,
                 read_only=read_only,
                 enable_async_checkpointing=not read_only,
-                async_options=None if read_only else sealed,
-                temporary_path_class=_way_to_finish(workdir),
+                async_options=None if read_only else on_written,
+                temporary_path_class=_finalization(workdir),
             ),
         )
 
-    def _seal(self) -> None:
-        """Writes the manifest of a checkpoint whose files are written; it does not count yet."""
+    def _write_manifest(self) -> None:
+        """Called when a checkpoint's files are written, before it gets its final name."""
         if jax.process_index() == 0:
             write_manifest(self._unfinished())
 
     def _unfinished(self) -> epath.Path:
-        """Returns the folder of the save under way: on a file system it has a temporary name; on an
+        """Returns the folder of the running save: on a file system it has a temporary name; on an
         object store it has its final name and lacks Orbax's commit file."""
-        named = self.folder / str(self.saving)
-        return next(self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*"), named)
+        final = self.folder / str(self.saving)
+        return next(self.folder.glob(f"{self.saving}.orbax-checkpoint-tmp*"), final)
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, whole or not, ascending."""
@@ -90,48 +90,60 @@ class Checkpoints:
 
     def by_loss(self) -> list[int]:
         """Returns the steps of the checkpoints that have a validation loss, best first."""
-        return _by_loss(self.steps(), self.loss)
+        return self.sorted_by_loss(self.steps())
+
+    def sorted_by_loss(self, steps: list[int]) -> list[int]:
+        """Returns those of `steps` that have a validation loss, best first, then earliest first."""
+        with_loss = [step for step in steps if self.loss(step) is not None]
+        return sorted(with_loss, key=lambda step: (self.loss(step), step))
 
     def newest_whole(self) -> int | None:
-        """Returns the newest checkpoint that is whole; damaged ones before it are set aside, and
-        so are those that seem better than the best whole one. What a kill left of a save is
-        removed.
+        """Returns the newest whole checkpoint, after moving damaged ones out of the way.
 
-        They move to `checkpoints-damaged/`, each with a line that says what is wrong.
+        Damaged checkpoints that are newer, or whose loss is lower than that of the best whole one,
+        are moved to `checkpoints-damaged/`, and one line says what is wrong with each. What a
+        killed save left is removed.
         """
         self._wait()
         self.losses.clear()
-        found = on_first(self._find_whole)
-        self.losses.clear()  # another process may have read what is set aside now
+        newest = on_first(self._find_newest_whole)
+        self.losses.clear()  # this process may have read the loss of one that was set aside
         self.manager.reload()
-        return found
-
-    def _find_whole(self) -> int | None:
-        for half in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            remove_folder(half)
-        newest = self._first_whole(reversed(self.steps()))
-        for step in self.by_loss():  # what was set aside has no loss any more
-            if step == newest or self._first_whole([step]) == step:
-                break
         return newest
 
-    def _first_whole(self, steps) -> int | None:
+    def _find_newest_whole(self) -> int | None:
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            remove_folder(unfinished)
+        newest = self._first_whole(reversed(self.steps()), self._set_aside)
+        better = itertools.takewhile(lambda step: step != newest, self.by_loss())
+        self._first_whole(better, self._set_aside)
+        return newest
+
+    def _first_whole(
+        self, steps: Iterable[int], on_damaged: Callable[[int, str], None]
+    ) -> int | None:
+        """Returns the first whole checkpoint, after `on_damaged(step, damage)` for those before."""
         for step in steps:
             if not (fault := self.damage(step)):
                 return step
-            aside = self.folder.parent / SET_ASIDE
-            number = len(list(aside.glob(f"{step}.*")))
-            move_folder(self.folder / str(step), aside / f"{step}.{number}")
-            say(f"damaged   checkpoint {step}: {fault}; set aside as {aside}/{step}.{number}")
+            on_damaged(step, fault)
         return None
 
+    def _set_aside(self, step: int, fault: str) -> None:
+        aside = self.folder.parent / SET_ASIDE
+        target = aside / f"{step}.{len(list(aside.glob(f'{step}.*')))}"
+        move_folder(self.folder / str(step), target)
+        say(f"damaged   checkpoint {step}: {fault}; set aside as {target}")
+
     def pick(self, step: int | str | None) -> int:
-        """Returns `step`, the best one's where it is "best", else the newest whole one's; of a run
-        that stopped early that is the best one's too, with a line that says so.
+        """Returns the checkpoint that a command uses: `step`, or the best for `step="best"`.
+
+        For None it is the newest whole one, except that of a run that stopped early it is the best,
+        and a line says so.
 
         Raises:
-          BadInput: if there is no such checkpoint (the message lists those there are), or the one
-            that is asked for is damaged.
+          BadInput: if there is no such checkpoint (the message lists the existing ones), or it is
+            damaged.
         """
         steps = self.steps()
         if not steps:
@@ -144,32 +156,26 @@ class Checkpoints:
             if fault := self.damage(step):
                 raise BadInput(f"checkpoint {step} in {self.folder} is damaged: {fault}")
             return step
-        newest = self._whole_of(reversed(steps), "trying the one before")
+        newest = self._first_whole(reversed(steps), _say_damaged("trying the one before"))
         if newest is None:
-            raise BadInput(f"{self.folder} holds no checkpoint that is whole, of {steps}")
+            raise BadInput(f"{self.folder} holds no whole checkpoint, of {steps}")
         if not has_stopped_early(self.meta(newest)):
             return newest
         best = self._best()
         say(
-            f"best      using checkpoint {best}, of validation loss {self.loss(best):.4f}, as the"
+            f"best      using checkpoint {best} with validation loss {self.loss(best):.4f}, as the"
             f" run stopped early; --step={newest} is its newest"
         )
         return best
 
     def _best(self) -> int:
-        if (best := self._whole_of(self.by_loss(), "trying the next best")) is None:
+        best = self._first_whole(self.by_loss(), _say_damaged("trying the next best"))
+        if best is None:
             raise BadInput(
                 f"{self.folder} holds no whole checkpoint with a validation loss, of"
                 f" {self.steps()}; name one of them"
             )
         return best
-
-    def _whole_of(self, steps, otherwise: str) -> int | None:
-        for step in steps:
-            if not (fault := self.damage(step)):
-                return step
-            say(f"damaged   checkpoint {step}: {fault}; {otherwise}")
-        return None
 
     def save(self, step: int, state, meta: dict, loss: float | None = None) -> None:
         """Starts saving; blocks only until the arrays are copied off the devices.
@@ -186,40 +192,40 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(self.snapshot or state), meta=ocp.args.JsonSave(meta)
         )
-        self.saving = step
-        self.again = lambda: self.manager.save(step, args=args)
-        self._guarded(self.again)
+        self.saving, self.start_save = step, lambda: self.manager.save(step, args=args)
+        self._checked(self.start_save)
 
     def _wait(self) -> None:
-        self._guarded(self.manager.wait_until_finished)
-        self.again = None
+        self._checked(self.manager.wait_until_finished)
+        self.start_save = None
 
-    def _retry(self, why: TimeoutError) -> None:
-        """Saves once more, where the state is still there, after a timeout.
+    def _save_again(self, why: TimeoutError) -> None:
+        """Repeats a save that timed out, if its state is still in memory.
 
-        Orbax counts by the wall clock, so that one comes of a clock that jumps or a laptop that
-        slept. Where the state is gone, later checkpoints hold what this one would have.
+        Orbax measures by the wall clock, so the clock may have jumped or a laptop slept. If the
+        state is gone, a later checkpoint has to do.
         """
         say(f"unsaved   checkpoint {self.saving}: {why}")
         self.manager.reload()
         if self.saving not in self.steps():
             remove_folder(self._unfinished())
         if self.snapshot is not None:
-            self.again()
+            self.start_save()
             self.manager.wait_until_finished()
 
-    def _guarded(self, act) -> None:
+    def _checked(self, write: Callable[[], object]) -> None:
+        """Calls `write`; raises `BadInput` for what Orbax raises if it cannot write."""
         try:
             try:
-                act()
+                write()
             except TimeoutError as e:
-                if jax.process_count() > 1 or not self.again:
+                if jax.process_count() > 1 or not self.start_save:
                     raise
-                self._retry(e)
+                self._save_again(e)
         except (OSError, ValueError, RuntimeError, AssertionError) as e:
             if is_peer_lost(e):
                 raise
-            whole = next((s for s in reversed(self.steps()) if not self.damage(s)), None)
+            whole = self._first_whole(reversed(self.steps()), lambda step, fault: None)
             rest = f"the newest whole one is {whole}" if whole is not None else "there is none yet"
             raise BadInput(
                 f"checkpoint {self.saving} cannot be written to {self.folder}: {_reason(e)}; {rest}"
@@ -231,16 +237,13 @@ class Checkpoints:
         `abstract_state` comes from `jax.eval_shape`; mesh and dtypes may differ from those saved.
 
         Raises:
-          BadInput: naming the first array that has another shape or is not there.
+          BadInput: naming the first array that is missing, unknown or of another shape.
         """
         self._wait()
-        self._compare(step, abstract_state)
-        item = concrete(abstract_state)
-        placed = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item, restore_args=placed))
-        return self.manager.restore(step, args=args).state, self.meta(step)
+        self._check_arrays(step, abstract_state)
+        return self._read(step, concrete(abstract_state)), self.meta(step)
 
-    def _compare(self, step: int, abstract_state) -> None:
+    def _check_arrays(self, step: int, abstract_state) -> None:
         saved, wanted = self.arrays(step), leaves_by_path(abstract_state)
         where = f"checkpoint {step} in {self.folder}"
         for path, leaf in wanted.items():
@@ -248,17 +251,17 @@ class Checkpoints:
                 raise BadInput(f"{where} has no array {path}: it is of another model or optimizer")
             if tuple(saved[path].shape) != tuple(leaf.shape):
                 raise BadInput(
-                    f"{where}: array {path} has shape {tuple(saved[path].shape)}, this run's is"
+                    f"{where}: array {path} has shape {tuple(saved[path].shape)}, this run's has"
                     f" {tuple(leaf.shape)}"
                 )
         if extra := next((path for path in saved if path not in wanted), None):
-            raise BadInput(f"{where} has an array {extra}, which this run has not")
+            raise BadInput(f"{where} has an array {extra}, which this run does not have")
 
     def arrays(self, step: int) -> dict:
-        """Returns the shape and dtype of each saved array by its path, reading none of them."""
+        """Returns the shape and dtype of each saved array by its path, without reading any."""
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.metadata(self.folder / str(step) / "state")
-        return leaves_by_path(found.item_metadata.tree)
+            metadata = reader.metadata(self.folder / str(step) / "state")
+        return leaves_by_path(metadata.item_metadata.tree)
 
     def meta(self, step: int) -> dict:
         """Returns what was saved beside the state."""
@@ -270,18 +273,16 @@ class Checkpoints:
         if average:
             name = "ema"
             item = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), item)
-        item = {name: item}
-        args = ocp.args.PyTreeRestore(
-            item=item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=True,
-        )
+        return self._read(step, {name: item}, partial=True)[name]
+
+    def _read(self, step: int, item, partial: bool = False):
+        shardings = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=shardings, partial_restore=partial)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            path = self.folder / str(step) / "state"
-            return reader.restore(path, args=args)[name]
+            return reader.restore(self.folder / str(step) / "state", args=args)
 
     def close(self) -> None:
-        """Waits until the last save is whole.
+        """Waits for the last save.
 
         Raises:
           BadInput: if it could not be written.
@@ -290,9 +291,13 @@ class Checkpoints:
         self.manager.close()
 
 
-def _way_to_finish(workdir) -> type:
-    """Returns how a save ends: a folder takes its final name, which is atomic on a file system; an
-    object store, which copies file by file to rename, gets a commit file at the end."""
+def _say_damaged(instead: str) -> Callable[[int, str], None]:
+    return lambda step, fault: say(f"damaged   checkpoint {step}: {fault}; {instead}")
+
+
+def _finalization(workdir) -> type:
+    """Returns how a save becomes final: on a file system the folder is renamed, which is atomic; on
+    an object store, where renaming copies file by file, a commit file is written last."""
     if is_object_store(workdir):
         use_s3()
         return atomicity.CommitFileTemporaryPath
@@ -300,17 +305,17 @@ def _way_to_finish(workdir) -> type:
 
 
 def _reason(e: Exception) -> str:
-    """Returns the first line of an error of Orbax; the end of a long one has the reason."""
+    """Returns the first line of an error of Orbax, of a long one its end, which has the reason."""
     lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
     return lines[0] if len(lines[0]) < 300 else f"... {lines[0][-250:]}"
 
 
 def _snapshot(state, old):
-    """Returns a copy of `state`, in the memory of the `old` one if there is one; on an accelerator
-    None, as there Orbax copies to the host.
+    """Returns a copy of `state`, in the memory of the `old` copy if there is one; None on an
+    accelerator, where Orbax copies to the host itself.
 
-    On a CPU it would share the state's memory until it is written, and the next step then moves to
-    new memory: of 1.5 GB, that cost 3 s a save (tests/benchmarks/RESULTS.md).
+    On a CPU Orbax would use the state's own memory until it is written, so that the next step could
+    not be donated it: with 1.5 GB that cost 3 s a save (tests/benchmarks/RESULTS.md).
     """
     if jax.local_devices()[0].platform != "cpu":
         return None
@@ -328,37 +333,36 @@ def _copy_into(state, old):
 
 
 def _handlers() -> dict:
-    """A file for each chunk of an array, as it is. Orbax's default, few files and zstd, took nine
-    times as long to write 1.5 GB of state on two cores, gathered 0.7 times that in memory, and
-    saved a tenth of the disk (tests/benchmarks/RESULTS.md)."""
+    """Returns handlers that write one uncompressed file per chunk of an array.
+
+    Orbax's default (few files, zstd) took nine times as long to write 1.5 GB of state on two cores,
+    needed 0.7 times that in memory, and saved a tenth of the disk (tests/benchmarks/RESULTS.md).
+    """
     arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
     return {"state": arrays, "meta": ocp.JsonCheckpointHandler()}
 
 
-class _Kept:
-    """Which checkpoints stay: the newest, the best by the losses on disk, and every so many steps.
+class _Retention:
+    """Keeps the newest checkpoints, the best by the losses on disk, and every so many steps.
 
-    Orbax's own policy knows the losses of this process alone, and after reopening a workdir would
-    delete the best checkpoint.
+    Orbax's own policy knows only the losses of this process, and would delete the best checkpoint
+    after a workdir is reopened.
     """
 
-    def __init__(self, newest: int, every: int, loss: Callable[[int], float | None]):
-        self.newest, self.every, self.loss = newest, every, loss
+    def __init__(self, checkpoints: Checkpoints, newest: int, every: int):
+        self.checkpoints, self.newest, self.every = checkpoints, newest, every
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.newest :], *_by_loss(steps, self.loss)[:1]}
+        best = self.checkpoints.sorted_by_loss(steps)[:1]
+        kept = {*sorted(steps)[-self.newest :], *best}
         return [step in kept or (self.every > 0 and step % self.every == 0) for step in steps]
 
 
-def _by_loss(steps: list[int], loss: Callable[[int], float | None]) -> list[int]:
-    return sorted((s for s in steps if loss(s) is not None), key=lambda s: (loss(s), s))
-
-
 def save_weights(workdir, params: dict, meta: dict) -> None:
-    """Writes parameters alone as checkpoint 0, from host arrays, in little more memory than theirs.
+    """Writes parameters alone as checkpoint 0, from host arrays, without a copy in memory.
 
-    JAX's CPU arrays may share the memory of arrays that are aligned to 64 bytes.
+    JAX's CPU arrays can share the memory of NumPy arrays that are aligned to 64 bytes.
 
     Raises:
       BadInput: if they cannot be written.
@@ -387,8 +391,8 @@ def save_weights(workdir, params: dict, meta: dict) -> None:
 def concrete(abstract):
     """Returns `abstract` with each sharding on the current mesh's devices.
 
-    `eval_shape` gives shardings on an abstract mesh, which name axes but no devices, and none
-    to a scalar, which lives on every device.
+    The shardings of `eval_shape` are on an abstract mesh, without devices; scalars, which are on
+    every device, have none.
     """
     mesh = jax.sharding.get_mesh()
 

@@ -1,7 +1,4 @@
-"""Which checkpoint a command uses: `--step`, the validation losses saved with each, the best.
-
-Without --step that is the newest whole checkpoint; of a run that stopped early, the best.
-"""
+"""Which checkpoint a command uses: `--step`, and the validation losses saved with checkpoints."""
 
 import math
 from pathlib import Path
@@ -35,15 +32,14 @@ class _StepParser(flags.ArgumentParser):
         try:
             return int(argument)
         except ValueError:
-            raise ValueError(f"give a checkpoint's step, or {BEST}") from None
+            raise ValueError(f"expected {self.syntactic_help}") from None
 
 
-NEWEST = "the newest, of a run that stopped early the best"
-
-
-def define_step(values: flags.FlagValues, default: str = NEWEST) -> None:
+def define_step(
+    values: flags.FlagValues, default: str = "the newest, or the best of a run that stopped early"
+) -> None:
     """Adds `--step=N` or `--step=best`; `default` says what is used without it."""
-    text = f"checkpoint, or {BEST}: of the least validation loss; default: {default}"
+    text = f"checkpoint, or {BEST}: the one with the lowest validation loss; default: {default}"
     flags.DEFINE(_StepParser(), "step", None, text, flag_values=values)
 
 
@@ -57,8 +53,7 @@ def read_meta(checkpoint) -> dict:
 
 
 def loss_of(checkpoint) -> float | None:
-    """Returns the validation loss of the checkpoint in a folder, None if it has none or is
-    damaged."""
+    """Returns the validation loss of the checkpoint in a folder, None if it has none to read."""
     try:
         return loss_in(read_meta(checkpoint), int(Path(checkpoint).name))
     except Damaged:
@@ -66,30 +61,29 @@ def loss_of(checkpoint) -> float | None:
 
 
 def loss_in(meta: dict, step: int) -> float | None:
-    """Returns the validation loss at `step` that its checkpoint's `meta` has, if there is one.
+    """Returns the validation loss in the `meta` of the checkpoint at `step`, if there is one.
 
-    Checkpoints of earlier versions have it only among the losses of all validations up to them.
+    Earlier versions wrote it only into the list of all validations so far.
     """
     return meta.get("validation_loss", dict(validations(meta)).get(step))
 
 
 def validations(meta: dict) -> list[tuple[int, float]]:
-    """Returns (step, loss) of every validation up to a checkpoint."""
+    """Returns the (step, loss) of each validation up to a checkpoint."""
     return [(step, loss) for step, loss in meta.get("validations", [])]
 
 
-def best_of(found: list[tuple[int, float]]) -> tuple[int, float]:
-    """Returns the (step, loss) of the least validation loss, the earliest of equals."""
-    return min(found, key=lambda pair: pair[1], default=(0, math.inf))
+def best_of(validations: list[tuple[int, float]]) -> tuple[int, float]:
+    """Returns the (step, loss) of the lowest loss, of equal ones the earliest."""
+    return min(validations, key=lambda pair: pair[1], default=(0, math.inf))
 
 
-def is_out_of_patience(found: list[tuple[int, float]], patience: int) -> bool:
-    """Says whether the last `patience` validations (0: never) brought no better loss."""
-    since = [step for step, _ in found if step > best_of(found)[0]]
+def is_out_of_patience(validations: list[tuple[int, float]], patience: int) -> bool:
+    """Says whether none of the last `patience` validations had a new best loss; 0: never."""
+    since = [step for step, _ in validations if step > best_of(validations)[0]]
     return 0 < patience <= len(since)
 
 
 def has_stopped_early(meta: dict) -> bool:
     """Says whether the run whose newest checkpoint has this `meta` ended by early stopping."""
-    patience = meta.get("config", {}).get("early_stop", 0)
-    return is_out_of_patience(validations(meta), patience)
+    return is_out_of_patience(validations(meta), meta.get("config", {}).get("early_stop", 0))

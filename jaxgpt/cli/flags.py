@@ -44,6 +44,19 @@ def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValu
     return values
 
 
+def parse_action(
+    values: flags.FlagValues, argv: list[str], actions: tuple[str, ...], doc: str
+) -> str:
+    """Returns the first argument, one of `actions`, and parses the rest (see `parse`)."""
+    action = argv[1] if len(argv) > 1 else ""
+    if action in actions:
+        argv = [argv[0], *argv[2:]]
+    elif not any(arg.endswith(("-h", "-help")) for arg in argv):
+        raise BadInput(f"say what to do: {' or '.join(actions)}, then the flags; see --help")
+    parse(values, argv, doc)
+    return action
+
+
 def _help(values: flags.FlagValues) -> str:
     lines = []
     for name in sorted(values):

@@ -177,7 +177,7 @@ def test_another_model_is_named_by_its_first_array(tmp_path):
         ):
             checkpoints.restore(1, wide.abstract_state())
         bare = make_training(tiny_config(bias=False), mesh)
-        with pytest.raises(BadInput, match="has an array .*bias, which this run has not"):
+        with pytest.raises(BadInput, match="has an array .*bias, which this run does not have"):
             checkpoints.restore(1, bare.abstract_state())
         narrow = make_training(tiny_config(compute={"param_dtype": "bfloat16"}), mesh)
         state, _ = checkpoints.restore(1, narrow.abstract_state())
