@@ -251,7 +251,7 @@ class Checkpoints:
                 raise BadInput(f"{where} has no array {path}: it is of another model or optimizer")
             if tuple(saved[path].shape) != tuple(leaf.shape):
                 raise BadInput(
-                    f"{where}: array {path} has shape {tuple(saved[path].shape)}, this run's has"
+                    f"{where}: array {path} has shape {tuple(saved[path].shape)}, this run's is"
                     f" {tuple(leaf.shape)}"
                 )
         if extra := next((path for path in saved if path not in wanted), None):

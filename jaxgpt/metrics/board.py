@@ -1,8 +1,7 @@
-"""TensorBoard's event files, written in the training thread: where the disk is full, it says so.
+"""TensorBoard's event files, written in the training thread, so that a full disk is an error there.
 
-The `tensorboard` package's own EventFileWriter leaves that to a thread that dies of it, and names
-files by the second, so that a quick restart overwrites the one before. Its parts that are used here
-need no TensorFlow.
+The `tensorboard` package's own EventFileWriter writes in a thread that dies of it unnoticed, and
+names files by the second, so that a quick restart overwrites the file before.
 """
 
 import io
@@ -18,10 +17,10 @@ FLUSH_EVERY = 10.0  # seconds
 
 
 class Board:
-    """One event file more in `folder`. What older files hold after `last_step` no longer counts.
+    """A new event file in `folder`, which overrides what older files say after `last_step`.
 
-    Files are read in the order of their names, whose numbers grow even if the clock goes back.
-    Without `appends`, as on object stores, events wait for `flush`, which writes the whole file.
+    TensorBoard reads files in the order of their names, whose numbers grow even if the clock is set
+    back. Without `appends`, as on object stores, `flush` writes the whole file.
     """
 
     def __init__(self, folder, last_step: int, appends: bool = True):
@@ -31,18 +30,18 @@ class Board:
         number = max([int(time.time()), *[int(name) + 1 for name in older if name.isdigit()]])
         self.path = folder / f"events.out.tfevents.{number:010}.jaxgpt"
         self.appends = appends
-        self.file = self.path.open("wb") if appends else io.BytesIO()
+        self.file = self.path.open("wb") if self.appends else io.BytesIO()
         self.records = RecordWriter(self.file)
         self.flushed = time.monotonic()
         self._add(file_version="brain.Event:2")
         self._add(step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """Adds a point of a curve."""
+        """Adds a point to the curve `tag`."""
         self._add(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Adds a text, shown as Markdown."""
+        """Adds a text that is shown as Markdown."""
         self._add(step=step, summary=text_pb(tag, text))
 
     def _add(self, **fields) -> None:
@@ -51,7 +50,7 @@ class Board:
             self.flush()
 
     def flush(self) -> None:
-        """Makes what was added visible to readers."""
+        """Makes all events so far visible to readers."""
         if self.appends:
             self.file.flush()
         else:

@@ -1,4 +1,4 @@
-"""Lines for people."""
+"""Progress as people read it: the lines of training, and a bar."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 def train_line(row: dict, num_steps: int, eta_seconds: float) -> str:
     """Returns the progress line of a train row."""
     parts = [
-        f"step {row['step']:>{len(str(num_steps))}}/{num_steps}",
+        _step(row, num_steps),
         "loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}",
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens_per_second']:,.0f} tok/s",
@@ -30,16 +30,20 @@ def train_line(row: dict, num_steps: int, eta_seconds: float) -> str:
 def validation_line(row: dict, num_steps: int) -> str:
     """Returns the progress line of a validation row."""
     if row["loss"] is None:
-        return f"step {row['step']}/{num_steps} | validation loss not finite"
+        return f"{_step(row, num_steps)} | validation loss not finite"
     return (
-        f"step {row['step']:>{len(str(num_steps))}}/{num_steps} | validation loss"
-        f" {row['loss']:.4f} | perplexity {row['perplexity']:.2f}"
-        f" | {row['bits_per_byte']:.4f} bits/byte | {duration(row['seconds'])}"
+        f"{_step(row, num_steps)} | validation loss {row['loss']:.4f}"
+        f" | perplexity {row['perplexity']:.2f} | {row['bits_per_byte']:.4f} bits/byte"
+        f" | {duration(row['seconds'])}"
     )
 
 
+def _step(row: dict, num_steps: int) -> str:
+    return f"step {row['step']:>{len(str(num_steps))}}/{num_steps}"
+
+
 class Bar:
-    """Progress through `total` bytes: one line redrawn on a terminal, else a line now and then."""
+    """Progress through `total` bytes: one line redrawn on a terminal, else a line every 10 s."""
 
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done = label, total, 0
@@ -57,12 +61,13 @@ class Bar:
             if self.total:
                 share = min(self.done / self.total, 1.0)
                 line += f", {share:.0%} | eta {duration(max(self.total - self.done, 0) / rate)}"
-            end = "" if self.terminal else "\n"
-            print(
-                f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True
-            )
+            _draw(f"\r{line}\x1b[K" if self.terminal else f"{line}\n")
 
     def close(self) -> None:
-        """Leaves the terminal's line clean."""
+        """Clears the terminal's line."""
         if self.terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            _draw("\r\x1b[K")
+
+
+def _draw(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)

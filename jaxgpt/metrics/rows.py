@@ -1,9 +1,9 @@
-"""`metrics.jsonl`, `samples.jsonl` and TensorBoard: each step once, in order, over any resume."""
+"""`metrics.jsonl`, `samples.jsonl` and TensorBoard: each step once and in order."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from etils import epath
 
@@ -34,42 +34,40 @@ SAMPLES = ROW | {"prompt": str, "text": str}
 def read_rows(path, schema: dict) -> list[dict]:
     """Returns the rows of a JSON-lines file that fit `schema`, [] if there is no file.
 
-    Half a last line, which a kill leaves behind, is no row; for any other line that is none, one
-    message says what is wrong with the first.
+    An incomplete last line, which a kill leaves behind, is ignored. Other lines that are not rows
+    are skipped, with one message about the first.
     """
     lines, fault = _read_lines(path, schema)
     if fault:
-        say(f"damaged   {fault}; left out")
+        say(f"damaged   {fault}; skipped")
     return [row for _, row in lines]
 
 
 def _read_lines(path, schema: dict) -> tuple[list[tuple[bytes, dict]], str]:
-    """Returns each row's line and value, and what is wrong with the first line that is no row.
+    """Returns each row's line and value, and what is wrong with the first line that is not a row.
 
-    Only a line feed ends a line: a text may hold U+2028 and others that Python counts as ends too.
+    Only a line feed ends a line, not U+2028 and the like, at which `str.splitlines` also splits.
     """
-    path = epath.Path(path)
-    found, faults = [], []
+    path, rows, faults = epath.Path(path), [], []
     lines = read_bytes(path).split(b"\n") if path.exists() else [b""]
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            found.append((line + b"\n", parse_json(line, schema)))
+            rows.append((line + b"\n", parse_json(line, schema)))
         except ValueError as e:
             faults.append(f"line {number} of {path}: {e}")
     more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-    return found, faults[0] + more if faults else ""
+    return rows, faults[0] + more if faults else ""
 
 
 class RowFile:
-    """An append-only JSON-lines file whose rows carry `step`, flushed row by row.
+    """An append-only JSON-lines file whose rows have a `step`, flushed row by row.
 
-    Opening it after a restore cuts away, atomically, the rows after `last_step` and any half
-    line that a kill left behind. Other lines that are no rows are cut away too; the file as it was
-    is kept beside then. Object stores know no appending: there the rows wait for `sync`, which
-    writes the whole file.
+    Opening it removes, atomically, the rows after `last_step` and an incomplete last line. Other
+    lines that are not rows are removed too, after a copy of the file is made beside it. Object
+    stores cannot append: there `sync` writes the whole file.
 
     Raises:
-      BadInput: on writing, if the file was moved or deleted meanwhile: what follows would be lost.
+      BadInput: on writing, if the file was moved or deleted, as later rows would be lost.
     """
 
     def __init__(self, path, last_step: int, schema: dict = ROW):
@@ -78,30 +76,30 @@ class RowFile:
         if fault:
             aside = self.path.with_name(f"{self.path.name}.damaged")
             aside.write_bytes(read_bytes(path))
-            say(f"damaged   {fault}; cut away, and kept in {aside}")
-        kept = b"".join(line for line, row in lines if row["step"] <= last_step).decode()
-        if self.path.exists() and kept.encode() != read_bytes(path):
-            write_whole(self.path, kept)
+            say(f"damaged   {fault}; removed, with a copy of the file in {aside}")
+        kept = b"".join(line for line, row in lines if row["step"] <= last_step)
+        if self.path.exists() and kept != read_bytes(path):
+            write_whole(self.path, kept.decode())
         self.file = None if is_object_store(path) else self.path.open("ab")
         if not self.file and not self.path.exists():
-            self.path.write_text("")  # from here on, one that is not there was deleted
-        self.text, self.synced = kept, True
+            self.path.write_text("")  # if it is missing later, it was deleted
+        self.text, self.synced = kept.decode(), True
 
     def write(self, row: dict) -> None:
         line = json.dumps(row, ensure_ascii=False) + "\n"
         if self.file:
             self.file.write(line.encode())
             self.file.flush()
-            self._check_place()
+            self._check_file()
         else:
             self.text, self.synced = self.text + line, False
 
     def sync(self) -> None:
-        """Writes what waits to be written."""
+        """Writes the rows that are not on an object store yet."""
         if self.file:
-            self._check_place()
+            self._check_file()
         elif not self.synced:
-            self._check_place()
+            self._check_file()
             self.path.write_text(self.text)
             self.synced = True
 
@@ -110,15 +108,13 @@ class RowFile:
         if self.file:
             self.file.close()
 
-    def _check_place(self) -> None:
-        try:
+    def _check_file(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
             if self.file:
                 if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
                     return
             elif self.path.exists():
                 return
-        except FileNotFoundError:
-            pass
         raise BadInput(
             f"{self.path} was moved or deleted while the run was writing to it; put the workdir"
             " back, or choose another --workdir, and run the same command again"
@@ -126,16 +122,16 @@ class RowFile:
 
 
 class Reporter:
-    """Writes a run's rows to disk and TensorBoard; on all processes but the first, nothing.
+    """Writes a run's rows to disk and TensorBoard; does nothing on processes other than the first.
 
-    Every method raises `BadInput` where the disk is full or may not be written.
+    Every method raises `BadInput` if the disk is full or not writable.
     """
 
     def __init__(self, workdir, last_step: int, is_first_process: bool):
         self.active, self.workdir = is_first_process, epath.Path(workdir)
         self._open(last_step)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
         try:
             yield
@@ -150,7 +146,7 @@ class Reporter:
             return
         with self._writing("metrics.jsonl"):
             self.rows = RowFile(self.workdir / "metrics.jsonl", last_step, METRICS)
-            self.sampled = RowFile(self.workdir / "samples.jsonl", last_step, SAMPLES)
+            self.samples = RowFile(self.workdir / "samples.jsonl", last_step, SAMPLES)
             appends = not is_object_store(self.workdir)
             self.board = Board(self.workdir / "tensorboard", last_step, appends)
 
@@ -169,24 +165,24 @@ class Reporter:
         if not self.active:
             return
         with self._writing("samples.jsonl"):
-            self.sampled.write(row)
+            self.samples.write(row)
             self.board.text("sample", f"```\n{row['prompt']}{row['text']}\n```", row["step"])
 
     def sync(self) -> None:
-        """Makes sure of all rows so far; called in front of each checkpoint."""
+        """Makes all rows so far durable; called before each checkpoint is saved."""
         if self.active:
             with self._writing("metrics.jsonl"):
                 self.rows.sync()
-                self.sampled.sync()
+                self.samples.sync()
                 self.board.flush()
 
     def rewind(self, last_step: int) -> None:
-        """Cuts away what was written after `last_step`; training goes on from there."""
+        """Removes what was written after `last_step`, from where training continues."""
         self.close()
         self._open(last_step)
 
     def close(self) -> None:
         if self.active:
             with self._writing("metrics.jsonl"):
-                for file in (self.rows, self.sampled, self.board):
+                for file in (self.rows, self.samples, self.board):
                     file.close()

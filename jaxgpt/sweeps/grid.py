@@ -1,4 +1,4 @@
-"""From `--grid`'s text to the runs of a sweep."""
+"""The runs of a sweep, from the text of `--grid`."""
 
 import copy
 import hashlib
@@ -23,10 +23,10 @@ def parse_grid(text: str) -> dict[str, list]:
       BadInput: for an unknown field, a value of the wrong type, or no grid at all.
     """
     grid, known = {}, fields_of(Config())
-    for part in filter(None, (p.strip() for p in text.split(";"))):
-        path, equals, values = part.partition("=")
-        if not equals or not values:
-            raise BadInput(f"--grid: {part!r} is not FIELD=VALUE,VALUE,...")
+    for assignment in filter(None, (a.strip() for a in text.split(";"))):
+        path, _, values = assignment.partition("=")
+        if not values:
+            raise BadInput(f"--grid: {assignment!r} is not FIELD=VALUE,VALUE,...")
         check_known(path, known)
         if path in grid:
             raise BadInput(f"--grid names {path} twice")

@@ -1,1 +1,1 @@
-"""What every room may use: errors, messages, whole files, object stores, optional packages."""
+"""Used everywhere: errors, messages, atomic file writes, object stores, optional packages."""

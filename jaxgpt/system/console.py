@@ -1,17 +1,17 @@
-"""Lines for people, on stderr."""
+"""Messages to the user, on stderr."""
 
 import sys
 
-_speaks = True
+_prints = True
 
 
 def silence() -> None:
-    """Makes `say` print nothing from here on: what people read comes from one process."""
-    global _speaks
-    _speaks = False
+    """Makes `say` print nothing from now on: only one process of a run prints messages."""
+    global _prints
+    _prints = False
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Prints a line for people: stderr, at once."""
-    if _speaks:
+    """Prints a message to the user on stderr and flushes it."""
+    if _prints:
         print(text, end=end, file=sys.stderr, flush=True)

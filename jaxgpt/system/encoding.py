@@ -1,16 +1,16 @@
-"""Where text from outside is checked: what is no Unicode text is refused here, by name."""
+"""Text from outside, which may contain bytes that are not UTF-8, lone surrogates and NULs."""
 
 from jaxgpt.system.errors import BadInput
 
 
 def check_text(text: str, what: str) -> str:
-    """Returns `text` unchanged.
+    """Returns `text` unchanged if it has no lone surrogates, which cannot be tokenized or printed.
 
-    Python keeps bytes that are not UTF-8 (in arguments, file names and standard input) as lone
-    surrogates, and JSON can spell them: such a text can be neither tokenized nor printed.
+    Python turns bytes that are not UTF-8 (in arguments, file names and standard input) into lone
+    surrogates, and JSON can contain them.
 
     Raises:
-      BadInput: if it holds one; `what` names the text in the message.
+      BadInput: otherwise; `what` names the text in the message.
     """
     try:
         text.encode()
@@ -27,13 +27,12 @@ def check_text(text: str, what: str) -> str:
 
 
 def check_setting(text: str, what: str) -> str:
-    """Returns a flag's or a field's `text` unchanged: `check_text`, and no NUL, which ends a
-    path."""
+    """Returns a flag's or field's `text` unchanged; see `check_text`. NULs are refused as well."""
     if "\0" in text:
         raise BadInput(f"{what} holds a NUL at character {text.index(chr(0))}")
     return check_text(text, what)
 
 
 def printable(name: str) -> str:
-    """Returns a file's name as text: bytes that are not UTF-8, as POSIX allows, are spelled out."""
+    """Returns a file's name as text, with bytes that are not UTF-8 as `\\xff`."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Libraries that only some commands need, by the extra that installs them."""
+"""Optional libraries, which an extra of this package installs."""
 
 import importlib
 from types import ModuleType
@@ -10,7 +10,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Returns the imported `module`.
 
     Raises:
-      BadInput: if it is not installed; the message names the extra that brings it.
+      BadInput: if it is not installed; the message names the extra that installs it.
     """
     try:
         return importlib.import_module(module)

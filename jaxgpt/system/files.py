@@ -26,7 +26,7 @@ NAMES |= {bool: "true or false", type(None): "null"}
 
 
 class Damaged(BadInput):
-    """A stored file that is not what was written: `path` and `why`."""
+    """A stored file that cannot be used: `path` and `why`."""
 
     def __init__(self, path: os.PathLike, why: str, remedy: str = ""):
         super().__init__(f"{path} is damaged: {why}" + (f"; {remedy}" if remedy else ""))
@@ -49,7 +49,7 @@ def read_json(path: os.PathLike, schema: Any = object, remedy: str = "") -> Any:
     Raises:
       Missing: if there is no such file.
       Damaged: if it cannot be read, is not UTF-8 JSON or does not fit `schema`. Both are
-        `BadInput`, so a damaged workdir needs no `except`; a cache catches it and is rebuilt.
+        `BadInput`, so that only a cache, which is rebuilt, has to catch them.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -64,18 +64,18 @@ def read_json(path: os.PathLike, schema: Any = object, remedy: str = "") -> Any:
 
 
 def parse_json(raw: bytes, schema: Any = object) -> Any:
-    """Returns the JSON value that `raw` spells, checked against `schema`, which is one of
+    """Returns the value of the JSON text `raw`, checked against `schema`, which is one of
 
-    - a type, or types joined by `|`: the value is of it; `float` takes integers too, `int` no
-      bool, and both only what is finite and fits 64 bits; `object` takes anything;
+    - a type, or types joined by `|`; `float` allows integers, `int` does not allow bool, and both
+      allow only finite numbers of 64 bits; `object` allows anything;
     - `{"name": schema, "name?": schema}`: an object with these fields, those with `?` optional;
-    - `{str: schema}`: an object whose every value fits;
-    - `[schema]`: a list whose every item fits;
-    - `(schema, schema)`: a list of as many items, each of which fits its own.
+    - `{str: schema}`: an object all of whose values fit;
+    - `[schema]`: a list all of whose items fit;
+    - `(schema, schema)`: a list of exactly these items.
 
     Raises:
-      ValueError: saying what is wrong and where, for anything else, also for lone surrogates,
-        nesting beyond `DEEPEST` and integers of thousands of digits.
+      ValueError: saying what is wrong and where; also for lone surrogates, nesting deeper than
+        `DEEPEST` and integers of thousands of digits.
     """
     try:
         value = json.loads(raw.decode())
@@ -92,10 +92,10 @@ def parse_json(raw: bytes, schema: Any = object) -> Any:
 
 
 def check_json(value: Any, schema: Any) -> Any:
-    """Returns a JSON value unchanged that fits `schema` (see `parse_json`).
+    """Returns `value` unchanged if it fits `schema` (see `parse_json`).
 
     Raises:
-      ValueError: saying what of it does not fit.
+      ValueError: saying what does not fit.
     """
     if fault := _misfit(value, schema, ""):
         raise ValueError(fault)
@@ -103,7 +103,7 @@ def check_json(value: Any, schema: Any) -> Any:
 
 
 def _check_text(value: Any) -> None:
-    """Raises what `parse_json` names if `value` is too deep or holds a lone surrogate."""
+    """Raises RecursionError or UnicodeEncodeError for a value too deep or with lone surrogates."""
     level = [value]
     for _ in range(DEEPEST):
         objects = [v for v in level if isinstance(v, dict)]
@@ -117,7 +117,7 @@ def _check_text(value: Any) -> None:
 
 
 def _misfit(value: Any, schema: Any, where: str) -> str:
-    """Returns what of `value`, which stands at `where`, does not fit `schema`, '' if all does."""
+    """Returns what in `value`, which is at `where`, does not fit `schema`, '' if nothing."""
     here = where.removeprefix(".") or "it"
     if isinstance(schema, dict) and isinstance(value, dict):
         if str in schema:
@@ -142,49 +142,42 @@ def _misfit(value: Any, schema: Any, where: str) -> str:
     wanted = list if isinstance(schema, list | tuple) else wanted
     kinds = getattr(wanted, "__args__", (wanted,))
     if object in kinds or type(value) in kinds or (type(value) is int and float in kinds):
-        known = object in kinds or type(value) not in (int, float)
-        if not (known or (abs(value) < NUMBERS if type(value) is int else math.isfinite(value))):
-            return f"{here} is no number of 64 bits"
-        return ""
+        if object in kinds or type(value) not in (int, float):
+            return ""
+        fits = abs(value) < NUMBERS if type(value) is int else math.isfinite(value)
+        return "" if fits else f"{here} is no number of 64 bits"
     return f"{here} is {NAMES[type(value)]}, not {' or '.join(NAMES[kind] for kind in kinds)}"
 
 
 def path_of(text: str, what: str) -> Path:
-    """Returns the local path that `text` names, `~` resolved.
+    """Returns the local path `text`, given in the flag or field `what`, with `~` expanded.
 
     Raises:
-      BadInput: for the home of nobody; `what` names the flag or field.
+      BadInput: if it is the home of an unknown user.
     """
     try:
         return Path(text).expanduser()
     except RuntimeError as e:
-        raise BadInput(f"{what}={text} names no path: {e}") from e
+        raise BadInput(f"{what}={text} is not a path: {e}") from e
 
 
 @contextmanager
 def whole_folder(target: Path, flag: str, is_locked: bool = False) -> Iterator[Path]:
-    """Yields an empty folder beside `target` that takes its name if the body succeeds.
+    """Yields an empty folder beside `target` that is renamed to it if the body succeeds.
 
-    What a killed process left of the same folder is removed first (see `remove_leftovers`).
+    What a killed process left of it is removed first (see `remove_leftovers`).
 
     Raises:
-      BadInput: now, if `target` holds something (`flag` names another); at the end, if it cannot
-        be written. Nothing is left behind then.
+      BadInput: if `target` is not empty (`flag` chooses another), or cannot be written; nothing is
+        left behind then.
     """
     try:
         if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
             raise BadInput(f"{target} exists already; choose another {flag}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target, is_locked)
-        scratch = scratch_for(target)
-        try:
+        with _renamed(target, is_locked) as scratch:
             scratch.mkdir()
             yield scratch
-            if target.is_dir():
-                target.rmdir()
-            scratch.rename(target)
-        finally:
-            remove_folder(scratch)
     except OSError as e:
         raise BadInput(f"cannot write {target}: {e}") from e
 
@@ -221,7 +214,7 @@ def remove_any(path: Path) -> None:
 
 
 def remove_folder(folder: os.PathLike) -> None:
-    """Removes a folder, if it is there; a thread of a save that failed may be writing into it."""
+    """Removes a folder, if it is there, though a thread of a failed save may be writing into it."""
     folder = epath.Path(folder)
     for _ in range(100):
         with contextlib.suppress(OSError):
@@ -232,10 +225,10 @@ def remove_folder(folder: os.PathLike) -> None:
 
 
 def write_whole(path: os.PathLike, text: str) -> None:
-    """Writes `text` so that a reader, or a kill at any instant, finds the old file or the new.
+    """Writes `text` atomically: a reader, also after a kill, finds the old file or the new one.
 
-    Any number of processes and threads may write the same file: the last one stays. What a killed
-    one left is removed. An object store's writes are whole by themselves.
+    Several processes and threads may write the same file: the last one wins. An object store's
+    writes are atomic by themselves.
 
     Raises:
       BadInput: if it cannot be written; the old file is still there then.
@@ -245,30 +238,40 @@ def write_whole(path: os.PathLike, text: str) -> None:
         if "://" in os.fspath(path):
             path.write_text(text)
             return
-        remove_leftovers(path)
-        scratch = scratch_for(path)
-        try:
+        with _renamed(path) as scratch:
             scratch.write_text(text, encoding="utf-8")
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
     except OSError as e:
         raise BadInput(
             f"cannot write {path}: {e.strerror or e}; make room or choose another"
         ) from e
 
 
+@contextmanager
+def _renamed(target: os.PathLike, is_locked: bool = False) -> Iterator[Path]:
+    """Yields a path to write to, which is renamed to `target` if the body succeeds, else removed.
+
+    What a killed process left of the same target is removed first (see `remove_leftovers`).
+    """
+    remove_leftovers(target, is_locked)
+    scratch = scratch_for(target)
+    try:
+        yield scratch
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True) if scratch.is_file() else remove_folder(scratch)
+
+
 def scratch_for(target: os.PathLike) -> Path:
-    """Returns the path beside `target` at which this thread alone builds it."""
+    """Returns the path beside `target` at which only this thread builds it."""
     own = f"{os.getpid()}.{threading.get_native_id()}.tmp"
     return Path(target).with_name(f"{_scratch_prefix(target)}{own}")
 
 
 def remove_leftovers(target: os.PathLike, is_locked: bool = False) -> None:
-    """Removes what processes of this machine that have ended left at `scratch_for(target)`.
+    """Removes what ended processes of this machine left at their `scratch_for(target)`.
 
-    Of a caller that holds a lock that all writers of `target` take (`is_locked`), whatever any
-    process of any machine left there.
+    If the caller holds a lock that all writers of `target` take (`is_locked`), it removes what
+    any process of any machine left there.
     """
     prefix = _scratch_prefix(target)
     of_any_host = prefix.removesuffix(f"{_host()}.")
@@ -276,7 +279,7 @@ def remove_leftovers(target: os.PathLike, is_locked: bool = False) -> None:
         paths = [entry.path for entry in entries if entry.name.startswith(of_any_host)]
     for path in paths:
         process = path.rpartition(prefix)[2].partition(".")[0]
-        own = path == str(scratch_for(target))  # of a process that had the same number before
+        own = path == str(scratch_for(target))  # of an ended process with the same number
         ended = own or (process.isdigit() and not _is_alive(int(process)))
         if ended or (is_locked and path.endswith(".tmp")):
             shutil.rmtree(path, ignore_errors=True)
@@ -286,7 +289,7 @@ def remove_leftovers(target: os.PathLike, is_locked: bool = False) -> None:
 
 def _scratch_prefix(target: os.PathLike) -> str:
     name = os.path.basename(os.fspath(target))
-    if len(os.fsencode(name)) > 80:  # with the rest it must stay below 255 bytes
+    if len(os.fsencode(name)) > 80:  # the whole name must have fewer than 255 bytes
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return f".{name}.{_host()}."
 
@@ -298,8 +301,6 @@ def _host() -> str:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
+    except (OSError, OverflowError) as e:
+        return not isinstance(e, ProcessLookupError)
     return True

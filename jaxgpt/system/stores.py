@@ -1,8 +1,8 @@
-"""Object stores, `gs://` and `s3://`: how they are reached, and what differs from a file system.
+"""Object stores, `gs://` and `s3://`.
 
 Files go through etils.epath and fsspec (its packages gcsfs and s3fs), arrays of checkpoints through
-TensorStore. An object store has no renaming, no appending, no locks and no empty folders; a file is
-there when all of it is.
+TensorStore. An object store cannot rename, append or lock and has no empty folders; a file appears
+when all of it is written.
 """
 
 import functools
@@ -26,12 +26,12 @@ def is_object_store(path) -> bool:
 
 
 def absolute(path) -> epath.Path:
-    """Returns `path` as Orbax wants it. (etils.epath puts the current folder before URLs, too.)"""
+    """Returns `path` as an absolute path; a URL, which `epath.absolute` would break, as it is."""
     return epath.Path(path) if is_object_store(path) else epath.Path(path).absolute()
 
 
 def check_store(path) -> None:
-    """Raises `BadInput` if `path` is a URL and cannot be reached; call it before other use."""
+    """Raises `BadInput` if `path` is a URL that cannot be reached; call it before other uses."""
     if is_object_store(path):
         _reach(os.fspath(path))
 
@@ -64,7 +64,7 @@ def _reach(url: str) -> None:
     require(*PACKAGES[scheme], url)
     import fsspec
 
-    # TensorStore writes beside fsspec, whose lists of files would be out of date
+    # TensorStore writes without fsspec's knowledge, so a cached listing would be out of date
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
     try:
         epath.Path(url).exists()
@@ -74,10 +74,10 @@ def _reach(url: str) -> None:
 
 
 def read_bytes(path) -> bytes:
-    """Returns a file's bytes, all of one moment, though another process may be replacing it.
+    """Returns a file's bytes as of one moment, though another process may be replacing the file.
 
-    On an object store that is one request: fsspec's open files ask for the size first, and then for
-    as many bytes of whatever is there by then.
+    On an object store that takes a single request: fsspec's `open` asks for the size and the bytes
+    separately.
     """
     if not is_object_store(path):
         return epath.Path(path).read_bytes()
@@ -99,7 +99,7 @@ def check_store_writable(url) -> None:
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
-    """Moves a folder to a name that is free; on an object store file by file."""
+    """Moves a folder to an unused path; on an object store file by file."""
     if not is_object_store(source):
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
@@ -109,7 +109,7 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
 
 
 def copy_folder(source, target, last: str = "", without: tuple[str, ...] = ()) -> None:
-    """Copies the files of a folder, here or on an object store, the one named `last` at the end."""
+    """Copies a folder's files, except those in `without`; the file `last` comes last."""
     source, target = epath.Path(source), epath.Path(target)
     names = [name for name in files_of(source) if name not in without]
     for name in sorted(names, key=lambda name: (name == last, name)):
@@ -120,10 +120,8 @@ def copy_folder(source, target, last: str = "", without: tuple[str, ...] = ()) -
 
 def files_of(folder: epath.Path) -> list[str]:
     """Returns the paths of all files below `folder`, relative to it."""
-    found = []
+    names = []
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            found += [f"{path.name}/{name}" for name in files_of(path)]
-        else:
-            found.append(path.name)
-    return found
+        inner = [f"{path.name}/{name}" for name in files_of(path)] if path.is_dir() else [path.name]
+        names += inner
+    return names
