@@ -1,10 +1,10 @@
 """Try many settings: python -m jaxgpt.sweep --config=F
 --grid='optim.learning_rate=1e-4,3e-4;batch_size=16,32'
 
-Trains every combination (or --random=K of them), one after another or --jobs=N at once, each
-on a device of its own. With --halving=3 all start short and the best third goes on, anew, with
-three times the steps. Prints a table, best first; results.json and results.svg lie in the
-workdir. Run the same command again to go on after a kill.
+Trains every combination (or --random=K of them), one after another or --jobs=N at once, each on
+its own device. With --halving=3 all are trained briefly, the best third again with three times the
+steps, and so on. Prints a table, best first, and writes results.json and results.svg to the
+workdir. After a kill, the same command continues the sweep.
 """
 
 from pathlib import Path
@@ -30,9 +30,11 @@ def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     define_config_flag(values, argv)
     flags.DEFINE_string("grid", "", "FIELD=VALUE,VALUE;FIELD=...", flag_values=values)
-    flags.DEFINE_integer("random", 0, "so many of the combinations; 0 = all", flag_values=values)
+    flags.DEFINE_integer("random", 0, "how many combinations to draw; 0 = all", flag_values=values)
     flags.DEFINE_integer("seed", 0, "which ones --random draws", flag_values=values)
-    flags.DEFINE_integer("halving", 0, "keep the best 1/N at a time; 0 = off", flag_values=values)
+    flags.DEFINE_integer(
+        "halving", 0, "keep the best 1/N of each rung; 0 = off", flag_values=values
+    )
     flags.DEFINE_integer("jobs", 1, "runs at once, each on its own device", flag_values=values)
     flags.DEFINE_string("workdir", None, "default: runs/sweep-<config>", flag_values=values)
     config = given_config(parse(values, argv, __doc__))
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
     plan = rungs(config.num_steps, len(runs), values.halving)
     check_runs(config, runs, folder, [steps for steps, _ in plan])
     command = [f"--config={file}", *flags_of(changes(load_file(file), config))]
-    rows, codes = climb(config, runs, command, folder, plan, values.jobs)
+    rows, codes = run_rungs(config, runs, command, folder, plan, values.jobs)
     print(write_results(folder, rows))
     say(f"results   {folder / 'results.json'}, {folder / 'results.svg'}")
     if failed := [code for code in codes if code]:
@@ -61,21 +63,17 @@ def main(argv: list[str]) -> int:
 
 
 def changes(file: Config, config: Config) -> Choice:
-    """Returns the fields that the command line gave another value than the file, however it was
-    spelled (`--noconfig.x`, `-config.x=1`, `--config.x 1`)."""
-    return {
-        path: get_field(config, path)
-        for path in fields_of(config)
-        if get_field(config, path) != get_field(file, path)
-    }
+    """Returns the fields whose values on the command line differ from the file's, in whichever
+    way the flag was written (`--noconfig.x`, `-config.x=1`, `--config.x 1`)."""
+    values = {path: get_field(config, path) for path in fields_of(config)}
+    return {path: value for path, value in values.items() if value != get_field(file, path)}
 
 
 def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int]) -> None:
-    """Checks every run before the first one starts, without a device or a document.
+    """Checks every run before the first one starts, without touching a device or a document.
 
     Raises:
-      BadInput: naming a combination that describes no possible run, or a workdir that holds
-        another one.
+      BadInput: naming a combination that is not a possible run, or a workdir of another run.
     """
     configs = [applied(config, choice) for choice in runs]
     check_results(folder, runs)
@@ -83,7 +81,7 @@ def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int
         try:
             check_inputs(chosen)
         except BadInput as e:
-            raise BadInput(f"--grid: {name_of(choice)} is no possible run: {e}") from e
+            raise BadInput(f"--grid: {name_of(choice)} is not a possible run: {e}") from e
         for count in steps:
             overrides = {"num_steps": count} | choice
             ended(folder / f"{count}-steps" / name_of(choice), applied(config, overrides))
@@ -91,7 +89,7 @@ def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int
 
 def check_inputs(config: Config) -> None:
     """Raises `BadInput` where `train` would, before it reads a document or compiles a program."""
-    # JAX is imported from here on: what is wrong with the flags is said at once
+    # JAX is imported only now, so that wrong flags are reported at once
     from jaxgpt.optim.groups import parse_multipliers, parse_patterns
     from jaxgpt.training.setup import resolve_vocab
     from jaxgpt.training.warm_start import check_model, check_source
@@ -109,7 +107,7 @@ def check_inputs(config: Config) -> None:
         check_model(config)
 
 
-def climb(
+def run_rungs(
     config: Config,
     runs: list[Choice],
     command: list[str],
@@ -117,26 +115,19 @@ def climb(
     plan: list[tuple[int, int]],
     jobs: int,
 ) -> tuple[list[dict], list[int]]:
-    """Trains rung by rung; returns a row for each run of each rung, and the exit codes."""
+    """Trains rung by rung; returns a row for each run of each rung, and their exit codes."""
     rows, codes = [], []
     for rung, (steps, count) in enumerate(plan):
         if not runs:
             break  # every run failed
         runs = runs[:count]
         outcomes = run_rung(config, runs, command, folder / f"{steps}-steps", steps, jobs)
-        found = [
-            {
-                "choice": choice,
-                "rung": rung,
-                "steps": outcome.step or choice.get("num_steps", steps),
-                "loss": outcome.loss,
-            }
-            for choice, outcome in zip(runs, outcomes, strict=True)
-        ]
-        rows += found
-        codes += [outcome.code for outcome in outcomes]
-        good = sorted((r for r in found if r["loss"] is not None), key=lambda r: r["loss"])
-        runs = [row["choice"] for row in good]
+        for choice, outcome in zip(runs, outcomes, strict=True):
+            step = outcome.step or choice.get("num_steps", steps)
+            rows.append({"choice": choice, "rung": rung, "steps": step, "loss": outcome.loss})
+            codes.append(outcome.code)
+        good = [row for row in rows if row["rung"] == rung and row["loss"] is not None]
+        runs = [row["choice"] for row in sorted(good, key=lambda row: row["loss"])]
     return rows, codes
 
 

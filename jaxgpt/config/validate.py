@@ -1,9 +1,11 @@
 """Checks across fields, run before any device is touched or any file read."""
 
+import copy
 import dataclasses
 import difflib
 import math
 from collections.abc import Collection
+from typing import Any
 
 from jaxgpt.config.migrate import RENAMED
 from jaxgpt.config.schema import (
@@ -241,6 +243,19 @@ def _check_data(config: Config) -> None:
             f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1"
             " (both excluded), or set data.validation_source"
         )
+
+
+def changed(config: Config, values: dict[str, Any]) -> Config:
+    """Returns a copy of `config` with the fields at these paths set.
+
+    Raises:
+      BadInput: if the copy is not a possible run (see `validate`).
+    """
+    config = copy.deepcopy(config)
+    for path, value in values.items():
+        set_field(config, path, value)
+    validate(config)
+    return config
 
 
 def checked(config: Config) -> Config:

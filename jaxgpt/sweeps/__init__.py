@@ -1,1 +1,1 @@
-"""Many runs of one config: which, how, and what came of them."""
+"""Hyper-parameter sweeps: which runs, how they are trained, and their results."""

@@ -1,5 +1,5 @@
-"""`python -m MODULE` as a child that does not outlive its sweep: two trainers in one workdir, after
-the sweep was killed and rerun, would be worse than a run to repeat.
+"""`python -m MODULE` in a process that is killed when its sweep is: if the sweep is run again, two
+processes would otherwise train in one workdir.
 
     python -m jaxgpt.sweeps.child PARENT_PID MODULE ARGUMENTS...
 """

@@ -1,14 +1,13 @@
 """The runs of a sweep, from the text of `--grid`."""
 
-import copy
 import hashlib
 import math
 import random
 import re
 
 from jaxgpt.config import Config
-from jaxgpt.config.schema import fields_of, set_field
-from jaxgpt.config.validate import check_known, validate
+from jaxgpt.config.schema import fields_of
+from jaxgpt.config.validate import changed, check_known
 from jaxgpt.system.errors import BadInput
 
 Choice = dict[str, object]  # field path -> value
@@ -63,41 +62,35 @@ def choices(grid: dict[str, list], how_many: int, seed: int) -> list[Choice]:
         raise BadInput(
             f"--grid asks for {count} runs, more than {MOST_RUNS}: draw some with --random=K"
         )
-    drawn = range(total)
-    if count < total:
-        drawn = sorted(random.Random(seed).sample(range(total), count))
-    return [_numbered(grid, number) for number in drawn]
+    drawn = sorted(random.Random(seed).sample(range(total), count))
+    return [_combination(grid, number) for number in drawn]
 
 
-def _numbered(grid: dict[str, list], number: int) -> Choice:
+def _combination(grid: dict[str, list], number: int) -> Choice:
     """Returns combination `number`; the last field's value changes fastest."""
-    found = {}
+    choice = {}
     for path, values in reversed(grid.items()):
-        number, place = divmod(number, len(values))
-        found[path] = values[place]
-    return dict(reversed(found.items()))
+        number, index = divmod(number, len(values))
+        choice[path] = values[index]
+    return dict(reversed(choice.items()))
 
 
 def applied(config: Config, choice: Choice) -> Config:
-    """Returns `config` with the choice's values set, checked.
+    """Returns a checked copy of `config` with the choice's values set.
 
     Raises:
-      BadInput: naming the combination, if it describes no possible run.
+      BadInput: naming the combination, if it is not a possible run.
     """
-    config = copy.deepcopy(config)
-    for path, value in choice.items():
-        set_field(config, path, value)
     try:
-        validate(config)
+        return changed(config, choice)
     except BadInput as e:
-        raise BadInput(f"--grid: {name_of(choice)} is no possible run: {e}") from e
-    return config
+        raise BadInput(f"--grid: {name_of(choice)} is not a possible run: {e}") from e
 
 
 def name_of(choice: Choice) -> str:
-    """Returns a folder name that tells the choice: `learning_rate=0.001,batch_size=16`.
+    """Returns a folder name for the choice: `learning_rate=0.001,batch_size=16`.
 
-    Where characters of the values cannot stand in it, a hash tells such names apart.
+    If characters of a value cannot be in a name, a hash is added so that names stay distinct.
     """
     plain = ",".join(f"{path.split('.')[-1]}={value}" for path, value in choice.items())
     name = re.sub(r"[^\w=.,+-]", "_", plain)[:NAME_LENGTH]
@@ -109,17 +102,14 @@ def name_of(choice: Choice) -> str:
 def rungs(num_steps: int, count: int, eta: int) -> list[tuple[int, int]]:
     """Returns (steps, runs) of each rung of successive halving (arXiv:1502.07943, algorithm 1).
 
-    `eta` = 3 keeps the best third of the runs and gives them three times the steps, until one
-    rung has the whole `num_steps`; 0 trains all of them in full. Nine runs of 900 steps:
-    9 x 100, 3 x 300, 1 x 900.
+    `eta` = 3 keeps the best third of the runs and gives them three times the steps, until the last
+    rung trains for `num_steps`; 0 trains all of them in full. Nine runs of 900 steps: 9 x 100,
+    3 x 300, 1 x 900.
     """
     if eta < 2:
         return [(num_steps, count)]
-    found = []
-    while True:
-        found.append(count)
-        if count == 1:
-            break
-        count = -(-count // eta)
-    last = len(found) - 1
-    return [(max(num_steps // eta ** (last - i), 1), runs) for i, runs in enumerate(found)]
+    counts = [count]
+    while counts[-1] > 1:
+        counts.append(-(-counts[-1] // eta))
+    last = len(counts) - 1
+    return [(max(num_steps // eta ** (last - i), 1), runs) for i, runs in enumerate(counts)]

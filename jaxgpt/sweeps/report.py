@@ -15,16 +15,16 @@ PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 280, 220, 48
 
 
 def check_results(folder: Path, choices: list[Choice]) -> None:
-    """Raises `BadInput` if `folder` holds the results of a grid that `choices` do not repeat."""
+    """Raises `BadInput` if `folder` has results of runs that are not in `choices`."""
     file = folder / RESULTS
     if not file.exists():
         return
-    held = read_json(file, [{"choice": {str: object}}], "delete it if the runs are to be read anew")
-    missing = [row["choice"] for row in held if row["choice"] not in choices]
+    schema, remedy = [{"choice": {str: object}}], "delete it and run the sweep again"
+    missing = [c["choice"] for c in read_json(file, schema, remedy) if c["choice"] not in choices]
     if missing:
         raise BadInput(
-            f"{file} holds another grid's results, {name_of(missing[0])} for one; choose another"
-            " --workdir, or a --grid with all of its runs"
+            f"{file} has another grid's results, for example {name_of(missing[0])}; choose another"
+            " --workdir, or a --grid that includes its runs"
         )
 
 

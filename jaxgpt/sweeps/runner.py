@@ -1,4 +1,4 @@
-"""Trains the runs of a sweep, each in a process of its own, and reads what they reached."""
+"""Trains the runs of a sweep, each in its own process, and reads their validation losses."""
 
 import dataclasses
 import os
@@ -18,17 +18,18 @@ from jaxgpt.sweeps.grid import Choice, applied, name_of
 from jaxgpt.system.console import say
 from jaxgpt.training.end import read_end
 
-# One process sees one device: the variables that CUDA, ROCm and libtpu read.
+# The variables by which CUDA, ROCm and libtpu show one device to a process
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS")
 ONE_CHIP = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
 DIVERGED = 3  # train's exit code
-WHOLE = ("num_steps", "early_stop")  # a run that diverged may be tried again
+COMPLETE = ("num_steps", "early_stop")  # how a run ends; one that diverged is tried again
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its exit code, and the step and validation loss it is judged by. With early
-    stopping that is the best validation, as its checkpoint is the one to use; else the last.
+    """How a run ended: its exit code, and the step and validation loss that it is ranked by.
+
+    With early stopping that is the best validation, whose checkpoint is kept; else the last.
     """
 
     code: int
@@ -41,8 +42,8 @@ def run_rung(
 ) -> list[Outcome]:
     """Trains each choice of `config` for `steps` in `folder` and returns how each ended.
 
-    A run that has ended with the same config is not trained again, any other one resumes by itself:
-    a sweep that was killed just goes on. With `jobs` > 1 so many run at once, job i on device i.
+    After a kill, runs that have ended with the same config are not trained again, and the others
+    resume. With `jobs` > 1 that many runs are trained at once, job i on device i.
     """
     devices: SimpleQueue = SimpleQueue()
     for device in range(jobs):
@@ -62,10 +63,11 @@ def run_rung(
             finally:
                 devices.put(device)
             outcome = outcome_of(workdir, code)
-        text = f"validation loss {outcome.loss:.4f}" if outcome.loss is not None else ""
-        failed = f"failed with exit code {outcome.code}, see {workdir}.log"
+        text = f"failed with exit code {outcome.code}, see {workdir}.log"
+        if outcome.loss is not None:
+            text = f"validation loss {outcome.loss:.4f}"
         if not children.stopped:
-            say(f"{number:>3}/{len(choices)}  {name_of(choice)}  {text or failed}")
+            say(f"{number:>3}/{len(choices)}  {name_of(choice)}  {text}")
         return outcome
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -78,7 +80,7 @@ def run_rung(
 
 
 class Children:
-    """The processes that train now."""
+    """The training processes that are running."""
 
     def __init__(self):
         self.lock, self.running, self.stopped = threading.Lock(), set(), False
@@ -93,7 +95,7 @@ class Children:
             with self.lock:
                 if self.stopped:
                     return -1
-                # in a group of its own: Ctrl-C reaches the sweep alone, which passes it on once
+                # in its own process group, so that Ctrl-C reaches only the sweep, which forwards it
                 process = subprocess.Popen(
                     [*child, *argv], env=env, stdout=out, stderr=out, process_group=0
                 )
@@ -104,7 +106,7 @@ class Children:
                 self.running.discard(process)
 
     def stop(self) -> None:
-        """Has the processes save and end, and waits for that; another signal kills them."""
+        """Makes the processes save and exit, and waits for them; a second signal kills them."""
         with self.lock:
             self.stopped, running = True, list(self.running)
         for process in running:
@@ -126,29 +128,29 @@ def flags_of(values: Choice) -> list[str]:
 
 
 def ended(workdir: Path, config: Config) -> Outcome | None:
-    """Returns how the run in `workdir` ended, None if it has not, or not with this `config`.
+    """Returns how the run in `workdir` ended, None if it has not ended with this `config`.
 
     Raises:
-      BadInput: if it is a run that cannot become one of this config.
+      BadInput: if `workdir` holds a run that cannot be resumed with this config.
     """
     if not (workdir / "config.json").exists():
         return None
     old = read_config(epath.Path(workdir))
     config = dataclasses.replace(config, model=config.model.with_sizes())
     config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
-    if config.num_epochs:  # that is where the number of steps comes from
+    if config.num_epochs:  # the number of steps follows from it and the data
         config.num_steps = old.num_steps
-    if check_resume(old, config, workdir) or read_end(epath.Path(workdir)) not in WHOLE:
+    if check_resume(old, config, workdir) or read_end(epath.Path(workdir)) not in COMPLETE:
         return None
     return outcome_of(workdir, 0)
 
 
 def outcome_of(workdir: Path, code: int) -> Outcome:
     """Returns the outcome of a run whose process ended with `code`."""
-    every = [] if code else read_rows(workdir / "metrics.jsonl", METRICS)
-    rows = [row for row in every if row["split"] == "validation" and row["loss"] is not None]
+    rows = [] if code else read_rows(workdir / "metrics.jsonl", METRICS)
+    rows = [row for row in rows if row["split"] == "validation" and row["loss"] is not None]
     if not rows:
-        return Outcome(code or DIVERGED)  # trained to its end, but to no finite loss
+        return Outcome(code or DIVERGED)  # it ended normally, but without a finite loss
     patience = read_config(epath.Path(workdir)).early_stop
     row = min(rows, key=lambda row: row["loss"]) if patience else rows[-1]
     return Outcome(0, row["step"], row["loss"])

@@ -17,7 +17,7 @@ WRONG = {  # command: arguments, the error
     "prepare": (["--config={}/c.py", "--show=-1"], "--show=-1"),
     "prepare field": (["--config={}/c.py", "--config.data.sourc=x"], "did you mean"),
     "sweep": (["--config={}/c.py", "--grid=batch_size=x"], "batch_size=x"),
-    "sweep run": (["--config={}/c.py", "--grid=batch_size=4,-1"], "is no possible run"),
+    "sweep run": (["--config={}/c.py", "--grid=batch_size=4,-1"], "is not a possible run"),
     "evaluate": (["--workdir={}", "--stride=-1"], "--stride=-1"),
     "serve": (["--workdir={}", "--port=70000"], "--port=70000"),
     "convert": (["import", "--from=s3://bucket/x", "--workdir={}/w"], "takes a local folder"),

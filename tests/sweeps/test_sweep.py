@@ -73,7 +73,7 @@ def test_bad_grids(text, message):
 
 
 def test_an_impossible_combination_is_named():
-    with pytest.raises(BadInput, match="num_heads=5 is no possible run: model.embed_dim"):
+    with pytest.raises(BadInput, match="num_heads=5 is not a possible run: model.embed_dim"):
         applied(Config(), {"model.num_heads": 5})
 
 
@@ -260,8 +260,8 @@ def test_sizes_in_a_grid_are_those_of_its_own_runs(sweeps, tmp_path):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ("batch_size=8,0", "batch_size=0 is no possible run: batch_size=0 must be at least 1"),
-        ("seed=0,99999999999999999999", "is no possible run: seed=99999999999999999999"),
+        ("batch_size=8,0", "batch_size=0 is not a possible run: batch_size=0 must be at least 1"),
+        ("seed=0,99999999999999999999", "is not a possible run: seed=99999999999999999999"),
         ("optim.learning_rate=1e-3,nan", "learning_rate=nan must be above 0"),
         ("data.tokenizer=byte,words", "data.tokenizer='words' is unknown"),
         ("data.source=builtin,text:nowhere/*", "no file matches nowhere/*"),
@@ -291,7 +291,7 @@ def test_another_grids_results_are_not_overwritten(sweeps):
     _, before, _, _ = sweeps(GRID)
     code, after, err, started = sweeps("batch_size=8,16")
     assert (code, started) == (2, 0) and after == before
-    assert "holds another grid's results, learning_rate=0.0001 for one" in err
+    assert "has another grid's results, for example learning_rate=0.0001" in err
     code, after, err, started = sweeps(GRID + ",1e-1")
     assert (code, started, len(after)) == (0, 1, 4), "more of the same grid"
 
