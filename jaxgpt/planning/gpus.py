@@ -13,57 +13,33 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU as NVIDIA's data sheets, architecture papers and CUDA's device queries give it
-    (SXM)."""
+    """An SXM GPU, by NVIDIA's data sheets, architecture papers and CUDA's device queries."""
 
     kind: str  # JAX's `device_kind`
     capability: int  # CUDA's compute capability, major
     cores: int  # streaming multiprocessors
     lanes: int  # float32 lanes of a core
     clock: float  # GHz
-    cache: int  # second level, bytes
-    shared: int  # bytes of a core's shared memory; a block may take all but 1 KiB
-    memory: int  # bytes
-    bandwidth: int  # bytes/s of that memory
+    cache: int  # second level, MiB
+    shared: int  # KiB of a core's shared memory; a block may take all but 1 KiB
+    memory: int  # GiB
+    bandwidth: int  # GB/s of that memory
     links: int  # NVLinks
 
 
+H100 = Gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 1.98, 50, 228, 79, 3_352, 18)
 GPUS = {
-    "a100": Gpu(
-        "NVIDIA A100-SXM4-80GB",
-        8,
-        108,
-        64,
-        1.41,
-        40 * 2**20,
-        164 * 2**10,
-        79 * GIB,
-        2_039 * 10**9,
-        12,
-    ),
-    "h100": Gpu(
-        "NVIDIA H100 80GB HBM3",
-        9,
-        132,
-        128,
-        1.98,
-        50 * 2**20,
-        228 * 2**10,
-        79 * GIB,
-        3_352 * 10**9,
-        18,
-    ),
-    "h200": Gpu(
-        "NVIDIA H200", 9, 132, 128, 1.98, 50 * 2**20, 228 * 2**10, 139 * GIB, 4_800 * 10**9, 18
-    ),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 1.41, 40, 164, 79, 2_039, 12),
+    "h100": H100,
+    "h200": dataclasses.replace(H100, kind="NVIDIA H200", memory=139, bandwidth=4_800),
 }
 
 
 def described_gpus(name: str, hosts: int, each: int) -> list[jax.Device]:
-    """Returns devices to compile for: `each` GPUs of a kind in `GPUS` on each of `hosts` hosts.
+    """Returns devices to compile for: `each` GPUs `GPUS[name]` on each of `hosts` hosts.
 
     Raises:
-      BadInput: if JAX's plugin for CUDA is not installed, or is of another version than JAX.
+      BadInput: if JAX's plugin for CUDA is not installed, or its version is not JAX's.
     """
     require("jax_plugins.xla_cuda13", "plan-gpu", f"--topology={name}")
     try:
@@ -82,10 +58,8 @@ def described_gpus(name: str, hosts: int, each: int) -> list[jax.Device]:
 
 def target(gpu: Gpu) -> str:
     """Returns XLA's `GpuTargetConfigProto` of a GPU, as text. Versions are those of CUDA 13."""
-    versions = "".join(
-        f'{part}: "13.0.0" '
-        for part in ("driver_version", "runtime_version", "compile_time_toolkit_version")
-    )
+    parts = ("driver_version", "runtime_version", "compile_time_toolkit_version")
+    versions = " ".join(f'{part}: "13.0.0"' for part in parts)
     extension = "ACCELERATED_FEATURES" if gpu.capability >= 9 else "NONE"
     return f"""
         platform_name: "CUDA" device_description_str: "{gpu.kind}"
@@ -93,10 +67,10 @@ def target(gpu: Gpu) -> str:
           name: "{gpu.kind}" device_vendor: "NVIDIA Corporation" device_address_bits: 64
           cuda_compute_capability {{ major: {gpu.capability} feature_extension: {extension} }}
           core_count: {gpu.cores} fpus_per_core: {gpu.lanes} clock_rate_ghz: {gpu.clock}
-          l2_cache_size: {gpu.cache} device_memory_size: {gpu.memory}
-          memory_bandwidth: {gpu.bandwidth} pcie_bandwidth: {32 * GIB}
-          shared_memory_per_core: {gpu.shared} shared_memory_per_block: {48 * 2**10}
-          shared_memory_per_block_optin: {gpu.shared - 2**10}
+          l2_cache_size: {gpu.cache * 2**20} device_memory_size: {gpu.memory * GIB}
+          memory_bandwidth: {gpu.bandwidth * 10**9} pcie_bandwidth: {32 * GIB}
+          shared_memory_per_core: {gpu.shared * 2**10} shared_memory_per_block: {48 * 2**10}
+          shared_memory_per_block_optin: {(gpu.shared - 1) * 2**10}
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
           threads_per_warp: 32 threads_per_core_limit: 2048 threads_per_block_limit: 1024
           thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64

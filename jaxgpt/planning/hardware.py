@@ -1,4 +1,4 @@
-"""The accelerators that can be planned for, and their devices without the hardware."""
+"""The accelerators that can be planned for, and their devices described without the hardware."""
 
 import contextlib
 import dataclasses
@@ -14,82 +14,78 @@ from jaxgpt.planning.gpus import GIB, GPUS, described_gpus
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
 
-LIBTPU_ENVIRONMENT = {  # or it looks for a metadata server for minutes, and talks
+LIBTPU_ENVIRONMENT = {  # or libtpu looks for a metadata server for minutes, and logs a lot
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "",
     "TPU_WORKER_HOSTNAMES": "",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling needs no device that others may hold
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling uses no device that another process may hold
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device can do: FLOP/s in bf16, bytes/s of its memory and of its network one way
-    (a TPU's along one axis of the torus, both directions used; a GPU's inside its host), the bytes
-    of memory that a program may use, and bytes/s to other hosts (of TPUs: as inside)."""
+    """What one device can do; bandwidths are in bytes/s."""
 
-    flops: float
+    flops: float  # FLOP/s in bfloat16
     hbm_bandwidth: float
-    network: float
-    hbm: int
-    between: float | None = None
+    network: float  # sent over a torus axis, both directions together; of a GPU: inside its host
+    hbm: int  # bytes that a program may use
+    between: float | None = None  # sent to other hosts; None: as inside (TPUs)
 
     def seconds(self, sent: float, group: list) -> float:
-        """Returns how long a collective takes at least in which each device of `group` sends so
-        many bytes: over every axis of the torus that the group lies along, or, between hosts,
-        through the network cards of all its devices there."""
+        """Returns the least seconds of a collective in which each of `group` sends `sent` bytes.
+
+        TPUs send over every torus axis along which the group extends, GPUs between hosts through
+        the network cards of all the group's devices on a host.
+        """
         if self.between is None:
-            places = zip(*(device.coords for device in group), strict=True)
-            return sent / self.network / max(1, sum(len(set(along)) > 1 for along in places))
+            coordinates = zip(*(device.coords for device in group), strict=True)
+            axes = sum(len(set(along)) > 1 for along in coordinates)
+            return sent / self.network / max(1, axes)
         hosts = len({device.process_index for device in group})
         across = sent / self.between / (len(group) / hosts) if hosts > 1 else 0.0
         return max(sent / self.network, across)
 
 
-# Google's system architecture pages; the memory is what libtpu says a program may use. A v4's
-# topology counts its two cores apart, a v4 itself does not: left out until tried on one.
+# From Google's system architecture pages; memory as libtpu reports it. No v4: its topology counts
+# its two cores as devices, a v4 itself does not, and this was not tried on one.
 TPUS = {
     "v5e": Chip(PEAK_FLOPS["TPU v5e"], 0.82e12, 2 * 50e9, int(15.75 * GIB)),
     "v5p": Chip(PEAK_FLOPS["TPU v5p"], 2.77e12, 2 * 100e9, int(95.73 * GIB)),
     "v6e": Chip(PEAK_FLOPS["TPU v6e"], 1.64e12, 2 * 100e9, int(31.24 * GIB)),
 }
-KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-}
-NETWORK_CARD = {"a100": 25e9, "h100": 50e9, "h200": 50e9}  # bytes/s, one a GPU, as in DGX
+KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # JAX's `device_kind`
+KINDS |= {f"TPU {name}": name for name in TPUS}
+NETWORK_CARD = {"a100": 25e9, "h100": 50e9, "h200": 50e9}  # bytes/s; one card per GPU, as in a DGX
 
 
 def gpu_chip(name: str) -> Chip:
-    """Returns a GPU of `GPUS`; of its memory, the share that JAX takes: 75%, or what
-    XLA_PYTHON_CLIENT_MEM_FRACTION says.
+    """Returns `GPUS[name]` with the share of its memory that JAX uses: 75%, or what the environment
+    variable XLA_PYTHON_CLIENT_MEM_FRACTION says.
 
     Raises:
-      BadInput: if that is no number.
+      BadInput: if that is not a number.
     """
     gpu, share = GPUS[name], os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
     if not re.fullmatch(r"\d*\.?\d+", share):
         raise BadInput(
             f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is not a share of memory, as in 0.92"
         )
-    memory, nvlink = int(gpu.memory * float(share)), gpu.links * 25e9
-    return Chip(PEAK_FLOPS[gpu.kind], float(gpu.bandwidth), nvlink, memory, NETWORK_CARD[name])
+    memory, nvlink = int(gpu.memory * GIB * float(share)), gpu.links * 25e9
+    return Chip(PEAK_FLOPS[gpu.kind], gpu.bandwidth * 1e9, nvlink, memory, NETWORK_CARD[name])
 
 
 def devices_of(topology: str) -> tuple[list, Chip | None]:
-    """Returns the devices of a slice of TPUs (`v5e:2x4`) or of described GPUs (`h200`, `h200:8` in
-    one host, `h200:2x8` in two) and their chip; this machine's where the name is empty, with no
-    chip where its kind is unknown.
+    """Returns the devices of a TPU slice (`v5e:2x4`) or of described GPUs (`h200`, `h200:8` in one
+    host, `h200:2x8` in two), and their chip.
+
+    An empty `topology` means this machine's devices; their chip is None if it is unknown.
 
     Raises:
-      BadInput: if there are no such devices, or what compiles for them is not installed.
+      BadInput: if there are no such devices, or the compiler for them is not installed.
     """
     if not topology:
         device = jax.devices()[0]
@@ -108,37 +104,35 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
     require("libtpu", "plan", "jaxgpt.plan")
     try:
         with quiet():
-            found = topologies.get_topology_desc(topology, platform="tpu").devices
+            devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as e:
         reason = str(e).splitlines()[0][:200]
-        raise BadInput(
-            f"--topology={topology}: libtpu does not describe this slice: {reason}"
-        ) from e
-    return list(found), TPUS[name]
+        raise BadInput(f"--topology={topology}: libtpu does not know this slice: {reason}") from e
+    return list(devices), TPUS[name]
 
 
 def local_chip(kind: str, limit: int | None) -> Chip | None:
-    """Returns the chip of a `device_kind` that is here, with as much memory as it says JAX has."""
+    """Returns the chip of JAX's `device_kind`, None if unknown; `limit`: its memory in bytes."""
     gpu = next((name for name, gpu in GPUS.items() if gpu.kind == kind), None)
     chip = TPUS[KINDS[kind]] if kind in KINDS else gpu and gpu_chip(gpu)
     return dataclasses.replace(chip, hbm=limit) if chip and limit else chip
 
 
 def use_compilers_alone() -> None:
-    """Sets the environment in which JAX compiles for devices that are not here, and uses none that
-    are; call it before `devices_of` with a name."""
+    """Makes JAX compile without using any device of this machine; call it before `devices_of` with
+    a topology."""
     os.environ.update(LIBTPU_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what C++ code writes to stderr off the screen."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    """Discards what C++ code writes to stderr."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)

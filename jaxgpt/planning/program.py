@@ -1,7 +1,7 @@
 """What a compiled program does, read from its HLO text: FLOPs, bytes, collectives.
 
-XLA's own cost analysis takes the body of a loop once; here each instruction counts as often as it
-runs. Everything is of one device, as the program is.
+XLA's own cost analysis counts the body of a loop once; here each instruction counts as often as it
+runs. All numbers are per device.
 """
 
 import dataclasses
@@ -19,31 +19,17 @@ INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 BITS = {"pred": 8, "token": 0}
 COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
     "ragged-all-to-all",
 )
-FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "call",
-    "conditional",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "iota",
-    "opt-barrier",
-}
+NO_TRAFFIC = (  # instructions that read and write no memory themselves
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"),
+    *("conditional", "after-all", "partition-id", "replica-id", "iota", "opt-barrier"),
+)
+SLICES = ("dynamic-slice", "slice", "gather")
 KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
-FUSIONS = ("fusion", "fusion-start")  # a GPU's may run beside others
-VMEM = "S(1)"  # memory on the chip, in a TPU's layouts
+FUSIONS = ("fusion", "fusion-start")  # a GPU starts those that run beside others
+VMEM = "S(1)"  # in a TPU's layouts: memory on the chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +40,13 @@ class Instruction:
     type: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # operands and attributes as they stand
+    rest: str  # the text of operands and attributes
     root: bool
 
     def called(self, attribute: str) -> str | None:
         """The computation that an attribute names: `body`, `calls`, ..."""
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
-        return found and found[1]
+        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
+        return match and match[1]
 
     @functools.cached_property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -74,27 +60,25 @@ class Instruction:
 
     @functools.cached_property
     def hbm_bytes(self) -> int:
-        """The bytes of those results that are not in a TPU's memory on the chip."""
+        """The bytes of its results, without those in a TPU's memory on the chip."""
         return sum(_bytes(m) for m in ARRAY.finditer(self.type) if VMEM not in (m[3] or ""))
 
     @property
     def source(self) -> str:
         """The JAX operation it came from."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match[1] if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective as it stands in the program: it runs `count` times with `bytes` each, the
-    larger of what a device gives and gets, over the mesh axes `axis`, in groups like `group`
-    (numbers of devices in the mesh's order)."""
+    """One collective of the program."""
 
     kind: str
-    axis: str
-    group: tuple[int, ...]
-    count: int
-    bytes: int
+    axis: str  # the mesh axes it runs over, joined by "+"
+    group: tuple[int, ...]  # one of its groups: numbers of devices in the mesh's order
+    count: int  # how often it runs
+    bytes: int  # each time: the larger of a device's input and output
 
 
 class Program:
@@ -109,7 +93,7 @@ class Program:
         self.runs[name] += times
         for instruction in self.computations[name].values():
             if instruction.opcode in ("async-update", "async-done"):
-                continue  # counted at its start
+                continue  # counted with async-start
             if instruction.opcode == "while":
                 trips = self.trips(instruction)
                 self._count(instruction.called("body"), times * trips)
@@ -120,7 +104,7 @@ class Program:
                         self._count(called, times)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a `while` runs its body: what its condition compares the counter with."""
+        """How often a `while` runs its body: the constant that its condition compares with."""
         if known := re.search(r'known_trip_count[\\":{n]+(\d+)', loop.rest):
             return int(known[1])
         condition = self.computations[loop.called("condition")].values()
@@ -139,36 +123,35 @@ class Program:
                     yield instruction, computation, times
 
     def flops(self) -> int:
-        """The FLOPs of all matrix products outside kernels."""
+        """The FLOPs of all matrix products that are not in kernels."""
         return sum(times * _flops(i, where) for i, where, times in self)
 
     def kernels(self) -> Counter:
-        """How often each Pallas kernel and each of cuDNN's attention runs, by name without its
-        number."""
-        found = Counter()
+        """How often each Pallas kernel and cuDNN attention runs, by name without its number."""
+        counts = Counter()
         for instruction, _, times in self:
             if instruction.opcode == "custom-call" and KERNEL.search(instruction.rest):
-                found[instruction.name.split(".")[0]] += times
-        return found
+                counts[instruction.name.split(".")[0]] += times
+        return counts
 
     def hbm_bytes(self) -> int:
         """The bytes that instructions read from and write to the device's memory.
 
-        A slice of an array counts as the slice, in a fusion too; an update in place as the update.
+        Of a sliced array only the slice counts, also in a fusion; of an update in place the update.
         """
+        return sum(times * self._moved(i, where) for i, where, times in self.unfused())
+
+    def unfused(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
+        """Yields what iteration does, without the instructions inside fusions."""
         fused = {i.called("calls") for i, _, _ in self if i.opcode in FUSIONS}
-        total = 0
-        for name, computation in self.computations.items():
-            if self.runs[name] and name not in fused:
-                moved = sum(self._moved(i, computation) for i in computation.values())
-                total += self.runs[name] * moved
-        return total
+        inside = [id(self.computations[name]) for name in fused]
+        return (row for row in self if id(row[1]) not in inside)
 
     def _moved(self, i: Instruction, where: dict[str, Instruction]) -> int:
-        if i.opcode in FREE or i.opcode.endswith("-done") or _is_collective(i.opcode):
+        if i.opcode in NO_TRAFFIC or i.opcode.endswith("-done") or _is_collective(i.opcode):
             return 0
         operands = [where[name] for name in i.operands if name in where]
-        if i.opcode in ("dynamic-slice", "slice", "gather"):
+        if i.opcode in SLICES:
             return 2 * i.hbm_bytes
         if i.opcode == "dynamic-update-slice":
             return 2 * operands[1].hbm_bytes
@@ -192,11 +175,9 @@ class Program:
             if number >= len(operands) or not operands[number].hbm_bytes:
                 continue
             using = users.get(name, [])
-            slicing = ("dynamic-slice", "slice", "gather")
-            sliced = all(u.opcode in slicing and u.operands[0] == name for u in using)
-            updated = [
-                u for u in using if u.opcode == "dynamic-update-slice" and u.operands[0] == name
-            ]
+            as_first_operand = [u for u in using if u.operands[0] == name]
+            sliced = len(as_first_operand) == len(using) and all(u.opcode in SLICES for u in using)
+            updated = [u for u in as_first_operand if u.opcode == "dynamic-update-slice"]
             if using and sliced:
                 total += sum(u.bytes for u in using)
             elif updated:
@@ -208,7 +189,7 @@ class Program:
 
     def collectives(self, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
         """Every collective once, by its channel; `axes` and `sizes` are those of the mesh."""
-        found, seen = [], set()
+        collectives, seen = [], set()
         for i, where, times in self:
             if not _is_collective(i.opcode) or i.opcode.endswith("-done"):
                 continue
@@ -217,30 +198,31 @@ class Program:
                 continue
             if channel and channel[1] != "1":
                 seen.add(channel[1])
-            elif _goes_on(where):  # all of `shard_map` have channel 1
+            elif _is_continued(where):  # those of `shard_map` all have channel 1
                 continue
             group = _group(i.rest, math.prod(sizes))
             if len(group) == 1:
-                continue  # with itself
+                continue  # it sends nothing
             kind = i.opcode.removesuffix("-start")
             given = sum(where[name].bytes for name in i.operands if name in where)
             moved = given * (len(group) if kind == "all-gather" else 1)
             if kind == "all-reduce" and _is_scattered(i, where):
                 kind = "reduce-scatter"
-            found.append(Collective(kind, axis_of(group, axes, sizes), tuple(group), times, moved))
-        return found
+            axis = axis_of(group, axes, sizes)
+            collectives.append(Collective(kind, axis, tuple(group), times, moved))
+        return collectives
 
 
 def axis_of(group: Iterable[int], axes: Sequence[str], sizes: Sequence[int]) -> str:
-    """Returns the mesh axes ("data", "data+fsdp", ...) along which devices of `group`, numbers in
-    the mesh's order, lie."""
-    places = np.array(np.unravel_index(sorted(group), tuple(sizes)))
-    varying = [axis for axis, along in zip(axes, places, strict=True) if len(set(along)) > 1]
+    """Returns the mesh axes ("data", "data+fsdp", ...) along which the devices of `group`, given by
+    their numbers in the mesh's order, differ."""
+    indices = np.unravel_index(sorted(group), tuple(sizes))
+    varying = [axis for axis, along in zip(axes, indices, strict=True) if len(set(along)) > 1]
     return "+".join(varying) or "none"
 
 
 def _group(rest: str, devices: int) -> list[int]:
-    """Returns the first replica group (of a permutation: all devices that it connects)."""
+    """Returns the first replica group, or the first pair of a permutation."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
         return [int(pairs[1]), int(pairs[2])]
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
@@ -255,22 +237,22 @@ def _group(rest: str, devices: int) -> list[int]:
 
 
 def _iota(text: str, count: int) -> np.ndarray:
-    """Returns the numbers that `[4,2]T(1,0)` stands for; all in order where it is not there."""
-    found = re.search(r"\[([\d,]+)\](?:T\(([\d,]*)\))?", text)
-    if not found:
+    """Returns the device numbers that `[4,2]T(1,0)` means; 0, 1, 2, ... if `text` has none."""
+    match = re.search(r"\[([\d,]+)\](?:T\(([\d,]*)\))?", text)
+    if not match:
         return np.arange(count)
-    ids = np.arange(count).reshape([int(n) for n in found[1].split(",")])
-    return ids.transpose([int(n) for n in found[2].split(",")]).ravel() if found[2] else ids.ravel()
+    ids = np.arange(count).reshape([int(n) for n in match[1].split(",")])
+    return ids.transpose([int(n) for n in match[2].split(",")]).ravel() if match[2] else ids.ravel()
 
 
-def _goes_on(where: dict[str, Instruction]) -> bool:
-    """Says whether a fusion is handed the semaphores of a collective that another one began: so a
-    TPU's compiler spreads it over the computations beside which it runs."""
+def _is_continued(where: dict[str, Instruction]) -> bool:
+    """Says whether a fusion continues a collective that another fusion started, as it receives its
+    semaphores: a TPU's compiler overlaps a collective with several computations this way."""
     return any(i.opcode == "parameter" and i.type.startswith("u32[]") for i in where.values())
 
 
 def _is_scattered(i: Instruction, where: dict[str, Instruction]) -> bool:
-    """Says whether an all-reduce stands in a fusion that keeps its own slice only: so a TPU's
+    """Says whether an all-reduce is in a fusion that keeps only a slice of it, which is how a TPU's
     compiler writes a reduce-scatter."""
     return any(
         o.root and o.opcode == "dynamic-slice" and i.name in o.operands for o in where.values()
@@ -297,30 +279,22 @@ def _flops(i: Instruction, where: dict[str, Instruction]) -> int:
 
 
 def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
-    """TPUs write a product of matrices as a convolution; padding is not multiplied."""
+    """TPU programs express matrix products as convolutions; products with padding do not count."""
     ins, kernel, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
-    window = {
-        name: re.search(
-            rf"\b{name}=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]
-        )
-        for name in ("stride", "pad", "lhs_dilate", "rhs_dilate")
-    }
-    steps = 2 * i.shapes[0][out.index("b")] * i.shapes[0][out.index("f")] * rhs[kernel.index("i")]
+    window = (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]
+    window = dict(re.findall(r"\b(\w+)=([\w\-]+)", window))
+    flops = 2 * i.shapes[0][out.index("b")] * i.shapes[0][out.index("f")] * rhs[kernel.index("i")]
     spatial = sorted(set(ins) - {"b", "f"})
-    for d in spatial:
-        at = spatial.index(d)
-
-        def value(name: str, default: int, at=at) -> int:
-            return int(window[name][1].split("x")[at]) if window[name] else default
-
-        pad = int(window["pad"][1].split("x")[at].split("_")[0]) if window["pad"] else 0
-        starts = np.arange(i.shapes[0][out.index(d)]) * value("stride", 1) - pad
-        reach = np.arange(rhs[kernel.index(d)]) * value("rhs_dilate", 1)
-        places, dilation = starts[:, None] + reach[None], value("lhs_dilate", 1)
-        inside = (places >= 0) & (places < (lhs[ins.index(d)] - 1) * dilation + 1)
-        steps *= int(np.sum(inside & (places % dilation == 0)))
+    for axis, d in enumerate(spatial):
+        sizes = {name: text.split("x")[axis] for name, text in window.items()}
+        pad = int(sizes.get("pad", "0").split("_")[0])
+        starts = np.arange(i.shapes[0][out.index(d)]) * int(sizes.get("stride", 1)) - pad
+        offsets = np.arange(rhs[kernel.index(d)]) * int(sizes.get("rhs_dilate", 1))
+        positions, dilation = starts[:, None] + offsets, int(sizes.get("lhs_dilate", 1))
+        inside = (positions >= 0) & (positions < (lhs[ins.index(d)] - 1) * dilation + 1)
+        flops *= int(np.sum(inside & (positions % dilation == 0)))
     groups = re.search(r"batch_group_count=(\d+)", i.rest)
-    return steps // (int(groups[1]) if groups else 1)
+    return flops // (int(groups[1]) if groups else 1)
 
 
 def _parsed(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -329,8 +303,8 @@ def _parsed(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
         if header := HEADER.match(line):
             here = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
-        elif found := INSTRUCTION.match(line):
-            root, name, type_, opcode, rest = found.groups()
+        elif match := INSTRUCTION.match(line):
+            root, name, type_, opcode, rest = match.groups()
             operands = _operands(rest)
             for operand in operands:
                 _add_element(operand, here)
@@ -339,8 +313,8 @@ def _parsed(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def _add_element(name: str, here: dict[str, Instruction]) -> None:
-    """Adds the get-tuple-element that newer HLO writes inside operands: `%state#2` is element 2 of
-    the tuple `%state`, `%state#2#0` element 0 of that one."""
+    """Adds the get-tuple-element that newer HLO writes as an operand: `%state#2` is element 2 of
+    the tuple `%state`, `%state#2#0` is element 0 of that."""
     whole, _, index = name.rpartition("#")
     if not whole or name in here:
         return

@@ -1,49 +1,31 @@
-"""Other settings of the same run: the cheapest that fits, and all of them ranked."""
+"""Other meshes, remat policies and batch sizes: the cheapest that fits, or all of them ranked."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxgpt.config import Config
-from jaxgpt.config.schema import MESH_AXES, set_field
-from jaxgpt.config.validate import validate
+from jaxgpt.config.schema import MESH_AXES
+from jaxgpt.config.validate import changed
 from jaxgpt.parallel.mesh import mesh_shape
 from jaxgpt.system.errors import BadInput
 
-POLICIES = ("none", "dots", "full", "offload")  # the one that keeps most first
+POLICIES = ("none", "dots", "full", "offload")  # by the memory they need, the most first
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in MESH_AXES}
 Change = dict[str, Any]
 Plan = dict[str, Any]
 
 
-def changed(config: Config, change: Change) -> Config:
-    """Returns a checked copy of `config` with some fields set.
-
-    Raises:
-      BadInput: if the copy is no possible run.
-    """
-    parts = {
-        f.name: dataclasses.replace(getattr(config, f.name))
-        for f in dataclasses.fields(config)
-        if dataclasses.is_dataclass(getattr(config, f.name))
-    }
-    copy = dataclasses.replace(config, **parts)
-    for field, value in change.items():
-        set_field(copy, field, value)
-    validate(copy)
-    return copy
-
-
 def accumulations(config: Config) -> list[int]:
-    """Returns larger `grad_accum`, doubling, that still divide the batch."""
-    found = [config.grad_accum * 2**n for n in range(1, 16)]
-    return [n for n in found if n <= config.batch_size and config.batch_size % n == 0]
+    """Returns the doublings of `grad_accum` that divide the batch."""
+    doublings = [config.grad_accum * 2**n for n in range(1, 16)]
+    return [n for n in doublings if n <= config.batch_size and config.batch_size % n == 0]
 
 
 def smaller(config: Config) -> Iterator[Change]:
-    """Yields changes that need less memory, those that cost the least time first: recompute
-    products of matrices last, split the parameters before that."""
-    # Offloading is left to people
+    """Yields changes that need less memory, roughly the fastest first: shard the parameters before
+    recomputing matrix products."""
+    # without "offload", which only the user can choose
     policies = POLICIES[POLICIES.index(config.compute.remat) + 1 : -1]
     accums = accumulations(config)
     spread = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in MESH_AXES}
@@ -67,14 +49,14 @@ def cheapest_that_fits(
         try:
             plan = plan_of(changed(config, change))
         except BadInput:
-            continue  # these devices do not divide that
+            continue  # the devices do not divide this mesh or batch
         if plan["fits"]:
             return change, plan
     return None
 
 
 def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]]]:
-    """Yields a mesh and a remat policy to try, and the `grad_accum` for it, the smallest first."""
+    """Yields each mesh and remat policy to try, and the `grad_accum`s for it, ascending."""
     tensors = [t for t in (1, 2, 4, 8) if devices % t == 0]
     own = dict(zip(ONE_DEVICE, mesh_shape(config, devices), strict=True))
     meshes = [own, ONE_DEVICE | {"mesh.data": devices}]
@@ -89,33 +71,34 @@ def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]
 def search(
     config: Config, devices: int, plan_of: Callable[[Config], Plan], tell: Callable[[str], None]
 ) -> list[dict]:
-    """Returns every mesh and policy with the fewest microbatches that fit, and the best of them
-    with the batch doubled as long as it fits, the most tokens a second by the roofline's longest
-    part first. A larger `batch_size` is another recipe: the learning rate may want to change with
-    it."""
-    found = []
+    """Returns what fits, by the roofline's tokens per second, the most first.
+
+    These are every mesh and policy with the fewest microbatches that fit, and the best of them with
+    the batch doubled as long as it fits. A larger batch may need another learning rate.
+    """
+    rows = []
     for change, accums in candidates(config, devices):
-        rows = (_tried(config, change | {"grad_accum": n}, plan_of, tell) for n in accums)
-        if row := next(filter(None, rows), None):
-            found.append(row)
-    found.sort(key=lambda row: row["seconds"])
-    for doublings in range(1, 5 if found else 1):
+        plans = (_plan_if_fits(config, change | {"grad_accum": n}, plan_of, tell) for n in accums)
+        if row := next(filter(None, plans), None):
+            rows.append(row)
+    rows.sort(key=lambda row: row["seconds"])
+    for doublings in range(1, 5 if rows else 1):
         batch = {"batch_size": config.batch_size * 2**doublings}
-        row = _tried(config, found[0]["change"] | batch, plan_of, tell)
+        row = _plan_if_fits(config, rows[0]["change"] | batch, plan_of, tell)
         if row is None:
             break
-        found.append(row)
+        rows.append(row)
     size = config.batch_size
-    return sorted(found, key=lambda row: row["seconds"] / row["change"].get("batch_size", size))
+    return sorted(rows, key=lambda row: row["seconds"] / row["change"].get("batch_size", size))
 
 
-def _tried(config: Config, change: Change, plan_of, tell) -> dict | None:
+def _plan_if_fits(config: Config, change: Change, plan_of, tell) -> dict | None:
     """Returns the plan of a change that fits, with `change` and `seconds`; None if it does not."""
     name = " ".join(f"{field.split('.')[-1]}={value}" for field, value in change.items())
     try:
         plan = plan_of(changed(config, change))
     except BadInput:
-        return None  # these devices do not divide that
+        return None  # the devices do not divide this mesh or batch
     if not plan["fits"]:
         tell(f"{name}: does not fit")
         return None

@@ -94,7 +94,7 @@ def test_a_run_that_stopped_early_is_used_at_its_best(tmp_path, capsys, patience
     reader = Checkpoints(tmp_path, read_only=True)
     assert reader.pick(None) == picked
     said = capsys.readouterr().err
-    assert ("using checkpoint 4, of validation loss 1.0000" in said) == (picked == 4)
+    assert ("using checkpoint 4 with validation loss 1.0000" in said) == (picked == 4)
     assert ("--step=8 is its newest" in said) == (picked == 4)
     assert reader.pick(8) == 8 and reader.pick("best") == 4
 
