@@ -186,4 +186,6 @@ def _load(path: str) -> tuple[dict, ModelConfig]:
             return {p: np.asarray(leaf) for p, leaf in leaves_by_path(params).items()}, spec.model
     folder = open_folder(Path(path))
     spec = ModelSpec(Config(model=folder.model), "xla")
-    return leaves_by_path(read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))), spec.model
+    return leaves_by_path(
+        read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))
+    ), spec.model

@@ -69,7 +69,9 @@ def test_the_larger_shapes_have_their_names(size):
     theirs = {n.removeprefix("transformer."): tuple(p.shape) for n, p in model.named_parameters()}
     cfg = GPT2.model_config(hf.to_dict()).with_sizes()
     with jax.set_mesh(mesh_of(tiny_config())):
-        ours = leaves_by_path(jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0)))
+        ours = leaves_by_path(
+            jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0))
+        )
     found = {
         name: rule.shape(our_shapes(rule, layer, ours, cfg.vocab_size))
         for name, (rule, layer) in tensors_of(GPT2.rules_of(ours), layers).items()
