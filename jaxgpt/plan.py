@@ -1,11 +1,11 @@
 """Plan a run: python -m jaxgpt.plan --config=FILE [--topology=v5e:2x4] [--config.FIELD=VALUE ...]
 
-Compiles the very train step on any machine for a slice of TPUs (`pip install -e '.[plan]'`) or for
-GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`), or, without --topology, for this
-machine's devices. Prints what it needs and how long it takes at least: a table on stderr, JSON as
-the last line of stdout. Where it does not fit, by how much, and the cheapest change that does.
+Compiles the real train step, on any machine, for a TPU slice (`pip install -e '.[plan]'`) or for
+GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`); without --topology, for this machine's
+devices. Prints what a step needs and the least time it takes: a table on stderr, JSON as the last
+line of stdout. If it does not fit, it says by how much, and suggests the cheapest change that does.
 --search tries meshes, remat policies, accumulation and larger batches, and ranks what fits.
---price=DOLLARS is what one device costs an hour.
+--price=DOLLARS is the cost of one device per hour.
 """
 
 import json
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     config = config_of(parse(values, argv, __doc__))
     if not 0 <= values.price < float("inf"):
         raise BadInput(f"--price={values.price} must be a number of dollars, at least 0")
-    # JAX is imported from here on: what is wrong with the flags is said at once
+    # JAX is imported only now, so that wrong flags are reported at once
     from jaxgpt.planning.estimate import make_plan
     from jaxgpt.planning.hardware import devices_of, use_compilers_alone
     from jaxgpt.planning.search import cheapest_that_fits, search
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def _cost(plan: dict, price: float) -> dict:
-    """The dollars of a billion tokens, were every step as fast as the roofline allows."""
+    """Returns the dollars per billion tokens at the speed that the roofline allows."""
     if not plan["roofline_seconds"]:
         return {"dollars_per_billion_tokens": None}
     seconds = max(plan["roofline_seconds"].values()) / plan["tokens_per_step"] * 1e9
@@ -76,7 +76,7 @@ def _cost(plan: dict, price: float) -> dict:
 
 
 def table(plan: dict) -> list[str]:
-    """Returns a plan as lines for people."""
+    """Returns a plan as lines of text."""
     memory, mesh = plan["bytes_per_device"], plan["mesh"]
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
     limit = f" of {memory['limit'] / GIB:.2f} GiB" if memory["limit"] else " GiB"
@@ -97,9 +97,7 @@ def table(plan: dict) -> list[str]:
     if not plan["fits"]:
         lines.append(f"fits      NO, by {plan['over_by'] / GIB:.2f} GiB a device")
         if found := plan.get("suggestion"):
-            change = " ".join(
-                f"--config.{field}={value}" for field, value in found["change"].items()
-            )
+            change = _shown(found["change"], "--config.")
             total = found["bytes_per_device"]["total"] / GIB
             lines.append(f"try       {change} ({total:.2f} GiB)")
     if plan["compiled_flops_per_step"]:
@@ -124,11 +122,15 @@ def table(plan: dict) -> list[str]:
         lines.append(f"price     at least {cost:,.2f} dollars for a billion tokens")
     lines.append(f"compiled  in {plan['compile_seconds']:.1f} s")
     for rank, row in enumerate(plan.get("search", [])[:10], start=1):
-        change = " ".join(f"{field}={value}" for field, value in row["change"].items())
+        change = _shown(row["change"])
         total = row["bytes_per_device"]["total"] / GIB
         speed = row["tokens_per_step"] / row["seconds"]
         lines.append(f"rank {rank:<4} {speed:12,.0f} tokens/s  {total:6.2f} GiB  {change}")
     return lines
+
+
+def _shown(change: dict, prefix: str = "") -> str:
+    return " ".join(f"{prefix}{field}={value}" for field, value in change.items())
 
 
 if __name__ == "__main__":

@@ -109,21 +109,12 @@ def _rules(tensors: dict[str, str], transposed: bool) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-COMMON = {
-    "norm_position": ("pre",),
-    "window": (0,),
-    "logit_softcap": (0.0,),
-    "mup_base_width": (0,),
-    "scale_embeddings": (False,),
-}
+COMMON = dict(norm_position=("pre",), window=(0,), logit_softcap=(0.0,), mup_base_width=(0,))
+COMMON |= dict(scale_embeddings=(False,))
 
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
-GPT2_FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-}
+GPT2_FIXED = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+GPT2_FIXED |= dict(reorder_and_upcast_attn=False, add_cross_attention=False)
 GPT2_SCHEMA = {
     **{name: int for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
     **{"n_positions?": int, "n_ctx?": int, "n_inner?": int | None},
@@ -184,13 +175,8 @@ GPT2 = Family(
     name="gpt2",
     architecture="GPT2LMHeadModel",
     exact=COMMON
-    | {
-        "norm": ("layernorm",),
-        "position": ("learned",),
-        "bias": (True,),
-        "qk_norm": (False,),
-        "activation": tuple(GPT2_ACTIVATIONS.values()),
-    },
+    | dict(norm=("layernorm",), position=("learned",), bias=(True,), qk_norm=(False,))
+    | dict(activation=tuple(GPT2_ACTIVATIONS.values())),
     rules=_rules(GPT2_TENSORS, transposed=False),
     model_config=_gpt2_model_config,
     hf_config=_gpt2_hf_config,
@@ -199,13 +185,8 @@ GPT2 = Family(
     ignored=(".attn.bias", ".attn.masked_bias"),
 )
 
-LLAMA_FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "pretraining_tp": 1,
-}
+LLAMA_FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
+LLAMA_FIXED |= dict(use_sliding_window=False, pretraining_tp=1)
 LLAMA_SCHEMA = {
     **{name: int for name in ("vocab_size", "hidden_size", "intermediate_size")},
     **{name: int for name in ("num_hidden_layers", "num_attention_heads")},
@@ -301,14 +282,8 @@ def _llama_family(name: str, architecture: str, tensors: dict[str, str], qk_norm
         name=name,
         architecture=architecture,
         exact=COMMON
-        | {
-            "norm": ("rmsnorm",),
-            "position": ("rope",),
-            "bias": (False,),
-            "qkv_bias": (False,),
-            "activation": ("swiglu",),
-            "qk_norm": (qk_norm,),
-        },
+        | dict(norm=("rmsnorm",), position=("rope",), bias=(False,), qkv_bias=(False,))
+        | dict(activation=("swiglu",), qk_norm=(qk_norm,)),
         rules=_rules(tensors, transposed=True),
         model_config=_llama_model_config,
         hf_config=_llama_hf_config,

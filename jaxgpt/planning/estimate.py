@@ -1,4 +1,4 @@
-"""A plan: what one update of a config needs on given devices, and how long it takes at least."""
+"""A plan: what one training step needs on given devices, and the least time it takes."""
 
 import math
 import re
@@ -16,21 +16,24 @@ from jaxgpt.model.flops import flops_per_token
 from jaxgpt.model.gpt import count_parameters, windows
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.planning.hardware import Chip, quiet
-from jaxgpt.planning.program import FUSIONS, VMEM, Collective, Program
+from jaxgpt.planning.program import VMEM, Collective, Program
 from jaxgpt.system.errors import BadInput
+from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.training.setup import Training, make_training
 
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "bwd": 5}  # of matrices in splash's and cuDNN's kernels
+MATMULS = {"fwd": 2, "dq": 3, "dkv": 4, "bwd": 5}  # in splash's and cuDNN's kernels
 LARGEST = 10
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any]:
-    """Returns the contract's figures (but for the topology's name and advice) for the update of a
-    config whose vocabulary is resolved; `fits` is false where the compiler runs out of memory.
+    """Returns the values that `jaxgpt.plan` prints, except `topology` and suggestions.
+
+    The config's vocabulary size must be known. `fits` is also false if the compiler runs out of
+    memory.
 
     Raises:
-      BadInput: if config and devices do not go together.
+      BadInput: if the config does not fit the number of devices.
     """
     began = time.perf_counter()
     with jax.set_mesh(mesh := make_mesh(config, devices)):
@@ -46,21 +49,17 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
         try:
             compiled, program = _compiled(training)
         except jax.errors.JaxRuntimeError as e:
-            memory = {"arguments": sum(a["bytes"] for a in arguments)}
-            memory["total"], memory["limit"] = _too_large(str(e), chip, memory["arguments"])
-            memory["temporaries"] = memory["total"] - memory["arguments"]
-            measured = _empty(memory, arguments)
+            measured = _too_large(str(e), arguments, chip)
         else:
-            memory = _memory(compiled, chip)
-            measured = _measured(program, memory, arguments, training, chip)
+            measured = _measured(program, _memory(compiled, chip), arguments, training, chip)
     tokens = config.batch_size * config.model.max_seq_len
     plan |= measured | {"flops_per_step": tokens * flops_per_token(training.spec.model)}
     return plan | {"tokens_per_step": tokens, "compile_seconds": time.perf_counter() - began}
 
 
 def _compiled(training: Training) -> tuple[Any, Program]:
-    """Returns the compiled step and its program; a TPU's as XLA writes it while compiling: read
-    back from the executable, some of them fail a check."""
+    """Returns the compiled step and its program. A TPU's program is dumped by XLA during
+    compilation, as some cannot be read back from the executable."""
     if training.mesh.devices.flat[0].platform != "tpu":
         try:
             with quiet():
@@ -78,19 +77,6 @@ def _compiled(training: Training) -> tuple[Any, Program]:
         compiled = training.compile_step(options)
         (file,) = Path(folder).glob("*jit_train_step*after_optimizations.txt")
         return compiled, Program(file.read_text())
-
-
-def _empty(memory: dict, arguments: list[dict]) -> dict:
-    return {
-        "fits": False,
-        "over_by": memory["total"] - memory["limit"],
-        "bytes_per_device": memory,
-        "largest": arguments[:LARGEST],
-        "compiled_flops_per_step": None,
-        "collectives": [],
-        "roofline_seconds": None,
-        "bound_by": "memory capacity",
-    }
 
 
 def _measured(
@@ -112,125 +98,119 @@ def _measured(
         "bytes_per_device": memory,
         "largest": sorted(arguments + _temporaries(program), key=lambda a: -a["bytes"])[:LARGEST],
         "compiled_flops_per_step": flops * mesh.size,
-        "collectives": _summed(collectives),
+        "collectives": _table(collectives),
         "roofline_seconds": roofline,
         "bound_by": roofline and max(roofline, key=roofline.get),
     }
 
 
 def _memory(compiled, chip: Chip | None) -> dict:
-    found = compiled.memory_analysis()
-    kept = found.argument_size_in_bytes - found.alias_size_in_bytes + found.output_size_in_bytes
+    stats = compiled.memory_analysis()
+    kept = stats.argument_size_in_bytes - stats.alias_size_in_bytes + stats.output_size_in_bytes
     return {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-        "total": kept + found.temp_size_in_bytes + found.generated_code_size_in_bytes,
+        "arguments": stats.argument_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "total": kept + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes,
         "limit": chip and chip.hbm,
     }
 
 
-def _too_large(message: str, chip: Chip | None, arguments: int) -> tuple[int, int]:
-    """Returns the bytes of a device that the compiler says it would need, and those that there are.
+def _too_large(message: str, arguments: list[dict], chip: Chip | None) -> dict:
+    """Returns the plan of a program for which the compiler says that memory is too small.
 
     Raises:
       BadInput: if it failed for another reason.
     """
+    held = sum(a["bytes"] for a in arguments)
+    total, limit = _needed_and_available(message, held, chip.hbm if chip else 0)
+    sizes = {"arguments": held, "temporaries": total - held, "total": total, "limit": limit}
+    return {
+        "fits": False,
+        "over_by": total - limit,
+        "bytes_per_device": sizes,
+        "largest": arguments[:LARGEST],
+        "compiled_flops_per_step": None,
+        "collectives": [],
+        "roofline_seconds": None,
+        "bound_by": "memory capacity",
+    }
+
+
+def _needed_and_available(message: str, arguments: int, limit: int) -> tuple[int, int]:
+    """Returns the bytes per device that a program needs and that exist, from XLA's message."""
     amount = r"([\d.]+)([KMGT]?)B?"
     for pattern, beside in (
         (rf"Used {amount} of {amount} hbm", 0),
         (rf"temporaries \({amount}\) exceeds available HBM \({amount}\)", arguments),
+        (rf"allocating {amount}", 0),  # on a GPU
     ):
-        if used := re.search(pattern, message):
-            total, limit = float(used[1]) * UNITS[used[2]], float(used[3]) * UNITS[used[4]]
-            return int(total) + beside, int(limit)
-    if used := re.search(rf"allocating {amount}", message):  # a GPU's
-        return int(float(used[1]) * UNITS[used[2]]), chip.hbm if chip else 0
+        if match := re.search(pattern, message):
+            used, *available = re.findall(amount, match[0])
+            total, *limits = (int(float(n) * UNITS[unit]) for n, unit in (used, *available))
+            return total + beside, limits[0] if limits else limit
     raise BadInput(f"the compiler refuses this program: {message.splitlines()[0][:300]}")
 
 
 def _arguments(training: Training, state) -> list[dict]:
-    """Every array of state and batch, the largest first: shape, sharding, bytes on a device."""
-    leaves = jax.tree_util.tree_leaves_with_path((state, training.abstract_batch()))
-    found = []
-    for path, leaf in leaves:
+    """Returns every array of state and batch, with its bytes on a device, the largest first."""
+    leaves = leaves_by_path({"state": state, "batch": training.abstract_batch()})
+    rows = []
+    for path, leaf in leaves.items():
         spec = getattr(leaf.sharding, "spec", None)
         local = leaf.sharding.shard_shape(leaf.shape) if spec is not None else leaf.shape
-        found.append(
-            {
-                "name": _named(path),
-                "kind": "argument",
-                "shape": list(leaf.shape),
-                "dtype": str(leaf.dtype),
-                "sharding": str(tuple(spec or ())),
-                "bytes": math.prod(local) * leaf.dtype.itemsize,
-            }
-        )
-    return sorted(found, key=lambda a: -a["bytes"])
-
-
-def _named(path) -> str:
-    root, *rest = path
-    names = (str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in rest)
-    return "/".join((["state"] if root.idx == 0 else ["batch"]) + list(names))
+        size, sharding = math.prod(local) * leaf.dtype.itemsize, str(tuple(spec or ()))
+        rows.append(_array(path, "argument", leaf.shape, leaf.dtype, sharding, size))
+    return sorted(rows, key=lambda row: -row["bytes"])
 
 
 def _temporaries(program: Program) -> list[dict]:
-    """The largest arrays that instructions make outside the chip, once for each shape."""
-    found = {}
-    fused = {i.called("calls") for i, _, _ in program if i.opcode in FUSIONS}
-    for name, computation in program.computations.items():
-        if not program.runs[name] or name in fused:
-            continue
-        for i in computation.values():
-            shape = re.match(r"(\w+)\[([\d,]+)\]", i.type)
-            skipped = ("parameter", "get-tuple-element", "bitcast", "while", "constant")
-            if shape and VMEM not in i.type and i.opcode not in skipped:
-                found.setdefault(
-                    shape[0],
-                    {
-                        "name": i.source or i.name,
-                        "kind": "temporary",
-                        "shape": [int(n) for n in shape[2].split(",")],
-                        "dtype": shape[1],
-                        "sharding": "of one device",
-                        "bytes": i.bytes,
-                    },
-                )
-    return sorted(found.values(), key=lambda a: -a["bytes"])[:LARGEST]
+    """Returns the largest results of instructions that are in HBM, one of each shape."""
+    rows = {}
+    for i, *_ in program.unfused():
+        match = re.match(r"(\w+)\[([\d,]+)\]", i.type)
+        skipped = ("parameter", "get-tuple-element", "bitcast", "while", "constant")
+        if match and VMEM not in i.type and i.opcode not in skipped and match[0] not in rows:
+            name, shape = i.source or i.name, map(int, match[2].split(","))
+            rows[match[0]] = _array(name, "temporary", shape, match[1], "of one device", i.bytes)
+    return sorted(rows.values(), key=lambda row: -row["bytes"])[:LARGEST]
+
+
+def _array(name: str, kind: str, shape, dtype, sharding: str, size: int) -> dict:
+    row = {"name": name, "kind": kind, "shape": list(shape), "dtype": str(dtype)}
+    return row | {"sharding": sharding, "bytes": size}
 
 
 def _kernel_flops(program: Program, training: Training) -> int:
-    """Splash and cuDNN say nothing of their cost: pairs of positions that see each other, the mean
-    over the layers' windows, times the width of a head, for each product of matrices."""
+    """Returns the FLOPs of splash's and cuDNN's kernels, whose cost is not in the program: for each
+    matrix product, pairs of positions (the mean over the layers' windows) times the head width."""
     cfg, mesh = training.spec.model, training.mesh.shape
     rows = training.config.batch_size // training.config.grad_accum
     rows //= math.prod(mesh[axis] for axis in BATCH_AXES)
-    seen = [
+    pairs = [
         np.minimum(np.arange(1, cfg.max_seq_len + 1), w or cfg.max_seq_len).sum()
         for w in windows(cfg)
     ]
-    one = 2 * int(np.mean(seen)) * cfg.head_dim * cfg.num_heads // mesh[SPLIT_BY["heads"]] * rows
+    one = 2 * int(np.mean(pairs)) * cfg.head_dim * cfg.num_heads // mesh[SPLIT_BY["heads"]] * rows
     total = 0
     for name, times in program.kernels().items():
-        kind = next((kind for kind in PRODUCTS if f"_{kind}" in name), None)
-        total += times * one * PRODUCTS.get(kind, 0)
+        kind = next((kind for kind in MATMULS if f"_{kind}" in name), None)
+        total += times * one * MATMULS.get(kind, 0)
     return total
 
 
 def _volume(c: Collective) -> float:
-    """The bytes that a ring sends from each device (arXiv:1909.09756, section 2)."""
+    """Returns the bytes that a ring sends from each device (arXiv:1909.09756, section 2)."""
     around = (len(c.group) - 1) / len(c.group)
     factor = {"all-reduce": 2 * around, "collective-permute": 1.0}.get(c.kind, around)
     return c.count * c.bytes * factor
 
 
-def _summed(collectives: list[Collective]) -> list[dict]:
-    """The contract's rows: how often in a step, and their bytes together."""
-    found: dict[tuple, dict] = {}
+def _table(collectives: list[Collective]) -> list[dict]:
+    """Returns a row per kind and axis: how often they run in a step, and their bytes together."""
+    rows: dict[tuple, dict] = {}
     for c in collectives:
-        row = found.setdefault(
-            (c.kind, c.axis), {"kind": c.kind, "axis": c.axis, "count": 0, "bytes": 0}
-        )
+        empty = {"kind": c.kind, "axis": c.axis, "count": 0, "bytes": 0}
+        row = rows.setdefault((c.kind, c.axis), empty)
         row["count"] += c.count
         row["bytes"] += c.count * c.bytes
-    return sorted(found.values(), key=lambda row: -row["bytes"])
+    return sorted(rows.values(), key=lambda row: -row["bytes"])

@@ -16,13 +16,10 @@ def check_text(text: str, what: str) -> str:
         text.encode()
     except UnicodeEncodeError as e:
         code = ord(text[e.start])
+        fault = f"holds half a surrogate pair (U+{code:04X}) at character {e.start}"
         if 0xDC80 <= code <= 0xDCFF:
-            raise BadInput(
-                f"{what} is not UTF-8 (byte 0x{code - 0xDC00:02x} at character {e.start})"
-            ) from e
-        raise BadInput(
-            f"{what} holds half a surrogate pair (U+{code:04X}) at character {e.start}"
-        ) from e
+            fault = f"is not UTF-8 (byte 0x{code - 0xDC00:02x} at character {e.start})"
+        raise BadInput(f"{what} {fault}") from e
     return text
 
 
