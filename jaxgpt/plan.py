@@ -55,8 +55,8 @@ def main(argv: list[str]) -> None:
     plan = {"topology": values.topology or devices[0].device_kind} | plan_of(config)
     if not plan["fits"] and not values.search:
         say("search    the cheapest change that fits")
-        found = cheapest_that_fits(config, plan_of)
-        plan["suggestion"] = found and {"change": found[0], **found[1]}
+        cheapest = cheapest_that_fits(config, plan_of)
+        plan["suggestion"] = cheapest and {"change": cheapest[0], **cheapest[1]}
     if values.search:
         tell = lambda text: say(f"search    {text}")  # noqa: E731
         plan["search"] = search(config, len(devices), plan_of, tell)
@@ -96,9 +96,9 @@ def table(plan: dict) -> list[str]:
         )
     if not plan["fits"]:
         lines.append(f"fits      NO, by {plan['over_by'] / GIB:.2f} GiB a device")
-        if found := plan.get("suggestion"):
-            change = _shown(found["change"], "--config.")
-            total = found["bytes_per_device"]["total"] / GIB
+        if suggestion := plan.get("suggestion"):
+            change = _shown(suggestion["change"], "--config.")
+            total = suggestion["bytes_per_device"]["total"] / GIB
             lines.append(f"try       {change} ({total:.2f} GiB)")
     if plan["compiled_flops_per_step"]:
         extra = plan["compiled_flops_per_step"] / plan["flops_per_step"]

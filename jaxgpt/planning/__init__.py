@@ -1,1 +1,1 @@
-"""What a run will need, found by compiling its step: memory, FLOPs, traffic, time."""
+"""What a run will need, measured by compiling its step: memory, FLOPs, traffic, time."""

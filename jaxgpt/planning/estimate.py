@@ -121,9 +121,9 @@ def _too_large(message: str, arguments: list[dict], chip: Chip | None) -> dict:
     Raises:
       BadInput: if it failed for another reason.
     """
-    held = sum(a["bytes"] for a in arguments)
-    total, limit = _needed_and_available(message, held, chip.hbm if chip else 0)
-    sizes = {"arguments": held, "temporaries": total - held, "total": total, "limit": limit}
+    size = sum(a["bytes"] for a in arguments)
+    total, limit = _needed_and_available(message, size, chip.hbm if chip else 0)
+    sizes = {"arguments": size, "temporaries": total - size, "total": total, "limit": limit}
     return {
         "fits": False,
         "over_by": total - limit,

@@ -45,7 +45,7 @@ def one_line(message: object) -> str:
 
 
 def described(e: BaseException) -> str:
-    """Returns an exception's type and message, also if it cannot spell its message."""
+    """Returns an exception's type and message, also if `str` of it fails."""
     try:
         return f"{type(e).__name__}: {e}"
     except Exception:
