@@ -32,7 +32,7 @@ class _StepParser(flags.ArgumentParser):
         try:
             return int(argument)
         except ValueError:
-            raise ValueError(f"expected {self.syntactic_help}") from None
+            raise ValueError(f"expected a checkpoint's step, or {BEST}") from None
 
 
 def define_step(
