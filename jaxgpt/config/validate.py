@@ -31,7 +31,7 @@ MOST_PARAMETERS = 10**14  # no machine holds them: a slip of the pen
 
 
 def validate(config: Config) -> None:
-    """Raises `BadInput`, naming fields and values, if `config` describes no possible run."""
+    """Raises `BadInput`, naming fields and values, if `config` is not a possible run."""
     check_fields(config)
     check_model(config)
     _check_batch_and_mesh(config)
