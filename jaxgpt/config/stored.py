@@ -38,7 +38,7 @@ def from_json(text: str, where: str = "config.json") -> Config:
 
 
 def read_config(workdir: epath.Path) -> Config:
-    """Returns the config a workdir was trained with.
+    """Returns the config a workdir was trained with, its derived sizes filled in.
 
     Raises:
       BadInput: if `workdir` holds no run, or a config.json that is damaged, describes none, or is
@@ -57,7 +57,7 @@ def read_config(workdir: epath.Path) -> Config:
         raise BadInput(f"{file}: {e}") from e
     except BadInput as e:
         raise Damaged(file, str(e), REMEDY) from e
-    return config
+    return dataclasses.replace(config, model=config.model.with_sizes())
 
 
 def _from_nested(nested: dict) -> Config:

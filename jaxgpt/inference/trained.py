@@ -75,7 +75,7 @@ def open_trained(workdir: str, step: int | str | None) -> Trained:
         grad_accum=1,
         batch_size=-(-config.batch_size // config.grad_accum // len(devices)) * len(devices),
     )
-    model = config.model.with_sizes()
+    model = config.model
     kernel = choose_kernel(
         "auto", devices[0].platform, config.compute.dtype, model.head_dim, model.dropout
     )

@@ -76,7 +76,6 @@ class Family:
 
     def differences(self, cfg: ModelConfig) -> list[str]:
         """Returns what keeps `cfg` from being of this family: `model.norm='rmsnorm'`, ..."""
-        cfg = cfg.with_sizes()
         return [
             f"model.{field}={getattr(cfg, field)!r}"
             for field, allowed in self.exact.items()

@@ -72,7 +72,7 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
         folder as written gives other logits.
     """
     trained = open_trained(workdir, step)
-    cfg = trained.config.model.with_sizes()
+    cfg = trained.config.model
     family = family_of(cfg)
     with whole_folder(target, "--to") as scratch:
         with jax.set_mesh(trained.mesh):

@@ -49,7 +49,7 @@ def check_model(config: Config) -> None:
     """Raises `BadInput` if the model at `init_from` is another than the config's."""
     path = config.init_from
     if (epath.Path(path) / "checkpoints").exists():
-        theirs = read_config(epath.Path(path)).model.with_sizes()
+        theirs = read_config(epath.Path(path)).model
     else:
         theirs = open_folder(Path(path)).model
     mine = config.model.with_sizes()
