@@ -12,6 +12,9 @@ def get_config():
     return Config()
 """
 WRONG = {  # command: arguments, the error
+    "train": (["--config={}/c.py", "--config.optim.b1=2"], "optim.b1=2"),
+    "train workdir": (["--config={}/c.py", "--workdir={}/c.py/w"], "is a file, not a folder"),
+    "train process": (["--config={}/c.py", "--process_id=1"], "need --coordinator=HOST:PORT"),
     "plan": (["--config={}/c.py", "--config.model.num_layers=0"], "model.num_layers=0"),
     "plan price": (["--config={}/c.py", "--price=-1"], "--price=-1.0 must be"),
     "prepare": (["--config={}/c.py", "--show=-1"], "--show=-1"),

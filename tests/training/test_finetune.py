@@ -14,6 +14,7 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, LoraConfig, ModelConfig
 from jaxgpt.config.stored import to_json
 from jaxgpt.interchange.tokenizers import write_tokenizer
+from jaxgpt.jobs import train as train_job
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import merged
 from jaxgpt.optim.groups import join, split, trainable
@@ -356,7 +357,7 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corp
     def begin(workdir, *_):
         raise BadInput(f"while training the end is {read_end(workdir)!r}")
 
-    monkeypatch.setattr(train, "Reporter", begin)
+    monkeypatch.setattr(train_job, "Reporter", begin)
     code, _, err = started(command, tmp_path, corpus, "", *args, "--config.early_stop=9")
     assert code == 2 and "while training the end is ''" in err
 

@@ -1,0 +1,319 @@
+"""A training run, from whatever its workdir holds to its end."""
+
+import dataclasses
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import jax
+from etils import epath
+
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.config import Config
+from jaxgpt.config.schema import INT32
+from jaxgpt.config.stored import check_resume, read_config, to_json
+from jaxgpt.data.pipeline import training_stream
+from jaxgpt.data.prepare import Prepared, check_shards, prepare
+from jaxgpt.evaluation.perplexity import Perplexity
+from jaxgpt.inference.training_sample import TrainingSample
+from jaxgpt.metrics.progress import duration
+from jaxgpt.metrics.rows import Reporter
+from jaxgpt.model.gpt import count_parameters
+from jaxgpt.optim.groups import split, trainable
+from jaxgpt.parallel.mesh import AXES, make_mesh
+from jaxgpt.processes import hosts
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import write_whole
+from jaxgpt.system.stores import is_object_store, read_bytes
+from jaxgpt.text.chat import save_template
+from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
+from jaxgpt.tokenizer.load import fingerprint
+from jaxgpt.training.end import forget_end, record_end
+from jaxgpt.training.loop import DIVERGED, History, Loop, restore_or_init
+from jaxgpt.training.memory import check_memory
+from jaxgpt.training.objectives import make_eval_step
+from jaxgpt.training.setup import Training, make_training, resolve_vocab
+from jaxgpt.training.warm_start import check_model, check_source, check_vocabulary
+
+
+def train(workdir: epath.Path, config: Config) -> int:
+    """Trains the run of `config` in `workdir`, from wherever it is; returns the exit code.
+
+    Everything is checked before anything is written: the config, then the data, then the memory.
+    """
+    config, changes = adopt(workdir, config)
+    mesh = make_mesh(config)
+    if not config.num_epochs and is_finished(workdir, config):
+        return 0
+    data = prepare(config.data)
+    config = complete(config, data, workdir)
+    if config.num_epochs and is_finished(workdir, config):
+        return 0
+    run = make_training(config, mesh)
+    with jax.set_mesh(mesh):
+        describe(run, data, workdir)
+        check_memory(run.abstract_state(), mesh)
+        hosts.check_same(to_json(config), "the config")
+        hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
+        stream = training_stream(data.train, config)
+        evaluate, sample = (
+            evaluator(run, data),
+            TrainingSample(run.spec, data.tokenizer, config.sample),
+        )
+        with only_trainer(workdir):
+            checkpoints = Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
+            state, history = restore_or_init(run, data, checkpoints)
+            restored = int(state.step)
+            if restored >= config.num_steps:  # the newest checkpoint was damaged
+                return say_finished(workdir, restored, config)
+            write_setup(workdir, config, data, is_new=not restored)
+            if history.is_out_of_patience(config.early_stop):
+                return say_stopped_early(workdir, restored, history)
+            say_resumed(restored, changes)
+            hosts.on_first(lambda: forget_end(workdir))
+            step = compile_step(run)
+            report = Reporter(workdir, restored, jax.process_index() == 0)
+            loop = Loop(run, data, stream, evaluate, sample, step, checkpoints, report, history)
+            code = loop(state)
+            report.close()
+            if jax.process_index() == 0:
+                conclude(code, loop, workdir)
+            return code
+
+
+def complete(config: Config, data: Prepared, workdir: epath.Path) -> Config:
+    """Returns `config` with what follows from the data: `num_steps` of `num_epochs`, and the
+    vocabulary's size.
+
+    Raises:
+      BadInput: if the data do not go with the config, or with the weights to start from.
+    """
+    if not (workdir / "config.json").exists():
+        check_shards(config.data, data)  # runs from before keep the shards' own
+        if config.init_from:
+            check_vocabulary(config, data.tokenizer)
+    return resolve_vocab(resolve_epochs(config, data), data.tokenizer.vocab_size)
+
+
+def evaluator(run: Training, data: Prepared) -> Perplexity:
+    """Returns what validates while training."""
+    config = run.config
+    return Perplexity(
+        make_eval_step(run.spec),
+        run.batch_sharding,
+        data.validation,
+        config.model.max_seq_len,
+        config.batch_size // config.grad_accum,
+    )
+
+
+def write_setup(workdir: epath.Path, config: Config, data: Prepared, is_new: bool) -> None:
+    """Writes `config.json` and, of a new run, the tokenizer.
+
+    Raises:
+      BadInput: if another tokenizer is there, or not all processes see the same `workdir`.
+    """
+    if not is_new:
+        check_tokenizer(workdir, data)
+    elif jax.process_index() == 0:
+        save_tokenizer(data.tokenizer, workdir / "tokenizer")
+        if data.train.mask is not None:
+            save_template(config.data.chat_template, workdir / "tokenizer")
+    hosts.on_first(lambda: write_whole(workdir / "config.json", to_json(config)))
+    check_shared(workdir)
+
+
+def compile_step(run: Training) -> Callable:
+    """Returns the compiled train step, and says how long that took."""
+    began = time.perf_counter()
+    step = run.compile_step()
+    say(f"compile   the train step took {duration(time.perf_counter() - began)}")
+    return step
+
+
+def conclude(code: int, loop: Loop, workdir: epath.Path) -> None:
+    """Records how a run ended, unless a signal stopped it, and says what to do next."""
+    if code not in (0, DIVERGED):
+        return
+    history, last_step = loop.history, loop.checkpoints.latest() or 0
+    early = history.is_out_of_patience(loop.config.early_stop)
+    reason = "early_stop" if early else "num_steps"
+    record_end(workdir, last_step, "diverged" if code == DIVERGED else reason)
+    if code == 0:
+        step = " --step=best" if early else ""
+        say(
+            f"done      {outcome(loop)} in {duration(history.training_seconds())}; everything is in"
+            f" {workdir}\n"
+            f"next      python -m jaxgpt.sample --workdir={workdir}{step} --prompt='def '\n"
+            f"          python -m jaxgpt.evaluate --workdir={workdir}{step}\n"
+            f"          tensorboard --logdir={workdir}/tensorboard"
+        )
+
+
+def say_resumed(step: int, changes: list[str]) -> None:
+    """Says from where a run goes on, and with which changes; nothing of a new run."""
+    if step:
+        say(
+            f"resume    from checkpoint {step}" + (f" with {'; '.join(changes)}" if changes else "")
+        )
+
+
+def say_stopped_early(workdir: epath.Path, step: int, history: History) -> int:
+    """Says that early stopping has ended the run, and records it; returns the exit code."""
+    hosts.on_first(lambda: record_end(workdir, step, "early_stop"))
+    say(f"finished  {workdir} stopped early after step {step}; {best_of(history)}")
+    return 0
+
+
+@contextmanager
+def only_trainer(workdir: epath.Path) -> Iterator[None]:
+    """Holds `workdir` against a second trainer, until this process ends in whatever way.
+
+    Raises:
+      BadInput: if another one trains in it now.
+    """
+    handle = hosts.on_first(partial(lock, workdir))
+    try:
+        yield
+    finally:
+        if handle is not None and jax.process_index() == 0:
+            os.close(handle)
+
+
+def lock(workdir: epath.Path) -> int | None:
+    """Returns the handle that holds `workdir`, None on an object store; see `only_trainer`."""
+    if is_object_store(workdir):
+        return None
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(workdir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(handle)
+        raise BadInput(f"another process trains in {workdir} now; choose another --workdir") from e
+    except OSError:  # a file system without locks
+        pass
+    return handle
+
+
+def outcome(loop: Loop) -> str:
+    """Says how a finished run ended."""
+    last, num_steps = loop.last_validation, loop.config.num_steps
+    if last is None:  # it failed
+        return f"no validation loss after {num_steps} steps"
+    early = "" if last["step"] == num_steps else f" (stopped early; {best_of(loop.history)})"
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats/token"
+    return f"validation loss {loss} after {last['step']} steps{early}"
+
+
+def best_of(history: History) -> str:
+    """Says which checkpoint is the best."""
+    step, loss = history.best
+    return f"the best validation loss was {loss:.4f} at step {step} (--step=best)"
+
+
+def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
+    """Returns the config to run with in `workdir` and what it changes of the run in there.
+
+    Raises:
+      BadInput: if a run is there whose config differs in what may not change.
+    """
+    if not (workdir / "checkpoints").exists() or not (workdir / "config.json").exists():
+        if config.init_from:
+            check_source(config.init_from)
+            check_model(config)
+        return config, []
+    if (workdir / "checkpoints" / "0").exists():
+        raise BadInput(
+            f"{workdir} holds imported weights: start from them in another --workdir, with"
+            f" --config.init_from={workdir}"
+        )
+    old = read_config(workdir)
+    config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
+    return config, check_resume(old, config, workdir)
+
+
+def resolve_epochs(config: Config, data: Prepared) -> Config:
+    """Returns `config` with `num_steps` set by `num_epochs`, where that is given."""
+    if not config.num_epochs:
+        return config
+    windows = sum(len(source) for source in training_stream(data.train, config).sources)
+    steps = max(1, round(config.num_epochs * windows / config.batch_size))
+    if steps > INT32:
+        raise BadInput(f"num_epochs={config.num_epochs} is {steps:,} steps, more than {INT32:,}")
+    return dataclasses.replace(config, num_steps=steps)
+
+
+def is_finished(workdir: epath.Path, config: Config) -> bool:
+    """Says, also to the user, whether the run in `workdir` has nothing left to do."""
+    if not (workdir / "checkpoints").exists() or not (workdir / "config.json").exists():
+        return False
+    checkpoints = Checkpoints(workdir, read_only=True)
+    done = checkpoints.latest() or 0
+    if done < config.num_steps or checkpoints.damage(done):
+        return False
+    say_finished(workdir, done, config)
+    return True
+
+
+def say_finished(workdir: epath.Path, done: int, config: Config) -> int:
+    """Says that the run has nothing left to do; returns the exit code."""
+    say(
+        f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
+        " raise --config.num_steps to train on"
+    )
+    return 0
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Raises `BadInput` if not all processes see the same `workdir`."""
+    file = workdir / "config.json"
+    seen = read_bytes(file).decode() if file.exists() else "nothing"
+    hosts.check_same(seen, f"{workdir}/config.json, in the folder that all hosts must share,")
+
+
+def check_tokenizer(workdir: epath.Path, data: Prepared) -> None:
+    """Raises `BadInput` if the tokenizer in a resumed workdir is no longer the data's."""
+    if fingerprint(load_tokenizer(workdir / "tokenizer")) != fingerprint(data.tokenizer):
+        raise BadInput(
+            f"{workdir}/tokenizer is not the tokenizer that data.source was prepared with; restore"
+            " it, or choose another --workdir"
+        )
+
+
+def trained_share(config: Config, params: dict) -> str:
+    """Says how many parameters are trained, where that is not all."""
+    mask = trainable(params, config.optim.freeze, config.lora.rank)
+    sizes = [leaf.size for leaf in jax.tree.leaves(split(params, mask)[0])]
+    every = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return (
+        ""
+        if sum(sizes) == every
+        else f" ({sum(sizes):,} of them trained, {sum(sizes) / every:.2%})"
+    )
+
+
+def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
+    """Says what runs where."""
+    config, devices = training.config, training.mesh.devices
+    model = config.model
+    params = training.abstract_state().params
+    epochs = config.num_steps * config.batch_size * model.max_seq_len / len(data.train.tokens)
+    kind = devices.flat[0].device_kind
+    shape = " x ".join(f"{axis} {training.mesh.shape[axis]}" for axis in AXES)
+    say(
+        f"devices   {devices.size} x {kind}, {jax.process_count()} process(es), mesh {shape},"
+        f" jax {jax.__version__}\n"
+        f"model     {count_parameters(params, model):,} parameters{trained_share(config, params)}:"
+        f" {model.num_layers} layers,"
+        f" {model.num_heads} heads, width {model.embed_dim}, context {model.max_seq_len};"
+        f" {config.compute.dtype}, attention {training.spec.kernel}, remat {config.compute.remat}\n"
+        f"data      {len(data.train.tokens):,} train and {len(data.validation.tokens):,}"
+        f" validation tokens of {data.tokenizer.vocab_size:,} kinds, from {data.folder}\n"
+        f"plan      {config.num_steps:,} steps of {config.batch_size} x {model.max_seq_len} tokens"
+        f" ({epochs:.2f} epochs) into {workdir}"
+    )
