@@ -48,7 +48,7 @@ CASES = {
     "no text": (["data.source=jsonl:{}/other.jsonl"], "other.jsonl, line 1 has no text field"),
     "source": (["data.source=ftp:x"], "data source 'ftp:x' is unknown"),
     "tokenizer": (["data.tokenizer=words"], "data.tokenizer='words' is unknown"),
-    "short": (["data.source=text:{}/short.txt"], "shorter than one window"),
+    "short": (["data.source=text:{}/short.txt"], "shorter than one chunk"),
     "vocabulary": (["data.tokenizer=sentencepiece:9000"], "Vocabulary size too high"),
     "vocab_size": (["model.vocab_size=9"], "smaller than the tokenizer's 257"),
     "kernel": (

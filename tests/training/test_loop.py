@@ -16,6 +16,7 @@ from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.training_sample import TrainingSample
+from jaxgpt.jobs.train import evaluator
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.training.loop import Loop
 from jaxgpt.training.setup import make_training, resolve_vocab
@@ -63,10 +64,7 @@ def loop_of(corpus):
         config.mesh.data = 1
         config = resolve_vocab(config, prepared.tokenizer.vocab_size)
         training = make_training(config, mesh_of(config))
-        stream, evaluate = (
-            training_stream(prepared.train, config),
-            train.evaluator(training, prepared),
-        )
+        stream, evaluate = (training_stream(prepared.train, config), evaluator(training, prepared))
         rest = (Mock(spec=kind) for kind in (TrainingSample, Callable, Checkpoints, Reporter))
         loop = Loop(training, prepared, stream, evaluate, *rest)
         loop.report = Rows()
