@@ -8,6 +8,15 @@ from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.packing import Plan, count_up
 
 
+def next_token(tokens: np.ndarray, is_target: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Returns `inputs` and `targets` [..., T] of tokens [..., T+1]: the target of each input is the
+    token after it, or IGNORE where `is_target` [..., T] is 0."""
+    targets = tokens[..., 1:]
+    if is_target is not None:
+        targets = np.where(is_target, targets, IGNORE)
+    return {"inputs": tokens[..., :-1], "targets": targets}
+
+
 @dataclasses.dataclass(frozen=True)
 class ContiguousChunks:
     """Chunk c holds tokens c*T .. (c+1)*T of one stream; the last of them is only a target."""
@@ -22,11 +31,8 @@ class ContiguousChunks:
     def read(self, chunks: np.ndarray) -> dict[str, np.ndarray]:
         """Returns `inputs` and `targets` of the chunks, int32 [n, T]."""
         offsets = chunks[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        ids = self.tokens[offsets].astype(np.int32)
-        targets = ids[:, 1:]
-        if self.mask is not None:
-            targets = np.where(self.mask[offsets[:, 1:]], targets, IGNORE)
-        return {"inputs": ids[:, :-1], "targets": targets}
+        is_target = None if self.mask is None else self.mask[offsets[:, 1:]]
+        return next_token(self.tokens[offsets].astype(np.int32), is_target)
 
     def num_targets(self, chunks: np.ndarray) -> int:
         """Returns how many targets the chunks have together."""

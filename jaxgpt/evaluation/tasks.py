@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxgpt.config.schema import IGNORE
+from jaxgpt.data.chunks import next_token
 from jaxgpt.evaluation.windows import on_devices
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.tasks import LABELS, Example
@@ -48,9 +49,10 @@ class AnswerScorer:
                     text = self.tokenizer.decode(answer[:40])[:40]
                     raise BadInput(f"the answer {text!r} is longer than the model's context")
                 prompt = document_start(self.tokenizer, prompt, self.seq_len - len(answer))
-                end = len(prompt) + len(answer) - 1  # the last token is only a target
-                inputs[0, i, :end] = np.concatenate([prompt, answer])[:-1]
-                targets[0, i, len(prompt) - 1 : end] = answer
+                text = np.concatenate([prompt, answer])
+                row = next_token(text, np.arange(1, len(text)) >= len(prompt))
+                inputs[0, i, : len(text) - 1] = row["inputs"]
+                targets[0, i, : len(text) - 1] = row["targets"]
             batch = on_devices({"inputs": inputs, "targets": targets}, self.sharding)
             nats = np.asarray(jax.device_get(self.eval_step(params, batch)), np.float64)
             scores[start : start + len(group)] = -nats[: len(group)].sum(axis=-1)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxgpt.config.schema import IGNORE
+from jaxgpt.data.chunks import next_token
 
 
 def evaluation_windows(num_tokens: int, seq_len: int, stride: int) -> int:
@@ -35,9 +35,9 @@ def evaluation_batch(
     is_target = has_target & is_new
     if mask is not None:
         is_target &= np.asarray(mask[position[:, 1:]]) != 0
-    inputs = np.where(has_target, window[:, :-1], 0)
-    targets = np.where(is_target, window[:, 1:], IGNORE).astype(np.int32)
-    return {"inputs": inputs[None], "targets": targets[None]}
+    batch = next_token(window, is_target)
+    batch["inputs"] = np.where(has_target, batch["inputs"], 0)
+    return {name: values[None].astype(np.int32) for name, values in batch.items()}
 
 
 def on_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

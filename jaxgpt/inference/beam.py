@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt.inference.decode import Decoder, DecodeState, check_length, limit_vocab, sample_keys
 from jaxgpt.inference.samplers import Sampling
-from jaxgpt.model import ModelSpec
+from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import Cache, empty_cache
 
 
@@ -58,10 +58,10 @@ def _search(
     only_end = jnp.where(jnp.arange(vocab) == end, 0.0, -jnp.inf)
 
     def step(beams: Beams, at):
-        x, recent = model.extend(
-            params["blocks"], beams.token, beams.position, state.cache, beams.recent, at
+        x, recent = decoding.extend(
+            model, params["blocks"], beams.token, beams.position, state.cache, beams.recent, at
         )
-        logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
+        logits = jax.sharding.reshard(decoding.next_logits(model, x, table), jax.P(None, None))
         logprobs = limit_vocab(jax.nn.log_softmax(logits, axis=-1), vocab_limit)
         totals = beams.total[:, None] + jnp.where(beams.ended[:, None], only_end, logprobs)
         total, best = jax.lax.top_k(totals.reshape(-1), num_beams)

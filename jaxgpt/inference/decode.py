@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.inference.samplers import BatchSampling, Sampling, next_token
-from jaxgpt.model import ModelSpec
+from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
-from jaxgpt.model.gpt import split_layers, windows
+from jaxgpt.model.gpt import windows
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 
@@ -211,7 +211,7 @@ def _decoding_params(spec: ModelSpec, params: dict) -> dict:
         return p.astype(dtype) if path[-1].key == "kernel" else p
 
     blocks = jax.tree_util.tree_map_with_path(cast, params["blocks"])
-    return split_layers(params | {"blocks": blocks})
+    return decoding.split_layers(params | {"blocks": blocks})
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -227,7 +227,7 @@ def _prefill(
     """Neither the padding nor a prompt's last token, the first to be decoded, enters the cache."""
     batch, width = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    _, layers = spec.bind(params).prefill(params["blocks"], prompts, positions)
+    _, layers = decoding.prefill(spec.bind(params), params["blocks"], prompts, positions)
     written = jnp.where(positions < lengths[:, None] - 1, positions, UNWRITTEN)
     cache = empty_cache(spec.config, batch, slots, spec.rules)
     cache = write_recent(cache, Cache(layers, written), spec.rules)
@@ -246,8 +246,10 @@ def _decode(spec: ModelSpec, count: int, span: int, vocab_limit: int, params, st
     def step(carry: DecodeState, at):
         """`carry.cache` holds only the tokens of this chunk."""
         position = carry.position
-        x, recent = model.extend(params["blocks"], carry.token, position, cache, carry.cache, at)
-        logits = jax.sharding.reshard(model.next_logits(x, table), jax.P(None, None))
+        x, recent = decoding.extend(
+            model, params["blocks"], carry.token, position, cache, carry.cache, at
+        )
+        logits = jax.sharding.reshard(decoding.next_logits(model, x, table), jax.P(None, None))
         keys = jax.vmap(jax.random.fold_in)(carry.keys, position + 1)
         token = next_token(limit_vocab(logits, vocab_limit), keys, carry.sampling, carry.seen)
         logprobs = token_logprobs(logits, token, vocab_limit, with_top)

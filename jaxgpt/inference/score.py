@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxgpt.inference.decode import PROMPT_BLOCK, Decoder, Logprobs, pad_rows, token_logprobs
-from jaxgpt.model import ModelSpec
+from jaxgpt.model import ModelSpec, decoding
 
 
 def score(decoder: Decoder, rows: Sequence[np.ndarray]) -> list[Logprobs]:
@@ -25,7 +25,7 @@ def _score(spec: ModelSpec, vocab_limit: int, params: dict, tokens: Int[Array, "
     """Computes the logits of PROMPT_BLOCK positions at a time, so that they fit in memory."""
     model, batch = spec.bind(params), tokens.shape[0]
     table, positions = model.table(), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x, _ = model.prefill(params["blocks"], tokens, positions)
+    x, _ = decoding.prefill(model, params["blocks"], tokens, positions)
 
     def score_block(block):
         x, targets = block

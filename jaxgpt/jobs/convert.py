@@ -18,7 +18,7 @@ from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer, write_tokenizer
 from jaxgpt.interchange.weights import read_params, write_params
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.gpt import count_parameters
+from jaxgpt.model.flops import count_parameters
 from jaxgpt.model.lora import merged
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.console import say

@@ -21,7 +21,7 @@ from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
-from jaxgpt.model.gpt import count_parameters
+from jaxgpt.model.flops import count_parameters
 from jaxgpt.optim.groups import split, trainable
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.processes import hosts

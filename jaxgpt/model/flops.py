@@ -1,4 +1,6 @@
-"""Model FLOPs and how much of the devices' peak they use."""
+"""Parameters, model FLOPs, and how much of the devices' peak they use."""
+
+import jax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops.activations import GATED
@@ -21,6 +23,13 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA L4": 121e12,
 }
+
+
+def count_parameters(params: dict, cfg: ModelConfig) -> int:
+    """Returns the number of parameters without the vocabulary's padding rows."""
+    padding = (cfg.padded_vocab_size - cfg.vocab_size) * cfg.embed_dim
+    tables = 1 if cfg.tie_embeddings else 2
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) - tables * padding
 
 
 def flops_per_token(cfg: ModelConfig) -> int:

@@ -1,9 +1,7 @@
 """A decoder as a stack of like blocks: GPT-2, Llama, the 2017 Transformer's, by its config."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.block import Block
-from jaxgpt.model.cache import Cache, KeysValues
 from jaxgpt.model.layers import NORMS, dropout, normal
 from jaxgpt.model.positions import POSITIONS
 from jaxgpt.model.remat import REMAT, RESIDUAL_STREAM
@@ -99,7 +96,7 @@ class GPT(nnx.Module):
         logits = rowwise(
             "MD,VD->MV", x, table.astype(x.dtype), self.rules("batch", "seq", "vocab"), jnp.float32
         )
-        return self._finished(logits, jnp.arange(logits.shape[-1]))
+        return self.finish(logits, jnp.arange(logits.shape[-1]))
 
     def losses(
         self, x: Float[Array, "B T D"], targets: Int[Array, "B T"]
@@ -107,79 +104,17 @@ class GPT(nnx.Module):
         """Returns (nats, logsumexp) of each target from hidden states, without whole logits; see
         `ops.cross_entropy`."""
         table = self.tokens if self.head is None else self.head
-        return cross_entropy(x, table[...], targets, self._finished, self.rules)
+        return cross_entropy(x, table[...], targets, self.finish, self.rules)
 
-    def _finished(self, logits: Float[Array, "*B V"], ids: Int[Array, "V"]) -> Float[Array, "*B V"]:
+    def finish(self, logits: Float[Array, "*B V"], ids: Int[Array, "V"]) -> Float[Array, "*B V"]:
         logits = self.logit_scale * logits
         if self.softcap:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         return jnp.where(ids < self.vocab_size, logits, -jnp.inf)
 
-    def next_logits(
-        self, x: Float[Array, "B D"], table: Float[Array, "V D"]
-    ) -> Float[Array, "B V"]:
-        """Returns `logits` of the last position before the final norm. With the table in front
-        XLA's CPU backend reads it twice as fast for a few rows, unless it gets to turn the product
-        around; elsewhere it is the same."""
-        x = self.final_norm(x)
-        spec = self.rules("vocab", None)
-        logits = jnp.einsum(
-            "VD,BD->VB",
-            table.astype(x.dtype),
-            x,
-            out_sharding=spec,
-            preferred_element_type=jnp.float32,
-        )
-        logits = logits if x.shape[0] == 1 else jax.lax.optimization_barrier(logits)
-        return self._finished(logits.T, jnp.arange(table.shape[0]))
-
-    def prefill(
-        self, layers: Sequence[dict], tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], tuple[KeysValues, ...]]:
-        """Returns the hidden states of the start of a text, before the last norm, and each layer's
-        keys and values. `layers` holds each block's parameters (see `split_layers`): a decoder does
-        little for each weight it reads, and a stack of layers would have it copy them first.
-        """
-        return self._decode(
-            layers,
-            self._embed(tokens, positions),
-            lambda i, attention, x: attention.prefill(x, positions),
-        )
-
-    def extend(
-        self,
-        layers: Sequence[dict],
-        token: Int[Array, "B"],
-        position: Int[Array, "B"],
-        cache: Cache,
-        recent: Cache,
-        at: Int[Array, ""],
-    ) -> tuple[Float[Array, "B D"], Cache]:
-        """Returns the hidden state of one more token of each row, before the last norm, and
-        `recent` with it in column `at`. What is before stands in the cache and in `recent`.
-        """
-        positions = recent.positions.at[:, at].set(position)
-
-        def attend(i, attention, x):
-            old, new = (cache.layers[i], cache.positions), (recent.layers[i], positions)
-            return attention.extend(x, position, old, new, at)
-
-        x = self._embed(token[:, None], position[:, None])
-        x, grown = self._decode(layers, x, attend)
-        return x[:, 0], Cache(grown, positions)
-
-    def _decode(self, layers: Sequence[dict], x, attend: Callable):
-        structure, caches = jax.tree.structure(nnx.state(self.blocks)), []
-        for i, params in enumerate(layers):
-            state = jax.tree.unflatten(structure, jax.tree.leaves(params))
-            block = nnx.merge(self.graphdefs[i % len(self.windows)], state)
-            x, cache = block.decoding(x, functools.partial(attend, i))
-            caches.append(cache)
-        return x, tuple(caches)
-
     def _run(self, tokens, mask: AttentionMask, key):
         layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
-        x = dropout(self._embed(tokens, mask.q_positions), self.dropout, embed_key)
+        x = dropout(self.embed(tokens, mask.q_positions), self.dropout, embed_key)
         period = len(self.windows)
 
         def apply(x, group):
@@ -199,7 +134,7 @@ class GPT(nnx.Module):
         x, losses = jax.lax.scan(apply, x, groups, unroll=self.unroll)
         return x, jax.tree.map(jnp.sum, losses)
 
-    def _embed(self, tokens, positions) -> Float[Array, "B T D"]:
+    def embed(self, tokens, positions) -> Float[Array, "B T D"]:
         """Every device looks up its own columns for the rows of all that share its other axes, and
         they trade: fewer bytes than gathering the table, and its gradient stays split."""
         tokens = jax.sharding.reshard(tokens, self.rules("lookup_batch", "seq"))
@@ -207,19 +142,6 @@ class GPT(nnx.Module):
         x = table.at[tokens].get(out_sharding=self.rules("lookup_batch", "seq", "embed"))
         positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
         return self.positions(embed_columns_to_rows(x, self.rules) * self.embed_scale, positions)
-
-
-def split_layers(params: dict) -> dict:
-    """Returns `params` with `blocks` as a tuple of each layer's own arrays, as `extend` reads
-    them."""
-
-    def layer(stacked, i):
-        spec = jax.typeof(stacked).sharding.spec
-        return jax.sharding.reshard(stacked[i], jax.P(*spec[1:]))
-
-    count = jax.tree.leaves(params["blocks"])[0].shape[0]
-    blocks = (jax.tree.map(lambda a, i=i: layer(a, i), params["blocks"]) for i in range(count))
-    return params | {"blocks": tuple(blocks)}
 
 
 def windows(cfg: ModelConfig) -> tuple[int, ...]:
@@ -279,7 +201,7 @@ class ModelSpec:
             lambda: GPT(self.config, self.rules, self.kernel, rngs=nnx.Rngs(params=0))
         )
         graphdef, state = nnx.split(model)
-        if isinstance(params["blocks"], tuple):  # see `split_layers`; they are given to `extend`
+        if isinstance(params["blocks"], tuple):  # see `decoding.split_layers`
             params = {name: value for name, value in params.items() if name != "blocks"}
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)
@@ -287,10 +209,3 @@ class ModelSpec:
     def for_decoding(self) -> "ModelSpec":
         """Returns the same model with activations whole over the batch axis."""
         return dataclasses.replace(self, rules=AxisRules(split_batch=False))
-
-
-def count_parameters(params: dict, cfg: ModelConfig) -> int:
-    """Returns the number of parameters without the vocabulary's padding rows."""
-    padding = (cfg.padded_vocab_size - cfg.vocab_size) * cfg.embed_dim
-    tables = 1 if cfg.tie_embeddings else 2
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) - tables * padding

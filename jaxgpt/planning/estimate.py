@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxgpt.config import Config
 from jaxgpt.config.schema import BATCH_AXES, SPLIT_BY
-from jaxgpt.model.flops import flops_per_token
-from jaxgpt.model.gpt import count_parameters, windows
+from jaxgpt.model.flops import count_parameters, flops_per_token
+from jaxgpt.model.gpt import windows
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.planning.hardware import Chip, quiet
 from jaxgpt.planning.program import VMEM, Collective, Program

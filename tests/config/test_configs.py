@@ -9,7 +9,7 @@ import pytest
 from jaxgpt.cli.flags import load_file
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.config.validate import validate
-from jaxgpt.model.gpt import count_parameters
+from jaxgpt.model.flops import count_parameters
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training.setup import make_training, resolve_vocab
 from jaxgpt.training.step import make_train_step

@@ -7,9 +7,9 @@ import pytest
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import fields_of, get_field, set_field
-from jaxgpt.model import ModelSpec
+from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import Cache, empty_cache, write_recent
-from jaxgpt.model.gpt import count_parameters, split_layers
+from jaxgpt.model.flops import count_parameters
 from jaxgpt.training.objectives import token_losses
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step
@@ -147,8 +147,8 @@ def test_cached_extension_equals_the_whole(variant):
 
         @jax.jit
         def start(params):
-            model, layers = spec.bind(params), split_layers(params)["blocks"]
-            read = model.prefill(layers, tokens[:, :7], positions[:, :7])[1]
+            model, layers = spec.bind(params), decoding.split_layers(params)["blocks"]
+            read = decoding.prefill(model, layers, tokens[:, :7], positions[:, :7])[1]
             return write_recent(
                 empty_cache(spec.config, 3, 24, spec.rules),
                 Cache(read, positions[:, :7]),
@@ -157,9 +157,11 @@ def test_cached_extension_equals_the_whole(variant):
 
         @jax.jit
         def extend(params, t, cache, recent, slot):
-            model, layers = spec.bind(params), split_layers(params)["blocks"]
-            x, recent = model.extend(layers, tokens[:, t], positions[:, t], cache, recent, slot)
-            return model.next_logits(x, model.table()), recent
+            model, layers = spec.bind(params), decoding.split_layers(params)["blocks"]
+            x, recent = decoding.extend(
+                model, layers, tokens[:, t], positions[:, t], cache, recent, slot
+            )
+            return decoding.next_logits(model, x, model.table()), recent
 
         cache, found, slots = (
             start(params),
