@@ -1,12 +1,9 @@
 """A training run, from whatever its workdir holds to its end."""
 
 import dataclasses
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 
 import jax
 from etils import epath
@@ -27,7 +24,7 @@ from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.processes import hosts
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import write_whole
+from jaxgpt.system.files import locked, write_whole
 from jaxgpt.system.stores import is_object_store, read_bytes
 from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
@@ -171,33 +168,24 @@ def say_stopped_early(workdir: epath.Path, step: int, history: History) -> int:
 
 @contextmanager
 def only_trainer(workdir: epath.Path) -> Iterator[None]:
-    """Holds `workdir` against a second trainer, until this process ends in whatever way.
+    """Holds `workdir` against a second trainer, until this process ends in whatever way; not on an
+    object store, which has no locks.
 
     Raises:
       BadInput: if another one trains in it now.
     """
-    handle = hosts.on_first(partial(lock, workdir))
-    try:
+
+    def refuse():
+        raise BadInput(f"another process trains in {workdir} now; choose another --workdir")
+
+    def lock():
+        if not is_object_store(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            until_the_end.enter_context(locked(workdir, refuse))
+
+    with ExitStack() as until_the_end:
+        hosts.on_first(lock)
         yield
-    finally:
-        if handle is not None and jax.process_index() == 0:
-            os.close(handle)
-
-
-def lock(workdir: epath.Path) -> int | None:
-    """Returns the handle that holds `workdir`, None on an object store; see `only_trainer`."""
-    if is_object_store(workdir):
-        return None
-    workdir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(workdir, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(handle)
-        raise BadInput(f"another process trains in {workdir} now; choose another --workdir") from e
-    except OSError:  # a file system without locks
-        pass
-    return handle
 
 
 def outcome(loop: Loop) -> str:
