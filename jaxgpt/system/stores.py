@@ -41,11 +41,11 @@ _reached: list[str] = []  # the URLs that this process uses
 
 def outage(e: BaseException) -> str:
     """Returns the line for an object store that fails though it was reachable, '' if that is not
-    what `e` or a cause of it says."""
+    what `e` or a cause of it says. A store that refuses, or lacks the file, has answered."""
     if not _reached:
         return ""
     found: BaseException | None = e
-    while found is not None:
+    while found is not None and not isinstance(found, FileNotFoundError | PermissionError):
         own = type(found).__module__.startswith(FROM) or isinstance(found, ConnectionError)
         if own or any(word in str(found) for word in WORDS):
             return (
