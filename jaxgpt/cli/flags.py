@@ -143,7 +143,7 @@ def load_file(path: str) -> Config:
 
 
 def wrong_value(message: str) -> str:
-    """Turns absl's words for an ill-typed `--config.` value into the contract's line."""
+    """Turns absl's words for an ill-typed `--config.` value into our message."""
     match = re.match(r"flag --(config\.[\w.]+)=(.*?): ", message, re.DOTALL)
     if not match:
         return message

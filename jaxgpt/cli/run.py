@@ -1,4 +1,4 @@
-"""How every command starts and ends: flags in, one line per error, the contract's exit codes."""
+"""How every command starts and ends: one line for each error, exit codes 0 to 3 or 128 + signal."""
 
 import errno
 import os
@@ -34,7 +34,8 @@ REFUSED = {
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a command and leaves the process with the contract's exit code."""
+    """Runs a command and ends the process: 0 done, 2 bad input, 1 any other fault, 3 diverged,
+    128 + number after a signal."""
     logging.set_verbosity(logging.FATAL)  # what libraries log of an error, they also raise
     for library in ("asyncio", "gcsfs"):
         getLogger(library).setLevel(CRITICAL)
