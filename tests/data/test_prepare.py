@@ -320,7 +320,7 @@ def test_a_full_tmpfs_leaves_nothing(corpus, tmp_path):
             prepare(config(corpus), str(disk / "out"))
         assert list(disk.iterdir()) == []
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_cleaning_is_counted_explained_and_in_the_key(command, corpus, tmp_path):
