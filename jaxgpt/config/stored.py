@@ -1,4 +1,4 @@
-"""Configs from the command line and from `config.json`, and the resume rules between them."""
+"""`config.json`, written and read, and which fields of it a resumed run may change."""
 
 import dataclasses
 import json

@@ -57,10 +57,8 @@ def train(workdir: epath.Path, config: Config) -> int:
         hosts.check_same(to_json(config), "the config")
         hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
         stream = training_stream(data.train, config)
-        evaluate, sample = (
-            evaluator(run, data),
-            TrainingSample(run.spec, data.tokenizer, config.sample),
-        )
+        evaluate = evaluator(run, data)
+        sample = TrainingSample(run.spec, data.tokenizer, config.sample)
         with only_trainer(workdir):
             checkpoints = Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
             state, history = restore_or_init(run, data, checkpoints)

@@ -7,8 +7,11 @@ import os
 import shutil
 import threading
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from jaxgpt.system import stores
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import Damaged, Missing, read_json, scratch_for, whole_folder, write_whole
 from jaxgpt.text import files as text_files
@@ -209,3 +212,19 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     write_whole(tmp_path / ("x" * 255), "a name as long as may be")
+
+
+def test_a_file_on_a_store_is_read_as_of_one_moment(monkeypatch):
+    """By a store whose file becomes another one after each question about it."""
+
+    class Replaced(MemoryFileSystem):
+        contents = iter((b"x" * 9, b"", b'{"format": 1}'))
+
+        def info(self, path, **kwargs):
+            self.pipe_file(path, next(self.contents))
+            return super().info(path, **kwargs)
+
+    store = Replaced()
+    store.pipe_file("/f.json", b'{"format": 7}')
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (store, "/f.json"))
+    assert stores.read_bytes("memory://f.json") == b'{"format": 7}'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxgpt.system import stores
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
 
@@ -72,3 +73,27 @@ def test_texts_that_are_some():
 def test_messages_are_printable_and_short():
     assert str(BadInput("a\x1b[2J\u2028b\ud800")) == r"a\x1b[2J b\ud800"
     assert len(str(BadInput("9" * 100_000))) < 2100
+
+
+def caused(error: Exception, *causes: Exception) -> Exception:
+    """`error`, raised from the first of `causes`, and that from the next."""
+    for effect, cause in zip((error, *causes), causes):
+        effect.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (caused(OSError("PUT"), ConnectionRefusedError("refused")), 1),
+        (caused(BadInput("x cannot be written"), ConnectionResetError("reset")), 1),
+        (caused(BadInput("x is missing"), FileNotFoundError("x"), ConnectionError("404")), 2),
+        (caused(BadInput("x is closed"), PermissionError("x"), ConnectionError("403")), 2),
+    ],
+)
+def test_a_store_that_answers_has_no_outage(command, monkeypatch, error, expected):
+    """Object stores' clients raise "no such file" from what the server's answer was."""
+    monkeypatch.setattr(stores, "_reached", ["s3://bucket/run"])
+    code, _, err = command(raising(error))
+    assert code == expected and len(err.splitlines()) == 1
+    assert ("the object store of s3://bucket/run does not answer" in err) == (expected == 1), err
