@@ -41,8 +41,6 @@ def make_train_step(
         trained, frozen = split(state.params, mask)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)  # for dropout
         scale = loss_scale.factor(state.loss_scale)
-        # Until all targets are counted, gradients are those of a mean over all positions: sums
-        # would overflow float16.
         positions = batch["inputs"].size
 
         def scaled_loss(trained, micro: Micro, key):
@@ -50,11 +48,15 @@ def make_train_step(
             model = spec.bind(join(trained, frozen))
             total, count, metrics = objective(model, micro, key, **others)
             metrics = jax.tree.map(lambda sum_: sum_ / positions, metrics)
-            return scale * (total / positions), (count, metrics)
+            # A mean over what counts in this microbatch: of a mean over all positions, where few
+            # count, float16 would lose the gradients, and of a sum it would overflow
+            filled = jnp.maximum(count, 1).astype(jnp.float32) / micro["inputs"].size
+            return scale * (total / (positions * filled)), (count, metrics, filled)
 
         def gradient(micro: Micro, index):
             grad = jax.grad(scaled_loss, has_aux=True)
-            return grad(trained, micro, jax.random.fold_in(key, index))
+            grads, (*sums, filled) = grad(trained, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda g: g * filled, grads), tuple(sums)
 
         grads, (count, metrics) = _sum_over_microbatches(gradient, batch, trained)
         share = positions / jnp.maximum(count, 1).astype(jnp.float32)

@@ -143,6 +143,26 @@ def test_one_update_against_plain_autodiff(dtype):
     assert found["learning_rate"] == [0.5]
 
 
+def test_float16_keeps_the_gradients_of_few_targets():
+    """One target of 2 x 4 x 24 positions, at a scale at which a 192nd of its gradients is 0."""
+    norms = {}
+    for dtype in ("float32", "float16"):
+        config = tiny_config(num_layers=1, compute={"dtype": dtype})
+        config.grad_accum = 2
+        batch = random_batch(config)
+        batch["targets"][:] = IGNORE
+        batch["targets"][1, 2, 5] = 7
+        with jax.set_mesh(mesh := mesh_of(config)):
+            run = make_training(config, mesh)
+            state = run.first_state()
+            if dtype == "float16":
+                small = state.loss_scale | {"scale": jnp.float32(2.0**-14)}
+                state = dataclasses.replace(state, loss_scale=small)
+            metrics = run.compile_step()(state, jax.device_put(batch, run.batch_sharding))[1]
+            norms[dtype] = float(metrics["grad_norm"])
+    assert norms["float16"] == pytest.approx(norms["float32"], rel=0.02), norms
+
+
 def test_many_microbatches_of_bfloat16_gradients_add_up():
     params = {"w": jnp.ones(3, jnp.bfloat16), "frozen": None}
     one = ({"w": jnp.ones(3, jnp.bfloat16), "frozen": None}, jnp.float32(0.5))
