@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt.data.cache import load_or_write
-from jaxgpt.data.shards import META, Split, verify_checksums, write_checksummed
+from jaxgpt.data.shards import META, Split, checksums_of, verify_checksums
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import read_json
 
@@ -86,12 +86,9 @@ def plan_for(split: Split, part: int, seq_len: int, locks: Path) -> Plan:
         starts = np.asarray(split.starts[first:last]).astype(np.int64)
         if not len(starts):
             raise BadInput("there is no document to pack")
-        checksums = {
-            name: write_checksummed(scratch / name, values.astype(dtype).tobytes())
-            for (name, dtype), values in zip(
-                PLAN.items(), make_plan(starts, end, seq_len), strict=True
-            )
-        }
+        for name, values in make_plan(starts, end, seq_len)._asdict().items():
+            (scratch / name).write_bytes(values.astype(PLAN[name]).tobytes())
+        checksums = {name: checksums_of(scratch / name) for name in PLAN}
         (scratch / META).write_text(json.dumps(checksums))
 
     folder = split.folder / f"pack-{seq_len}" / f"{split.name}.{part}"

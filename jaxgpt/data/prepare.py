@@ -14,7 +14,7 @@ from jaxgpt.config import DataConfig
 from jaxgpt.data import shards
 from jaxgpt.data.cache import load_or_write
 from jaxgpt.data.remote import fetch, publish
-from jaxgpt.data.shards import Split, read_meta, read_split, verify_checksums
+from jaxgpt.data.shards import Split, read_meta, read_splits
 from jaxgpt.data.split import hold_out, measure
 from jaxgpt.data.tokenize import write_splits
 from jaxgpt.metrics.progress import Bar
@@ -178,10 +178,7 @@ def _out_folder(out: str, key: str) -> Path:
 
 def read_prepared(folder: Path) -> Prepared:
     """Returns what `prepare` wrote into `folder`."""
-    train, validation = read_split(folder, "train"), read_split(folder, "validation")
-    meta = read_meta(folder)
-    sums = meta["checksums"]
-    verify_checksums(folder, {name: sums[name] for name in sums if name.startswith("tokenizer/")})
+    meta, (train, validation) = read_splits(folder, "train", "validation")
     tokenizer = load_tokenizer(folder / "tokenizer")
     return Prepared(folder, train, validation, tokenizer, meta["dropped"], meta.get("masked", {}))
 
@@ -235,7 +232,9 @@ def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Pat
         _write_shards(scratch, splits, tokenizer, key.value, Report())
         key.check()
 
-    read = partial(read_split, name="whole")
+    def read(folder: Path) -> Split:
+        return read_splits(folder, "whole")[1][0]
+
     return load_or_write(cache / key.value, cache / "locks", write, read)
 
 
@@ -275,8 +274,6 @@ def _write_corpus(
         ]
         tokenizer = make_tokenizer(cfg.tokenizer, texts, cfg.special_tokens)
     _write_shards(scratch, splits, tokenizer, key, report)
-    for spool in scratch.glob("*.spool"):
-        spool.unlink()
 
 
 def _measured(source: Source) -> Source:
@@ -326,10 +323,10 @@ def _write_shards(
     scratch: Path, splits: dict[str, list[Source]], tokenizer: Tokenizer, key: str, report: Report
 ) -> None:
     """Writes the tokenizer, the tokens of each split, and meta.json."""
-    folder = scratch / "tokenizer"
-    save_tokenizer(tokenizer, folder)
-    sums = {f"tokenizer/{file.name}": shards.checksums_of(file) for file in folder.iterdir()}
-    entries, token_sums, files = write_splits(scratch, splits, tokenizer)
+    save_tokenizer(tokenizer, scratch / "tokenizer")
+    entries, files = write_splits(scratch, splits, tokenizer)
+    for spool in scratch.glob("*.spool"):
+        spool.unlink()
     meta = {
         "dtype": shards.token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
@@ -339,7 +336,6 @@ def _write_shards(
         "dropped": report.dropped,
         "masked": report.masked,
         "splits": entries,
-        "checksums": sums | token_sums,
     }
     shards.write_meta(scratch, meta)
 

@@ -30,8 +30,11 @@ import json
 import os
 import zlib
 from array import array
+from collections.abc import Iterator
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -74,7 +77,6 @@ class Part:
     first: int
     end: int
     documents: int
-    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,45 +110,17 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-class ChecksummedFile:
-    """A file being written, and its checksums."""
-
-    def __init__(self, path: Path):
-        self.file, self.sha, self.size = open(path, "wb"), hashlib.sha256(), 0
-        self.crcs: list[int] = []
-
-    def write(self, raw: bytes) -> None:
-        """Appends bytes."""
-        self.file.write(raw)
-        self.sha.update(raw)
-        view = memoryview(raw)
-        while view:
-            if self.size % CRC_BLOCK == 0:
-                self.crcs.append(0)
-            block = view[: CRC_BLOCK - self.size % CRC_BLOCK]
-            self.crcs[-1] = zlib.crc32(block, self.crcs[-1])
-            self.size, view = self.size + len(block), view[len(block) :]
-
-    def close(self) -> dict:
-        """Makes sure that the bytes are on the disk and returns their checksums."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return {"bytes": self.size, "crc32": self.crcs}
-
-
-def write_checksummed(path: Path, raw: bytes) -> dict:
-    """Writes a file and returns its checksums."""
-    file = ChecksummedFile(path)
-    file.write(raw)
-    return file.close()
-
-
 def checksums_of(path: Path) -> dict:
-    """Returns the checksums of a small file that exists."""
-    raw = path.read_bytes()
-    blocks = range(0, len(raw), CRC_BLOCK)
-    return {"bytes": len(raw), "crc32": [zlib.crc32(raw[at : at + CRC_BLOCK]) for at in blocks]}
+    """Returns the checksums of a file, after making sure that its bytes are on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "crc32": list(_block_crcs(path))}
+
+
+def _block_crcs(path: Path) -> Iterator[int]:
+    with open(path, "rb") as file:
+        while block := file.read(CRC_BLOCK):
+            yield zlib.crc32(block)
 
 
 class SplitWriter:
@@ -156,10 +130,10 @@ class SplitWriter:
         self, folder: Path, name: str, dtype: np.dtype, files: dict[str, int], masked: bool
     ):
         self.folder, self.name, self.dtype, self.files = folder, name, dtype, files
-        self.out = ChecksummedFile(folder / f"{name}.bin")
+        self.out = open(folder / f"{name}.bin", "wb")
         self.starts, self.origins = array("Q"), array("I")
         self.parts: list[dict] = []
-        self.mask = ChecksummedFile(folder / f"{name}.mask") if masked else None
+        self.mask = open(folder / f"{name}.mask", "wb") if masked else None
         self.targets = {"tokens": 0, "bytes": 0}
         self.last_is_target = False  # the last token written
 
@@ -172,7 +146,7 @@ class SplitWriter:
 
         It ends the document before and is a target if the last token of that is.
         """
-        self.starts.append(self.out.size // self.dtype.itemsize)
+        self.starts.append(self.out.tell() // self.dtype.itemsize)
         self.origins.extend((self.files.setdefault(printable(file), len(self.files)), row))
         self.parts[-1]["documents"] += 1
         self.extend(np.array([end_of_text]), 0, np.array([self.last_is_target]))
@@ -196,28 +170,30 @@ class SplitWriter:
         self.parts[-1]["tokens"] += len(ids)
         self.parts[-1]["bytes"] += num_bytes
 
-    def close(self) -> tuple[dict, dict]:
-        """Returns the split's entry in meta.json and its files' checksums."""
-        checksums = {f"{self.name}.bin": self.out.close()}
-        for kind, numbers, dtype in (
-            ("documents", self.starts, "<u8"),
-            ("origins", self.origins, "<u4"),
-        ):
-            raw = np.frombuffer(numbers, numbers.typecode).astype(dtype).tobytes()
-            file = f"{self.name}.{kind}"
-            checksums[file] = write_checksummed(self.folder / file, raw)
+    def close(self) -> dict:
+        """Returns the split's entry in meta.json."""
+        starts, origins = np.array(self.starts, "<u8"), np.array(self.origins, "<u4")
+        (self.folder / f"{self.name}.documents").write_bytes(starts.tobytes())
+        (self.folder / f"{self.name}.origins").write_bytes(origins.tobytes())
         entry = {name: sum(part[name] for part in self.parts) for name in COUNTS}
-        token_hash = self.out.sha
+        token_hash = _close_and_hash(self.out)
         if self.mask:
-            checksums[f"{self.name}.mask"] = self.mask.close()
-            token_hash.update(self.mask.sha.digest())
+            token_hash.update(_close_and_hash(self.mask).digest())
             entry["learnt"] = self.targets
-        return entry | {"sha256": token_hash.hexdigest(), "parts": self.parts}, checksums
+        return entry | {"sha256": token_hash.hexdigest(), "parts": self.parts}
+
+
+def _close_and_hash(file: BinaryIO):
+    file.close()
+    with open(file.name, "rb") as written:
+        return hashlib.file_digest(written, "sha256")
 
 
 def write_meta(folder: Path, meta: dict) -> None:
-    """Writes meta.json, which completes the folder."""
-    meta = {"format": FORMAT} | meta
+    """Writes meta.json, with the checksums of all files of the folder, which it completes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    checksums = {path.relative_to(folder).as_posix(): checksums_of(path) for path in files}
+    meta = {"format": FORMAT} | meta | {"checksums": checksums}
     (folder / META).write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=1))
 
 
@@ -246,15 +222,19 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
-def read_split(folder: Path, name: str) -> Split:
-    """Returns a split, its tokens memory-mapped."""
+def read_splits(folder: Path, *names: str) -> tuple[dict, list[Split]]:
+    """Returns meta.json and the splits `names`, their tokens memory-mapped.
+
+    Raises:
+      BadInput: if there is no such split, or any file of the folder is damaged.
+    """
     meta = read_meta(folder)
-    if name not in meta["splits"]:
-        raise BadInput(f"{folder} has no split {name!r}, only {', '.join(meta['splits'])}")
-    sums = meta["checksums"]
-    verify_checksums(folder, {file: sums[file] for file in sums if file.startswith(f"{name}.")})
+    for name in names:
+        if name not in meta["splits"]:
+            raise BadInput(f"{folder} has no split {name!r}, only {', '.join(meta['splits'])}")
+    verify_checksums(folder, meta["checksums"])
     try:
-        return _split(folder, name, meta)
+        return meta, [_split(folder, name, meta) for name in names]
     except (OSError, TypeError, ValueError) as e:  # meta.json is older than its own checksum
         raise Damaged(folder, f"{META} does not fit its files ({e})") from e
 
@@ -266,11 +246,10 @@ def _split(folder: Path, name: str, meta: dict) -> Split:
     entry = meta["splits"][name]
     parts, first = [], 0
     for part in entry["parts"]:
-        end, weight = first + part["tokens"], Fraction(part["weight"])
-        counts = (part["documents"], part["bytes"])
-        parts.append(Part(part["source"], weight, first, end, *counts))
+        end = first + part["tokens"]
+        parts.append(Part(part["source"], Fraction(part["weight"]), first, end, part["documents"]))
         first = end
-    targets = entry.get("learnt")
+    targets = entry.get("learnt", {"tokens": entry["tokens"] - 1, "bytes": entry["bytes"]})
     return Split(
         folder,
         name,
@@ -283,9 +262,9 @@ def _split(folder: Path, name: str, meta: dict) -> Split:
         end_of_text=meta["end_of_text"],
         digest=entry["sha256"],
         parts=tuple(parts),
-        mask=array_of("mask", "u1") if targets else None,
-        num_targets=targets["tokens"] if targets else entry["tokens"] - 1,
-        target_bytes=targets["bytes"] if targets else entry["bytes"],
+        mask=array_of("mask", "u1") if "learnt" in entry else None,
+        num_targets=targets["tokens"],
+        target_bytes=targets["bytes"],
     )
 
 
@@ -321,8 +300,7 @@ def verify_checksums(folder: Path, checksums: dict) -> None:
 
 
 def _compare(file: Path, crcs: list[int]) -> None:
-    with open(file, "rb") as stream:
-        for number, crc in enumerate(crcs):
-            if zlib.crc32(stream.read(CRC_BLOCK)) != crc:
-                first, end = number * CRC_BLOCK, (number + 1) * CRC_BLOCK
-                raise Damaged(file, f"between bytes {first:,} and {end:,} its checksum differs")
+    for number, (crc, actual) in enumerate(zip_longest(crcs, _block_crcs(file))):
+        if crc != actual:
+            first, end = number * CRC_BLOCK, (number + 1) * CRC_BLOCK
+            raise Damaged(file, f"between bytes {first:,} and {end:,} its checksum differs")

@@ -19,10 +19,10 @@ BATCH_PIECES = 4096
 
 def write_splits(
     folder: Path, splits: dict[str, list[Source]], tokenizer: Tokenizer
-) -> tuple[dict, dict, list[str]]:
-    """Writes the documents of each split's sources; returns the splits' entries in meta.json, their
-    files' checksums, and the names of the documents' files."""
-    entries, checksums, files = {}, {}, {}
+) -> tuple[dict, list[str]]:
+    """Writes the documents of each split's sources; returns the splits' entries in meta.json and
+    the names of the documents' files."""
+    entries, files = {}, {}
     total = sum(source.num_bytes for sources in splits.values() for source in sources)
     bar = Bar("data      tokenizing", total)
     for name, sources in splits.items():
@@ -37,10 +37,9 @@ def write_splits(
                 target_bytes = sum(num_bytes(s.text) for s in piece.spans if s.is_target)
                 writer.extend(ids, num_bytes(text), is_target, target_bytes)
                 bar.advance(num_bytes(text))
-        entries[name], sums = writer.close()
-        checksums |= sums
+        entries[name] = writer.close()
     bar.close()
-    return entries, checksums, list(files)
+    return entries, list(files)
 
 
 def tokenized(

@@ -248,10 +248,8 @@ def test_out_never_overwrites_what_is_there(command, corpus, tmp_path, monkeypat
 
 def test_checksums_of_many_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "CRC_BLOCK", 10)
-    file = shards.ChecksummedFile(tmp_path / "f")
-    for size in (3, 7, 0, 25, 1):
-        file.write(bytes(size * [size]))
-    sums = {"f": file.close()}
+    (tmp_path / "f").write_bytes(bytes(size for size in (3, 7, 0, 25, 1) for _ in range(size)))
+    sums = {"f": shards.checksums_of(tmp_path / "f")}
     assert sums["f"]["bytes"] == 36 and len(sums["f"]["crc32"]) == 4
     shards.verify_checksums(tmp_path, sums)
     sums["f"]["crc32"][2] += 1
