@@ -17,8 +17,18 @@ def next_token(tokens: np.ndarray, is_target: np.ndarray | None = None) -> dict[
     return {"inputs": tokens[..., :-1], "targets": targets}
 
 
+class Chunks:
+    """The chunks of one source: `read` gives their arrays, `segments` where one comes from."""
+
+    def num_targets(self, chunks: np.ndarray) -> int:
+        """Returns how many targets the chunks have together."""
+        if self.mask is not None:
+            return int(np.count_nonzero(self.read(chunks)["targets"] != IGNORE))
+        return sum(length for chunk in chunks.tolist() for _, length in self.segments(chunk))
+
+
 @dataclasses.dataclass(frozen=True)
-class ContiguousChunks:
+class ContiguousChunks(Chunks):
     """Chunk c holds tokens c*T .. (c+1)*T of one stream; the last of them is only a target."""
 
     tokens: np.ndarray
@@ -34,19 +44,13 @@ class ContiguousChunks:
         is_target = None if self.mask is None else self.mask[offsets[:, 1:]]
         return next_token(self.tokens[offsets].astype(np.int32), is_target)
 
-    def num_targets(self, chunks: np.ndarray) -> int:
-        """Returns how many targets the chunks have together."""
-        if self.mask is not None:
-            return int(np.count_nonzero(self.read(chunks)["targets"] != IGNORE))
-        return len(chunks) * self.seq_len
-
     def segments(self, chunk: int) -> list[tuple[int, int]]:
         """Returns the (start, length) in the stream of the chunk's inputs."""
         return [(chunk * self.seq_len, self.seq_len)]
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedChunks:
+class PackedChunks(Chunks):
     """Chunks of whole documents by a plan; no document attends to another.
 
     `segments` number a chunk's documents from 1, 0 is padding; `positions` start at 0 in each;
@@ -93,12 +97,6 @@ class PackedChunks:
             "segments": layout(np.repeat(number + 1, lengths), 0),
             "positions": layout(position, 0),
         }
-
-    def num_targets(self, chunks: np.ndarray) -> int:
-        """Returns how many targets the chunks have together."""
-        if self.mask is not None:
-            return int(np.count_nonzero(self.read(chunks)["targets"] != IGNORE))
-        return sum(length for chunk in chunks.tolist() for _, length in self.segments(chunk))
 
     def segments(self, chunk: int) -> list[tuple[int, int]]:
         """Returns the (start, length) in the stream of each document in the chunk."""

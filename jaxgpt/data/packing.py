@@ -97,5 +97,5 @@ def plan_for(split: Split, part: int, seq_len: int, locks: Path) -> Plan:
 
 def _read_plan(folder: Path) -> Plan:
     checksums = read_json(folder / META, {name: {"bytes": int, "crc32": [int]} for name in PLAN})
-    verify_checksums(folder, {name: checksums[name] for name in PLAN})
+    verify_checksums(folder, checksums)
     return Plan(*(np.memmap(folder / name, dtype, "r") for name, dtype in PLAN.items()))

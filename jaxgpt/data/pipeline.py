@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxgpt.config import Config
-from jaxgpt.data.chunks import ContiguousChunks, PackedChunks
+from jaxgpt.data.chunks import Chunks, ContiguousChunks, PackedChunks
 from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.packing import plan_for
 from jaxgpt.data.prepare import cache_folder
@@ -31,7 +31,7 @@ class Stream:
     nothing but k is needed to find a batch.
     """
 
-    sources: tuple[ContiguousChunks | PackedChunks, ...]
+    sources: tuple[Chunks, ...]
     schedule: MixtureSchedule
     batch_size: int
     grad_accum: int

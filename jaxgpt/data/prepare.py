@@ -107,10 +107,7 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
 
     key = CacheKey((*sources, *validation), make_key)
 
-    def write(scratch: Path) -> None:
-        _write_corpus(cfg, sources, validation, tokenizer, key.value, scratch)
-        key.check()
-
+    write = partial(_write_corpus, cfg, sources, validation, tokenizer, key)
     to_cache = not out or is_object_store(out)
     folder = cache / key.value if to_cache else _out_folder(out, key.value)
     if not to_cache and folder.exists():
@@ -217,20 +214,17 @@ def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Pat
     """Returns the whole of `source` as one split, for evaluation with a trained tokenizer."""
     if source.startswith("shards:"):
         raise BadInput("--data=shards:DIR holds splits already; name the text instead")
-    cache.mkdir(parents=True, exist_ok=True)
     sources = open_sources(source, cfg, cache, tokenizer)
 
     def make_key() -> str:
-        return _hash(
-            str(shards.FORMAT), *[s.identity() for s in sources], "whole", fingerprint(tokenizer)
-        )
+        identities = [source.identity() for source in sources]
+        return _hash(str(shards.FORMAT), *identities, "whole", fingerprint(tokenizer))
 
     key = CacheKey(sources, make_key)
 
     def write(scratch: Path) -> None:
         splits = {"whole": [_measured(source) for source in sources]}
-        _write_shards(scratch, splits, tokenizer, key.value, Report())
-        key.check()
+        _write_shards(scratch, splits, tokenizer, key, Report())
 
     def read(folder: Path) -> Split:
         return read_splits(folder, "whole")[1][0]
@@ -243,7 +237,7 @@ def _write_corpus(
     sources: tuple[Source, ...],
     validation: tuple[Source, ...],
     tokenizer: Tokenizer | None,
-    key: str,
+    key: CacheKey,
     scratch: Path,
 ) -> None:
     """Cleans, splits and tokenizes; writes everything into the folder `scratch`."""
@@ -320,18 +314,23 @@ def _texts(documents: Documents) -> Iterator[str]:
 
 
 def _write_shards(
-    scratch: Path, splits: dict[str, list[Source]], tokenizer: Tokenizer, key: str, report: Report
+    scratch: Path,
+    splits: dict[str, list[Source]],
+    tokenizer: Tokenizer,
+    key: CacheKey,
+    report: Report,
 ) -> None:
     """Writes the tokenizer, the tokens of each split, and meta.json."""
     save_tokenizer(tokenizer, scratch / "tokenizer")
     entries, files = write_splits(scratch, splits, tokenizer)
+    key.check()
     for spool in scratch.glob("*.spool"):
         spool.unlink()
     meta = {
         "dtype": shards.token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "end_of_text": tokenizer.end_of_text,
-        "key": key,
+        "key": key.value,
         "files": files,
         "dropped": report.dropped,
         "masked": report.masked,

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 from jaxgpt.system.errors import BadInput
@@ -31,8 +32,8 @@ def measure(documents: Documents, source: str) -> Sizes:
     for piece in documents():
         if not piece.continues:
             sizes.append(0)
-        sizes[-1] += num_bytes(piece.text) if piece.tokens is None else len(piece.tokens)
-        characters += _length(piece)
+        sizes[-1] += num_bytes(piece.text) if piece.tokens is None else piece.length
+        characters += piece.length
     if not sizes:
         raise BadInput(f"data source {source} is empty: it holds no text")
     return Sizes(sizes, characters)
@@ -58,16 +59,10 @@ def hold_out(
     return (train, train_size), (partial(select, documents, cut, end), sizes.total - train_size)
 
 
-def _length(piece: Piece) -> int:
-    return len(piece.text) if piece.tokens is None else len(piece.tokens)
-
-
 def _boundary(sizes: array, fraction: float) -> int:
-    target, total, best = (1 - fraction) * sum(sizes), 0, (float("inf"), 1)
-    for i, size in enumerate(sizes[:-1], start=1):
-        total += size
-        best = min(best, (abs(total - target), i))
-    return best[1]
+    target = (1 - fraction) * sum(sizes)
+    distances = [abs(total - target) for total in accumulate(sizes[:-1])]
+    return 1 + distances.index(min(distances))
 
 
 def _select_documents(documents: Documents, first: int, end: int) -> Iterator[Piece]:
@@ -92,7 +87,7 @@ def _line_near(pieces: Iterable[Piece], total: int, fraction: float) -> int:
             if start + newline + 1 < total:
                 return start + newline + 1
             break
-        start += _length(piece)
+        start += piece.length
     return line_before or cut
 
 
@@ -101,9 +96,9 @@ def _select_characters(documents: Documents, first: int, end: int) -> Iterator[P
     start, continues = 0, False
     for piece in documents():
         selected = slice(max(first - start, 0), max(end - start, 0))
-        start += _length(piece)
+        start += piece.length
         tokens = None if piece.tokens is None else piece.tokens[selected]
         part = piece._replace(text=piece.text[selected], tokens=tokens, continues=continues)
-        if _length(part):
+        if part.length:
             yield part
             continues = True

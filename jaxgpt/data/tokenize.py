@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -60,26 +60,18 @@ def tokenized(
 
 
 def _encode(batch: list[Piece], tokenizer: Tokenizer) -> list[tuple]:
+    """Each span is tokenized by itself, so that none of them changes another's tokens."""
     if batch[0].tokens is not None:
         return [(piece, piece.tokens, None) for piece in batch]
-    spans = (span for piece in batch for span in piece.spans or (Span(piece.text),))
-    encoded = iter(tokenizer.encode_batch([span.text for span in spans if not span.special]))
-    return [
-        (piece, *_encode_spans(piece, encoded, tokenizer))
-        if piece.spans
-        else (piece, next(encoded), None)
-        for piece in batch
-    ]
-
-
-def _encode_spans(piece: Piece, encoded: Iterator[np.ndarray], tokenizer: Tokenizer) -> tuple:
-    """Each span is tokenized by itself, so that none of them changes another's tokens."""
-    ids = [
-        np.array([tokenizer.special[span.text]]) if span.special else next(encoded)
-        for span in piece.spans
-    ]
-    is_target = [np.full(len(i), span.is_target) for i, span in zip(ids, piece.spans, strict=True)]
-    return np.concatenate(ids).astype(np.int32), np.concatenate(is_target)
+    spans = [piece.spans or (Span(piece.text),) for piece in batch]
+    encoded = iter(tokenizer.encode_batch([s.text for s in chain(*spans) if not s.special]))
+    result = []
+    for piece, own in zip(batch, spans, strict=True):
+        ids = [[tokenizer.special[s.text]] if s.special else next(encoded) for s in own]
+        is_target = np.repeat([s.is_target for s in own], [len(i) for i in ids])
+        all_ids = np.concatenate(ids).astype(np.int32)
+        result.append((piece, all_ids, is_target if piece.spans else None))
+    return result
 
 
 def _cut(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -102,7 +94,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
-        size += len(piece.text) if piece.tokens is None else 4 * len(piece.tokens)
+        size += piece.length if piece.tokens is None else 4 * piece.length
         if size >= BATCH_CHARS or len(batch) == BATCH_PIECES:
             yield batch
             batch, size = [], 0

@@ -196,18 +196,9 @@ class Report:
     dropped: dict[str, dict] = dataclasses.field(default_factory=dict)
     masked: dict[str, dict] = dataclasses.field(default_factory=dict)
 
-    def add_drop(self, rule: str, piece: Piece) -> None:
-        """Counts a dropped document and keeps the first few."""
-        _count(self.dropped, rule, piece)
-
-    def add_masks(self, counts: dict[str, int], piece: Piece) -> None:
-        """Counts what was replaced in a document, and keeps the first few such documents."""
-        for kind, count in counts.items():
-            entry = _count(self.masked, kind, piece)
-            entry["masks"] = entry.get("masks", 0) + count
-
 
 def _count(table: dict[str, dict], name: str, piece: Piece) -> dict:
+    """Counts a document in the table's entry `name`, keeps the first few, returns the entry."""
     entry = table.setdefault(name, {"documents": 0, "examples": []})
     entry["documents"] += 1
     if len(entry["examples"]) < EXAMPLES:
@@ -226,9 +217,11 @@ def clean_documents(
             if isinstance(text, Masked) and text is not before:
                 masks.update(text.counts)
             if isinstance(text, Dropped) or not text.strip():
-                report.add_drop(text if isinstance(text, Dropped) else name, piece)
+                _count(report.dropped, text if isinstance(text, Dropped) else name, piece)
                 break
         else:
             kept = piece._replace(text=str(text))
-            report.add_masks(masks, kept)
+            for kind, count in masks.items():
+                entry = _count(report.masked, kind, kept)
+                entry["masks"] = entry.get("masks", 0) + count
             yield kept

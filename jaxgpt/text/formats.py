@@ -83,7 +83,6 @@ def read_jsonl(file: str, field: str) -> Iterator[Piece]:
 def read_parquet(file: str, column: str) -> Iterator[Piece]:
     """Yields the text `column` of each row; nulls and empty texts are skipped."""
     parquet = require("pyarrow.parquet", "data", "reading parquet")
-    arrow = require("pyarrow", "data", "reading parquet")
     row = 0
     with (
         open_file(file, decompress=False) as stream,
@@ -97,7 +96,7 @@ def read_parquet(file: str, column: str) -> Iterator[Piece]:
                 f"{file} has {many} column {column!r}: it has {', '.join(names)}; set data.field"
             )
         kind = table.schema_arrow.field(column).type
-        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+        if str(kind) not in ("string", "large_string"):
             raise BadInput(f"column {column!r} of {file} holds {kind}, not text")
         for batch in table.iter_batches(columns=[column], batch_size=1024):
             for text in batch.column(0).to_pylist():

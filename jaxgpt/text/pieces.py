@@ -38,6 +38,11 @@ class Piece(NamedTuple):
         """The document's name for people: its file and line or record."""
         return printable(f"{self.file}:{self.row}" if self.row else self.file)
 
+    @property
+    def length(self) -> int:
+        """How many characters, or tokens where it is tokenized."""
+        return len(self.text) if self.tokens is None else len(self.tokens)
+
 
 Documents = Callable[[], Iterator[Piece]]  # each call reads the corpus anew, in the same order
 
@@ -106,8 +111,6 @@ def join_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _joined(pieces: list[Piece]) -> Piece:
-    if len(pieces) == 1:
-        return pieces[0]
     tokenized = pieces[0].tokens is not None
     tokens = np.concatenate([piece.tokens for piece in pieces]) if tokenized else None
     return pieces[0]._replace(text="".join(piece.text for piece in pieces), tokens=tokens)

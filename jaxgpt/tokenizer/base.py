@@ -45,6 +45,7 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the UTF-8 of one id in the middle of a text; it may be part of a character."""
+        return self.decode([token, token])[len(self.decode([token])) :].encode()
 
     def save(self, folder: os.PathLike) -> None:
         """Writes the files that `open(folder)`, a class method, reads."""

@@ -44,9 +44,6 @@ class CharTokenizer(Tokenizer):
     def decode_stable(self, ids: Iterable) -> str:
         return self.decode(ids)
 
-    def token_bytes(self, token: int) -> bytes:
-        return self.decode([token]).encode()
-
     def save(self, folder: os.PathLike) -> None:
         (folder / VOCAB_FILE).write_text(json.dumps(self.characters))
 

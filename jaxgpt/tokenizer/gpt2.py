@@ -43,11 +43,10 @@ class Gpt2Tokenizer(Tokenizer):
         self.fast.decoder = decoders.ByteLevel()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self.fast.encode(text).ids, np.int32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self.fast.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        return fast_encode(self.fast, texts)
 
     def decode(self, ids: Iterable) -> str:
         return self.fast.decode(text_ids(ids, self))
@@ -89,3 +88,9 @@ class Gpt2Tokenizer(Tokenizer):
 def bytes_of_piece(piece: str) -> bytes:
     """Returns the bytes that a piece of a byte-level vocabulary spells."""
     return b"".join(bytes([BYTES[c]]) if c in BYTES else c.encode() for c in piece)
+
+
+def fast_encode(fast: FastTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns the ids of each text, int32, without the special tokens that a template adds."""
+    encodings = fast.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.asarray(encoding.ids, np.int32) for encoding in encodings]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from jaxgpt.system.errors import BadInput, as_bad_input
 from jaxgpt.system.files import read_json
 from jaxgpt.tokenizer.base import Tokenizer, strip_incomplete, text_ids
-from jaxgpt.tokenizer.gpt2 import bytes_of_piece
+from jaxgpt.tokenizer.gpt2 import bytes_of_piece, fast_encode
 
 FILE, SETTINGS = "tokenizer.json", "end_of_text.json"
 MAX_IDS = 1 << 24  # sixty times the largest vocabulary in use
@@ -62,12 +62,8 @@ class HfTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # e.g. a vocabulary that lacks its own token for unknown text
         with as_bad_input(lambda e: f"{self.where} cannot encode the text: {e}"):
-            all_ids = self._ids(texts)
+            all_ids = fast_encode(self.fast, texts)
         return [self._without_special(text, ids) for text, ids in zip(texts, all_ids, strict=True)]
-
-    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self.fast.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def _without_special(self, text: str, ids: np.ndarray) -> np.ndarray:
         """Returns `ids`, or if they hold special tokens, ids of the same `text` without them.
@@ -78,8 +74,8 @@ class HfTokenizer(Tokenizer):
         """
         if not np.isin(ids, self.special_ids).any():
             return ids
-        parts = self._ids([part for part in self.inside_names.split(text) if part])
-        ids = np.concatenate([np.zeros(0, np.int32), *parts])
+        parts = [part for part in self.inside_names.split(text) if part]
+        ids = np.concatenate([np.zeros(0, np.int32), *fast_encode(self.fast, parts)])
         return ids[~np.isin(ids, self.special_ids)]
 
     def decode(self, ids: Iterable) -> str:
@@ -96,7 +92,7 @@ class HfTokenizer(Tokenizer):
             return bytes([self.bytes[token]])
         if self.is_byte_level:
             return bytes_of_piece(self.fast.id_to_token(token) or "")
-        return self.decode([token, token])[len(self.decode([token])) :].encode()
+        return super().token_bytes(token)
 
     def save(self, folder: os.PathLike) -> None:
         (folder / FILE).write_bytes(self.text.encode())
@@ -128,16 +124,14 @@ def _unknown_id(model) -> int | None:
 
 
 def _end_of_text(folder) -> int:
-    for name, keys in (
-        (SETTINGS, ("end_of_text",)),
-        ("generation_config.json", ("eos_token_id",)),
-        ("config.json", ("eos_token_id", "bos_token_id")),
+    for name, key in (
+        (SETTINGS, "end_of_text"),
+        ("generation_config.json", "eos_token_id"),
+        ("config.json", "eos_token_id"),
+        ("config.json", "bos_token_id"),
     ):
-        if (folder / name).is_file():
-            settings = read_json(folder / name, dict)
-            for key in keys:
-                value = settings.get(key)
-                value = value[0] if isinstance(value, list) and value else value
-                if type(value) is int:
-                    return value
+        value = read_json(folder / name, dict).get(key) if (folder / name).is_file() else None
+        value = value[0] if isinstance(value, list) and value else value
+        if type(value) is int:
+            return value
     raise BadInput(f"nothing in {folder} names its end-of-text token (eos_token_id)")

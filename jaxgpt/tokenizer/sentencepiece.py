@@ -55,7 +55,7 @@ class SentencePieceTokenizer(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         if self.processor.is_byte(token):
             return bytes([int(self.processor.id_to_piece(token)[3:5], 16)])
-        return self.decode([token, token])[len(self.decode([token])) :].encode()
+        return super().token_bytes(token)
 
     def save(self, folder: os.PathLike) -> None:
         (folder / MODEL_FILE).write_bytes(self.model)
