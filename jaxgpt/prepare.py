@@ -82,8 +82,8 @@ def explain(data: Prepared) -> None:
 def compare(config: Config, data: Prepared, source: str) -> dict:
     """Returns how much of `source` is in the training part (see `contamination`)."""
     cfg = config.data
-    sources = open_sources(source, cfg, cache_folder(cfg))
-    pieces = (piece for one in sources for piece in join_pieces(one.documents()))
+    opened = open_sources(source, cfg, cache_folder(cfg))
+    pieces = (piece for part in opened for piece in join_pieces(part.documents()))
     overlap = contamination(((p.where, p.text) for p in pieces), training_documents(data))
     documents = f"{overlap['overlapping']:,} of {overlap['compared']:,} documents of {source}"
     grams = f"{overlap['found']:,} of {overlap['ngrams']:,} n-grams"

@@ -84,6 +84,13 @@ def corpus(tmp_path) -> Path:
     return folder
 
 
+def config_flag(folder: Path, fields: str = "") -> str:
+    """Writes a config file that returns `Config(fields)`; returns the flag that names it."""
+    text = f"from jaxgpt.config import *\ndef get_config():\n    return Config({fields})\n"
+    (folder / "c.py").write_text(text)
+    return f"--config={folder}/c.py"
+
+
 def wait_until(ready, *processes) -> None:
     """Waits until `ready()`; fails once one of `processes` ends before that, or nothing happens."""
     until = time.monotonic() + PATIENCE

@@ -100,6 +100,6 @@ class PackedChunks(Chunks):
 
     def segments(self, chunk: int) -> list[tuple[int, int]]:
         """Returns the (start, length) in the stream of each document in the chunk."""
-        of_chunk = slice(self.plan.first[chunk], self.plan.first[chunk + 1])
-        starts, lengths = self.plan.starts[of_chunk], self.plan.lengths[of_chunk]
+        segments = slice(self.plan.first[chunk], self.plan.first[chunk + 1])
+        starts, lengths = self.plan.starts[segments], self.plan.lengths[segments]
         return list(zip(starts.tolist(), lengths.tolist(), strict=True))

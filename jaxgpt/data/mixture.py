@@ -16,7 +16,7 @@ class MixtureSchedule:
 
     Tijdeman's rule (The chairman assignment problem, Discrete Mathematics 32, 1980): of the
     sources that are far enough behind their share, take the one that would be late first. Weights
-    are exact fractions, so the sequence is periodic and can be read from any place on.
+    are exact fractions, so the sequence is periodic and can be read from any index on.
     """
 
     def __init__(self, weights: tuple[Fraction, ...]):

@@ -72,11 +72,11 @@ class Stream:
         source, chunk = self.chunks(indices.ravel())
         batch: dict[str, np.ndarray] = {}
         for i, reader in enumerate(self.sources):
-            if not (of_source := source == i).any():
+            if not (is_source := source == i).any():
                 continue
-            for name, values in reader.read(chunk[of_source]).items():
+            for name, values in reader.read(chunk[is_source]).items():
                 batch.setdefault(name, np.empty((indices.size, values.shape[1]), np.int32))
-                batch[name][of_source] = values
+                batch[name][is_source] = values
         return {name: a.reshape(*indices.shape, -1) for name, a in batch.items()}
 
     def num_targets(self, k: int) -> int:
@@ -104,9 +104,9 @@ def training_stream(split: Split, config: Config) -> Stream:
             plan = plan_for(split, number, seq_len, locks)
             sources.append(PackedChunks(split.tokens, seq_len, plan, split.end_of_text, split.mask))
             continue
-        of_part = slice(part.first, part.end)
-        mask = None if split.mask is None else split.mask[of_part]
-        sources.append(ContiguousChunks(split.tokens[of_part], seq_len, mask))
+        own = slice(part.first, part.end)
+        mask = None if split.mask is None else split.mask[own]
+        sources.append(ContiguousChunks(split.tokens[own], seq_len, mask))
         if len(sources[-1]) < 1:
             raise BadInput(
                 f"the training part of {part.source} has {part.end - part.first:,} tokens, shorter"

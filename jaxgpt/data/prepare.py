@@ -143,14 +143,14 @@ class CacheKey:
 
     def __init__(self, sources: tuple[Source, ...], make_key: Callable[[], str]):
         sources = [*sources, *(s.validation for s in sources if s.validation)]
-        self.files = sorted({file for source in sources for file in source.files})
-        self.make_key, self.stamps = make_key, [file_stamp(file) for file in self.files]
-        self.is_young = any(map(is_young, self.stamps))
+        files = sorted({file for source in sources for file in source.files})
+        self.make_key, self.stamps = make_key, {file: file_stamp(file) for file in files}
+        self.is_young = any(map(is_young, self.stamps.values()))
         self.value = make_key()
 
     def check(self) -> None:
         """Raises `BadInput` if a file was written to or replaced since it was hashed."""
-        for file, stamp in zip(self.files, self.stamps, strict=True):
+        for file, stamp in self.stamps.items():
             if file_stamp(file) != stamp:
                 raise BadInput(f"{file} changed while it was read; run the command again")
         if self.is_young and self.make_key() != self.value:
@@ -223,7 +223,7 @@ def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Pat
     key = CacheKey(sources, make_key)
 
     def write(scratch: Path) -> None:
-        splits = {"whole": [_measured(source) for source in sources]}
+        splits = {"whole": [_with_size(source) for source in sources]}
         _write_shards(scratch, splits, tokenizer, key, Report())
 
     def read(folder: Path) -> Split:
@@ -242,16 +242,16 @@ def _write_corpus(
 ) -> None:
     """Cleans, splits and tokenizes; writes everything into the folder `scratch`."""
     report, steps = Report(), make_steps(cfg.clean)
-    clean = partial(_cleaned, steps=steps, report=report, scratch=scratch)
+    clean = partial(_clean, steps=steps, report=report, scratch=scratch)
     cleaned = [clean(source) for source in sources]
     own = [source.validation and clean(source.validation) for source in sources]
-    splits = {"train": [], "validation": [_measured(clean(source)) for source in validation]}
+    splits = {"train": [], "validation": [_with_size(clean(source)) for source in validation]}
     for source, own_validation in zip(cleaned, own, strict=True):
         sizes = measure(source.documents, source.spec)
         if validation or own_validation:
             splits["train"].append(replace(source, num_bytes=sizes.total))
             if not validation:
-                splits["validation"].append(_measured(own_validation))
+                splits["validation"].append(_with_size(own_validation))
         elif sizes.total < 2:
             raise BadInput(f"data source {source.spec} is too short to hold out a validation part")
         else:
@@ -270,11 +270,11 @@ def _write_corpus(
     _write_shards(scratch, splits, tokenizer, key, report)
 
 
-def _measured(source: Source) -> Source:
+def _with_size(source: Source) -> Source:
     return replace(source, num_bytes=measure(source.documents, source.spec).total)
 
 
-def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Source:
+def _clean(source: Source, steps: list, report: Report, scratch: Path) -> Source:
     """Returns the source with its documents cleaned, which are spooled to disk.
 
     The steps remember earlier documents, so duplicates are found across sources and splits.
@@ -284,7 +284,7 @@ def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Sour
     spool = scratch / f"{len(list(scratch.glob('*.spool')))}.spool"
     bar = Bar(f"data      cleaning {source.spec}:", source.num_bytes)
     with open(spool, "w") as file:
-        for piece in clean_documents(_counted(source.documents, bar), steps, report):
+        for piece in clean_documents(_plain_pieces(source.documents, bar), steps, report):
             file.write(json.dumps([piece.text, piece.file, piece.row]) + "\n")
     bar.close()
     if not spool.stat().st_size:
@@ -295,7 +295,7 @@ def _cleaned(source: Source, steps: list, report: Report, scratch: Path) -> Sour
     return replace(source, documents=partial(_read_spool, spool))
 
 
-def _counted(documents: Documents, bar: Bar) -> Iterator[Piece]:
+def _plain_pieces(documents: Documents, bar: Bar) -> Iterator[Piece]:
     for piece in documents():
         if piece.tokens is not None or piece.spans:
             raise BadInput("data.clean cleans text, not bin:, sft: or task:; set it to nothing")

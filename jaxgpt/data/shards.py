@@ -274,7 +274,7 @@ def verify_checksums(folder: Path, checksums: dict) -> None:
     Raises:
       Damaged: naming the file that is missing, unreadable, cut short or altered.
     """
-    stamps = {}  # of the files when their checksums were last found right
+    stamps = {}  # of the files when their checksums were last compared
     try:
         stamps = read_json(folder / VERIFIED, {str: [int]})
     except Missing:

@@ -35,11 +35,10 @@ def show_batch(stream: Stream, data: Prepared, k: int) -> Iterator[str]:
 
 def _documents(split: Split, first: int, last: int) -> str:
     """Names the documents that hold the tokens `first` .. `last`."""
-    names = []
-    for number in range(split.origin(first)[0], split.origin(last)[0] + 1):
-        begin = int(split.starts[number])
-        names.append(f"{split.origin(begin)[1]} (from its token {max(first - begin, 0)})")
-    return ", ".join(names)
+    starts = split.starts[split.origin(first)[0] : split.origin(last)[0] + 1].tolist()
+    return ", ".join(
+        f"{split.origin(start)[1]} (from its token {max(first - start, 0)})" for start in starts
+    )
 
 
 def _ranges(mask: np.ndarray) -> str:

@@ -30,7 +30,7 @@ def write_splits(
         writer = SplitWriter(folder, name, token_dtype(tokenizer.vocab_size), files, masked)
         for source in sources:
             writer.begin_part(source.spec, source.weight)
-            for piece, ids, is_target in tokenized(source.documents(), tokenizer):
+            for piece, ids, is_target in tokenize(source.documents(), tokenizer):
                 if not piece.continues:
                     writer.begin_document(piece.file, piece.row, tokenizer.end_of_text)
                 text = piece.text if piece.tokens is None else tokenizer.decode(piece.tokens)
@@ -42,7 +42,7 @@ def write_splits(
     return entries, list(files)
 
 
-def tokenized(
+def tokenize(
     pieces: Iterable[Piece], tokenizer: Tokenizer
 ) -> Iterator[tuple[Piece, np.ndarray, np.ndarray | None]]:
     """Yields (piece, ids, which of them are targets; None = all).

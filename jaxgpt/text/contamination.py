@@ -1,4 +1,4 @@
-"""How much of an evaluation set stands in a training corpus, by n-grams of words.
+"""How much of an evaluation set occurs in a training corpus, by n-grams of words.
 
 As GPT-3 measured it (arXiv:2005.14165, appendix C): 13-grams of lower-cased words without
 punctuation. An evaluation document of 8 to 12 words is looked up as a whole.
@@ -26,10 +26,9 @@ def contamination(evaluation: Iterable[tuple[str, str]], corpus: Iterable[str]) 
         n = min(NGRAM, len(word_hashes(text)))
         if n >= SHORTEST:
             compared.append((name, n, np.unique(ngram_hashes(text, n))))
-    lengths = sorted({n for _, n, _ in compared})
     wanted = {
         n: np.unique(np.concatenate([hashes for _, m, hashes in compared if m == n]))
-        for n in lengths
+        for n in {n for _, n, _ in compared}
     }
     in_corpus = {n: np.zeros(len(hashes), bool) for n, hashes in wanted.items()}
     for text in corpus:

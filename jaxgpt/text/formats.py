@@ -31,10 +31,10 @@ NOT_TEXT |= {"encodings", "ensurepip", "pydoc_data", "lib2to3", "config"}
 
 def read_text(file: str) -> Iterator[Piece]:
     """Yields a UTF-8 file as one document; nothing if it is empty."""
-    yield from split_into_pieces(_decoded(file), file)
+    yield from split_into_pieces(_decode_blocks(file), file)
 
 
-def _decoded(file: str) -> Iterator[str]:
+def _decode_blocks(file: str) -> Iterator[str]:
     decoder, offset, block = codecs.getincrementaldecoder("utf-8")(), 0, b" "
     with open_file(file) as stream:
         while block:

@@ -48,11 +48,11 @@ Documents = Callable[[], Iterator[Piece]]  # each call reads the corpus anew, in
 
 
 def cut_at(text: str) -> int:
-    """Returns the last place at which `text` may be cut so that its tokens stay the same, or 0.
+    """Returns the last position at which `text` may be cut so that its tokens stay the same, or 0.
 
     That is after a line break between two visible characters, else in front of a single space
     between two; near the end, else anywhere. Our SentencePiece models and GPT-2's pattern have no
-    token that spans such a place.
+    token that spans such a position.
     """
     for reach in (NEAR_END, len(text)):
         start = max(len(text) - reach, 1)
@@ -98,7 +98,7 @@ def join_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
     size = 0
     for piece in pieces:
         if document and not piece.continues:
-            yield _joined(document)
+            yield _join(document)
             document, size = [], 0
         document.append(piece)
         if (size := size + len(piece.text)) > LONGEST_WHOLE:
@@ -107,12 +107,12 @@ def join_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
                 " which data.clean and this tokenizer must see whole; split it into documents"
             )
     if document:
-        yield _joined(document)
+        yield _join(document)
 
 
-def _joined(pieces: list[Piece]) -> Piece:
-    tokenized = pieces[0].tokens is not None
-    tokens = np.concatenate([piece.tokens for piece in pieces]) if tokenized else None
+def _join(pieces: list[Piece]) -> Piece:
+    is_tokenized = pieces[0].tokens is not None
+    tokens = np.concatenate([piece.tokens for piece in pieces]) if is_tokenized else None
     return pieces[0]._replace(text="".join(piece.text for piece in pieces), tokens=tokens)
 
 

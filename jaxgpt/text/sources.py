@@ -69,8 +69,8 @@ def open_sources(
         raise BadInput(f"data source {source}: weights must be above 0")
     sources = [_open(spec, cfg, cache, tokenizer) for _, _, spec in terms]
     return tuple(
-        dataclasses.replace(one, weight=weight / sum(weights))
-        for one, weight in zip(sources, weights, strict=True)
+        dataclasses.replace(opened, weight=weight / sum(weights))
+        for opened, weight in zip(sources, weights, strict=True)
     )
 
 
@@ -80,7 +80,7 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
         return Source(spec, formats.read_builtin, _hash_of_builtin)
     if kind == "tfds" and argument:
         train, *validation = (
-            _of_files(spec, f"tfds {cfg.field}", documents, files, cache)
+            _file_source(spec, f"tfds {cfg.field}", documents, files, cache)
             for documents, files in open_tfds(argument, cfg.field, cfg.data_dir)
         )
         return dataclasses.replace(train, validation=validation[0] if validation else None)
@@ -113,10 +113,10 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
         return chain.from_iterable(map(readers[kind], files))
 
     masked = kind in ("sft", "task")
-    return _of_files(spec, f"{kind} {setting}", documents, files, cache, masked)
+    return _file_source(spec, f"{kind} {setting}", documents, files, cache, masked)
 
 
-def _of_files(
+def _file_source(
     spec: str, settings: str, documents: Documents, files: list[str], cache: Path, masked=False
 ) -> Source:
     return Source(

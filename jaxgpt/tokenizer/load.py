@@ -16,7 +16,7 @@ from jaxgpt.tokenizer.char import CharTokenizer
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.tokenizer.hf import HfTokenizer
 from jaxgpt.tokenizer.sentencepiece import SentencePieceTokenizer
-from jaxgpt.tokenizer.special import SpecialTokens, open_special
+from jaxgpt.tokenizer.special import SPECIAL_FILE, SpecialTokens
 
 KINDS = {
     t.kind: t
@@ -122,7 +122,9 @@ def load_tokenizer(folder) -> Tokenizer:
     saved = read_json(folder / KIND_FILE, {"kind": str, "vocab_size": int})
     if saved["kind"] not in KINDS:
         raise Damaged(folder / KIND_FILE, f"kind {saved['kind']!r} is unknown")
-    tokenizer = open_special(KINDS[saved["kind"]].open(folder), folder)
+    tokenizer = KINDS[saved["kind"]].open(folder)
+    if (folder / SPECIAL_FILE).exists():
+        tokenizer = SpecialTokens(tokenizer, read_json(folder / SPECIAL_FILE, [str]))
     if tokenizer.vocab_size != saved["vocab_size"]:
         why = f"it has {tokenizer.vocab_size:,} ids, {KIND_FILE} says {saved['vocab_size']:,}"
         raise Damaged(folder, why)

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import read_json
 from jaxgpt.tokenizer.base import Tokenizer
 
-FILE = "special_tokens.json"
+SPECIAL_FILE = "special_tokens.json"
 
 
 class SpecialTokens(Tokenizer):
@@ -71,10 +70,4 @@ class SpecialTokens(Tokenizer):
 
     def save(self, folder: os.PathLike) -> None:
         self.base.save(folder)
-        (folder / FILE).write_text(json.dumps(self.names))
-
-
-def open_special(base: Tokenizer, folder: os.PathLike) -> Tokenizer:
-    """Returns `base` with the special tokens saved in `folder`; `base` itself if there are none."""
-    file = folder / FILE
-    return SpecialTokens(base, read_json(file, [str])) if file.exists() else base
+        (folder / SPECIAL_FILE).write_text(json.dumps(self.names))

@@ -20,7 +20,7 @@ from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
-from tests.conftest import mesh_of, tiny_config
+from tests.conftest import config_flag, mesh_of, tiny_config
 from tests.data.damage import DAMAGE
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=60)
@@ -187,18 +187,16 @@ def test_corpus_shorter_than_a_window(corpus):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_show(command, corpus, tmp_path, pack):
-    (tmp_path / "c.py").write_text(
-        "from jaxgpt.config import *\ndef get_config():\n    return Config(batch_size=2,"
-        f" model=ModelConfig(max_seq_len=3000), data=DataConfig(source='text:{corpus}/*.txt',"
-        f" validation_fraction=0.2, pack={pack}))\n"
-    )
-    code, out, _ = command(prepare_command.main, f"--config={tmp_path}/c.py", "--show=1")
+    data = f"source='text:{corpus}/*.txt', validation_fraction=0.2, pack={pack}"
+    model = "batch_size=2, model=ModelConfig(max_seq_len=3000)"
+    flag = config_flag(tmp_path, f"{model}, data=DataConfig({data})")
+    code, out, _ = command(prepare_command.main, flag, "--show=1")
     assert code == 0 and out.startswith("batch 1 (step 2): 2 chunks of 3000 tokens")
     text = (corpus / "1.txt").read_text()
     assert f"{corpus}/1.txt (from its token " in out and text[500:900] in out
     assert "--- loss on 0-" in out
     assert ("segment 1, positions 0-" in out) == pack
-    code, _, err = command(prepare_command.main, f"--config={tmp_path}/c.py", "--show=-1")
+    code, _, err = command(prepare_command.main, flag, "--show=-1")
     assert code == 2 and "batches count from 0" in err
 
 

@@ -25,7 +25,7 @@ from jaxgpt.data.shards import read_meta
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text import formats
 from jaxgpt.tokenizer import make_tokenizer
-from tests.conftest import CORPUS, wait_until
+from tests.conftest import CORPUS, config_flag, wait_until
 from tests.data.damage import DAMAGE
 from tests.processes.forks import Python
 from tests.processes.processes import finish
@@ -205,11 +205,8 @@ def test_a_change_within_the_time_stamp_is_noticed(corpus, monkeypatch):
 
 
 def test_an_interrupt_leaves_nothing_and_the_next_run_starts_clean(command, corpus, tmp_path):
-    (tmp_path / "c.py").write_text(
-        "from jaxgpt.config import *\ndef get_config():\n"
-        f"    return Config(data=DataConfig(source='text:{corpus}/*.txt', tokenizer='char'))\n"
-    )
-    argv, original = [f"--config={tmp_path}/c.py"], module.write_splits
+    flag = config_flag(tmp_path, f"data=DataConfig(source='text:{corpus}/*.txt', tokenizer='char')")
+    argv, original = [flag], module.write_splits
     # where tests run in the background, SIGINT is ignored
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
@@ -228,21 +225,18 @@ def test_an_interrupt_leaves_nothing_and_the_next_run_starts_clean(command, corp
     "out", [".", "/", "..", "full", "full/.", "./full", "file", "~nobody-here/x"]
 )
 def test_out_never_overwrites_what_is_there(command, corpus, tmp_path, monkeypatch, out):
-    (tmp_path / "c.py").write_text(
-        "from jaxgpt.config import *\ndef get_config():\n"
-        f"    return Config(data=DataConfig(source='text:{corpus}/*.txt'))\n"
-    )
+    flag = config_flag(tmp_path, f"data=DataConfig(source='text:{corpus}/*.txt')")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("precious")
     (tmp_path / "file").write_text("precious")
     monkeypatch.chdir(tmp_path)
-    code, _, err = command(prepare_command.main, f"--config={tmp_path}/c.py", f"--out={out}")
+    code, _, err = command(prepare_command.main, flag, f"--out={out}")
     assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: "), err
     assert (tmp_path / "full/mine").read_text() == (tmp_path / "file").read_text() == "precious"
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    assert command(prepare_command.main, f"--config={tmp_path}/c.py", "--out=.")[0] == 2
-    code, _, err = command(prepare_command.main, f"--config={tmp_path}/c.py", "--out=../new")
+    assert command(prepare_command.main, flag, "--out=.")[0] == 2
+    code, _, err = command(prepare_command.main, flag, "--out=../new")
     assert code == 0 and (tmp_path / "new/meta.json").exists(), err
 
 
@@ -333,12 +327,10 @@ def test_cleaning_is_counted_explained_and_in_the_key(command, corpus, tmp_path)
     }
     assert [e["where"] for e in data.dropped["exact_dedup"]["examples"]] == [str(corpus / "4.txt")]
     assert not list(data.folder.glob("*.spool"))
-    (tmp_path / "c.py").write_text(
-        "from jaxgpt.config import *\ndef get_config():\n    return Config()\n"
-    )
+    flag = config_flag(tmp_path)
     code, stdout, stderr = command(
         prepare_command.main,
-        f"--config={tmp_path}/c.py",
+        flag,
         "--explain",
         f"--config.data.source=text:{corpus}/*.txt",
         "--config.data.clean=unicode,exact_dedup",
@@ -357,10 +349,8 @@ def test_masks_are_counted_and_shown(command, tmp_path):
     rows = ["write to ann@x.org or bob@y.org", "no address", "8.8.8.8 and cy@z.org", "8.8.4.4"]
     for number, text in enumerate(rows):
         (tmp_path / f"{number}.txt").write_text(text)
-    (tmp_path / "c.py").write_text(
-        "from jaxgpt.config import *\ndef get_config():\n    return Config()\n"
-    )
-    argv = (f"--config={tmp_path}/c.py", "--explain", f"--config.data.source=text:{tmp_path}/*.txt")
+    flag = config_flag(tmp_path)
+    argv = (flag, "--explain", f"--config.data.source=text:{tmp_path}/*.txt")
     for again in ("written", "from the cache"):
         code, out, err = command(prepare_command.main, *argv, "--config.data.clean=pii")
         found = json.loads(out.splitlines()[-1])
@@ -398,21 +388,16 @@ def test_a_tokenizer_that_contradicts_the_shards(
 ):
     """`shards:` bring their tokenizer; naming another one is refused, in `prepare` and `train`."""
     prepare(config(corpus, tokenizer=made), str(tmp_path / "out"))
-    (tmp_path / "c.py").write_text(
-        "from jaxgpt.config import *\ndef get_config():\n"
-        f"    return Config(data=DataConfig(source='shards:{tmp_path}/out', tokenizer='{asked}',"
-        f" special_tokens='{special}'))\n"
-    )
-    code, out, err = command(prepare_command.main, f"--config={tmp_path}/c.py")
+    data = f"source='shards:{tmp_path}/out', tokenizer='{asked}', special_tokens='{special}'"
+    flag = config_flag(tmp_path, f"data=DataConfig({data})")
+    code, out, err = command(prepare_command.main, flag)
     if not refused:
         assert code == 0, err
         assert ("the tokenizer is that of shards:" in err) == (made != asked)
         return
     names = rf"data\.tokenizer={asked}.* is not the tokenizer that shards:.*/out was prepared with"
     assert code == 2 and re.search(rf"error: {names} \({made.partition(':')[0]} of ", err), err
-    code, _, err = command(
-        train_command.main, f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w"
-    )
+    code, _, err = command(train_command.main, flag, f"--workdir={tmp_path}/w")
     assert code == 2 and re.search(names, err) and not (tmp_path / "w/config.json").exists(), err
 
 
@@ -473,15 +458,10 @@ def test_whole_source_for_evaluation(corpus, tmp_path):
 
 
 def test_the_command_and_shards_as_a_source(command, corpus, tmp_path):
-    (tmp_path / "c.py").write_text(
-        "from jaxgpt.config import *\ndef get_config():\n    return Config()\n"
-    )
+    flag = config_flag(tmp_path)
     out = tmp_path / "out"
     code, stdout, _ = command(
-        prepare_command.main,
-        f"--config={tmp_path}/c.py",
-        f"--out={out}",
-        f"--config.data.source=text:{corpus}/*.txt",
+        prepare_command.main, flag, f"--out={out}", f"--config.data.source=text:{corpus}/*.txt"
     )
     found = json.loads(stdout.splitlines()[-1])
     assert code == 0 and list(found) == [

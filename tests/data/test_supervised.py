@@ -24,7 +24,7 @@ from jaxgpt.text.tasks import Example, read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer
 from jaxgpt.training.objectives import make_eval_step
 from jaxgpt.training.setup import make_training
-from tests.conftest import mesh_of, tiny_config
+from tests.conftest import config_flag, mesh_of, tiny_config
 
 ROWS = [
     {"prompt": "What is 1+1? ", "response": "2"},
@@ -41,13 +41,13 @@ ROWS = [
 ]
 
 
-def written(tmp_path, rows, name="sft.jsonl"):
+def write_rows(tmp_path, rows, name="sft.jsonl"):
     (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     return tmp_path / name
 
 
-def prepared(tmp_path, **data):
-    file = written(tmp_path, ROWS)
+def prepare_rows(tmp_path, **data):
+    file = write_rows(tmp_path, ROWS)
     return prepare(DataConfig(source=f"sft:{file}", validation_fraction=0.1, **data))
 
 
@@ -59,7 +59,7 @@ def learnt(data) -> list[str]:
 
 
 def test_only_responses_are_learnt(tmp_path):
-    data = prepared(tmp_path)
+    data = prepare_rows(tmp_path)
     assert learnt(data) == ["2|", " Hello!\n", " See you|", "yes"]
     text = bytes(t for t in data.train.tokens if t < 256).decode()
     assert (
@@ -70,7 +70,7 @@ def test_only_responses_are_learnt(tmp_path):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_batches_carry_the_mask(tmp_path, pack):
-    data = prepared(tmp_path)
+    data = prepare_rows(tmp_path)
     config = Config(model=ModelConfig(max_seq_len=16), batch_size=1, data=DataConfig(pack=pack))
     stream = training_stream(data.train, config)
     count = len(stream.sources[0])
@@ -87,7 +87,7 @@ def test_batches_carry_the_mask(tmp_path, pack):
 
 def test_the_loss_is_the_masked_loss_by_hand(tmp_path):
     """The train step's loss: cross-entropies of the response's tokens over their number."""
-    data = prepared(tmp_path)
+    data = prepare_rows(tmp_path)
     config = tiny_config(vocab_size=257, max_seq_len=24)
     config.data, config.batch_size = DataConfig(pack=True, shuffle=False), 2
     stream = training_stream(data.train, config)
@@ -116,14 +116,14 @@ def test_the_loss_is_the_masked_loss_by_hand(tmp_path):
 
 
 def test_evaluation_counts_responses_only(tmp_path):
-    data = prepared(tmp_path)
+    data = prepare_rows(tmp_path)
     split = data.train
     batch = evaluation_batch(split.tokens, 16, 8, 0, split.mask)
     assert (batch["targets"] != IGNORE).sum() == split.num_targets
 
 
 def test_chatml_uses_its_special_tokens(tmp_path):
-    data = prepared(tmp_path, chat_template="chatml", special_tokens="<|im_start|>,<|im_end|>")
+    data = prepare_rows(tmp_path, chat_template="chatml", special_tokens="<|im_start|>,<|im_end|>")
     ids = data.train.tokens[:36].tolist()
     assert data.train.tokens[36] == 256 and not data.train.mask[36], "behind what is not learnt"
     assert ids[1] == 257 and 258 in ids and ids.count(256) == 1
@@ -161,12 +161,12 @@ def test_the_saved_template_says_the_same(name):
     ],
 )
 def test_rows_that_cannot_be_learnt(tmp_path, row, message):
-    file = written(tmp_path, [ROWS[0], row])
+    file = write_rows(tmp_path, [ROWS[0], row])
     with pytest.raises(BadInput, match=message) as e:
         prepare(DataConfig(source=f"sft:{file}"))
     assert str(file) in str(e.value)
     with pytest.raises(BadInput, match="not bin:, sft: or task:"):
-        prepare(DataConfig(source=f"sft:{written(tmp_path, ROWS)}", clean="unicode"))
+        prepare(DataConfig(source=f"sft:{write_rows(tmp_path, ROWS)}", clean="unicode"))
 
 
 def test_fine_tuning_on_a_task_learns_it(command, tmp_path):
@@ -180,16 +180,16 @@ def test_fine_tuning_on_a_task_learns_it(command, tmp_path):
         }
         for i, label in enumerate(rng.choice(["positive", "negative"], 200))
     ]
-    written(tmp_path, rows[:160], "train.jsonl")
-    test_file = written(tmp_path, rows[160:], "test.jsonl")
-    (tmp_path / "c.py").write_text(
-        "from jaxgpt.config import *\ndef get_config():\n"
-        "    return Config(num_steps=60, batch_size=16, eval_every=0, checkpoint_every=0,\n"
-        "        model=ModelConfig(max_seq_len=48, num_layers=1, num_heads=2, embed_dim=32),\n"
-        f"        data=DataConfig(source='task:sentiment:{tmp_path}/train.jsonl', pack=True),\n"
-        "        optim=OptimConfig(learning_rate=1e-2, warmup_steps=5))\n"
+    write_rows(tmp_path, rows[:160], "train.jsonl")
+    test_file = write_rows(tmp_path, rows[160:], "test.jsonl")
+    flag = config_flag(
+        tmp_path,
+        "num_steps=60, batch_size=16, eval_every=0, checkpoint_every=0,"
+        " model=ModelConfig(max_seq_len=48, num_layers=1, num_heads=2, embed_dim=32),"
+        f" data=DataConfig(source='task:sentiment:{tmp_path}/train.jsonl', pack=True),"
+        " optim=OptimConfig(learning_rate=1e-2, warmup_steps=5)",
     )
-    code, _, err = command(train.main, f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w")
+    code, _, err = command(train.main, flag, f"--workdir={tmp_path}/w")
     assert code == 0, err
     argv = (f"--workdir={tmp_path}/w",)
     code, out, err = command(evaluate.main, *argv, f"--task=sentiment:{test_file}")
@@ -208,7 +208,7 @@ def test_fine_tuning_on_a_task_learns_it(command, tmp_path):
         for r in rows[160:]
     ]
     code, out, _ = command(
-        evaluate.main, *argv, f"--task=sentiment:{written(tmp_path, flipped, 'f.jsonl')}"
+        evaluate.main, *argv, f"--task=sentiment:{write_rows(tmp_path, flipped, 'f.jsonl')}"
     )
     assert json.loads(out)["accuracy"] == 0.0
     code, _, err = command(evaluate.main, *argv, "--task=poetry:x")
@@ -217,7 +217,7 @@ def test_fine_tuning_on_a_task_learns_it(command, tmp_path):
     assert code == 0 and "Assistant:" in (tmp_path / "out/chat_template.jinja").read_text(), err
     asked = [{"context": "It is good", "question": "Is it?", "answers": {"text": ["positive"]}}]
     code, out, err = command(
-        evaluate.main, *argv, f"--task=questions:{written(tmp_path, asked, 'q.jsonl')}"
+        evaluate.main, *argv, f"--task=questions:{write_rows(tmp_path, asked, 'q.jsonl')}"
     )
     assert code == 0 and {"exact_match", "f1"} <= set(json.loads(out)), err
 
@@ -227,7 +227,7 @@ def test_real_formats_of_the_tasks(tmp_path):
         {"premise": "A dog runs", "hypothesis": "An animal moves", "label": 0},
         {"premise": "A", "hypothesis": "B", "label": "neutral"},
     ]
-    found = list(read_examples("entailment", [str(written(tmp_path, rows))]))
+    found = list(read_examples("entailment", [str(write_rows(tmp_path, rows))]))
     assert found[0].prompt == "Premise: A dog runs\nHypothesis: An animal moves\nRelation:"
     assert [e.answers for e in found] == [("entailment",), ("neutral",)]
     for task, row, message in (
@@ -240,7 +240,7 @@ def test_real_formats_of_the_tasks(tmp_path):
         ("questions", {"context": "A", "question": "B", "answers": []}, "answers must be texts"),
     ):
         with pytest.raises(BadInput, match=message):
-            list(read_examples(task, [str(written(tmp_path, [row]))]))
+            list(read_examples(task, [str(write_rows(tmp_path, [row]))]))
 
 
 def test_squad_figures_by_hand():

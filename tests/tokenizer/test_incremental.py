@@ -1,12 +1,10 @@
 """A stream of ids becomes the text of all of them, whatever the tokenizer and wherever it is
 cut."""
 
-import io
 import json
 
 import numpy as np
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
@@ -14,7 +12,7 @@ from tokenizers import decoders, models, normalizers
 
 from jaxgpt.tokenizer import IncrementalDetokenizer, decode_prompt, make_tokenizer
 from tests.conftest import CORPUS
-from tests.tokenizer.test_tokenizers import gpt2_folder, hf_folder, made  # noqa: F401
+from tests.tokenizer.test_tokenizers import dummy_prefix_model, gpt2_folder, hf_folder, made  # noqa: F401
 
 KINDS = [
     "byte",
@@ -42,22 +40,6 @@ WORDS = [
     "中",
 ]
 TEXT = st.lists(st.sampled_from(WORDS), max_size=8).map("".join)
-
-
-def dummy_prefix_model() -> bytes:
-    """A SentencePiece model as its trainer makes it by default: a space in front of the first word
-    (its decoder drops it), bytes for characters that it does not know."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.split("\n")),
-        model_writer=model,
-        vocab_size=420,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 def llama_like(pieces: list[str]) -> dict:
