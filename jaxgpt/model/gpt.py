@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -182,8 +183,12 @@ class ModelSpec:
         sized = dataclasses.replace(self.config, model=self.config.model.with_sizes())
         object.__setattr__(self, "config", sized)
 
-    def __hash__(self) -> int:
+    @cached_property
+    def _hash(self) -> int:
         return hash((dataclasses.astuple(self.config), self.kernel, self.rules))
+
+    def __hash__(self) -> int:
+        return self._hash  # kept: a program that is called for a few tokens hashes it each time
 
     @property
     def model(self) -> ModelConfig:

@@ -137,6 +137,8 @@ class Completion:
         loop = asyncio.get_running_loop()
 
         def on_text(new: str, text: Continuation) -> None:
+            if not (self.request.stream or text.finish_reason):
+                return  # nobody reads it yet, and to wake the loop takes longer than the text
             update = (i, new, text.finish_reason, text.num_shown)
             with suppress(RuntimeError):  # the loop is closed: nobody waits for the text
                 loop.call_soon_threadsafe(self.updates.put_nowait, update)

@@ -56,8 +56,9 @@ class Job:
 class Batcher:
     """Generates text in `slots` rows of one batch; at most `max_waiting` jobs wait for a slot.
 
-    A free slot goes to the group that has the fewest slots, and no group takes the last one: a
-    request for many long texts does not block the others.
+    A free slot goes to the group that has the fewest slots, and no group takes the last one; beside
+    others only one of its prompts is read between two chunks: a request for many long texts does
+    not block the others.
     """
 
     def __init__(
@@ -165,8 +166,9 @@ class Batcher:
         return self.decoder.prefill(prompts, [request.sampling] * count, keys, 1, slots)
 
     def _admit(self, state: DecodeState) -> DecodeState:
-        """Puts waiting jobs into free slots. While texts are being generated, it starts only one,
-        so that they do not wait for the prompts of many."""
+        """Puts waiting jobs into free slots. Beside other requests' texts it starts only one job,
+        and beside other requests' prompts only one of each request, so that nobody waits for many
+        prompts of somebody else."""
         was_active = self.active
         while None in self.jobs and (job := self._next()):
             slot = self.jobs.index(None)
@@ -178,7 +180,8 @@ class Batcher:
             else:
                 job.text.finish_reason, self.jobs[slot] = "length", None
                 job.on_text("", job.text)
-            if was_active:
+            slots = Counter(job.group for job in self.jobs if job)
+            if len(slots) > 1 and (was_active or slots[job.group] > 1):
                 break
         return state
 
@@ -202,7 +205,8 @@ class Batcher:
                 continue
             if not job.cancelled:
                 row = Logprobs(*(array[slot] for array in logprobs))
-                new = job.text.feed(tokens[slot].tolist(), row.chosen.tolist(), row.top_pairs())
+                tops = row.top_pairs() if job.group.with_top else ()
+                new = job.text.feed(tokens[slot].tolist(), row.chosen.tolist(), tops)
                 if new or job.text.finish_reason:
                     job.on_text(new, job.text)
             if job.cancelled or job.text.finish_reason:

@@ -5,6 +5,7 @@ page cannot send to another origin without a preflight request), its Origin must
 and its Host a name of ours (a site's own name may be made to point at this machine: DNS rebinding).
 """
 
+import asyncio
 import hmac
 import ipaddress
 import socket
@@ -18,13 +19,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxgpt.serving.openai import ApiError
 from jaxgpt.system.errors import BadInput
 
+ERROR_DELAY = 0.05  # seconds before an error is answered: else its client could keep the loop busy
+
 
 class Guard:
     """Middleware for an ASGI application: `Guard(host, origins, key)(app)`.
 
     `host` is the address that the server listens at. Pages of `origins` (like http://name:8080, or
     * for all) are let in too, and the server may be called by their host names. With a `key`, /v1/
-    requires `Authorization: Bearer KEY`.
+    requires `Authorization: Bearer KEY`. Every error is answered after ERROR_DELAY.
 
     Raises:
       BadInput: if an origin is not like http://name:8080.
@@ -61,6 +64,8 @@ class Guard:
 
             async def send_with_cors(message) -> None:
                 if message["type"] == "http.response.start":
+                    if message["status"] >= 400:
+                        await asyncio.sleep(ERROR_DELAY)
                     MutableHeaders(scope=message).update(cors)
                 await send(message)
 

@@ -15,10 +15,11 @@ from uvicorn.server import ServerState
 
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.model import ModelSpec
-from jaxgpt.serving.app import MAX_BODY, make_app
+from jaxgpt.serving.app import MAX_BODY, Completion, make_app
 from jaxgpt.serving.batcher import Batcher, Busy
 from jaxgpt.serving.connections import connection_class
-from jaxgpt.serving.guard import Guard
+from jaxgpt.serving.guard import ERROR_DELAY, Guard
+from jaxgpt.serving.openai import parse_body
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import mesh_of, tiny_config
@@ -218,6 +219,46 @@ def test_a_model_of_no_numbers_is_a_server_error(model):
         last = json.loads(events.decode().strip().splitlines()[-1].removeprefix("data: "))
         assert last["error"]["type"] == "server_error" and b"NaN" not in events
     broken.close()
+
+
+def test_a_client_that_only_makes_errors_leaves_time_for_others(app):
+    """It waits for each of its answers; others do not."""
+
+    async def run() -> tuple[int, int]:
+        errors = 0
+
+        async def flood():
+            nonlocal errors
+            while True:
+                await ask(app, b"", JSON | {"content-type": "text/plain"})
+                errors += 1
+
+        hostile = asyncio.create_task(flood())
+        for served in range(1, 10**6):
+            await ask(app, b"", JSON, "GET", "/healthz")
+            if errors == 3:
+                hostile.cancel()
+                return served, errors
+
+    began = time.monotonic()
+    served, errors = asyncio.run(run())
+    assert time.monotonic() - began >= errors * ERROR_DELAY and served > errors
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_loop_is_woken_only_for_text_that_is_sent(batcher, stream):
+    """A request for many texts that are answered whole takes no time of the loop before its end."""
+    body = {"prompt": "a", "max_tokens": 20, "seed": 1, "n": 2, "stream": stream}
+    spec = batcher.decoder.spec.model
+
+    async def run() -> list[str]:
+        completion = Completion(batcher, parse_body(body, "m", BYTES, spec), "m")
+        updates = [await completion.updates.get()]
+        while sum(finish != "" for _, _, finish, _ in updates) < 2:
+            updates.append(await completion.updates.get())
+        return [finish for _, _, finish, _ in updates]
+
+    assert ("" in asyncio.run(run())) == stream
 
 
 def test_a_fault_is_json_too(batcher, monkeypatch):

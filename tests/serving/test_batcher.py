@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.inference.decode import Decoder
+from jaxgpt.inference.decode import Decoder, DecodeState
 from jaxgpt.inference.generation import GenerationRequest
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.model import ModelSpec
+from jaxgpt.serving import batcher as batcher_module
 from jaxgpt.serving.batcher import Batcher, Busy, Group
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import PATIENCE, mesh_of, tiny_config
@@ -61,6 +62,29 @@ def test_the_group_with_the_fewest_slots_is_next_and_none_has_all(stopped):
     assert stopped._next() is None, "the last slot is not for a group that has all others"
     stopped.jobs[0] = None
     assert stopped._next() is many[1]
+
+
+def test_beside_others_one_prompt_of_a_group_is_read_between_two_chunks(stopped, monkeypatch):
+    """A request for many texts makes the others wait for one prompt, not for all of its own."""
+    read = []
+
+    def prefill(prompts, request):
+        read.append(request.seed)
+        if len(read) == 2:  # another request comes while the prompts of the first are read
+            stopped.submit(ask(GenerationRequest("", 2, seed=9)), other)
+
+    monkeypatch.setattr(stopped, "_prefill", prefill)
+    monkeypatch.setattr(batcher_module, "_insert", lambda state, row, slot: state)
+    stopped.jobs, stopped.max_waiting, other = [None] * 8, 99, Group()
+    state = DecodeState(*[None] * len(DecodeState._fields))
+    many = stopped.submit(ask(*[GenerationRequest("", 9, seed=1)] * 16), Group())
+    stopped._admit(state)
+    assert read == [1, 1, 9, 1]
+    stopped._admit(state)
+    assert read == [1, 1, 9, 1, 1]
+    stopped.jobs = [job if job in many else None for job in stopped.jobs]
+    stopped._admit(state)
+    assert read == [1, 1, 9] + [1] * 5, "alone it has all slots but the last"
 
 
 def test_a_fault_ends_all_jobs_and_is_kept():
