@@ -8,16 +8,11 @@
 compares every file with its checksum and exits with 2 if one differs. The last line is JSON.
 """
 
-import json
-
 from absl import flags
 
-from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.checkpointing.choice import BEST, define_step
-from jaxgpt.checkpointing.manifest import size_of
 from jaxgpt.cli.flags import parse_action
 from jaxgpt.cli.run import run
-from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 
 
@@ -25,70 +20,17 @@ def main(argv: list[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", "", "folder of the run", flag_values=values)
     define_step(values, "see above")
-    action = parse_action(values, argv, tuple(ACTIONS), __doc__)
+    action = parse_action(values, argv, ("list", "show", "verify"), __doc__)
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
+    # JAX is imported from here on: what is wrong with the flags is said at once
+    from jaxgpt.checkpointing.checkpoints import Checkpoints
+    from jaxgpt.jobs.checkpoint import ACTIONS
+
     checkpoints = Checkpoints(values.workdir, read_only=True)
     step = checkpoints.pick(BEST) if values.step == BEST else values.step
     ACTIONS[action](checkpoints, step)
 
-
-def list_all(checkpoints: Checkpoints, step: int | None) -> None:
-    """Prints a row per checkpoint: step, tokens, loss, bytes, damage, and which is the best."""
-    rows = [describe(checkpoints, s) for s in checkpoints.steps()]
-    whole = {row["step"] for row in rows if not row["damage"]}
-    best = next((s for s in checkpoints.by_loss() if s in whole), None)
-    rows = [row | {"best": row["step"] == best} for row in rows if step in (None, row["step"])]
-    for row in rows:
-        loss = "" if row["loss"] is None else f" | validation loss {row['loss']:.4f}"
-        state = (row["damage"] or "whole") + (" | best" if row["best"] else "")
-        tokens, size = row["tokens"] or 0, row["bytes"] or 0
-        say(f"step {row['step']} | {tokens:,} tokens{loss} | {size:,} bytes | {state}")
-    print(json.dumps(rows))
-
-
-def describe(checkpoints: Checkpoints, step: int) -> dict:
-    """Returns `step`, `tokens`, `loss`, `bytes` and `damage`; None for what cannot be read."""
-    row = {"step": step, "tokens": None, "loss": None, "bytes": None}
-    if damage := checkpoints.damage(step):
-        return row | {"damage": damage}
-    row["tokens"], row["loss"] = checkpoints.meta(step)["tokens"], checkpoints.loss(step)
-    return row | {"bytes": size_of(checkpoints.folder / str(step)), "damage": ""}
-
-
-def show(checkpoints: Checkpoints, step: int | None) -> None:
-    """Prints metadata and arrays of one checkpoint (default: the one that `sample` uses)."""
-    step, arrays = checkpoints.pick(step), {}
-    for path, leaf in checkpoints.arrays(step).items():
-        arrays[path] = [list(leaf.shape), str(leaf.dtype)]
-        say(f"{path}: {leaf.dtype}{list(leaf.shape)}")
-    row = describe(checkpoints, step)
-    print(json.dumps(row | {"meta": checkpoints.meta(step), "arrays": arrays}))
-
-
-def verify(checkpoints: Checkpoints, step: int | None) -> None:
-    """Compares checkpoints (default: all) with their manifests.
-
-    Raises:
-      BadInput: naming the first that is damaged, and what is wrong.
-    """
-    steps = checkpoints.steps()
-    if step is not None and step not in steps:
-        raise BadInput(f"{checkpoints.folder} holds no checkpoint {step}, only {steps}")
-    whole, damaged = [], {}
-    for s in steps if step is None else [step]:
-        if fault := checkpoints.damage(s):
-            damaged[s] = fault
-        else:
-            whole.append(s)
-        say(f"step {s}: {fault or 'whole'}")
-    print(json.dumps({"whole": whole, "damaged": damaged}))
-    if damaged:
-        s, fault = next(iter(damaged.items()))
-        raise BadInput(f"checkpoint {s} in {checkpoints.folder} is damaged: {fault}")
-
-
-ACTIONS = {"list": list_all, "show": show, "verify": verify}
 
 if __name__ == "__main__":
     run(main)

@@ -22,8 +22,13 @@ from absl import flags
 from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
+from jaxgpt.evaluation.benchmarks import BENCHMARKS, read_items
 from jaxgpt.processes.flags import define_flags
 from jaxgpt.system.errors import BadInput
+from jaxgpt.text.files import list_files
+from jaxgpt.text.tasks import TASKS, read_examples
+
+KNOWN_TASKS = (*TASKS, *BENCHMARKS)
 
 
 def main(argv: list[str]) -> None:
@@ -42,6 +47,7 @@ def main(argv: list[str]) -> None:
     define_flags(values)
     parse(values, argv, __doc__)
     check_flags(values)
+    rows = task_rows(values.task) if values.task else []
     # JAX is imported from here on: what is wrong with the flags is said at once
     import jax
 
@@ -50,7 +56,7 @@ def main(argv: list[str]) -> None:
 
     hosts.join(values)
     with hosts.peers_watched():
-        for row in evaluate(values):
+        for row in evaluate(values, rows):
             if jax.process_index() == 0:
                 print(json.dumps(row), flush=True)
 
@@ -70,6 +76,22 @@ def check_flags(values: flags.FlagValues) -> None:
         raise BadInput(f"--{given[0]} and --{given[1]} do not go together")
     if values.watch and values.coordinator:
         raise BadInput("--watch is for one process: several would see a checkpoint at other times")
+
+
+def task_rows(spec: str) -> list:
+    """Returns the rows of NAME:GLOB.
+
+    Raises:
+      BadInput: if the task is unknown, a file is missing, or a row is malformed.
+    """
+    name, _, pattern = spec.partition(":")
+    if name not in KNOWN_TASKS or not pattern:
+        raise BadInput(f"--task={spec} is unknown: choose {', '.join(KNOWN_TASKS)}, as NAME:GLOB")
+    files = list_files(spec, pattern)
+    rows = read_items(name, files) if name in BENCHMARKS else list(read_examples(name, files))
+    if not rows:
+        raise BadInput(f"--task={spec} holds no example")
+    return rows
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxgpt.inference.decode import Decoder
-from jaxgpt.inference.generation import GenerationRequest, generate_text
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.generation import generate_text
+from jaxgpt.inference.requests import GenerationRequest, Sampling
 from jaxgpt.inference.score import score
 from jaxgpt.model import ModelSpec
 from jaxgpt.tokenizer import Tokenizer

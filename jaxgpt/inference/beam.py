@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt.inference.decode import Decoder, DecodeState, check_length, limit_vocab, sample_keys
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.requests import Sampling
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import Cache, empty_cache
 

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.inference.samplers import BatchSampling, Sampling, next_token
+from jaxgpt.inference.requests import Sampling
+from jaxgpt.inference.samplers import BatchSampling, next_token
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
 from jaxgpt.model.gpt import windows

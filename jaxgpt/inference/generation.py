@@ -1,10 +1,8 @@
 """Text generation: requests with prompts in, text that grows out."""
 
 import bisect
-import dataclasses
 import itertools
 import math
-import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,26 +10,8 @@ import numpy as np
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.inference.decode import CHUNK, Decoder, check_length, encode_prompt, sample_keys, stream
-from jaxgpt.inference.samplers import Sampling
-from jaxgpt.system.encoding import check_text
-from jaxgpt.system.errors import BadInput
+from jaxgpt.inference.requests import GenerationRequest
 from jaxgpt.tokenizer import IncrementalDetokenizer, Tokenizer
-
-MAX_STOP_LENGTH = 1000  # characters
-MAX_UINT32 = 2**32 - 1  # the largest seed, and the largest max_new_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationRequest:
-    """A prompt to continue. Samples of the same seed differ by their `sample_index`."""
-
-    prompt: str
-    max_new_tokens: int = 200
-    sampling: Sampling = Sampling()
-    seed: int = 0
-    sample_index: int = 0
-    stop: tuple[str, ...] = ()
-
 
 Top = Sequence[tuple[int, float]]  # (id, log-probability), the likeliest first
 
@@ -163,67 +143,3 @@ def generate_text(
     """Returns every request's finished continuation; see `stream_text`."""
     texts = {i: text for i, _, text in stream_text(decoder, tokenizer, requests)}
     return [texts[i] for i in range(len(requests))]
-
-
-def parse_request(
-    row: dict, default: GenerationRequest, where: str, min_new_tokens: int = 1
-) -> GenerationRequest:
-    """Returns the request that a row of JSON describes: `prompt`, and fields that replace those of
-    `default`; other fields are ignored.
-
-    Raises:
-      BadInput: if a field is missing, ill-typed or out of range; the message starts with `where`.
-    """
-    sampling_kinds = {field.name: field.type for field in dataclasses.fields(Sampling)}
-    kinds = {"prompt": str, "max_new_tokens": int, "seed": int, "stop": str | list}
-    kinds |= {name: kind | int for name, kind in sampling_kinds.items()}
-    if "prompt" not in row:
-        raise BadInput(f"{where} has no field 'prompt'")
-    given = {name: row[name] for name in kinds if name in row}
-    for name, value in given.items():
-        if not isinstance(value, kinds[name]) or isinstance(value, bool):
-            raise BadInput(f"{where}: {name}={reprlib.repr(value)} is not of the right type")
-    check_text(given["prompt"], f"{where}: prompt")
-    stop = given.pop("stop", default.stop)
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    check_stops(stop, f"{where}: stop")
-    numbers = {
-        name: _to_float(given.pop(name)) if kind is float else given.pop(name)
-        for name, kind in sampling_kinds.items()
-        if name in given
-    }
-    sampling = dataclasses.replace(default.sampling, **numbers)
-    sampling.check(f"{where}: ")
-    request = dataclasses.replace(default, **given, sampling=sampling, stop=stop)
-    check_range(f"{where}: max_new_tokens", request.max_new_tokens, min_new_tokens, MAX_UINT32)
-    check_range(f"{where}: seed", request.seed, 0, MAX_UINT32)
-    return request
-
-
-def check_stops(stops: Sequence[object], name: str) -> None:
-    """Raises `BadInput`, naming the field, for a stop string that is empty, too long or not
-    valid text."""
-    for stop in stops:
-        if not isinstance(stop, str) or not stop:
-            raise BadInput(f"{name}={reprlib.repr(stops)} must hold strings that are not empty")
-        if len(stop) > MAX_STOP_LENGTH:
-            raise BadInput(
-                f"{name} holds a string of {len(stop)} characters; at most {MAX_STOP_LENGTH}"
-            )
-        check_text(stop, name)
-
-
-def check_range(name: str, value: int, least: int, most: int) -> None:
-    """Raises `BadInput`, naming the field, for a number that is not from `least` to `most`."""
-    if value < least:
-        raise BadInput(f"{name}={reprlib.repr(value)} must be at least {least}")
-    if value > most:
-        raise BadInput(f"{name}={reprlib.repr(value)} must be from {least} to {most}")
-
-
-def _to_float(value: int | float) -> float:
-    """Returns the number as a float, infinite where it is too large for one."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf

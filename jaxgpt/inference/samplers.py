@@ -14,36 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxgpt.system.errors import BadInput
+from jaxgpt.inference.requests import Sampling
 
 BLOCK = 128  # ids whose probabilities `sample` adds up first
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e6
+MIN_TEMPERATURE = 1e-5
 MIN_TOP_P = 1e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token. `temperature` 0 is greedy; top_k=0, top_p=1, min_p=0 and
-    repetition_penalty=1 have no effect."""
-
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def check(self, prefix: str = "--") -> None:
-        """Raises `BadInput`, naming the flag, for a value out of range."""
-        for name, is_valid, valid in (
-            ("temperature", 0 <= self.temperature <= MAX_TEMPERATURE, "at least 0 and at most 1e6"),
-            ("top_k", 0 <= self.top_k < 2**31, "at least 0 and below 2^31"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
-        ):
-            if not is_valid:
-                value = str(getattr(self, name))[:50]
-                raise BadInput(f"{prefix}{name}={value} must be {valid}")
 
 
 class BatchSampling(NamedTuple):

@@ -2,8 +2,8 @@
 
 from jaxgpt.config import SampleConfig
 from jaxgpt.inference.decode import Decoder, encode_prompt
-from jaxgpt.inference.generation import GenerationRequest, generate_text
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.generation import generate_text
+from jaxgpt.inference.requests import GenerationRequest, Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer

@@ -15,28 +15,26 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config.stored import read_config
 from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
 from jaxgpt.data.shards import Split
-from jaxgpt.evaluation.multiple_choice import BENCHMARKS, last_words, multiple_choice, read_items
+from jaxgpt.evaluation.benchmarks import BENCHMARKS
+from jaxgpt.evaluation.multiple_choice import last_words, multiple_choice
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.evaluation.tasks import AnswerScorer, classification, document_start, questions
 from jaxgpt.inference.decode import Decoder, generate, tokens_before
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
-from jaxgpt.text.files import list_files
-from jaxgpt.text.tasks import TASKS, read_examples
 from jaxgpt.training.end import read_end
 from jaxgpt.training.objectives import make_eval_step
 
-KNOWN_TASKS = (*TASKS, *BENCHMARKS)
 MAX_ANSWER = 32  # tokens of the answer to a question
 Measure = Callable[[dict], dict]  # parameters -> figures
 
 
-def evaluate(values: flags.FlagValues) -> Iterator[dict]:
-    """Yields the figures that the flags ask for, of one checkpoint or of several."""
-    rows = task_rows(values.task) if values.task else []
+def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
+    """Yields the figures that the flags ask for, of one checkpoint or of several; `rows` are those
+    of `--task`."""
     if values.watch:
         wait_for_first(values.workdir, values.watch_every)
     trained = open_trained(values.workdir, values.step)
@@ -136,22 +134,6 @@ def loss_measure(trained: Trained, values: flags.FlagValues) -> Measure:
 def batch_sharding(trained: Trained) -> NamedSharding:
     """Returns the sharding of an evaluation's batches."""
     return NamedSharding(trained.mesh, trained.spec.rules(None, "batch", "seq"))
-
-
-def task_rows(spec: str) -> list:
-    """Returns the rows of NAME:GLOB.
-
-    Raises:
-      BadInput: if the task is unknown, a file is missing, or a row is malformed.
-    """
-    name, _, pattern = spec.partition(":")
-    if name not in KNOWN_TASKS or not pattern:
-        raise BadInput(f"--task={spec} is unknown: choose {', '.join(KNOWN_TASKS)}, as NAME:GLOB")
-    files = list_files(spec, pattern)
-    rows = read_items(name, files) if name in BENCHMARKS else list(read_examples(name, files))
-    if not rows:
-        raise BadInput(f"--task={spec} holds no example")
-    return rows
 
 
 def task_measure(trained: Trained, name: str, rows: list) -> Measure:

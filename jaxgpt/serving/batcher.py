@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxgpt.inference.decode import Decoder, DecodeState, Logprobs, sample_keys
-from jaxgpt.inference.generation import Continuation, GenerationRequest
+from jaxgpt.inference.generation import Continuation
+from jaxgpt.inference.requests import GenerationRequest
 from jaxgpt.inference.score import score
 from jaxgpt.tokenizer import Tokenizer
 

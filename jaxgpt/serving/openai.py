@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.inference.decode import NUM_TOP, Logprobs, check_length, encode_prompt
-from jaxgpt.inference.generation import Continuation, GenerationRequest, TokenLogprob, parse_request
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.generation import Continuation, TokenLogprob
+from jaxgpt.inference.requests import GenerationRequest, Sampling, parse_request
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import IncrementalDetokenizer, Tokenizer, decode_prompt

@@ -21,7 +21,7 @@ def ours(batch: int, new: int):
 
     from jaxgpt.config import Config, presets
     from jaxgpt.inference.decode import Decoder, generate
-    from jaxgpt.inference.samplers import Sampling
+    from jaxgpt.inference.requests import Sampling
     from jaxgpt.model import ModelSpec
     from jaxgpt.parallel.mesh import make_mesh
 

@@ -11,13 +11,8 @@ from jaxgpt import convert
 from jaxgpt.config import DataConfig
 from jaxgpt.data.prepare import prepare_whole
 from jaxgpt.evaluation import tasks
-from jaxgpt.evaluation.multiple_choice import (
-    Item,
-    last_words,
-    multiple_choice,
-    read_items,
-    token_pair,
-)
+from jaxgpt.evaluation.benchmarks import Item, read_items
+from jaxgpt.evaluation.multiple_choice import last_words, multiple_choice, token_pair
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.jobs import evaluate as job
 from jaxgpt.system.errors import BadInput

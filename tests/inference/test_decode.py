@@ -16,7 +16,7 @@ from jaxgpt.inference.decode import (
     stream,
     tokens_before,
 )
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.requests import Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, tiny_config

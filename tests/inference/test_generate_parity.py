@@ -7,7 +7,7 @@ import pytest
 from jaxgpt.config import Config
 from jaxgpt.inference.beam import beam_search
 from jaxgpt.inference.decode import Decoder, generate
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.requests import Sampling
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec

@@ -9,14 +9,8 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxgpt.inference.decode import Decoder
-from jaxgpt.inference.generation import (
-    Continuation,
-    GenerationRequest,
-    generate_text,
-    parse_request,
-    stream_text,
-)
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.generation import Continuation, generate_text, stream_text
+from jaxgpt.inference.requests import GenerationRequest, Sampling, parse_request
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import make_tokenizer

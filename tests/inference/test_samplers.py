@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.samplers import (
     BLOCK,
     BatchSampling,
-    Sampling,
     keep_min_p,
     keep_top_k,
     keep_top_p,

@@ -7,8 +7,8 @@ import pytest
 from jaxgpt.config import SampleConfig
 from jaxgpt.inference.beam import beam_search
 from jaxgpt.inference.decode import Decoder, generate
-from jaxgpt.inference.generation import GenerationRequest, generate_text
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.generation import generate_text
+from jaxgpt.inference.requests import GenerationRequest, Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import mesh_of, tiny_config

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.inference.decode import Decoder, DecodeState
-from jaxgpt.inference.generation import GenerationRequest
-from jaxgpt.inference.samplers import Sampling
+from jaxgpt.inference.requests import GenerationRequest, Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.serving import batcher as batcher_module
 from jaxgpt.serving.batcher import Batcher, Busy, Group

@@ -1,0 +1,114 @@
+"""Samples of a trained model, printed: of one prompt, of a file's or of what is typed."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+from absl import flags
+
+from jaxgpt.inference.beam import beam_search
+from jaxgpt.inference.decode import Decoder, encode_prompt
+from jaxgpt.inference.generation import Continuation, encode_prompts, generate_text, stream_text
+from jaxgpt.inference.requests import GenerationRequest
+from jaxgpt.inference.trained import open_trained
+from jaxgpt.system.console import say
+from jaxgpt.system.encoding import check_text
+from jaxgpt.system.errors import BadInput
+from jaxgpt.tokenizer import Tokenizer
+
+BATCH = 8  # prompts of a file that are continued in one batch
+STREAM_CHUNK = 4  # tokens generated between two prints of --stream
+
+
+def sample(
+    values: flags.FlagValues, request: GenerationRequest, rows: list[tuple[dict, GenerationRequest]]
+) -> None:
+    """Prints what the flags ask for: continuations of `request` or of the `rows` of a file."""
+    trained = open_trained(values.workdir, values.step)
+    with jax.set_mesh(trained.mesh):
+        decoder, tokenizer = trained.decoder(), trained.tokenizer
+        if values.interactive:
+            workdir = trained.checkpoints.folder.parent
+            say(f"step {trained.step} of {workdir}: type a line to continue, Ctrl-D ends")
+            continue_lines(decoder, tokenizer, request)
+        elif values.prompt_file:
+            continue_rows(decoder, tokenizer, rows, values.num_samples)
+        elif values.num_beams:
+            texts = search(decoder, tokenizer, request, values.num_beams)
+            print_samples(request.prompt, texts[: values.num_samples])
+        elif values.stream:
+            print_stream(decoder, tokenizer, request, values.num_samples)
+        else:
+            texts = generate_text(decoder, tokenizer, samples_of(request, values.num_samples))
+            print_samples(request.prompt, [text.text for text in texts])
+
+
+def samples_of(request: GenerationRequest, count: int) -> list[GenerationRequest]:
+    """Returns the requests of `count` samples."""
+    return [dataclasses.replace(request, sample_index=i) for i in range(count)]
+
+
+def print_samples(prompt: str, texts: list[str]) -> None:
+    """Prints the prompt with each of its continuations."""
+    sys.stdout.write("\n---\n".join(prompt + text for text in texts) + "\n")
+
+
+def print_stream(
+    decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest, num_samples: int
+) -> None:
+    """Prints one sample after the other as it is generated."""
+    encode_prompts(tokenizer, [request], decoder.spec.model)  # fails before anything is printed
+    for sample in samples_of(request, num_samples):
+        sys.stdout.write("\n---\n" * (sample.sample_index > 0) + request.prompt)
+        for _, text, _ in stream_text(decoder, tokenizer, [sample], STREAM_CHUNK):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def continue_lines(decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest) -> None:
+    """Continues each line of standard input, by itself, until the input ends (Ctrl-D)."""
+    while True:
+        say("> ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        try:
+            prompt = check_text(line.rstrip("\n"), "the line")
+            print_stream(decoder, tokenizer, dataclasses.replace(request, prompt=prompt), 1)
+        except BadInput as e:
+            say(f"error: {e}")
+
+
+def continue_rows(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    rows: list[tuple[dict, GenerationRequest]],
+    num_samples: int,
+) -> None:
+    """Prints each row, in order, with its continuation, `num_samples` times."""
+    pairs = [(row, sample) for row, request in rows for sample in samples_of(request, num_samples)]
+    encode_prompts(tokenizer, [r for _, r in rows], decoder.spec.model)  # fails before any output
+    for start in range(0, len(pairs), BATCH):
+        batch = pairs[start : start + BATCH]
+        requests = [request for _, request in batch]
+        if start:  # the last batch is filled up: another batch size would be compiled anew
+            requests += requests[-1:] * (BATCH - len(batch))
+        for (row, _), text in zip(batch, generate_text(decoder, tokenizer, requests)):
+            result = dict(text=text.text, finish_reason=text.finish_reason)
+            result |= dict(tokens=text.tokens, logprobs=text.logprobs)
+            print(json.dumps(row | result, ensure_ascii=False), flush=True)
+
+
+def search(
+    decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest, num_beams: int
+) -> list[str]:
+    """Returns the continuations that a beam search finds, best first."""
+    prompt, end = encode_prompt(tokenizer, request.prompt), tokenizer.end_of_text
+    texts = []
+    for tokens, score in beam_search(decoder, prompt, request.max_new_tokens, num_beams, end):
+        text = Continuation(tokenizer, request, prompt)
+        text.feed([*tokens.tolist(), end], [score] * (len(tokens) + 1))
+        texts.append(text.text)
+    return texts
