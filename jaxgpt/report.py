@@ -9,7 +9,6 @@ from etils import epath
 
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
-from jaxgpt.reports.page import page
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import write_whole
 
@@ -22,7 +21,7 @@ def main(argv: list[str]) -> None:
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     # JAX is imported from here on: what is wrong with the flags is said at once
-    from jaxgpt.reports.gather import gather
+    from jaxgpt.reports.gather import gather, page
 
     text = page([gather(workdir) for workdir in values.workdir])
     out = epath.Path(values.out) if values.out else epath.Path(values.workdir[0]) / "report.html"

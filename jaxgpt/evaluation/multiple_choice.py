@@ -34,11 +34,11 @@ def multiple_choice(items: Sequence[Item], scorer: AnswerScorer, params: dict) -
     pairs = [token_pair(scorer.tokenizer, *pair) for pair in pairs]
     scores, start, right, right_norm = scorer.scores(params, pairs), 0, 0, 0
     for item in items:
-        of_item = scores[start : start + len(item.choices)]
+        item_scores = scores[start : start + len(item.choices)]
         start += len(item.choices)
-        right += int(of_item.argmax()) == item.right
+        right += int(item_scores.argmax()) == item.right
         lengths = np.array([len(choice) - 1 for choice in item.choices])  # without the space
-        right_norm += int((of_item / np.maximum(lengths, 1)).argmax()) == item.right
+        right_norm += int((item_scores / np.maximum(lengths, 1)).argmax()) == item.right
     count = len(items)
     return {"examples": count, "accuracy": right / count, "accuracy_norm": right_norm / count}
 

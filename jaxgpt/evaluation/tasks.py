@@ -85,21 +85,21 @@ def questions(examples: Sequence[Example], answer: Callable[[str], str]) -> dict
     (arXiv:1606.05250, section 6.1): the best over the right answers, words normalised."""
     exact = f1 = 0.0
     for example in examples:
-        given = normalised(answer(example.prompt))
-        right = [normalised(answer) for answer in example.answers]
+        given = answer_words(answer(example.prompt))
+        right = [answer_words(answer) for answer in example.answers]
         exact += given in right
-        f1 += max(overlap(given, words) for words in right)
+        f1 += max(word_f1(given, words) for words in right)
     count = len(examples)
     return {"examples": count, "exact_match": exact / count, "f1": f1 / count}
 
 
-def normalised(text: str) -> list[str]:
+def answer_words(text: str) -> list[str]:
     """Returns the words of an answer: lower case, without punctuation and articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def overlap(given: list[str], right: list[str]) -> float:
+def word_f1(given: list[str], right: list[str]) -> float:
     """Returns the F1 of two answers' words."""
     common = sum((Counter(given) & Counter(right)).values())
     if not common:

@@ -67,11 +67,11 @@ def _search(
         total, best = jax.lax.top_k(totals.reshape(-1), num_beams)
         parent, token = best // vocab, (best % vocab).astype(jnp.int32)
 
-        def of_parent(a):
+        def gather_parents(a):
             return a.at[parent].get(out_sharding=jax.typeof(a).sharding.spec)
 
         recent, ended, tokens, length = jax.tree.map(
-            of_parent, (recent, beams.ended, beams.tokens, beams.length)
+            gather_parents, (recent, beams.ended, beams.tokens, beams.length)
         )
         tokens, length = tokens.at[:, at].set(token), length + ~ended
         ended = ended | (token == end)

@@ -35,10 +35,10 @@ def _score(spec: ModelSpec, vocab_limit: int, params: dict, tokens: Int[Array, "
     def split(a):
         return a.reshape(batch, -1, PROMPT_BLOCK, *a.shape[2:]).swapaxes(0, 1)
 
-    def joined(a):
+    def join(a):
         a = a.reshape(-1, batch, PROMPT_BLOCK, *a.shape[2:])
         return a.swapaxes(0, 1).reshape(tokens.shape + a.shape[3:])
 
     targets = jnp.roll(tokens, -1, axis=1)
     scored = jax.lax.map(score_block, (split(model.final_norm(x)), split(targets)))
-    return jax.tree.map(joined, scored)
+    return jax.tree.map(join, scored)

@@ -62,7 +62,7 @@ def wait_for_first(workdir: str, every: float) -> None:
     Raises:
       BadInput: if it cannot come to hold one: it is a file, is damaged, or its run has ended.
     """
-    folder, is_told = epath.Path(workdir), False
+    folder, announced = epath.Path(workdir), False
     while True:
         ended = read_end(folder)  # read first: the checkpoints of a run that has ended are there
         if folder.exists() and not folder.is_dir():
@@ -73,9 +73,9 @@ def wait_for_first(workdir: str, every: float) -> None:
                 return
         if ended:
             raise BadInput(f"the run in {workdir} ended ({ended}) without a checkpoint")
-        if not is_told:
+        if not announced:
             say(f"waiting   for the first checkpoint of {workdir}")
-        is_told = True
+        announced = True
         time.sleep(every)
 
 

@@ -40,11 +40,11 @@ def sample(
         elif values.stream:
             print_stream(decoder, tokenizer, request, values.num_samples)
         else:
-            texts = generate_text(decoder, tokenizer, samples_of(request, values.num_samples))
+            texts = generate_text(decoder, tokenizer, sample_requests(request, values.num_samples))
             print_samples(request.prompt, [text.text for text in texts])
 
 
-def samples_of(request: GenerationRequest, count: int) -> list[GenerationRequest]:
+def sample_requests(request: GenerationRequest, count: int) -> list[GenerationRequest]:
     """Returns the requests of `count` samples."""
     return [dataclasses.replace(request, sample_index=i) for i in range(count)]
 
@@ -59,7 +59,7 @@ def print_stream(
 ) -> None:
     """Prints one sample after the other as it is generated."""
     encode_prompts(tokenizer, [request], decoder.spec.model)  # fails before anything is printed
-    for sample in samples_of(request, num_samples):
+    for sample in sample_requests(request, num_samples):
         sys.stdout.write("\n---\n" * (sample.sample_index > 0) + request.prompt)
         for _, text, _ in stream_text(decoder, tokenizer, [sample], STREAM_CHUNK):
             sys.stdout.write(text)
@@ -88,7 +88,9 @@ def continue_rows(
     num_samples: int,
 ) -> None:
     """Prints each row, in order, with its continuation, `num_samples` times."""
-    pairs = [(row, sample) for row, request in rows for sample in samples_of(request, num_samples)]
+    pairs = [
+        (row, sample) for row, request in rows for sample in sample_requests(request, num_samples)
+    ]
     encode_prompts(tokenizer, [r for _, r in rows], decoder.spec.model)  # fails before any output
     for start in range(0, len(pairs), BATCH):
         batch = pairs[start : start + BATCH]

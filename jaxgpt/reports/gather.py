@@ -1,6 +1,9 @@
-"""Reads what a report shows from workdirs: rows, samples, config, and the checkpoints' metadata."""
+"""Reads what a report shows from workdirs: rows, samples, config, and the checkpoints' metadata;
+writes the page."""
 
+import json
 import statistics
+from pathlib import Path
 
 from etils import epath
 
@@ -10,6 +13,7 @@ from jaxgpt.config.stored import read_config
 from jaxgpt.metrics.rows import METRICS, SAMPLES, read_rows
 from jaxgpt.system.errors import BadInput
 
+TEMPLATE = Path(__file__).with_name("report.html")
 MAX_POINTS = 1500  # of a curve: more than a screen has pixels
 MAX_SAMPLES = 60
 CURVES = {
@@ -76,3 +80,14 @@ def _thin(items: list, most: int) -> list:
     """Returns about `most` of the items, evenly spread, the last one included."""
     every = -(-len(items) // most) or 1
     return items[::-1][::every][::-1]
+
+
+def page(runs: list[dict]) -> str:
+    """Returns the page that shows `runs` (see `gather`): a self-contained HTML file, the template
+    with the runs' JSON in it."""
+    # "<" is escaped so that no sample can end the script element
+    data = json.dumps(runs, ensure_ascii=False).replace("<", "\\u003c")
+    title = ", ".join(run["name"] for run in runs)
+    escaped = title.replace("&", "&amp;").replace("<", "&lt;")
+    head, tail = TEMPLATE.read_text(encoding="utf-8").split("/*RUNS*/")
+    return head.replace("<!--TITLE-->", escaped) + data + tail

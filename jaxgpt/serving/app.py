@@ -4,8 +4,9 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -63,10 +64,9 @@ def make_app(batcher: Batcher, model: str, guard: Guard, seconds: float = 30) ->
         return json_response(entry)
 
     async def health(request: Request) -> Response:
-        counts = {"model": model, "active": batcher.active, "waiting": len(batcher.waiting)}
-        if batcher.closing:
-            return json_response({"status": "closing"} | counts, 503)
-        return json_response({"status": "ok"} | counts)
+        text, status = ("closing", 503) if batcher.closing else ("ok", 200)
+        counts = {"active": batcher.active, "waiting": len(batcher.waiting)}
+        return json_response({"status": text, "model": model} | counts, status)
 
     return Starlette(
         routes=[
@@ -124,7 +124,8 @@ class Completion:
             raise ApiError(400, f"this server takes at most {batcher.capacity} choices", param="n")
         with_prompt = request.echo and request.logprobs >= 0
         group = Group(with_top=request.logprobs > 0, with_prompt_logprobs=with_prompt)
-        choices = [(*choice, self._on_text(i)) for i, choice in enumerate(request.choices)]
+        self.loop = asyncio.get_running_loop()
+        choices = [(*choice, partial(self._on_text, i)) for i, choice in enumerate(request.choices)]
         try:
             self.jobs = batcher.submit(choices, group)
         except Busy as e:
@@ -132,18 +133,13 @@ class Completion:
                 raise ApiError(503, SHUTTING_DOWN) from e
             raise ApiError(429, "the queue is full; try again", "rate_limit_exceeded") from e
 
-    def _on_text(self, i: int) -> Callable[[str, Continuation], None]:
-        """Returns the callback of choice `i`, which the batcher's thread calls."""
-        loop = asyncio.get_running_loop()
-
-        def on_text(new: str, text: Continuation) -> None:
-            if not (self.request.stream or text.finish_reason):
-                return  # nobody reads it yet, and to wake the loop takes longer than the text
-            update = (i, new, text.finish_reason, text.num_shown)
-            with suppress(RuntimeError):  # the loop is closed: nobody waits for the text
-                loop.call_soon_threadsafe(self.updates.put_nowait, update)
-
-        return on_text
+    def _on_text(self, i: int, new: str, text: Continuation) -> None:
+        """Takes the next text of choice `i`; the batcher's thread calls it."""
+        if not (self.request.stream or text.finish_reason):
+            return  # nobody reads it yet, and waking the loop takes longer than generating it
+        update = (i, new, text.finish_reason, text.num_shown)
+        with suppress(RuntimeError):  # the loop is closed: nobody waits for the text
+            self.loop.call_soon_threadsafe(self.updates.put_nowait, update)
 
     def _choice(self, i: int, text: str, details: list[TokenLogprob], finish: str) -> dict:
         """Returns choice `i` with `text`, whose tokens are those of `details`; raises a 500 if the

@@ -15,7 +15,7 @@ from jaxgpt.config.schema import IGNORE
 from jaxgpt.config.validate import validate
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
-from jaxgpt.evaluation.tasks import AnswerScorer, normalised, overlap, questions
+from jaxgpt.evaluation.tasks import AnswerScorer, answer_words, questions, word_f1
 from jaxgpt.evaluation.windows import evaluation_batch
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
@@ -251,8 +251,8 @@ def test_squad_figures_by_hand():
     assert found["f1"] == pytest.approx((1 + 0.5) / 2)
     best = questions([Example("a", ("Rome", "Paris in France"), "")], lambda _: "Paris")
     assert best["f1"] == pytest.approx(0.5) and best["exact_match"] == 0, "of any right answer"
-    assert normalised("The  Cat, an ox.") == ["cat", "ox"]
-    assert overlap([], []) == 1.0 and overlap(["x"], []) == 0.0
+    assert answer_words("The  Cat, an ox.") == ["cat", "ox"]
+    assert word_f1([], []) == 1.0 and word_f1(["x"], []) == 0.0
 
 
 def test_a_choice_is_scored_by_its_own_tokens_only():
