@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_float(
         "top_p", 1.0, "only the likeliest up to this probability", flag_values=values
     )
-    flags.DEFINE_float("min_p", 0.0, "least share of the best's probability", flag_values=values)
+    flags.DEFINE_float("min_p", 0.0, "lowest share of the best's probability", flag_values=values)
     flags.DEFINE_float("repetition_penalty", 1.0, "above 1: fewer repeats", flag_values=values)
     flags.DEFINE_multi_string("stop", [], "end in front of this; repeatable", flag_values=values)
     flags.DEFINE_integer("num_samples", 1, "how many", flag_values=values)

@@ -80,30 +80,25 @@ def wait_for_first(workdir: str, every: float) -> None:
 
 
 def new_checkpoints(trained: Trained, every: float) -> Iterator[int]:
-    """Yields the step of each whole checkpoint as it appears, until the run has ended; one that the
-    run deletes before its turn is skipped."""
-    seen: set[int] = set()
+    """Yields the step of each whole checkpoint as it appears, until the run makes no more: it has
+    recorded its end, is at its last step (a kill can fall between that checkpoint and the record),
+    or was imported. A checkpoint that the run deletes before its turn is skipped."""
+    checkpoints, seen = trained.checkpoints, set()
+    folder = checkpoints.folder.parent
     while True:
-        ended = has_ended(trained)  # checked first: the run's last checkpoint is then found below
-        trained.checkpoints.manager.reload()
-        new = [step for step in trained.checkpoints.whole() if step not in seen]
+        end = read_end(folder)  # read first: the run's last checkpoint is then found below
+        checkpoints.manager.reload()
+        steps = checkpoints.steps()
+        ended = bool(end) or 0 in steps or steps[-1] >= read_config(folder).num_steps
+        new = [step for step in checkpoints.whole() if step not in seen]
         for step in new:
             seen.add(step)
-            if not trained.checkpoints.damage(step):
+            if not checkpoints.damage(step):
                 yield step
         if ended:
             return
         if not new:
             time.sleep(every)
-
-
-def has_ended(trained: Trained) -> bool:
-    """Says whether a run makes no more checkpoints: it has recorded its end, is at its last step (a
-    kill can fall between that checkpoint and the record), or was imported."""
-    folder = trained.checkpoints.folder.parent
-    trained.checkpoints.manager.reload()
-    steps = trained.checkpoints.steps()
-    return bool(read_end(folder)) or 0 in steps or steps[-1] >= read_config(folder).num_steps
 
 
 def loss_measure(trained: Trained, values: flags.FlagValues) -> Measure:

@@ -234,11 +234,13 @@ def test_a_client_that_only_makes_errors_leaves_time_for_others(app):
                 errors += 1
 
         hostile = asyncio.create_task(flood())
-        for served in range(1, 10**6):
+        served = 0
+        while errors < 3:
             await ask(app, b"", JSON, "GET", "/healthz")
-            if errors == 3:
-                hostile.cancel()
-                return served, errors
+            await asyncio.sleep(0)
+            served += 1
+        hostile.cancel()
+        return served, errors
 
     began = time.monotonic()
     served, errors = asyncio.run(run())
