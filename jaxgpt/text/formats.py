@@ -135,25 +135,20 @@ def read_warc(file: str) -> Iterator[Piece]:
 
 def _page_type(record) -> str:
     """Returns the content type of a record that is a page, else ''."""
-    if record.rec_type == "conversion":
-        return "text/plain; charset=utf-8"
-    if record.rec_type == "response" and record.http_headers:
-        if record.http_headers.get_statuscode() == "200":
-            kind = record.http_headers.get_header("Content-Type") or "text/html"
-            if re.match(r"\s*(text/(html|plain)|application/xhtml)", kind, re.I):
-                return kind
-    return ""
+    headers = record.http_headers
+    if record.rec_type == "response" and headers and headers.get_statuscode() == "200":
+        kind = headers.get_header("Content-Type") or "text/html"
+        return kind if re.match(r"\s*(text/(html|plain)|application/xhtml)", kind, re.I) else ""
+    return "text/plain; charset=utf-8" if record.rec_type == "conversion" else ""
 
 
 def _web_text(raw: bytes, content_type: str) -> str:
     """Decodes a page by its header's charset, else its own <meta>, else as UTF-8."""
-    charset = ""
-    if match := re.search(r"charset=[\"']?([\w-]+)", content_type, re.I):
-        charset = match[1]
-    elif match := re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", raw[:2048], re.I):
-        charset = match[1].decode("ascii")
+    start = raw[:2048].decode("ascii", errors="replace")
+    match = re.search(r"charset=[\"']?([\w-]+)", content_type, re.I)
+    match = match or re.search(r"<meta[^>]+charset=[\"']?([\w-]+)", start, re.I)
     try:
-        text = raw.decode(charset or "utf-8", errors="replace")
+        text = raw.decode(match[1] if match else "utf-8", errors="replace")
     except (LookupError, ValueError):  # an unknown charset, or a codec that ignores `errors`
         text = raw.decode("utf-8", errors="replace")
     if text.isascii():
