@@ -86,7 +86,7 @@ def _files_below(folder: str, seen: set) -> Iterator[str]:
 def _matches(parts: list[str], pattern: list[str]) -> bool:
     """Says whether a path matches, by `glob`'s rules: no wildcard matches a leading dot."""
 
-    @functools.cache  # each pair of places is compared once: no exponential backtracking
+    @functools.cache  # each pair of positions is compared once: no exponential backtracking
     def match(part: int, at: int) -> bool:
         """Says whether the path from `part` on matches the pattern from `at` on."""
         if at == len(pattern):
