@@ -109,7 +109,7 @@ def tiny_config(shape=(1, 1, 1), compute=None, lora=None, **model) -> Config:
     return Config(
         num_steps=10,
         batch_size=8,
-        model=ModelConfig(**(fields | model)),
+        model=ModelConfig(**(fields | model)).with_sizes(),
         compute=ComputeConfig(**(compute or {})),
         lora=LoraConfig(**(lora or {})),
         data=DataConfig(),

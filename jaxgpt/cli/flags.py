@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from jaxgpt.config.migrate import renamed_in
 from jaxgpt.config.schema import Config, fields_of
-from jaxgpt.config.validate import any_of, check_known, checked, named
+from jaxgpt.config.validate import any_of, check_known, named, validate
 from jaxgpt.system.encoding import check_setting
 from jaxgpt.system.errors import BadInput, described
 
@@ -96,17 +96,20 @@ def config_of(values: flags.FlagValues) -> Config:
     Raises:
       BadInput: if `--config` was not given, or see `validate`.
     """
-    config = given_config(values)
-    config.model = config.model.with_sizes()
-    return config
+    return validate(given_config(values))
 
 
 def given_config(values: flags.FlagValues) -> Config:
-    """Returns the parsed, overridden, checked config as it was given: a size that is to be derived
-    is still 0."""
+    """Returns the parsed, overridden config as it was given: a size that is to be derived is still
+    0.
+
+    Raises:
+      BadInput: see `config_of`.
+    """
     if values["config"].using_default_value:
         raise BadInput("--config=FILE is required, for example --config=configs/tiny.py")
-    return checked(copy.deepcopy(values.config))
+    validate(values.config)
+    return copy.deepcopy(values.config)
 
 
 def config_path(argv: list[str]) -> str:

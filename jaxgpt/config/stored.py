@@ -52,12 +52,12 @@ def read_config(workdir: epath.Path) -> Config:
     try:
         config = _from_nested(nested)
         check_fields(config)
-        check_model(config)
+        config.model = check_model(config)
     except NewerFormat as e:
         raise BadInput(f"{file}: {e}") from e
     except BadInput as e:
         raise Damaged(file, str(e), REMEDY) from e
-    return dataclasses.replace(config, model=config.model.with_sizes())
+    return config
 
 
 def _from_nested(nested: dict) -> Config:

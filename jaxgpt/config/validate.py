@@ -30,12 +30,22 @@ LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 MOST_PARAMETERS = 10**14  # no machine holds them: a slip of the pen
 
 
-def validate(config: Config) -> None:
-    """Raises `BadInput`, naming fields and values, if `config` is not a possible run."""
+def validate(config: Config) -> Config:
+    """Returns a copy in which integers of float fields are floats and no size that follows from
+    others is 0 any more (see `check_model`).
+
+    Raises:
+      BadInput: naming fields and values, if `config` is not a possible run.
+    """
+    config = copy.deepcopy(config)
     check_fields(config)
-    check_model(config)
+    for path, kind in fields_of(config).items():
+        if kind is float:
+            set_field(config, path, float(get_field(config, path)))
+    config.model = check_model(config)
     _check_batch_and_mesh(config)
     _check_data(config)
+    return config
 
 
 def check_fields(config: Config) -> None:
@@ -126,27 +136,32 @@ def any_of(fields: list[str], prefix: str = "") -> str:
     return " or ".join(prefix + field for field in fields[:3])
 
 
-def check_model(config: Config) -> None:
-    """Raises `BadInput` where the sizes and parts of the model do not go together."""
-    model, sizes = config.model, config.model.with_sizes()
+def check_model(config: Config) -> ModelConfig:
+    """Returns the model with its derived sizes filled in.
+
+    Raises:
+      BadInput: where the sizes and parts of the model do not go together.
+    """
+    model = config.model
     if not model.head_dim and model.embed_dim % model.num_heads:
         raise BadInput(
             f"model.embed_dim={model.embed_dim} is not divisible by"
             f" model.num_heads={model.num_heads}: heads must have equal width (or set head_dim)"
         )
-    if (count := _parameters(sizes)) > MOST_PARAMETERS:
+    model = model.with_sizes()
+    if (count := _parameters(model)) > MOST_PARAMETERS:
         raise BadInput(
-            f"the model would have {count:,} parameters: model.vocab_size={sizes.vocab_size},"
-            f" num_layers={sizes.num_layers}, embed_dim={sizes.embed_dim},"
-            f" num_heads={sizes.num_heads}, head_dim={sizes.head_dim}, mlp_dim={sizes.mlp_dim}"
+            f"the model would have {count:,} parameters: model.vocab_size={model.vocab_size},"
+            f" num_layers={model.num_layers}, embed_dim={model.embed_dim},"
+            f" num_heads={model.num_heads}, head_dim={model.head_dim}, mlp_dim={model.mlp_dim}"
         )
-    if model.num_heads % sizes.num_kv_heads:
+    if model.num_heads % model.num_kv_heads:
         raise BadInput(
             f"model.num_heads={model.num_heads} is not divisible by"
             f" model.num_kv_heads={model.num_kv_heads}: each key head serves as many query heads"
         )
-    if model.position == "rope" and sizes.head_dim % 2:
-        raise BadInput(f"model.position='rope' needs an even head width, not {sizes.head_dim}")
+    if model.position == "rope" and model.head_dim % 2:
+        raise BadInput(f"model.position='rope' needs an even head width, not {model.head_dim}")
     if model.position == "sinusoidal" and model.embed_dim % 2:
         raise BadInput(
             f"model.position='sinusoidal' needs an even embed_dim, not {model.embed_dim}"
@@ -175,13 +190,14 @@ def check_model(config: Config) -> None:
             f"model.dropout={model.dropout} with compute.attention={attention!r}:"
             " only 'xla' attention has dropout; set compute.attention=auto or model.dropout=0"
         )
+    return model
 
 
-def _parameters(sizes: ModelConfig) -> int:
+def _parameters(model: ModelConfig) -> int:
     """Returns the number of parameters, but for biases, norms and gates."""
-    heads = sizes.num_heads + sizes.num_kv_heads
-    layer = 2 * sizes.embed_dim * (heads * sizes.head_dim + sizes.mlp_dim)
-    return sizes.vocab_size * sizes.embed_dim + sizes.num_layers * layer
+    heads = model.num_heads + model.num_kv_heads
+    layer = 2 * model.embed_dim * (heads * model.head_dim + model.mlp_dim)
+    return model.vocab_size * model.embed_dim + model.num_layers * layer
 
 
 def _check_batch_and_mesh(config: Config) -> None:
@@ -202,7 +218,7 @@ def _check_batch_and_mesh(config: Config) -> None:
 
 def check_divisible(config: Config, mesh: dict[str, int]) -> None:
     """Raises `BadInput` where a mesh axis of so many devices does not divide what it splits."""
-    model = config.model.with_sizes()
+    model = config.model
     microbatch = config.batch_size // config.grad_accum
     if microbatch % (devices := math.prod(mesh[name] for name in BATCH_AXES)):
         product = " x ".join(f"mesh.{name}={mesh[name]}" for name in BATCH_AXES)
@@ -246,27 +262,8 @@ def _check_data(config: Config) -> None:
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
-    """Returns a copy of `config` with the fields at these paths set.
-
-    Raises:
-      BadInput: if the copy is not a possible run (see `validate`).
-    """
+    """Returns a copy of `config` with the fields at these paths set, checked by `validate`."""
     config = copy.deepcopy(config)
     for path, value in values.items():
         set_field(config, path, value)
-    validate(config)
-    return config
-
-
-def checked(config: Config) -> Config:
-    """Returns `config` itself, with integers in float fields turned into floats.
-
-    Raises:
-      BadInput: see `validate`.
-    """
-    check_fields(config)
-    for path, kind in fields_of(config).items():
-        if kind is float:
-            set_field(config, path, float(get_field(config, path)))
-    validate(config)
-    return config
+    return validate(config)

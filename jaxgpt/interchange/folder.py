@@ -138,8 +138,7 @@ def _model_config(path: Path, family: Family, hf: dict) -> ModelConfig:
             lowest = 0 if field in ("num_kv_heads", "head_dim") else 1  # 0: derived from others
             if not lowest <= getattr(model, field) < 1 << 31:
                 raise ValueError(f"{field} is {getattr(model, field)}")
-        model = model.with_sizes()
-        validate(Config(model=model))
+        model = validate(Config(model=model)).model
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise BadInput(f"{path}: its config lacks or garbles a field: {e!r}") from e
     except BadInput as e:

@@ -38,7 +38,6 @@ def flops_per_token(cfg: ModelConfig) -> int:
     N counts the weights that take part in matrix products, the logits' included; the attention
     term counts the full T x T square, as is the custom. Recomputation does not count.
     """
-    cfg = cfg.with_sizes()
     d, matrices = cfg.embed_dim, 3 if cfg.activation in GATED else 2
     heads = 2 * cfg.num_heads + 2 * cfg.num_kv_heads
     weights = cfg.num_layers * d * (heads * cfg.head_dim + matrices * cfg.mlp_dim)

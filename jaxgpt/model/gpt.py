@@ -179,10 +179,6 @@ class ModelSpec:
     kernel: str
     rules: AxisRules = AxisRules()
 
-    def __post_init__(self):
-        sized = dataclasses.replace(self.config, model=self.config.model.with_sizes())
-        object.__setattr__(self, "config", sized)
-
     @cached_property
     def _hash(self) -> int:
         return hash((dataclasses.astuple(self.config), self.kernel, self.rules))

@@ -136,7 +136,6 @@ def ended(workdir: Path, config: Config) -> Outcome | None:
     if not (workdir / "config.json").exists():
         return None
     old = read_config(epath.Path(workdir))
-    config = dataclasses.replace(config, model=config.model.with_sizes())
     config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
     if config.num_epochs:  # the number of steps follows from it and the data
         config.num_steps = old.num_steps

@@ -42,7 +42,7 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
     Raises:
       BadInput: if `compute.attention` names a kernel that cannot run there.
     """
-    model, compute = config.model.with_sizes(), config.compute
+    model, compute = config.model, config.compute
     platform = mesh.devices.flat[0].platform
     kernel = choose_kernel(
         compute.attention, platform, compute.dtype, model.head_dim, model.dropout

@@ -52,7 +52,7 @@ def check_model(config: Config) -> None:
         theirs = read_config(epath.Path(path)).model
     else:
         theirs = open_folder(Path(path)).model
-    mine = config.model.with_sizes()
+    mine = config.model
     differing = model_differences(theirs, mine)
     rope = [name for name in differing if name.startswith("rope_")]
     if _any(parse_patterns(config.init_fresh, "init_fresh"), "rope"):

@@ -28,7 +28,7 @@ def ours(batch: int, new: int):
     cfg = presets.gpt2(
         num_layers=12, num_heads=12, embed_dim=768, vocab_size=50257, max_seq_len=1024
     )
-    config = Config(model=cfg)
+    config = Config(model=cfg.with_sizes())
     spec = ModelSpec(config, "xla")
     jax.set_mesh(make_mesh(config, jax.devices()[:1]))
     decoder = Decoder.of(spec, jax.jit(spec.init)(jax.random.key(0)), spec.model.vocab_size)

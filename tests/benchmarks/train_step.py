@@ -28,7 +28,7 @@ TURNS, STEPS = 5, 4
 
 def jax_turn(shape: dict, batch: int):
     """Returns a function that takes STEPS steps and waits for them."""
-    model, compute = ModelConfig(**shape), ComputeConfig(scan_layers="false")
+    model, compute = ModelConfig(**shape).with_sizes(), ComputeConfig(scan_layers="false")
     config = Config(batch_size=batch, model=model, compute=compute, mesh=MeshConfig(1, 1, 1))
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):

@@ -1,7 +1,6 @@
 """Every file in configs/ describes a run that can be: sizes, checks, and the lowered train step."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import pytest
@@ -28,16 +27,9 @@ PUBLISHED = {
 }
 
 
-def load(file: Path) -> Config:
-    config = load_file(str(file))
-    config = resolve_vocab(config, 257)
-    return config
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_it_validates_and_its_train_step_lowers(file):
-    config = load(file)
-    validate(config)
+    config = resolve_vocab(validate(load_file(str(file))), 257)
     config = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1))
     with jax.set_mesh(mesh := make_mesh(config, jax.devices()[:4])):
         training = make_training(config, mesh)
@@ -49,7 +41,8 @@ def test_it_validates_and_its_train_step_lowers(file):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_has_the_published_number_of_parameters(name):
     vocab, published = PUBLISHED[name]
-    config = resolve_vocab(load_file(str(ROOT / "configs" / f"{name}.py")), vocab)
+    config = validate(load_file(str(ROOT / "configs" / f"{name}.py")))
+    config = resolve_vocab(config, vocab)
     with jax.set_mesh(mesh := make_mesh(Config(), jax.devices()[:1])):
         spec = make_training(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1)), mesh).spec
         assert (

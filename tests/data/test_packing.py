@@ -125,7 +125,7 @@ def test_weights_without_a_short_period_are_refused():
 
 def config_of(corpus, **data):
     return Config(
-        model=ModelConfig(max_seq_len=64),
+        model=ModelConfig(max_seq_len=64).with_sizes(),
         batch_size=4,
         grad_accum=2,
         data=DataConfig(source=f"1*text:{corpus}/0.txt,3*text:{corpus}/[123].txt", **data),

@@ -71,7 +71,9 @@ def test_only_responses_are_learnt(tmp_path):
 @pytest.mark.parametrize("pack", [False, True])
 def test_batches_carry_the_mask(tmp_path, pack):
     data = prepare_rows(tmp_path)
-    config = Config(model=ModelConfig(max_seq_len=16), batch_size=1, data=DataConfig(pack=pack))
+    config = Config(
+        model=ModelConfig(max_seq_len=16).with_sizes(), batch_size=1, data=DataConfig(pack=pack)
+    )
     stream = training_stream(data.train, config)
     count = len(stream.sources[0])
     batches = [stream.batch(k) for k in range(count)]

@@ -19,7 +19,7 @@ from jaxgpt.config import *
 def get_config():
     return Config(
         num_steps=3, batch_size=8, eval_every=0, eval_batches=1, sample_every=0,
-        model=ModelConfig(max_seq_len=40, num_layers=2, num_heads=2, embed_dim=32),
+        model=ModelConfig(max_seq_len=40, num_layers=2, num_heads=2, embed_dim=32).with_sizes(),
         data=DataConfig(source="text:{corpus}/*.txt", validation_fraction=0.25),
         optim=OptimConfig(warmup_steps=2), sample=SampleConfig(max_new_tokens=0),
     )

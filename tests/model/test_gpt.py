@@ -26,7 +26,7 @@ def tokens_of(config: Config) -> jnp.ndarray:
 
 
 def test_gpt2_has_its_published_size():
-    config = Config(model=ModelConfig(vocab_size=50257))
+    config = Config(model=ModelConfig(vocab_size=50257).with_sizes())
     with jax.set_mesh(mesh_of(tiny_config())):
         abstract = jax.eval_shape(ModelSpec(config, "xla").init, jax.random.key(0))
     assert abstract["tokens"].shape == (50304, 768)
@@ -213,7 +213,7 @@ GPT2_CHANGES = {
     "vocab_size": 300,
     "max_seq_len": 20,
     "num_layers": 4,
-    "num_heads": 2,
+    "num_heads": 8,
     "num_kv_heads": 2,
     "head_dim": 16,
     "embed_dim": 64,

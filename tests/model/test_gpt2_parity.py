@@ -41,7 +41,7 @@ def case(request):
             num_layers=shape["n_layer"],
             num_heads=shape["n_head"],
             embed_dim=shape["n_embd"],
-        ),
+        ).with_sizes(),
         optim=OptimConfig(
             learning_rate=torch_side.PEAK,
             warmup_steps=torch_side.WARMUP,

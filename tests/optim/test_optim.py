@@ -335,7 +335,7 @@ def test_learning_rate_multipliers():
 def test_mup_rules_by_the_paper():
     """arXiv:2203.03466, table 8 for Adam, at four times the base width: hidden matrices learn at a
     quarter of the rate and start at half the deviation; all else stays."""
-    model = ModelConfig(embed_dim=128, mup_base_width=32)
+    model = ModelConfig(embed_dim=128, mup_base_width=32).with_sizes()
     params = {"blocks": {"mlp": {"up": {"kernel": 0, "bias": 0}}}, "tokens": 0}
     factors = lr_factors(params, "bias=3,kernel=2", model)
     assert factors == {"blocks": {"mlp": {"up": {"kernel": 0.5, "bias": 3.0}}}, "tokens": 1.0}
@@ -352,7 +352,7 @@ def test_first_moments_in_half_the_bytes(name):
         cfg = OptimConfig(name=name, learning_rate=1e-2, warmup_steps=0, moment_dtype=dtype)
         with jax.set_mesh(mesh_of(config)):
             params = jax.jit(ModelSpec(config, "xla").init)(jax.random.key(0))
-            optimizer = make_optimizer(cfg, 10, config.model.with_sizes())
+            optimizer = make_optimizer(cfg, 10, config.model)
             state, update = optimizer.init(params), jax.jit(optimizer.update)
             for k in range(10):
                 keys = jax.random.split(jax.random.key(k), len(jax.tree.leaves(params)))

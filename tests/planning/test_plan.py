@@ -14,6 +14,7 @@ import pytest
 from jaxgpt import plan
 from jaxgpt.cli.flags import load_file
 from jaxgpt.config import Config
+from jaxgpt.config.validate import validate
 from jaxgpt.model.flops import flops_per_token
 from jaxgpt.planning.hardware import TPUS, Chip, gpu_chip, local_chip
 from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
@@ -56,7 +57,7 @@ def test_the_devices_here(command, file):
     assert code == 0, err
     found = json.loads(out)
     assert set(found) >= KEYS and found["devices"] == 8 and found["fits"]
-    memory, cfg = found["bytes_per_device"], load_file(file.split("=")[1]).model
+    memory, cfg = found["bytes_per_device"], validate(load_file(file.split("=")[1])).model
     cfg.vocab_size = 257
     assert found["flops_per_step"] == 16 * 32 * flops_per_token(cfg)
     assert memory["limit"] is None and found["roofline_seconds"] is None
