@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.model import ModelSpec
+from jaxgpt.serving import guard
 from jaxgpt.serving.app import MAX_BODY, Completion, make_app
 from jaxgpt.serving.batcher import Batcher, Busy
 from jaxgpt.serving.connections import connection_class
@@ -311,7 +312,8 @@ VALID = [
 
 @hypothesis.settings(FUZZ, max_examples=300)
 @hypothesis.given(body=mutated(*VALID))
-def test_damaged_bodies_get_a_reason(full, body):
+def test_damaged_bodies_get_a_reason(full, monkeypatch, body):
+    monkeypatch.setattr(guard, "ERROR_DELAY", 0)
     status, answer = asked(full, body)
     assert status in (400, 404, 429) and answer["error"]["message"]
 
