@@ -70,23 +70,18 @@ class Perplexity:
         tokens, mask = self.split.tokens, self.split.mask
         windows = evaluation_windows(len(tokens), self.seq_len, self.stride)
         windows = min(windows, max_windows) if max_windows else windows
-        pending: deque = deque()
-
-        def oldest():
-            positions, is_target, nats = pending.popleft()
-            return positions[is_target], np.asarray(jax.device_get(nats), np.float64)[is_target]
-
-        for k in range(-(-windows // self.batch)):
-            batch = evaluation_batch(tokens, self.seq_len, self.batch, k, mask, self.stride)
-            window = k * self.batch + np.arange(self.batch)[:, None]
-            positions = window * self.stride + 1 + np.arange(self.seq_len)
-            is_target = (batch["targets"][0] != IGNORE) & (window < windows)
-            nats = self.eval_step(params, on_devices(batch, self.sharding))
-            pending.append((positions, is_target, nats))
-            if len(pending) > MAX_PENDING:
-                yield oldest()
-        while pending:
-            yield oldest()
+        pending, batches = deque(), -(-windows // self.batch)
+        for k in range(batches + MAX_PENDING):
+            if k < batches:
+                batch = evaluation_batch(tokens, self.seq_len, self.batch, k, mask, self.stride)
+                window = k * self.batch + np.arange(self.batch)[:, None]
+                positions = window * self.stride + 1 + np.arange(self.seq_len)
+                is_target = (batch["targets"][0] != IGNORE) & (window < windows)
+                nats = self.eval_step(params, on_devices(batch, self.sharding))
+                pending.append((positions[is_target], is_target, nats))
+            if k >= MAX_PENDING:
+                positions, is_target, nats = pending.popleft()
+                yield positions, np.asarray(jax.device_get(nats), np.float64)[is_target]
 
 
 def _loss_and_perplexity(nats: float, tokens: int) -> dict:

@@ -280,11 +280,9 @@ def token_logprobs(
         values = jnp.stack([_pick(logits, i) for i in ids], axis=-1) - total[:, None]
         return jnp.stack(ids, axis=-1), values
 
-    def no_top():
-        shape = (len(token), NUM_TOP)
-        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
-
-    return Logprobs(_pick(logits, token) - total, *jax.lax.cond(with_top, top, no_top))
+    shape = (len(token), NUM_TOP)
+    zeros = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+    return Logprobs(_pick(logits, token) - total, *jax.lax.cond(with_top, top, lambda: zeros))
 
 
 def limit_vocab(logits: Float[Array, "B V"], vocab_limit: int) -> Float[Array, "B V"]:
