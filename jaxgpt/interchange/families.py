@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -101,8 +102,7 @@ def _rules(tensors: dict[str, str], transposed: bool) -> tuple[Rule, ...]:
     """
     rules = []
     for theirs, ours in tensors.items():
-        before, _, rest = ours.partition("{")
-        inside, _, after = rest.partition("}")
+        before, inside, after = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", ours).groups()
         paths = tuple(f"{before}{name}{after}" for name in inside.split(","))
         rules.append(Rule(theirs, paths, transposed and ours.endswith("/kernel")))
     return tuple(rules)
@@ -276,24 +276,26 @@ def _llama_hf_config(cfg: ModelConfig) -> dict:
     }
 
 
-def _llama_family(name: str, architecture: str, tensors: dict[str, str], qk_norm: bool) -> Family:
-    return Family(
-        name=name,
-        architecture=architecture,
-        exact=COMMON
-        | dict(norm=("rmsnorm",), position=("rope",), bias=(False,), qkv_bias=(False,))
-        | dict(activation=("swiglu",), qk_norm=(qk_norm,)),
-        rules=_rules(tensors, transposed=True),
-        model_config=_llama_model_config,
-        hf_config=_llama_hf_config,
-        schema=LLAMA_SCHEMA,
-        prefix="model.",
-        ignored=("rotary_emb.inv_freq",),
-    )
-
-
-LLAMA = _llama_family("llama", "LlamaForCausalLM", LLAMA_TENSORS, qk_norm=False)
-QWEN3 = _llama_family("qwen3", "Qwen3ForCausalLM", QWEN3_TENSORS, qk_norm=True)
+LLAMA = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    exact=COMMON
+    | dict(norm=("rmsnorm",), position=("rope",), bias=(False,), qkv_bias=(False,))
+    | dict(activation=("swiglu",), qk_norm=(False,)),
+    rules=_rules(LLAMA_TENSORS, transposed=True),
+    model_config=_llama_model_config,
+    hf_config=_llama_hf_config,
+    schema=LLAMA_SCHEMA,
+    prefix="model.",
+    ignored=("rotary_emb.inv_freq",),
+)
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    name="qwen3",
+    architecture="Qwen3ForCausalLM",
+    exact=LLAMA.exact | {"qk_norm": (True,)},
+    rules=_rules(QWEN3_TENSORS, transposed=True),
+)
 FAMILIES = {family.name: family for family in (GPT2, LLAMA, QWEN3)}
 
 

@@ -20,6 +20,7 @@ from jaxgpt.system.files import check_json, read_json
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 SIZES = ("vocab_size", "num_heads", "head_dim", "embed_dim", "mlp_dim")  # each an axis of a tensor
+OPENAI_FIELDS = {"n_ctx": "n_positions", "n_vocab": "vocab_size"}  # hparams.json: config.json
 WEIGHTS = (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", TorchFile))
 
 
@@ -38,14 +39,13 @@ class Folder:
     def shape(self, name: str) -> tuple:
         """Returns a tensor's shape."""
         file, inner = self.names[name]
-        return _squeezed(file, file.shapes[inner])
+        return file.shapes[inner]
 
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor, read from its file."""
         file, inner = self.names[name]
         try:
-            values = file.read(inner)
-            return values.reshape(_squeezed(file, values.shape))
+            return file.read(inner)
         except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
             raise BadInput(f"{self.path}: tensor {name} cannot be read: {e}") from e
 
@@ -53,11 +53,6 @@ class Folder:
     def is_bfloat16(self) -> bool:
         """Says whether every tensor is stored in bfloat16."""
         return all(file.dtypes[inner].name == "bfloat16" for file, inner in self.names.values())
-
-
-def _squeezed(file, shape: tuple) -> tuple:
-    """Returns the shape without the width, 1, of OpenAI's kernels, which are convolutions."""
-    return shape[1:] if isinstance(file, TfCheckpoint) and len(shape) == 3 else shape
 
 
 def is_model_folder(path: Path) -> bool:
@@ -80,7 +75,9 @@ def open_folder(path: Path) -> Folder:
     if (path / "hparams.json").is_file():
         file = TfCheckpoint(path)
         names = {_openai_name(name): (file, name) for name in file.shapes}
-        return _checked(path, GPT2, _openai_config(read_json(path / "hparams.json", dict)), names)
+        hparams = read_json(path / "hparams.json", dict)
+        hf = {OPENAI_FIELDS.get(name, name): value for name, value in hparams.items()}
+        return _checked(path, GPT2, hf, names)
     if not (path / "config.json").is_file():
         raise BadInput(f"{path} holds neither config.json (Hugging Face) nor hparams.json (OpenAI)")
     hf = read_json(path / "config.json", dict)
@@ -103,19 +100,17 @@ def open_folder(path: Path) -> Folder:
 
 def _checked(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Folder:
     """Returns the folder if its config is possible and agrees with the tensors in its files."""
-    shapes = {name: file.shapes[inner] for name, (file, inner) in names.items()}
+    claimed = largest = 0
     for name, (file, inner) in names.items():
-        if file.dtypes[inner].name not in FLOATS:
-            raise BadInput(f"{path}: tensor {name} holds {file.dtypes[inner]}, no weights")
-    claimed = sum(
-        math.prod(shapes[name]) * file.dtypes[inner].itemsize
-        for name, (file, inner) in names.items()
-    )
+        shape, dtype = file.shapes[inner], file.dtypes[inner]
+        if dtype.name not in FLOATS:
+            raise BadInput(f"{path}: tensor {name} holds {dtype}, no weights")
+        claimed += math.prod(shape) * dtype.itemsize
+        largest = max(largest, *shape) if math.prod(shape) else largest
     stored = sum(file.size for file in {file for file, _ in names.values()})
     if claimed > 2 * stored:  # a tied head may share the embedding's bytes
         raise BadInput(f"{path}: its tensors overlap: they take {claimed} bytes of {stored} stored")
     model = _model_config(path, family, hf)
-    largest = max((size for s in shapes.values() if math.prod(s) for size in s), default=0)
     for field in SIZES:
         if getattr(model, field) > largest:
             raise BadInput(
@@ -161,11 +156,6 @@ def _files(path: Path) -> list:
                     raise BadInput(f"{path / shard} is missing: {index.name} names it")
             return [reader(path / shard) for shard in shards]
     raise BadInput(f"{path} holds no weights: model.safetensors or pytorch_model.bin")
-
-
-def _openai_config(hparams: dict) -> dict:
-    names = {"n_ctx": "n_positions", "n_vocab": "vocab_size"}  # hparams.json: config.json
-    return {names.get(name, name): value for name, value in hparams.items()}
 
 
 def _openai_name(name: str) -> str:

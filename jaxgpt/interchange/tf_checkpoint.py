@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jaxgpt.system.errors import BadInput
 
@@ -35,7 +38,7 @@ class TfCheckpoint:
                     self._add(key.decode(), dict(_fields(value)))
         except OSError as e:
             raise BadInput(f"the TensorFlow checkpoint in {folder} cannot be read: {e}") from e
-        except (ValueError, IndexError, KeyError, TypeError) as e:
+        except (ValueError, IndexError, KeyError, TypeError, DecodeError) as e:
             raise BadInput(f"the TensorFlow checkpoint in {folder} is damaged: {e}") from e
         self.dtypes = dict.fromkeys(self.shapes, np.dtype("<f4"))
 
@@ -44,6 +47,8 @@ class TfCheckpoint:
             return  # the step and other counters
         dims = [value for number, value in _fields(entry.get(2, b"")) if number == 2]
         shape = [dict(_fields(dim)).get(1, 0) for dim in dims]
+        if len(shape) == 3 and shape[0] == 1:
+            shape = shape[1:]  # kernels are convolutions of width 1
         offset, length = entry.get(4, 0), entry.get(5, 0)
         if length != 4 * math.prod(shape) or offset + length > self.size:
             raise ValueError(f"variable {name} does not lie within the data file")
@@ -92,25 +97,9 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
         at += unshared + length
 
 
-def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
-    """Yields the (field number, value) pairs of a protocol buffer; fixed-width values as an int."""
-    at = 0
-    while at < len(raw):
-        tag, at = _varint(raw, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(raw, at)
-        elif kind in (1, 5):
-            width = 8 if kind == 1 else 4
-            value, at = int.from_bytes(raw[at : at + width], "little"), at + width
-        elif kind == 2:
-            length, at = _varint(raw, at)
-            value, at = raw[at : at + length], at + length
-        else:
-            raise ValueError(f"a field of wire type {kind}")
-        if at > len(raw):
-            raise ValueError("a field is cut short")
-        yield tag >> 3, value
+def _fields(raw: bytes) -> list[tuple[int, Any]]:
+    """Returns the (field number, value) pairs of a protocol buffer."""
+    return [(f.field_number, f.data) for f in UnknownFieldSet(Empty.FromString(raw))]
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:

@@ -52,14 +52,10 @@ def _tensor(storage, offset, size, stride, *_) -> _Tensor:
     return _Tensor(storage, offset, tuple(size), tuple(stride))
 
 
-def _parameter(tensor, *_) -> _Tensor:
-    return tensor
-
-
 CALLABLE = {
     ("collections", "OrderedDict"): lambda: {},
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
 }
 ALLOWED = CALLABLE | {("torch", name): dtype for name, dtype in STORAGES.items()}
 # what torch.save writes for a dictionary of tensors, in pickle's protocols 2 to 5
@@ -106,28 +102,17 @@ class _Unpickler(_PYTHON):
             raise ValueError("a call of something other than a function")
         self.append(function(*arguments))
 
-    def _build(self) -> None:  # torch stores the versions of modules this way
-        self.stack.pop()
-
-    def _set_items(self) -> None:
-        items = self.pop_mark()
+    def _set(self, items: list) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            self._set(key, value)
-
-    def _set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set(key, value)
-
-    def _set(self, key, value) -> None:
-        if type(key) is not str or type(self.stack[-1]) is not dict:
-            raise ValueError("a key that is not a name")
-        self.stack[-1][key] = value
+            if type(key) is not str or type(self.stack[-1]) is not dict:
+                raise ValueError("a key that is not a name")
+            self.stack[-1][key] = value
 
     dispatch |= {
         pickle.REDUCE[0]: _reduce,
-        pickle.BUILD[0]: _build,
-        pickle.SETITEM[0]: _set_item,
-        pickle.SETITEMS[0]: _set_items,
+        pickle.BUILD[0]: lambda self: self.stack.pop(),  # the versions of torch's modules
+        pickle.SETITEM[0]: lambda self: self._set([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self._set(self.pop_mark()),
     }
 
 
@@ -185,12 +170,5 @@ class TorchFile:
         dtype = tensor.storage.dtype
         with zipfile.ZipFile(self.file) as archive:
             raw = archive.read(f"{self.folder}data/{tensor.storage.key}")
-        values = np.frombuffer(raw, dtype)[tensor.offset :]
-        if tensor.stride == _row_major(tensor.shape):
-            return values[: math.prod(tensor.shape)].reshape(tensor.shape)
         strides = [step * dtype.itemsize for step in tensor.stride]
-        return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
-
-
-def _row_major(shape: tuple) -> tuple:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        return np.ndarray(tensor.shape, dtype, raw, tensor.offset * dtype.itemsize, strides)

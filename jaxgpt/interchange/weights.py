@@ -1,5 +1,6 @@
 """Our parameters from a model folder's tensors, and the other way round."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -25,29 +26,26 @@ def read_params(folder: Folder, abstract: dict) -> dict:
       BadInput: naming the tensor that is missing, has the wrong shape, is not part of the model, or
         is not finite.
     """
-    ours, cfg = leaves_by_path(abstract), folder.model
-    tensors = tensors_of(folder.family.rules_of(ours), cfg.num_layers)
+    ours = leaves_by_path(abstract)
+    tensors = tensors_of(folder.family, ours, folder.model)
     tied = {"lm_head.weight"} if "head" not in ours else set()
     if missing := sorted(set(tensors) - set(folder.names)):
         raise BadInput(f"{folder.path} lacks {_some(missing)}")
     if extra := sorted(set(folder.names) - set(tensors) - tied):
         raise BadInput(f"{folder.path} has tensors that {folder.family.name} lacks: {_some(extra)}")
-    shapes = {name: our_shapes(*tensors[name], ours, cfg.vocab_size) for name in tensors}
-    for name, (rule, _) in tensors.items():
-        if folder.shape(name) != rule.shape(shapes[name]):
+    for name, tensor in tensors.items():
+        if folder.shape(name) != tensor.shape:
             raise BadInput(
                 f"{folder.path}: tensor {name} has shape {folder.shape(name)}, its config says"
-                f" {rule.shape(shapes[name])}"
+                f" {tensor.shape}"
             )
     params = {path: _aligned_zeros(leaf.shape, leaf.dtype) for path, leaf in ours.items()}
     # the largest tensors first: they are freed before most of the result is in memory
-    for name in sorted(tensors, key=lambda name: -np.prod(folder.shape(name))):
-        rule, layer = tensors[name]
-        for path, values in zip(rule.ours, rule.to_ours(folder.read(name), shapes[name])):
-            target = params[path] if layer is None else params[path][layer]
-            target = target[: len(values)]
+    for name, tensor in sorted(tensors.items(), key=lambda item: -np.prod(item[1].shape)):
+        values = tensor.rule.to_ours(folder.read(name), tensor.shapes)
+        for target, value in zip(tensor.arrays(params), values, strict=True):
             with np.errstate(over="ignore"):  # float64's largest become infinite
-                target[:] = values
+                target[:] = value
             if not np.isfinite(target).all():
                 raise BadInput(f"{folder.path}: tensor {name} holds NaN or infinite numbers")
     return unflatten_dict(params, sep="/")
@@ -58,41 +56,50 @@ def write_params(file: Path, family: Family, params: dict, cfg: ModelConfig, dty
     ours = leaves_by_path(params)
     tensors = {
         name if name == "lm_head.weight" else family.prefix + name: tensor
-        for name, tensor in tensors_of(family.rules_of(ours), cfg.num_layers).items()
+        for name, tensor in tensors_of(family, ours, cfg).items()
     }
 
     def read(name: str) -> np.ndarray:
-        rule, layer = tensors[name]
-        arrays = [np.asarray(ours[p] if layer is None else ours[p][layer]) for p in rule.ours]
-        shapes = our_shapes(rule, layer, ours, cfg.vocab_size)
-        return rule.to_theirs([a[: shape[0]] for a, shape in zip(arrays, shapes)])
+        return tensors[name].rule.to_theirs(tensors[name].arrays(ours))
 
-    shapes = {
-        name: rule.shape(our_shapes(rule, layer, ours, cfg.vocab_size))
-        for name, (rule, layer) in tensors.items()
-    }
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     write_safetensors(file, shapes, np.dtype(dtype), read)
 
 
-def tensors_of(rules: list[Rule], num_layers: int) -> dict[str, tuple[Rule, int | None]]:
-    """Returns the rule and the layer (None: no layer's) of each tensor that `rules` name."""
-    tensors: dict[str, tuple[Rule, int | None]] = {}
-    for rule in rules:
-        if "{layer}" in rule.theirs:
-            tensors |= {rule.theirs.format(layer=i): (rule, i) for i in range(num_layers)}
-        else:
-            tensors[rule.theirs] = (rule, None)
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of theirs: its rule, its layer (None: no layer's), and the shapes of what it
+    contains of ours: of a stack the shape of one layer, of a table the shape without padding rows.
+    """
+
+    rule: Rule
+    layer: int | None
+    shapes: list[tuple]
+
+    @property
+    def shape(self) -> tuple:
+        """Its shape."""
+        return self.rule.shape(self.shapes)
+
+    def arrays(self, params: dict) -> list[np.ndarray]:
+        """Returns what it contains of `params`, as views where those are NumPy's."""
+        arrays = [
+            params[p] if self.layer is None else params[p][self.layer] for p in self.rule.ours
+        ]
+        return [np.asarray(a)[: shape[0]] for a, shape in zip(arrays, self.shapes, strict=True)]
+
+
+def tensors_of(family: Family, ours: dict, cfg: ModelConfig) -> dict[str, Tensor]:
+    """Returns the family's tensors by name, for a model whose arrays by path are `ours`."""
+    tensors = {}
+    for rule in family.rules_of(ours):
+        stacked = "{layer}" in rule.theirs
+        shapes = [tuple(ours[path].shape)[stacked:] for path in rule.ours]
+        if rule.ours[0] in TABLES:
+            shapes = [(cfg.vocab_size, *shape[1:]) for shape in shapes]
+        for layer in range(cfg.num_layers) if stacked else [None]:
+            tensors[rule.theirs.format(layer=layer)] = Tensor(rule, layer, shapes)
     return tensors
-
-
-def our_shapes(rule: Rule, layer: int | None, ours: dict, vocab_size: int) -> list[tuple]:
-    """Returns the shapes of those of `ours` that are in one tensor: of a stack the shape of one
-    layer, of a table the shape without padding rows."""
-    shapes = []
-    for path in rule.ours:
-        shape = tuple(ours[path].shape if layer is None else ours[path].shape[1:])
-        shapes.append((vocab_size, *shape[1:]) if path in TABLES else shape)
-    return shapes
 
 
 def _aligned_zeros(shape: tuple, dtype) -> np.ndarray:

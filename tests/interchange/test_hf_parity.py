@@ -59,7 +59,7 @@ def test_the_larger_shapes_have_their_names(size):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from jaxgpt.interchange.families import GPT2
-    from jaxgpt.interchange.weights import our_shapes, tensors_of
+    from jaxgpt.interchange.weights import tensors_of
     from jaxgpt.system.trees import leaves_by_path
 
     layers, heads, dim = size
@@ -72,10 +72,7 @@ def test_the_larger_shapes_have_their_names(size):
         ours = leaves_by_path(
             jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0))
         )
-    found = {
-        name: rule.shape(our_shapes(rule, layer, ours, cfg.vocab_size))
-        for name, (rule, layer) in tensors_of(GPT2.rules_of(ours), layers).items()
-    }
+    found = {name: tensor.shape for name, tensor in tensors_of(GPT2, ours, cfg).items()}
     assert found == theirs
 
 
