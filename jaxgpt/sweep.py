@@ -75,13 +75,11 @@ def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int
     Raises:
       BadInput: naming a combination that is not a possible run, or a workdir of another run.
     """
-    configs = [applied(config, choice) for choice in runs]
+    for choice in runs:
+        applied(config, choice)
     check_results(folder, runs)
-    for choice, chosen in zip(runs, configs, strict=True):
-        try:
-            check_inputs(chosen)
-        except BadInput as e:
-            raise BadInput(f"--grid: {name_of(choice)} is not a possible run: {e}") from e
+    for choice in runs:
+        applied(config, choice, check_inputs)
         for count in steps:
             overrides = {"num_steps": count} | choice
             ended(folder / f"{count}-steps" / name_of(choice), applied(config, overrides))

@@ -1,5 +1,6 @@
 """Orbax checkpoints of the whole training state under `checkpoints/<step>`."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -11,13 +12,13 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from orbax.checkpoint.path import atomicity
 
-from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_in, loss_of, read_meta
+from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_in, read_meta
 from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.checkpointing.s3 import use_s3
 from jaxgpt.processes.hosts import is_peer_lost, on_first
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import remove_folder
+from jaxgpt.system.files import Damaged, remove_folder
 from jaxgpt.system.stores import absolute, check_store, is_object_store, move_folder
 from jaxgpt.system.trees import leaves_by_path
 
@@ -85,15 +86,15 @@ class Checkpoints:
     def loss(self, step: int) -> float | None:
         """Returns the validation loss saved with a checkpoint, None if there is none."""
         if step not in self.losses:
-            self.losses[step] = loss_of(self.folder / str(step))
+            self.losses[step] = None
+            with contextlib.suppress(Damaged):
+                self.losses[step] = loss_in(self.meta(step), step)
         return self.losses[step]
 
-    def by_loss(self) -> list[int]:
-        """Returns the steps of the checkpoints that have a validation loss, best first."""
-        return self.sorted_by_loss(self.steps())
-
-    def sorted_by_loss(self, steps: list[int]) -> list[int]:
-        """Returns those of `steps` that have a validation loss, best first, then earliest first."""
+    def by_loss(self, steps: list[int] | None = None) -> list[int]:
+        """Returns those of `steps` (default: all) that have a validation loss, best first, then
+        earliest first."""
+        steps = self.steps() if steps is None else steps
         with_loss = [step for step in steps if self.loss(step) is not None]
         return sorted(with_loss, key=lambda step: (self.loss(step), step))
 
@@ -269,9 +270,8 @@ class Checkpoints:
 
     def restore_params(self, step: int, abstract_params: dict, average: bool = False) -> dict:
         """Returns the state's parameters, or their average in float32, without reading the rest."""
-        name, item = "params", concrete(abstract_params)
+        name, item = "ema" if average else "params", concrete(abstract_params)
         if average:
-            name = "ema"
             item = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), item)
         return self._read(step, {name: item}, partial=True)[name]
 
@@ -319,16 +319,11 @@ def _snapshot(state, old):
     """
     if jax.local_devices()[0].platform != "cpu":
         return None
-    return _copy(state) if old is None else _copy_into(state, old)
-
-
-@jax.jit
-def _copy(state):
-    return jax.tree.map(jnp.copy, state)
+    return _copy(state, old)
 
 
 @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
-def _copy_into(state, old):
+def _copy(state, old):
     return jax.tree.map(jnp.copy, state)
 
 
@@ -354,7 +349,7 @@ class _Retention:
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        best = self.checkpoints.sorted_by_loss(steps)[:1]
+        best = self.checkpoints.by_loss(steps)[:1]
         kept = {*sorted(steps)[-self.newest :], *best}
         return [step in kept or (self.every > 0 and step % self.every == 0) for step in steps]
 
@@ -368,8 +363,7 @@ def save_weights(workdir, params: dict, meta: dict) -> None:
       BadInput: if they cannot be written.
     """
     cpu = jax.local_devices(backend="cpu")[0]
-    place = functools.partial(jax.device_put, device=cpu, may_alias=True)
-    state = {"params": jax.tree.map(place, params)}
+    state = {"params": jax.device_put(params, cpu, may_alias=True)}
     folder = absolute(workdir) / "checkpoints"
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2 << 20), state)
     args = ocp.args.Composite(
@@ -396,9 +390,8 @@ def concrete(abstract):
     """
     mesh = jax.sharding.get_mesh()
 
-    def place(leaf):
+    def on_mesh(leaf):
         spec = leaf.sharding.spec if leaf.sharding else jax.P()
-        sharding = jax.sharding.NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return leaf.update(sharding=jax.sharding.NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, abstract)
+    return jax.tree.map(on_mesh, abstract)

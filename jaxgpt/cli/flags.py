@@ -32,9 +32,9 @@ def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValu
         rest = values(argv)
     except flags.UnrecognizedFlagError as e:
         if "config" in values:  # a field without its prefix?
-            if found := named(e.flagname, fields_of(Config())):
+            if fields := named(e.flagname, fields_of(Config())):
                 raise BadInput(
-                    f"unknown flag --{e.flagname}; did you mean {any_of(found, '--config.')}?"
+                    f"unknown flag --{e.flagname}; did you mean {any_of(fields, '--config.')}?"
                 ) from e
         raise BadInput(str(e)) from e
     except (flags.Error, ValueError) as e:  # ValueError: `--noflag=value`, a flagfile of no text
@@ -114,12 +114,12 @@ def given_config(values: flags.FlagValues) -> Config:
 
 def config_path(argv: list[str]) -> str:
     """Returns the last `--config`'s file as given."""
-    found = ""
+    path = ""
     for arg, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = arg.lstrip("-").partition("=")
         if arg.startswith("-") and name == "config":
-            found = value if equals else following
-    return found
+            path = value if equals else following
+    return path
 
 
 def load_file(path: str) -> Config:

@@ -19,18 +19,11 @@ from jaxgpt.system.stores import outage
 
 GRACE = 5.0  # seconds for threads to end by themselves after an error
 # What the system refuses because of the path, the permissions or the space that it was given.
-REFUSED = {
-    errno.EACCES: "",
-    errno.EDQUOT: "; make room and run the same command again",
-    errno.EEXIST: "",
-    errno.EISDIR: "",
-    errno.ELOOP: "",
-    errno.ENAMETOOLONG: "",
-    errno.ENOSPC: "; make room and run the same command again",
-    errno.ENOTDIR: "",
-    errno.EPERM: "",
-    errno.EROFS: "",
-}
+FULL = (errno.EDQUOT, errno.ENOSPC)
+REFUSED = (
+    *(*FULL, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
+)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -47,20 +40,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments: see `check_text`
     try:
         code = main(sys.argv) or 0
-    except BadInput as e:
-        lost = outage(e)  # no fault of the input, which a store accepted before
-        print(f"error: {lost or e}", file=sys.stderr)
-        code = 1 if lost else 2
-    except PeerLost as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = 1
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT  # outside the training loop there is nothing to save
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except Exception as e:  # the last resort: nobody foresaw this one
-        code, line = unforeseen(e)
+    except Exception as e:
+        code, line = code_and_message(e)
         print(f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -69,18 +55,21 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     sys.exit(code)
 
 
-def unforeseen(e: Exception) -> tuple[int, str]:
-    """Returns exit code and message of an exception that no check foresaw.
+def code_and_message(e: Exception) -> tuple[int, str]:
+    """Returns the exit code and the message of an exception that ends a command.
 
-    What the system refuses for its path, permissions or space is bad input (2). An object store
-    that fails is no fault of ours (1). The rest is (1), and its traceback goes to a file that the
-    message names.
+    Bad input is 2, as is what the system refuses for its path, permissions or space. An object
+    store that fails, or a process that is gone, is 1, and no fault of ours. So is what no check
+    foresaw, whose traceback goes to a file that the message names.
     """
     if isinstance(e, OSError) and e.errno in REFUSED:
         where = "".join(f"{name}: " for name in (e.filename, e.filename2) if name)
-        return 2, one_line(f"{where}{e.strerror or e}{REFUSED[e.errno]}")
-    if lost := outage(e):
-        return 1, lost
+        remedy = "; make room and run the same command again" if e.errno in FULL else ""
+        return 2, one_line(f"{where}{e.strerror or e}{remedy}")
+    if not isinstance(e, PeerLost) and (lost := outage(e)):
+        return 1, lost  # also where the input was refused, which a store accepted before
+    if isinstance(e, BadInput | PeerLost):
+        return 2 if isinstance(e, BadInput) else 1, str(e)
     what = one_line(described(e))[:500]
     try:
         with tempfile.NamedTemporaryFile(
@@ -113,9 +102,9 @@ def _is_held() -> bool:
     return any(thread.is_alive() for thread in threads)
 
 
-def _no_closed_loops(found) -> None:
+def _no_closed_loops(unraisable) -> None:
     """Leaves out what TensorStore prints of writes that ended after Orbax stopped waiting for them
     (as `run` does with its warnings): the failed write itself is raised.
     """
-    if "Event loop is closed" not in str(found.exc_value):
-        sys.__unraisablehook__(found)
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)

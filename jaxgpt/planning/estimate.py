@@ -51,7 +51,7 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
         except jax.errors.JaxRuntimeError as e:
             measured = _too_large(str(e), arguments, chip)
         else:
-            measured = _measured(program, _memory(compiled, chip), arguments, training, chip)
+            measured = _measured(compiled, program, arguments, training, chip)
     tokens = config.batch_size * config.model.max_seq_len
     plan |= measured | {"flops_per_step": tokens * flops_per_token(training.spec.model)}
     return plan | {"tokens_per_step": tokens, "compile_seconds": time.perf_counter() - began}
@@ -80,9 +80,16 @@ def _compiled(training: Training) -> tuple[Any, Program]:
 
 
 def _measured(
-    program: Program, memory: dict, arguments: list[dict], training: Training, chip: Chip | None
+    compiled, program: Program, arguments: list[dict], training: Training, chip: Chip | None
 ) -> dict:
-    mesh = training.mesh
+    mesh, stats = training.mesh, compiled.memory_analysis()
+    kept = stats.argument_size_in_bytes - stats.alias_size_in_bytes + stats.output_size_in_bytes
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "total": kept + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes,
+        "limit": chip and chip.hbm,
+    }
     flops = program.flops() + _kernel_flops(program, training)
     collectives = program.collectives(AXES, mesh.devices.shape)
     roofline = chip and {
@@ -92,26 +99,14 @@ def _measured(
             chip.seconds(_volume(c), [mesh.devices.flat[at] for at in c.group]) for c in collectives
         ),
     }
-    limit = memory["limit"]
     return {
-        "fits": limit is None or memory["total"] <= limit,
+        "fits": chip is None or memory["total"] <= chip.hbm,
         "bytes_per_device": memory,
         "largest": sorted(arguments + _temporaries(program), key=lambda a: -a["bytes"])[:LARGEST],
         "compiled_flops_per_step": flops * mesh.size,
         "collectives": _table(collectives),
         "roofline_seconds": roofline,
         "bound_by": roofline and max(roofline, key=roofline.get),
-    }
-
-
-def _memory(compiled, chip: Chip | None) -> dict:
-    stats = compiled.memory_analysis()
-    kept = stats.argument_size_in_bytes - stats.alias_size_in_bytes + stats.output_size_in_bytes
-    return {
-        "arguments": stats.argument_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "total": kept + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes,
-        "limit": chip and chip.hbm,
     }
 
 

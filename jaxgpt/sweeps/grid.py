@@ -4,6 +4,7 @@ import hashlib
 import math
 import random
 import re
+from collections.abc import Callable
 
 from jaxgpt.config import Config
 from jaxgpt.config.schema import fields_of
@@ -75,14 +76,18 @@ def _combination(grid: dict[str, list], number: int) -> Choice:
     return dict(reversed(choice.items()))
 
 
-def applied(config: Config, choice: Choice) -> Config:
+def applied(
+    config: Config, choice: Choice, check: Callable[[Config], object] = lambda config: None
+) -> Config:
     """Returns a checked copy of `config` with the choice's values set.
 
     Raises:
-      BadInput: naming the combination, if it is not a possible run.
+      BadInput: naming the combination, if it is not a possible run, or `check` refuses it.
     """
     try:
-        return changed(config, choice)
+        config = changed(config, choice)
+        check(config)
+        return config
     except BadInput as e:
         raise BadInput(f"--grid: {name_of(choice)} is not a possible run: {e}") from e
 

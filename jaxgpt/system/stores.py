@@ -44,15 +44,15 @@ def outage(e: BaseException) -> str:
     what `e` or a cause of it says. A store that refuses, or lacks the file, has answered."""
     if not _reached:
         return ""
-    found: BaseException | None = e
-    while found is not None and not isinstance(found, FileNotFoundError | PermissionError):
-        own = type(found).__module__.startswith(FROM) or isinstance(found, ConnectionError)
-        if own or any(word in str(found) for word in WORDS):
+    cause: BaseException | None = e
+    while cause is not None and not isinstance(cause, FileNotFoundError | PermissionError):
+        own = type(cause).__module__.startswith(FROM) or isinstance(cause, ConnectionError)
+        if own or any(word in str(cause) for word in WORDS):
             return (
                 f"the object store of {_reached[0]} does not answer any more"
-                f" ({one_line(described(found))[:300]}); run the same command again to resume"
+                f" ({one_line(described(cause))[:300]}); run the same command again to resume"
             )
-        found = found.__cause__ or found.__context__
+        cause = cause.__cause__ or cause.__context__
     return ""
 
 
