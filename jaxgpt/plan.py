@@ -58,8 +58,7 @@ def main(argv: list[str]) -> None:
         cheapest = cheapest_that_fits(config, plan_of)
         plan["suggestion"] = cheapest and {"change": cheapest[0], **cheapest[1]}
     if values.search:
-        tell = lambda text: say(f"search    {text}")  # noqa: E731
-        plan["search"] = search(config, len(devices), plan_of, tell)
+        plan["search"] = search(config, len(devices), plan_of)
     if values.price:
         plan |= _cost(plan, values.price)
     for line in table(plan):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -96,16 +95,11 @@ class Family:
 
 
 def _rules(tensors: dict[str, str], transposed: bool) -> tuple[Rule, ...]:
-    """Returns the rules of a table from their names to ours; `transposed`: kernels are [out, in].
-
-    `{q,k}/kernel` stands for q/kernel and k/kernel.
-    """
-    rules = []
-    for theirs, ours in tensors.items():
-        before, inside, after = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", ours).groups()
-        paths = tuple(f"{before}{name}{after}" for name in inside.split(","))
-        rules.append(Rule(theirs, paths, transposed and ours.endswith("/kernel")))
-    return tuple(rules)
+    """Returns the rules of a table from their names to ours; `transposed`: kernels [out, in]."""
+    return tuple(
+        Rule(theirs, tuple(ours.split()), transposed and ours.endswith("/kernel"))
+        for theirs, ours in tensors.items()
+    )
 
 
 COMMON = dict(norm_position=("pre",), window=(0,), logit_softcap=(0.0,), mup_base_width=(0,))
@@ -129,13 +123,14 @@ GPT2_FIELDS = {  # theirs: ours
     "layer_norm_epsilon": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-GPT2_TENSORS = {  # theirs: ours
+QKV = "blocks/attention/query/{0} blocks/attention/key/{0} blocks/attention/value/{0}"
+GPT2_TENSORS = {  # theirs: ours, separated by spaces
     "wte.weight": "tokens",
     "wpe.weight": "positions/kernel",
     "h.{layer}.ln_1.weight": "blocks/attention_norm/scale",
     "h.{layer}.ln_1.bias": "blocks/attention_norm/bias",
-    "h.{layer}.attn.c_attn.weight": "blocks/attention/{query,key,value}/kernel",
-    "h.{layer}.attn.c_attn.bias": "blocks/attention/{query,key,value}/bias",
+    "h.{layer}.attn.c_attn.weight": QKV.format("kernel"),
+    "h.{layer}.attn.c_attn.bias": QKV.format("bias"),
     "h.{layer}.attn.c_proj.weight": "blocks/attention/out/kernel",
     "h.{layer}.attn.c_proj.bias": "blocks/attention/out/bias",
     "h.{layer}.ln_2.weight": "blocks/mlp_norm/scale",

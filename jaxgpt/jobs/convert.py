@@ -9,11 +9,11 @@ import numpy as np
 from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import save_weights
-from jaxgpt.config import ComputeConfig, Config, DataConfig, LoraConfig, ModelConfig
+from jaxgpt.config import ComputeConfig, Config, DataConfig, LoraConfig
 from jaxgpt.config.schema import model_differences
 from jaxgpt.config.stored import to_json
 from jaxgpt.inference.trained import Trained, open_trained
-from jaxgpt.interchange.families import Family, family_of
+from jaxgpt.interchange.families import family_of
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer, write_tokenizer
 from jaxgpt.interchange.weights import read_params, write_params
@@ -78,42 +78,36 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
         with jax.set_mesh(trained.mesh):
             params = merged(trained.params(), trained.config.lora)
             write_params(scratch / "model.safetensors", family, params, cfg, dtype)
-        _write_configs(trained, cfg, family, scratch, dtype)
+        end = trained.tokenizer.end_of_text
+        ids = {"bos_token_id": end, "eos_token_id": end}
+        hf = {"architectures": [family.architecture]} | family.hf_config(cfg) | ids
+        (scratch / "config.json").write_text(json.dumps(hf | {"dtype": dtype}, indent=2))
+        (scratch / "generation_config.json").write_text(json.dumps(ids, indent=2))
         template = saved_template(epath.Path(workdir) / "tokenizer")
         note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
-        check_export(scratch, cfg, trained, params, dtype)
+        check_export(scratch, trained, params, dtype)
     say(f"exported  step {trained.step} of {workdir} as {family.architecture} into {target}")
     if note:
         say(note)
 
 
-def _write_configs(trained: Trained, cfg: ModelConfig, family: Family, folder: Path, dtype: str):
-    end = trained.tokenizer.end_of_text
-    ids = {"bos_token_id": end, "eos_token_id": end}
-    config = {"architectures": [family.architecture]} | family.hf_config(cfg) | ids
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
-    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2))
-
-
-def check_export(
-    folder: Path, cfg: ModelConfig, trained: Trained, params: dict, dtype: str
-) -> None:
+def check_export(folder: Path, trained: Trained, params: dict, dtype: str) -> None:
     """Reads an exported folder and compares its logits with those of `params`.
 
     Raises:
       BadInput: if they differ by more than rounding to `dtype` explains.
     """
-    again = open_folder(folder)
+    written = open_folder(folder)
     with jax.set_mesh(trained.mesh):
         plain = dataclasses.replace(trained.config, lora=LoraConfig())
         plain.compute = dataclasses.replace(plain.compute, dtype="float32")
-        mine = _probe(ModelSpec(plain, "xla").for_decoding(), params)
-        if differing := model_differences(again.model, cfg, "domain", "parameters"):
+        expected = _probe(ModelSpec(plain, "xla").for_decoding(), params)
+        if differing := model_differences(written.model, plain.model, "domain", "parameters"):
             raise BadInput(f"the export does not read back: {', '.join(differing)} differ; refused")
-        other = ModelSpec(Config(model=again.model), "xla").for_decoding()
-        abstract = jax.eval_shape(other.init, jax.random.key(0))
-        found = _probe(other, read_params(again, abstract))
-    difference = float(np.max(np.abs(mine - found)))
+        spec = ModelSpec(Config(model=written.model), "xla").for_decoding()
+        abstract = jax.eval_shape(spec.init, jax.random.key(0))
+        logits = _probe(spec, read_params(written, abstract))
+    difference = float(np.max(np.abs(expected - logits)))
     if not difference <= LARGEST_DIFFERENCE[dtype]:
         raise BadInput(
             f"the export does not read back: logits differ by up to {difference:.3g}; refused"

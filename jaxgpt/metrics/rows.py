@@ -1,9 +1,9 @@
 """`metrics.jsonl`, `samples.jsonl` and TensorBoard: each step once and in order."""
 
-import functools
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -118,28 +118,6 @@ class RowFile:
             )
 
 
-def _writes(name: str) -> Callable:
-    """Makes a method of `Reporter` do nothing on processes other than the first, and raise
-    `BadInput` if `name` in the workdir cannot be written."""
-
-    def decorate(method: Callable) -> Callable:
-        @functools.wraps(method)
-        def write(self, *args) -> None:
-            if not self.active:
-                return
-            try:
-                method(self, *args)
-            except OSError as e:
-                raise BadInput(
-                    f"{self.workdir / name} cannot be written: {e}; make room, then run the same"
-                    " command again to resume"
-                ) from e
-
-        return write
-
-    return decorate
-
-
 class Reporter:
     """Writes a run's rows to disk and TensorBoard; does nothing on processes other than the first.
 
@@ -150,41 +128,58 @@ class Reporter:
         self.active, self.workdir = is_first_process, epath.Path(workdir)
         self._open(last_step)
 
-    @_writes("metrics.jsonl")
-    def _open(self, last_step: int) -> None:
-        self.rows = RowFile(self.workdir / "metrics.jsonl", last_step, METRICS)
-        self.samples = RowFile(self.workdir / "samples.jsonl", last_step, SAMPLES)
-        appends = not is_object_store(self.workdir)
-        self.board = Board(self.workdir / "tensorboard", last_step, appends)
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise BadInput(
+                f"{self.workdir / name} cannot be written: {e}; make room, then run the same"
+                " command again to resume"
+            ) from e
 
-    @_writes("metrics.jsonl")
+    def _open(self, last_step: int) -> None:
+        if not self.active:
+            return
+        with self._writing("metrics.jsonl"):
+            self.rows = RowFile(self.workdir / "metrics.jsonl", last_step, METRICS)
+            self.samples = RowFile(self.workdir / "samples.jsonl", last_step, SAMPLES)
+            appends = not is_object_store(self.workdir)
+            self.board = Board(self.workdir / "tensorboard", last_step, appends)
+
     def metrics(self, row: dict) -> None:
         """Writes a row of `metrics.jsonl`; numbers also become TensorBoard scalars."""
-        self.rows.write(row)
-        for name, value in row.items():
-            if name not in NOT_PLOTTED and value is not None:
-                self.board.scalar(f"{row['split']}/{name}", float(value), row["step"])
+        if not self.active:
+            return
+        with self._writing("metrics.jsonl"):
+            self.rows.write(row)
+            for name, value in row.items():
+                if name not in NOT_PLOTTED and value is not None:
+                    self.board.scalar(f"{row['split']}/{name}", float(value), row["step"])
 
-    @_writes("samples.jsonl")
     def sample(self, row: dict) -> None:
         """Writes a row of `samples.jsonl`: step, prompt, text."""
-        self.samples.write(row)
-        self.board.text("sample", f"```\n{row['prompt']}{row['text']}\n```", row["step"])
+        if not self.active:
+            return
+        with self._writing("samples.jsonl"):
+            self.samples.write(row)
+            self.board.text("sample", f"```\n{row['prompt']}{row['text']}\n```", row["step"])
 
-    @_writes("metrics.jsonl")
     def sync(self) -> None:
         """Makes all rows so far durable; called before each checkpoint is saved."""
-        self.rows.sync()
-        self.samples.sync()
-        self.board.flush()
+        if self.active:
+            with self._writing("metrics.jsonl"):
+                self.rows.sync()
+                self.samples.sync()
+                self.board.flush()
 
     def rewind(self, last_step: int) -> None:
         """Removes what was written after `last_step`, from where training continues."""
         self.close()
         self._open(last_step)
 
-    @_writes("metrics.jsonl")
     def close(self) -> None:
-        """Writes what is left and closes the files."""
-        for file in (self.rows, self.samples, self.board):
-            file.close()
+        if self.active:
+            with self._writing("metrics.jsonl"):
+                for file in (self.rows, self.samples, self.board):
+                    file.close()

@@ -25,11 +25,12 @@ class Gpu:
     memory: int  # GiB
     bandwidth: int  # GB/s of that memory
     links: int  # NVLinks
+    card: int  # GB/s of a network card; each GPU has one, as in a DGX
 
 
-H100 = Gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 1.98, 50, 228, 79, 3_352, 18)
+H100 = Gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 1.98, 50, 228, 79, 3_352, 18, 50)
 GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 1.41, 40, 164, 79, 2_039, 12),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 1.41, 40, 164, 79, 2_039, 12, 25),
     "h100": H100,
     "h200": dataclasses.replace(H100, kind="NVIDIA H200", memory=139, bandwidth=4_800),
 }
@@ -58,8 +59,6 @@ def described_gpus(name: str, hosts: int, each: int) -> list[jax.Device]:
 
 def target(gpu: Gpu) -> str:
     """Returns XLA's `GpuTargetConfigProto` of a GPU, as text. Versions are those of CUDA 13."""
-    parts = ("driver_version", "runtime_version", "compile_time_toolkit_version")
-    versions = " ".join(f'{part}: "13.0.0"' for part in parts)
     extension = "ACCELERATED_FEATURES" if gpu.capability >= 9 else "NONE"
     return f"""
         platform_name: "CUDA" device_description_str: "{gpu.kind}"
@@ -75,6 +74,7 @@ def target(gpu: Gpu) -> str:
           threads_per_warp: 32 threads_per_core_limit: 2048 threads_per_block_limit: 1024
           thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-          {versions} dnn_version: "9.12.0"
+          driver_version: "13.0.0" runtime_version: "13.0.0"
+          compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
           device_interconnect_info {{ active_links: {gpu.links} }}
         }}"""

@@ -59,7 +59,6 @@ TPUS = {
 }
 KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # JAX's `device_kind`
 KINDS |= {f"TPU {name}": name for name in TPUS}
-NETWORK_CARD = {"a100": 25e9, "h100": 50e9, "h200": 50e9}  # bytes/s; one card per GPU, as in a DGX
 
 
 def gpu_chip(name: str) -> Chip:
@@ -75,7 +74,7 @@ def gpu_chip(name: str) -> Chip:
             f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is not a share of memory, as in 0.92"
         )
     memory, nvlink = int(gpu.memory * GIB * float(share)), gpu.links * 25e9
-    return Chip(PEAK_FLOPS[gpu.kind], gpu.bandwidth * 1e9, nvlink, memory, NETWORK_CARD[name])
+    return Chip(PEAK_FLOPS[gpu.kind], gpu.bandwidth * 1e9, nvlink, memory, gpu.card * 1e9)
 
 
 def devices_of(topology: str) -> tuple[list, Chip | None]:

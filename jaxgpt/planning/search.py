@@ -8,6 +8,7 @@ from jaxgpt.config import Config
 from jaxgpt.config.schema import MESH_AXES
 from jaxgpt.config.validate import changed
 from jaxgpt.parallel.mesh import mesh_shape
+from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 
 POLICIES = ("none", "dots", "full", "offload")  # by the memory they need, the most first
@@ -58,19 +59,17 @@ def cheapest_that_fits(
 def candidates(config: Config, devices: int) -> Iterator[tuple[Change, list[int]]]:
     """Yields each mesh and remat policy to try, and the `grad_accum`s for it, ascending."""
     tensors = [t for t in (1, 2, 4, 8) if devices % t == 0]
-    own = dict(zip(ONE_DEVICE, mesh_shape(config, devices), strict=True))
-    meshes = [own, ONE_DEVICE | {"mesh.data": devices}]
+    meshes = [ONE_DEVICE | {"mesh.data": devices}]
     meshes += [ONE_DEVICE | {"mesh.fsdp": devices // t, "mesh.tensor": t} for t in tensors]
-    for mesh in sorted({tuple(sizes.values()) for sizes in meshes}, reverse=True):
+    shapes = {mesh_shape(config, devices), *(tuple(sizes.values()) for sizes in meshes)}
+    for mesh in sorted(shapes, reverse=True):
         sizes = dict(zip(ONE_DEVICE, mesh, strict=True))
         start = dataclasses.replace(config, grad_accum=1)
         for policy in POLICIES[:-1]:
             yield sizes | {"compute.remat": policy}, [1, *accumulations(start)]
 
 
-def search(
-    config: Config, devices: int, plan_of: Callable[[Config], Plan], tell: Callable[[str], None]
-) -> list[dict]:
+def search(config: Config, devices: int, plan_of: Callable[[Config], Plan]) -> list[dict]:
     """Returns what fits, by the roofline's tokens per second, the most first.
 
     These are every mesh and policy with the fewest microbatches that fit, and the best of them with
@@ -78,13 +77,13 @@ def search(
     """
     rows = []
     for change, accums in candidates(config, devices):
-        plans = (_plan_if_fits(config, change | {"grad_accum": n}, plan_of, tell) for n in accums)
+        plans = (_plan_if_fits(config, change | {"grad_accum": n}, plan_of) for n in accums)
         if row := next(filter(None, plans), None):
             rows.append(row)
     rows.sort(key=lambda row: row["seconds"])
     for doublings in range(1, 5 if rows else 1):
         batch = {"batch_size": config.batch_size * 2**doublings}
-        row = _plan_if_fits(config, rows[0]["change"] | batch, plan_of, tell)
+        row = _plan_if_fits(config, rows[0]["change"] | batch, plan_of)
         if row is None:
             break
         rows.append(row)
@@ -92,7 +91,7 @@ def search(
     return sorted(rows, key=lambda row: row["seconds"] / row["change"].get("batch_size", size))
 
 
-def _plan_if_fits(config: Config, change: Change, plan_of, tell) -> dict | None:
+def _plan_if_fits(config: Config, change: Change, plan_of: Callable[[Config], Plan]) -> dict | None:
     """Returns the plan of a change that fits, with `change` and `seconds`; None if it does not."""
     name = " ".join(f"{field.split('.')[-1]}={value}" for field, value in change.items())
     try:
@@ -100,8 +99,8 @@ def _plan_if_fits(config: Config, change: Change, plan_of, tell) -> dict | None:
     except BadInput:
         return None  # the devices do not divide this mesh or batch
     if not plan["fits"]:
-        tell(f"{name}: does not fit")
+        say(f"search    {name}: does not fit")
         return None
     seconds = max(plan["roofline_seconds"].values())
-    tell(f"{name}: {seconds:.3f} s, bound by {plan['bound_by']}")
+    say(f"search    {name}: {seconds:.3f} s, bound by {plan['bound_by']}")
     return {"change": change, "seconds": seconds, **plan}

@@ -28,17 +28,17 @@ NAMES |= {bool: "true or false", type(None): "null"}
 class Damaged(BadInput):
     """A stored file that cannot be used: `path` and `why`."""
 
+    state = "is damaged: "
+
     def __init__(self, path: os.PathLike, why: str, remedy: str = ""):
-        super().__init__(f"{path} is damaged: {why}" + (f"; {remedy}" if remedy else ""))
+        super().__init__(f"{path} {self.state}{why}" + (f"; {remedy}" if remedy else ""))
         self.path, self.why = path, why
 
 
 class Missing(Damaged):
     """A stored file that is not there."""
 
-    def __init__(self, path: os.PathLike, remedy: str = ""):
-        BadInput.__init__(self, f"{path} is missing" + (f"; {remedy}" if remedy else ""))
-        self.path, self.why = path, "is missing"
+    state = ""
 
 
 def read_json(path: os.PathLike, schema: Any = object, remedy: str = "") -> Any:
@@ -56,7 +56,7 @@ def read_json(path: os.PathLike, schema: Any = object, remedy: str = "") -> Any:
             raise Damaged(path, "it is not a file", remedy)
         return parse_json(read_bytes(path), schema)
     except FileNotFoundError as e:
-        raise Missing(path, remedy) from e
+        raise Missing(path, "is missing", remedy) from e
     except OSError as e:
         raise Damaged(path, f"it cannot be read ({e.strerror or e})", remedy) from e
     except ValueError as e:

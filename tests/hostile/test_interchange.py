@@ -10,26 +10,33 @@ import signal
 import zipfile
 
 import hypothesis
-import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 from jaxgpt import convert
-from jaxgpt.config import Config
 from jaxgpt.interchange.folder import open_folder
-from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
+from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
 from jaxgpt.interchange.tokenizers import read_tokenizer
 from jaxgpt.interchange.torch_file import TorchFile
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.jobs import convert as convert_job
-from jaxgpt.model import ModelSpec
 from jaxgpt.system.files import scratch_for
-from tests.conftest import mesh_of, tiny_config
 from tests.golden.openai_gpt2 import FOLDER as OPENAI
 from tests.hostile.conftest import FUZZ, Case, in_time, mutated, name_of, refused
-from tests.interchange.test_import_export import LLAMA, model_folder, torch_file, write_vocab
+from tests.interchange.test_import_export import (
+    LLAMA,
+    abstract_params,
+    model_folder,
+    pickled,
+    pickled_text,
+    rewrite_weights,
+    state,
+    tensor,
+    torch_file,
+    write_vocab,
+)
 
 SMALL = dict(max_seq_len=8, num_layers=1, num_heads=2, embed_dim=8)
 NONE = "no such field"
@@ -88,9 +95,7 @@ def imported(folder) -> None:
     opened = open_folder(folder)
     read_tokenizer(folder)
     if repr(opened.model) not in ABSTRACT:
-        with jax.set_mesh(mesh_of(tiny_config())):
-            init = ModelSpec(Config(model=opened.model), "xla").init
-            ABSTRACT[repr(opened.model)] = jax.eval_shape(init, jax.random.key(0))
+        ABSTRACT[repr(opened.model)] = abstract_params(opened.model)
     read_params(opened, ABSTRACT[repr(opened.model)])
 
 
@@ -246,11 +251,7 @@ def test_safetensors_headers(tmp_path, name):
 def edited_weights(folders, tmp_path, edit, dtype="<f4"):
     """A folder whose tensors `edit(arrays)` changed; all are written as `dtype`."""
     folder = changed(folders, tmp_path, "gpt2", {})
-    whole = SafetensorsFile(folder / "model.safetensors")
-    arrays = {name: whole.read(name).astype(dtype) for name in whole.shapes}
-    edit(arrays)
-    shapes = {name: a.shape for name, a in arrays.items()}
-    write_safetensors(folder / "model.safetensors", shapes, np.dtype(dtype), arrays.__getitem__)
+    rewrite_weights(folder, edit, dtype)
     return folder
 
 
@@ -277,29 +278,6 @@ def test_weights(folders, tmp_path, name):
     assert says in str(e.value)
 
 
-def tensor(storage=b"FloatStorage", key="0", count=4, offset=0, size=(4,), stride=(1,)) -> tuple:
-    """The pickle of one tensor, as torch writes it; sizes and strides may be anything."""
-    text = lambda t: b"X" + len(t).to_bytes(4, "little") + t.encode()  # noqa: E731
-    tuple_of = lambda values: b"(" + b"".join(map(value, values)) + b"t"  # noqa: E731
-    saved = b"(" + text("storage") + b"ctorch\n" + storage + b"\n" + text(key) + text("cpu")
-    saved += value(count) + b"tQ"
-    return (
-        *(b"ctorch._utils\n_rebuild_tensor_v2\n(", saved, value(offset), tuple_of(size)),
-        *(tuple_of(stride), b"\x89Nt", b"R"),
-    )
-
-
-def value(number) -> bytes:
-    if type(number) is int:
-        raw = pickle.encode_long(number)
-        return b"\x8a" + bytes([len(raw)]) + raw
-    return pickle.dumps(number, 2)[2:-1]
-
-
-def state(*parts: bytes, name: bytes = b"X\x01\x00\x00\x00a") -> bytes:
-    return b"\x80\x02}(" + name + b"".join(parts) + b"u."
-
-
 LAUGHS = (
     b"N"
     + b"\x85q\x00"
@@ -310,9 +288,9 @@ PICKLES = {
     "cut": state(*tensor())[:-9],
     "no state": pickle.dumps([1, 2]),
     "a string": pickle.dumps("x"),
-    "number for a tensor": state(value(3)),
+    "number for a tensor": state(pickled(3)),
     "a list": state(pickle.dumps([[]])[2:-1]),
-    "number for a name": state(*tensor(), name=value(7)),
+    "number for a name": state(*tensor(), name=pickled(7)),
     "tuple for a name": state(*tensor(), name=b")"),
     "nested tuples": state(LAUGHS),
     "nested tuples for a name": state(*tensor(), name=LAUGHS),
@@ -402,46 +380,32 @@ def test_a_damaged_storage_is_named(folders, tmp_path):
 def test_tensors_that_share_bytes(folders, tmp_path):
     """Many tensors of one storage would need more memory than the file has bytes."""
     folder = changed(folders, tmp_path, "torch", {})
-    names = [
-        b"X" + len(n).to_bytes(4, "little") + n.encode() for n in (f"t{i}" for i in range(500))
-    ]
     one = b"".join(tensor(count=4000, size=(4000,)))
-    index = b"\x80\x02}(" + b"".join(name + one for name in names) + b"u."
+    index = state(*(pickled_text(f"t{i}") + one for i in range(500)), name=b"")
     zipped(folder / "pytorch_model.bin", index, b"\0" * 16000)
     with pytest.raises(convert.BadInput, match="its tensors overlap"):
         imported(folder)
 
 
+IMPORT = ["import", "--from={}", "--workdir={}/w"]
 COMMANDS = [
     Case("no folder", ["import", "--from={}/none", "--workdir={}/w"], says="is not a folder"),
     Case("a file", ["import", "--from={}/f", "--workdir={}/w"], {"f": "x"}, "is not a folder"),
-    Case(
-        "empty", ["import", "--from={}", "--workdir={}/w"], {"x": ""}, "holds neither config.json"
-    ),
-    Case(
-        "no weights",
-        ["import", "--from={}", "--workdir={}/w"],
-        {"config.json": '{"model_type": "gpt2"}'},
-        "holds no weights",
-    ),
+    Case("empty", IMPORT, {"x": ""}, "holds neither config.json"),
+    Case("no weights", IMPORT, {"config.json": '{"model_type": "gpt2"}'}, "holds no weights"),
     Case(
         "a folder for a file",
-        ["import", "--from={}", "--workdir={}/w"],
+        IMPORT,
         {"config.json/x": "", "model.safetensors/x": ""},
         "neither config.json",
     ),
     Case(
         "a link to nowhere",
-        ["import", "--from={}", "--workdir={}/w"],
+        IMPORT,
         {"config.json": lambda path: path.symlink_to("nowhere")},
         "neither config.json",
     ),
-    Case(
-        "a loop of links",
-        ["import", "--from={}", "--workdir={}/w"],
-        {"config.json": lambda path: path.symlink_to(path)},
-        "",
-    ),
+    Case("a loop of links", IMPORT, {"config.json": lambda path: path.symlink_to(path)}, ""),
     Case("no workdir", ["export", "--workdir={}/w", "--to={}/to"], says="holds no run"),
     Case("long name", ["import", "--from={}/" + "x" * 300, "--workdir={}/w"]),
     Case("unknown dtype", ["export", "--workdir={}/w", "--to={}/to", "--dtype=int8"], says="int8"),

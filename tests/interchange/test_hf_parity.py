@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxgpt import convert, evaluate, sample, train
+from jaxgpt import evaluate, sample, train
 from jaxgpt.config import Config
 from jaxgpt.config.stored import read_config
 from jaxgpt.data.pipeline import training_stream
@@ -22,7 +22,14 @@ from jaxgpt.model import ModelSpec
 from tests.conftest import CORPUS, mesh_of, tiny_config
 from tests.golden.gpt2_torch import ADAMW, make_model
 from tests.golden.llama_torch import make_model as make_modern
-from tests.interchange.test_import_export import LLAMA, model_folder, write_vocab
+from tests.interchange.test_import_export import (
+    LLAMA,
+    abstract_params,
+    model_folder,
+    run_export,
+    run_import,
+    write_vocab,
+)
 
 pytestmark = pytest.mark.parity
 BYTES = dict(vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=4)
@@ -68,10 +75,7 @@ def test_the_larger_shapes_have_their_names(size):
         model = GPT2LMHeadModel(hf)
     theirs = {n.removeprefix("transformer."): tuple(p.shape) for n, p in model.named_parameters()}
     cfg = GPT2.model_config(hf.to_dict()).with_sizes()
-    with jax.set_mesh(mesh_of(tiny_config())):
-        ours = leaves_by_path(
-            jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0))
-        )
+    ours = leaves_by_path(abstract_params(cfg))
     found = {name: tensor.shape for name, tensor in tensors_of(GPT2, ours, cfg).items()}
     assert found == theirs
 
@@ -90,8 +94,8 @@ def test_modern_folders_both_ways(command, tmp_path, name):
     qk = dict(qk_norm=name == "qwen3")
     model_folder(tmp_path / "ours", **LLAMA, **qk)
     exported = tmp_path / "out"
-    command(convert.main, "import", f"--from={tmp_path}/ours", f"--workdir={tmp_path}/w")
-    command(convert.main, "export", f"--workdir={tmp_path}/w", f"--to={exported}")
+    run_import(command, tmp_path / "ours", tmp_path / "w")
+    run_export(command, tmp_path / "w", exported)
     again = AutoModelForCausalLM.from_pretrained(exported).eval()
     assert type(again).__name__ == {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[name]
     tokens = np.random.default_rng(0).integers(0, 257, (2, 20)).astype(np.int32)
@@ -104,10 +108,7 @@ def imported(command, tmp_path, seed=0):
     model = make_model(seed, BYTES)
     model.save_pretrained(tmp_path / "hf")
     write_vocab(tmp_path / "hf")
-    code, _, err = command(
-        convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/imported"
-    )
-    assert code == 0, err
+    run_import(command, tmp_path / "hf", tmp_path / "imported")
     return model
 
 
@@ -124,17 +125,9 @@ def generated(folder: Path, prompt: str, count: int) -> str:
 
 def test_the_exported_folder_writes_the_same_greedy_text(command, tmp_path):
     imported(command, tmp_path)
-    code, _, err = command(
-        convert.main, "export", f"--workdir={tmp_path}/imported", f"--to={tmp_path}/out"
-    )
-    assert code == 0, err
-    argv = (
-        f"--workdir={tmp_path}/imported",
-        "--prompt=The é",
-        "--max_new_tokens=30",
-        "--temperature=0",
-    )
-    _, ours, _ = command(sample.main, *argv)
+    run_export(command, tmp_path / "imported", tmp_path / "out")
+    argv = ("--prompt=The é", "--max_new_tokens=30", "--temperature=0")
+    _, ours, _ = command(sample.main, f"--workdir={tmp_path}/imported", *argv)
     assert ours.rstrip("\n") == generated(tmp_path / "out", "The é", 30).rstrip("\n")
 
 
@@ -149,8 +142,7 @@ def test_a_run_of_ours_loads_there(command, tmp_path, corpus, tokenizer):
     )
     code, _, err = command(train.main, f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w")
     assert code == 0, err
-    code, _, err = command(convert.main, "export", f"--workdir={tmp_path}/w", f"--to={tmp_path}/hf")
-    assert code == 0, err
+    run_export(command, tmp_path / "w", tmp_path / "hf")
     argv = (f"--workdir={tmp_path}/w", "--prompt=Licens", "--max_new_tokens=20", "--temperature=0")
     _, ours, _ = command(sample.main, *argv)
     assert ours.rstrip("\n") == generated(tmp_path / "hf", "Licens", 20).rstrip("\n")

@@ -1,6 +1,5 @@
 """Weights come in, go out and come in again without losing a bit; broken folders are refused."""
 
-import io
 import json
 import pickle
 import shutil
@@ -41,10 +40,27 @@ def write_vocab(folder, names=("vocab.json", "merges.txt")):
     (folder / names[1]).write_text("#version: 0.2\n")
 
 
+def run_import(command, source, workdir) -> None:
+    code, out, err = command(convert.main, "import", f"--from={source}", f"--workdir={workdir}")
+    assert (code, out) == (0, ""), err
+
+
+def run_export(command, workdir, target, *flags) -> str:
+    """Returns what the command said."""
+    argv = (f"--workdir={workdir}", f"--to={target}", *flags)
+    code, _, err = command(convert.main, "export", *argv)
+    assert code == 0, err
+    return err
+
+
+def abstract_params(cfg: ModelConfig) -> dict:
+    """The shapes of a model's parameters on one device."""
+    with jax.set_mesh(mesh_of(tiny_config())):
+        return jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0))
+
+
 def random_params(cfg: ModelConfig) -> dict:
     """Every parameter random, norms and biases too; the padding of the vocabulary zero."""
-    with jax.set_mesh(mesh_of(tiny_config())):
-        abstract = jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0))
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -53,7 +69,7 @@ def random_params(cfg: ModelConfig) -> dict:
             value[cfg.vocab_size :] = 0
         return value
 
-    return jax.tree_util.tree_map_with_path(draw, abstract)
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
 
 
 def model_folder(folder, **model):
@@ -86,15 +102,10 @@ def model_folder(folder, **model):
 )
 def test_round_trip_is_bit_identical(command, tmp_path, model):
     cfg, params = model_folder(tmp_path / "hf", **model)
-    code, out, err = command(
-        convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w"
-    )
-    assert (code, out) == (0, ""), err
+    run_import(command, tmp_path / "hf", tmp_path / "w")
     assert read_config(epath.Path(tmp_path / "w")).model == cfg
-    code, _, err = command(
-        convert.main, "export", f"--workdir={tmp_path}/w", f"--to={tmp_path}/again"
-    )
-    assert code == 0 and "gives the same logits, within 0.0e+00" in err, err
+    err = run_export(command, tmp_path / "w", tmp_path / "again")
+    assert "gives the same logits, within 0.0e+00" in err, err
     one = SafetensorsFile(tmp_path / "hf/model.safetensors")
     two = SafetensorsFile(tmp_path / "again/model.safetensors")
     assert one.shapes == two.shapes and max(one.shapes.values())[0] == VOCAB, "no padding rows"
@@ -104,14 +115,14 @@ def test_round_trip_is_bit_identical(command, tmp_path, model):
         found = json.loads((tmp_path / "again" / file).read_text())
         assert (found["bos_token_id"], found["eos_token_id"]) == (256, 256)
     with jax.set_mesh(mesh_of(tiny_config())):
-        abstract = jax.eval_shape(ModelSpec(Config(model=cfg), "xla").init, jax.random.key(0))
-        restored = Checkpoints(tmp_path / "w", read_only=True).restore_params(0, abstract)
+        checkpoints = Checkpoints(tmp_path / "w", read_only=True)
+        restored = checkpoints.restore_params(0, abstract_params(cfg))
     jax.tree.map(np.testing.assert_array_equal, restored, params)
 
 
 def test_an_imported_workdir_evaluates_and_samples(command, tmp_path):
     model_folder(tmp_path / "hf")
-    command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w")
+    run_import(command, tmp_path / "hf", tmp_path / "w")
     (tmp_path / "t.txt").write_text(CORPUS[:500])
     argv = (f"--workdir={tmp_path}/w",)
     code, out, err = command(evaluate.main, *argv, f"--data=text:{tmp_path}/t.txt")
@@ -126,18 +137,11 @@ def test_bfloat16_stays_and_dtype_can_be_chosen(command, tmp_path):
     cfg, params = model_folder(tmp_path / "hf", **LLAMA)
     params = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), params)
     write_params(tmp_path / "hf/model.safetensors", family_of(cfg), params, cfg, ml_dtypes.bfloat16)
-    command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w")
+    run_import(command, tmp_path / "hf", tmp_path / "w")
     imported = read_config(epath.Path(tmp_path / "w"))
     assert imported.model == cfg and imported.compute.param_dtype == "bfloat16"
     for dtype in ("bfloat16", "float16"):
-        code, _, err = command(
-            convert.main,
-            "export",
-            f"--workdir={tmp_path}/w",
-            f"--to={tmp_path}/{dtype}",
-            f"--dtype={dtype}",
-        )
-        assert code == 0, err
+        run_export(command, tmp_path / "w", tmp_path / dtype, f"--dtype={dtype}")
     one = SafetensorsFile(tmp_path / "hf/model.safetensors")
     two = SafetensorsFile(tmp_path / "bfloat16/model.safetensors")
     for name in one.shapes:
@@ -172,13 +176,10 @@ def test_openai_release(command, tmp_path):
     folder = tmp_path / "117M"
     shutil.copytree(OPENAI, folder)
     write_vocab(folder, ("encoder.json", "vocab.bpe"))
-    code, _, err = command(convert.main, "import", f"--from={folder}", f"--workdir={tmp_path}/w")
-    assert code == 0, err
+    run_import(command, folder, tmp_path / "w")
     named = variables()
     model = read_config(epath.Path(tmp_path / "w")).model
-    with jax.set_mesh(mesh_of(tiny_config())):
-        abstract = jax.eval_shape(ModelSpec(Config(model=model), "xla").init, jax.random.key(0))
-    ours = leaves_by_path(read_params(open_folder(folder), abstract))
+    ours = leaves_by_path(read_params(open_folder(folder), abstract_params(model)))
     np.testing.assert_array_equal(ours["tokens"][:257], named["model/wte"])
     np.testing.assert_array_equal(ours["positions/kernel"], named["model/wpe"])
     qkv = named["model/h1/attn/c_attn/w"][0]
@@ -194,48 +195,54 @@ def test_openai_release(command, tmp_path):
         open_folder(folder)
 
 
-class Storage:
-    pass
+def pickled_text(value: str) -> bytes:
+    """The pickle of a string."""
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
 
 
-def torch_file(path, arrays, evil=None, cut=0):
+def tensor(storage=b"FloatStorage", key="0", count=4, offset=0, size=(4,), stride=(1,)) -> tuple:
+    """The pickle of one tensor, as torch writes it; sizes and strides may be anything."""
+    tuple_of = lambda values: b"(" + b"".join(map(pickled, values)) + b"t"  # noqa: E731
+    saved = (
+        b"("
+        + pickled_text("storage")
+        + b"ctorch\n"
+        + storage
+        + b"\n"
+        + pickled_text(key)
+        + pickled_text("cpu")
+    )
+    saved += pickled(count) + b"tQ"
+    return (
+        *(b"ctorch._utils\n_rebuild_tensor_v2\n(", saved, pickled(offset), tuple_of(size)),
+        *(tuple_of(stride), b"\x89Nt", b"R"),
+    )
+
+
+def pickled(number) -> bytes:
+    """The pickle of a value; integers may have any size."""
+    if type(number) is int:
+        raw = pickle.encode_long(number)
+        return b"\x8a" + bytes([len(raw)]) + raw
+    return pickle.dumps(number, 2)[2:-1]
+
+
+def state(*parts: bytes, name: bytes = b"X\x01\x00\x00\x00a") -> bytes:
+    """The pickle of a dictionary: a name, its tensor's parts, and perhaps further names."""
+    return b"\x80\x02}(" + name + b"".join(parts) + b"u."
+
+
+def torch_file(path, arrays, evil=b"", cut=0):
     """The zip that torch.save writes, made by hand."""
-    persistent = {}
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, thing):
-            return persistent.get(id(thing))
-
-    buffer = io.BytesIO()
+    parts = []
     with zipfile.ZipFile(path, "w") as archive:
-        lines = [b"\x80\x02}("]  # protocol 2, a dictionary, mark
         for key, (name, array) in enumerate(arrays.items()):
             raw = array.tobytes()
             archive.writestr(f"archive/data/{key}", raw[: len(raw) - cut])
-            stride = [int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim)]
-            ints = b"".join(b"J" + int(n).to_bytes(4, "little") for n in array.shape)
-            steps = b"".join(b"J" + n.to_bytes(4, "little") for n in stride)
-            lines.append(
-                b"X"
-                + len(name).to_bytes(4, "little")
-                + name.encode()
-                + b"ctorch._utils\n_rebuild_tensor_v2\n(("
-                + b"X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
-                + b"X"
-                + len(str(key)).to_bytes(4, "little")
-                + str(key).encode()
-                + b"X\x03\x00\x00\x00cpuJ"
-                + int(array.size).to_bytes(4, "little")
-                + b"tQ"
-                + b"K\x00("
-                + ints
-                + b"t("
-                + steps
-                + b"t\x89NtR"
-            )
-        lines.append(evil or b"")
-        archive.writestr("archive/data.pkl", b"".join(lines) + b"u.")
-    return buffer
+            stride = tuple(step // array.itemsize for step in array.strides)
+            sizes = dict(count=array.size, size=array.shape, stride=stride)
+            parts += [pickled_text(name), *tensor(key=str(key), **sizes)]
+        archive.writestr("archive/data.pkl", state(*parts, evil, name=b""))
 
 
 def test_old_torch_files_run_nothing(command, tmp_path):
@@ -248,10 +255,11 @@ def test_old_torch_files_run_nothing(command, tmp_path):
     found = read_params(open_folder(tmp_path / "hf"), params)
     jax.tree.map(np.testing.assert_array_equal, found, params)
     witness = tmp_path / "witness"
-    evil = (
-        f"X\x01\x00\x00\x00xcposix\nsystem\n(X{chr(len(f'touch {witness}'))}\x00\x00\x00".encode()
+    torch_file(
+        file,
+        arrays,
+        pickled_text("x") + b"cposix\nsystem\n(" + pickled_text(f"touch {witness}") + b"tR",
     )
-    torch_file(file, arrays, evil + f"touch {witness}".encode() + b"tR")
     code, out, err = command(
         convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w"
     )
@@ -265,14 +273,14 @@ def test_old_torch_files_run_nothing(command, tmp_path):
         TorchFile(file)
 
 
-def rewritten(tmp_path, change):
-    """The folder with some tensors changed: `change(arrays)` edits the dictionary."""
-    file = tmp_path / "hf/model.safetensors"
+def rewrite_weights(folder, change, dtype="<f4"):
+    """Lets `change(arrays)` edit the folder's tensors; all are written as `dtype`."""
+    file = folder / "model.safetensors"
     whole = SafetensorsFile(file)
-    arrays = {name: whole.read(name) for name in whole.shapes}
+    arrays = {name: whole.read(name).astype(dtype) for name in whole.shapes}
     change(arrays)
     shapes = {name: a.shape for name, a in arrays.items()}
-    write_safetensors(file, shapes, np.dtype("<f4"), lambda name: arrays[name])
+    write_safetensors(file, shapes, np.dtype(dtype), arrays.__getitem__)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +299,7 @@ def rewritten(tmp_path, change):
 )
 def test_tensors_that_do_not_fit(tmp_path, change, message):
     _, params = model_folder(tmp_path / "hf")
-    rewritten(tmp_path, change)
+    rewrite_weights(tmp_path / "hf", change)
     with pytest.raises(BadInput, match=message):
         read_params(open_folder(tmp_path / "hf"), params)
 
@@ -366,7 +374,7 @@ def test_what_has_no_counterpart_is_not_exported():
 
 def test_a_wrong_export_is_refused_and_leaves_nothing(command, tmp_path, monkeypatch):
     model_folder(tmp_path / "hf")
-    command(convert.main, "import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/w")
+    run_import(command, tmp_path / "hf", tmp_path / "w")
 
     def wrong(file, family, params, cfg, dtype):
         params = params | {"tokens": np.asarray(params["tokens"])[::-1]}

@@ -24,22 +24,24 @@ from tests.conftest import CORPUS
 CODE = "".join(map(inspect.getsource, (calendar, csv, shlex, string, textwrap)))
 TEXT = TrainingText(lambda: [CORPUS, CODE], len(CORPUS) + len(CODE))
 CHUNKS = (
-    "a",
-    "aa",
-    " ",
-    "  ",
-    "=",
-    "==",
-    "-",
-    "\n",
-    "\r",
-    "\t",
-    "é",
-    "日本語",
-    "\U0001f600",
-    "\u2581",
+    *(
+        "a",
+        "aa",
+        " ",
+        "  ",
+        "=",
+        "==",
+        "-",
+        "\n",
+        "\r",
+        "\t",
+        "é",
+        "日本語",
+        "\U0001f600",
+        "\u2581",
+    ),
+    *("\0", "x" * 9, " " * 17, "\u2028", "e\u0301", "\ufeff", "1", "23", "    ", "\ud7ff"),
 )
-CHUNKS += ("\0", "x" * 9, " " * 17, "\u2028", "e\u0301", "\ufeff", "1", "23", "    ", "\ud7ff")
 
 
 def texts() -> list[str]:

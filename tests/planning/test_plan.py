@@ -21,20 +21,10 @@ from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
 from jaxgpt.system.errors import BadInput
 from tests.conftest import ROOT
 
-KEYS = {
-    "topology",
-    "devices",
-    "parameters",
-    "fits",
-    "bytes_per_device",
-    "largest",
-    "flops_per_step",
-    "compiled_flops_per_step",
-    "collectives",
-    "roofline_seconds",
-    "bound_by",
-    "compile_seconds",
-}
+KEYS = set(
+    "topology devices parameters fits bytes_per_device largest flops_per_step"
+    " compiled_flops_per_step collectives roofline_seconds bound_by compile_seconds".split()
+)
 CONFIG = """
 from jaxgpt.config import *
 def get_config():
@@ -151,12 +141,12 @@ def test_the_network_s_time():
     assert chip.seconds(600.0, hosts[::4]) == 60.0  # 1 card a host
 
 
-def test_the_search_ranks_what_fits():
-    config, told = changed(Config(), {"batch_size": 16}), []
+def test_the_search_ranks_what_fits(capsys):
+    config = changed(Config(), {"batch_size": 16})
     plan_of = fake(
         lambda c: c.batch_size <= 64 and (c.grad_accum >= 2 or c.compute.remat == "full")
     )
-    found = search(config, 8, plan_of, told.append)
+    found, lines = search(config, 8, plan_of), capsys.readouterr().err.splitlines()
     batch = [row["change"].get("batch_size", 16) for row in found]
     each = [row["seconds"] / size for row, size in zip(found, batch, strict=True)]
     assert each == sorted(each) and batch[:2] == [64, 32] and batch[2:] == [16] * (len(found) - 2)
@@ -167,15 +157,15 @@ def test_the_search_ranks_what_fits():
         (2, "none"),
     )
     assert found[0]["change"] == best | {"batch_size": 64}
-    assert sum("bound by" in line for line in told) == len(found)
-    assert any("batch_size=128: does not fit" in line for line in told)
+    assert sum("bound by" in line for line in lines) == len(found)
+    assert any("batch_size=128: does not fit" in line for line in lines)
 
 
-def planned(*args: str) -> tuple[dict, str]:
+def planned(args: str) -> tuple[dict, str]:
     """The command as a user runs it, in a process of its own."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     found = subprocess.run(
-        [sys.executable, "-m", "jaxgpt.plan", *args],
+        [sys.executable, "-m", "jaxgpt.plan", *args.split()],
         cwd=ROOT,
         env=env,
         capture_output=True,
@@ -204,13 +194,9 @@ def test_another_process_may_use_libtpu():
 def test_gpt2_on_eight_v5e_chips():
     """Data parallel: splash runs its forward once, five all-reduces at most, no all-gather."""
     found, err = planned(
-        "--config=configs/small.py",
-        "--topology=v5e:2x4",
-        "--config.batch_size=64",
-        "--config.grad_accum=1",
-        "--config.model.vocab_size=50257",
-        "--config.compute.remat=dots",
-        "--price=1.2",
+        "--config=configs/small.py --topology=v5e:2x4 --config.batch_size=64"
+        " --config.grad_accum=1 --config.model.vocab_size=50257 --config.compute.remat=dots"
+        " --price=1.2"
     )
     assert set(found) >= KEYS and found["fits"] and found["parameters"] == 124_439_808
     assert found["attention"] == "splash"
@@ -230,10 +216,7 @@ def test_gpt2_on_eight_v5e_chips():
 @pytest.mark.tpu_compile
 def test_what_does_not_fit_is_an_answer():
     found, err = planned(
-        "--config=configs/small.py",
-        "--topology=v5e:2x4",
-        "--config.batch_size=512",
-        "--config.grad_accum=1",
+        "--config=configs/small.py --topology=v5e:2x4 --config.batch_size=512 --config.grad_accum=1"
     )
     assert not found["fits"] and found["over_by"] > 2**30
     assert found["suggestion"]["fits"] and found["suggestion"]["change"], err
@@ -248,12 +231,8 @@ def rows_of(found: dict) -> dict[str, dict]:
 def test_fsdp_gathers_each_weight_twice_and_scatters_its_gradient():
     """On 4 x 4 chips, where a sum over all of `fsdp` at once would be an all-reduce."""
     found, _ = planned(
-        "--config=configs/modern_1b.py",
-        "--topology=v5e:4x4",
-        "--config.batch_size=16",
-        "--config.grad_accum=1",
-        "--config.model.max_seq_len=2048",
-        "--config.model.num_layers=8",
+        "--config=configs/modern_1b.py --topology=v5e:4x4 --config.batch_size=16"
+        " --config.grad_accum=1 --config.model.max_seq_len=2048 --config.model.num_layers=8"
     )
     rows, parameters = rows_of(found), found["parameters"]
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
@@ -270,16 +249,10 @@ def test_fsdp_gathers_each_weight_twice_and_scatters_its_gradient():
 def test_tensor_parallelism_sums_twice_a_block(split):
     layers = 4
     found, _ = planned(
-        "--config=configs/modern_1b.py",
-        "--topology=v5e:2x4",
-        "--config.batch_size=8",
-        "--config.grad_accum=1",
-        "--config.model.max_seq_len=1024",
-        "--config.compute.remat=none",
-        f"--config.model.num_layers={layers}",
-        "--config.mesh.fsdp=1",
-        "--config.mesh.tensor=8",
-        f"--config.mesh.sequence_activations={str(split).lower()}",
+        "--config=configs/modern_1b.py --topology=v5e:2x4 --config.batch_size=8"
+        " --config.grad_accum=1 --config.model.max_seq_len=1024 --config.compute.remat=none"
+        f" --config.model.num_layers={layers} --config.mesh.fsdp=1 --config.mesh.tensor=8"
+        f" --config.mesh.sequence_activations={str(split).lower()}"
     )
     rows = rows_of(found)
     each = 8 * 1024 * 2048 * 2  # the residual stream, bytes
@@ -298,12 +271,8 @@ def test_tensor_parallelism_sums_twice_a_block(split):
 def test_gpt2_on_described_gpus():
     """Data parallel over two hosts: cuDNN's attention, compiled without a GPU; sums only."""
     found, err = planned(
-        "--config=configs/small.py",
-        "--topology=h200:2x4",
-        "--config.batch_size=64",
-        "--config.grad_accum=1",
-        "--config.model.vocab_size=50257",
-        "--price=4",
+        "--config=configs/small.py --topology=h200:2x4 --config.batch_size=64"
+        " --config.grad_accum=1 --config.model.vocab_size=50257 --price=4"
     )
     assert set(found) >= KEYS and found["fits"] and found["parameters"] == 124_439_808
     assert found["devices"] == 8 and found["attention"] == "cudnn"
@@ -326,15 +295,9 @@ def test_gpt2_on_described_gpus():
 @pytest.mark.gpu_compile
 def test_fsdp_on_described_gpus():
     found, _ = planned(
-        "--config=configs/modern_1b.py",
-        "--topology=h100:8",
-        "--config.batch_size=8",
-        "--config.grad_accum=1",
-        "--config.model.max_seq_len=1024",
-        "--config.model.num_layers=4",
-        "--config.mesh.data=1",
-        "--config.mesh.fsdp=8",
-        "--config.compute.remat=none",
+        "--config=configs/modern_1b.py --topology=h100:8 --config.batch_size=8"
+        " --config.grad_accum=1 --config.model.max_seq_len=1024 --config.model.num_layers=4"
+        " --config.mesh.data=1 --config.mesh.fsdp=8 --config.compute.remat=none"
     )
     rows, whole = rows_of(found), 2 * found["parameters"]
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
