@@ -9,6 +9,7 @@ line of stdout. If it does not fit, it says by how much, and suggests the cheape
 """
 
 import json
+from collections.abc import Iterator
 from functools import partial
 
 from absl import flags
@@ -74,58 +75,56 @@ def _cost(plan: dict, price: float) -> dict:
     return {"dollars_per_billion_tokens": seconds / 3600 * price * plan["devices"]}
 
 
-def table(plan: dict) -> list[str]:
-    """Returns a plan as lines of text."""
+def table(plan: dict) -> Iterator[str]:
+    """Yields the lines of a plan as people read it."""
     memory, mesh = plan["bytes_per_device"], plan["mesh"]
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
     limit = f" of {memory['limit'] / GIB:.2f} GiB" if memory["limit"] else " GiB"
-    lines = [
+    yield (
         f"devices   {plan['devices']} ({plan['topology']}), mesh {shape},"
-        f" {plan['attention']} attention",
-        f"model     {plan['parameters']:,} parameters",
+        f" {plan['attention']} attention"
+    )
+    yield f"model     {plan['parameters']:,} parameters"
+    yield (
         f"memory    {memory['total'] / GIB:.2f}{limit} a device:"
         f" {memory['arguments'] / GIB:.2f} state and batch,"
-        f" {memory['temporaries'] / GIB:.2f} temporaries",
-    ]
+        f" {memory['temporaries'] / GIB:.2f} temporaries"
+    )
     for array in plan["largest"]:
         shape = "x".join(map(str, array["shape"]))
-        lines.append(
+        yield (
             f"          {array['bytes'] / GIB:6.2f} GiB  {array['dtype']:<9} {shape:<24}"
             f" {array['sharding']:<34} {array['name'][-60:]}"
         )
     if not plan["fits"]:
-        lines.append(f"fits      NO, by {plan['over_by'] / GIB:.2f} GiB a device")
+        yield f"fits      NO, by {plan['over_by'] / GIB:.2f} GiB a device"
         if suggestion := plan.get("suggestion"):
             change = _shown(suggestion["change"], "--config.")
-            total = suggestion["bytes_per_device"]["total"] / GIB
-            lines.append(f"try       {change} ({total:.2f} GiB)")
+            yield f"try       {change} ({suggestion['bytes_per_device']['total'] / GIB:.2f} GiB)"
     if plan["compiled_flops_per_step"]:
-        extra = plan["compiled_flops_per_step"] / plan["flops_per_step"]
-        lines.append(
-            f"compute   {plan['flops_per_step']:.3e} model FLOPs a step,"
-            f" {extra:.2f} of them compiled"
-        )
+        model = plan["flops_per_step"]
+        ratio = plan["compiled_flops_per_step"] / model
+        yield f"compute   {model:.3e} model FLOPs a step, {ratio:.2f} of them compiled"
     for row in plan["collectives"]:
-        lines.append(
+        yield (
             f"network   {row['kind']:<18} over {row['axis']:<12} {row['count']:5d} a step,"
             f" {row['bytes'] / GIB:8.3f} GiB"
         )
     if roofline := plan["roofline_seconds"]:
         parts = ", ".join(f"{name} {seconds:.4f}" for name, seconds in roofline.items())
         longest = max(roofline.values())
-        lines.append(
+        yield (
             f"at least  {longest:.4f} s a step, {plan['tokens_per_step'] / longest:,.0f} tokens/s"
             f" ({parts}): bound by {plan['bound_by']}"
         )
     if cost := plan.get("dollars_per_billion_tokens"):
-        lines.append(f"price     at least {cost:,.2f} dollars for a billion tokens")
-    lines.append(f"compiled  in {plan['compile_seconds']:.1f} s")
+        yield f"price     at least {cost:,.2f} dollars for a billion tokens"
+    yield f"compiled  in {plan['compile_seconds']:.1f} s"
     for rank, row in enumerate(plan.get("search", [])[:10], start=1):
-        change = _shown(row["change"])
         total = row["bytes_per_device"]["total"] / GIB
         speed = row["tokens_per_step"] / row["seconds"]
-        lines.append(f"rank {rank:<4} {speed:12,.0f} tokens/s  {total:6.2f} GiB  {change}")
-    return lines
+        change = _shown(row["change"])
+        yield f"rank {rank:<4} {speed:12,.0f} tokens/s  {total:6.2f} GiB  {change}"
 
 
 def _shown(change: dict, prefix: str = "") -> str:

@@ -16,9 +16,9 @@ from jaxgpt.cli.run import run
 from jaxgpt.config import Config
 from jaxgpt.config.schema import fields_of, get_field
 from jaxgpt.data.prepare import cache_folder, find_data
-from jaxgpt.sweeps.grid import Choice, applied, choices, name_of, parse_grid, rungs
+from jaxgpt.sweeps.grid import Choice, apply_choice, choices, name_of, parse_grid, rungs
 from jaxgpt.sweeps.report import check_results, write_results
-from jaxgpt.sweeps.runner import DIVERGED, ended, flags_of, run_rung
+from jaxgpt.sweeps.runner import DIVERGED, finished_outcome, flags_of, run_rung
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer.load import vocabulary_size
@@ -76,13 +76,15 @@ def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int
       BadInput: naming a combination that is not a possible run, or a workdir of another run.
     """
     for choice in runs:
-        applied(config, choice)
+        apply_choice(config, choice)
     check_results(folder, runs)
     for choice in runs:
-        applied(config, choice, check_inputs)
+        apply_choice(config, choice, check_inputs)
         for count in steps:
             overrides = {"num_steps": count} | choice
-            ended(folder / f"{count}-steps" / name_of(choice), applied(config, overrides))
+            finished_outcome(
+                folder / f"{count}-steps" / name_of(choice), apply_choice(config, overrides)
+            )
 
 
 def check_inputs(config: Config) -> None:

@@ -120,21 +120,20 @@ class Checkpoints:
         self._first_whole(better, self._set_aside)
         return newest
 
-    def _first_whole(
-        self, steps: Iterable[int], on_damaged: Callable[[int, str], None]
-    ) -> int | None:
-        """Returns the first whole checkpoint, after `on_damaged(step, damage)` for those before."""
+    def _first_whole(self, steps: Iterable[int], remedy: Callable[[int], str]) -> int | None:
+        """Returns the first whole checkpoint. Of each damaged one before it a line says what is
+        wrong, and what `remedy(step)` did about it."""
         for step in steps:
             if not (fault := self.damage(step)):
                 return step
-            on_damaged(step, fault)
+            say(f"damaged   checkpoint {step}: {fault}; {remedy(step)}")
         return None
 
-    def _set_aside(self, step: int, fault: str) -> None:
+    def _set_aside(self, step: int) -> str:
         aside = self.folder.parent / SET_ASIDE
         target = aside / f"{step}.{len(list(aside.glob(f'{step}.*')))}"
         move_folder(self.folder / str(step), target)
-        say(f"damaged   checkpoint {step}: {fault}; set aside as {target}")
+        return f"set aside as {target}"
 
     def pick(self, step: int | str | None) -> int:
         """Returns the checkpoint that a command uses: `step`, or the best for `step="best"`.
@@ -157,7 +156,7 @@ class Checkpoints:
             if fault := self.damage(step):
                 raise BadInput(f"checkpoint {step} in {self.folder} is damaged: {fault}")
             return step
-        newest = self._first_whole(reversed(steps), _say_damaged("trying the one before"))
+        newest = self._first_whole(reversed(steps), lambda _: "trying the one before")
         if newest is None:
             raise BadInput(f"{self.folder} holds no whole checkpoint, of {steps}")
         if not has_stopped_early(self.meta(newest)):
@@ -170,7 +169,7 @@ class Checkpoints:
         return best
 
     def _best(self) -> int:
-        best = self._first_whole(self.by_loss(), _say_damaged("trying the next best"))
+        best = self._first_whole(self.by_loss(), lambda _: "trying the next best")
         if best is None:
             raise BadInput(
                 f"{self.folder} holds no whole checkpoint with a validation loss, of"
@@ -194,10 +193,10 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(self.snapshot or state), meta=ocp.args.JsonSave(meta)
         )
         self.saving, self.start_save = step, lambda: self.manager.save(step, args=args)
-        self._checked(self.start_save)
+        self._write(self.start_save)
 
     def _wait(self) -> None:
-        self._checked(self.manager.wait_until_finished)
+        self._write(self.manager.wait_until_finished)
         self.start_save = None
 
     def _save_again(self, why: TimeoutError) -> None:
@@ -214,7 +213,7 @@ class Checkpoints:
             self.start_save()
             self.manager.wait_until_finished()
 
-    def _checked(self, write: Callable[[], object]) -> None:
+    def _write(self, write: Callable[[], object]) -> None:
         """Calls `write`; raises `BadInput` for what Orbax raises if it cannot write."""
         try:
             try:
@@ -226,7 +225,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError, AssertionError) as e:
             if is_peer_lost(e):
                 raise
-            whole = self._first_whole(reversed(self.steps()), lambda step, fault: None)
+            whole = next((s for s in reversed(self.steps()) if not self.damage(s)), None)
             rest = f"the newest whole one is {whole}" if whole is not None else "there is none yet"
             raise BadInput(
                 f"checkpoint {self.saving} cannot be written to {self.folder}: {_reason(e)}; {rest}"
@@ -289,10 +288,6 @@ class Checkpoints:
         """
         self._wait()
         self.manager.close()
-
-
-def _say_damaged(instead: str) -> Callable[[int, str], None]:
-    return lambda step, fault: say(f"damaged   checkpoint {step}: {fault}; {instead}")
 
 
 def _finalization(workdir) -> type:

@@ -26,10 +26,8 @@ class _StepParser(flags.ArgumentParser):
     syntactic_help = f"a step or {BEST}"
 
     def parse(self, argument: str) -> int | str:
-        if argument == BEST:
-            return BEST
         try:
-            return int(argument)
+            return BEST if argument == BEST else int(argument)
         except ValueError:
             raise ValueError(f"expected a checkpoint's step, or {BEST}") from None
 

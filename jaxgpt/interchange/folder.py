@@ -77,7 +77,7 @@ def open_folder(path: Path) -> Folder:
         names = {_openai_name(name): (file, name) for name in file.shapes}
         hparams = read_json(path / "hparams.json", dict)
         hf = {OPENAI_FIELDS.get(name, name): value for name, value in hparams.items()}
-        return _checked(path, GPT2, hf, names)
+        return _open(path, GPT2, hf, names)
     if not (path / "config.json").is_file():
         raise BadInput(f"{path} holds neither config.json (Hugging Face) nor hparams.json (OpenAI)")
     hf = read_json(path / "config.json", dict)
@@ -95,10 +95,10 @@ def open_folder(path: Path) -> Folder:
                 raise BadInput(f"{path} holds tensor {short} twice")
             if not short.endswith(family.ignored):
                 names[short] = (file, name)
-    return _checked(path, family, hf, names)
+    return _open(path, family, hf, names)
 
 
-def _checked(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Folder:
+def _open(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Folder:
     """Returns the folder if its config is possible and agrees with the tensors in its files."""
     claimed = largest = 0
     for name, (file, inner) in names.items():

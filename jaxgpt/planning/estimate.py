@@ -47,17 +47,17 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
         }
         arguments = _arguments(training, state)
         try:
-            compiled, program = _compiled(training)
+            compiled, program = _compile(training)
         except jax.errors.JaxRuntimeError as e:
             measured = _too_large(str(e), arguments, chip)
         else:
-            measured = _measured(compiled, program, arguments, training, chip)
+            measured = _measure(compiled, program, arguments, training, chip)
     tokens = config.batch_size * config.model.max_seq_len
     plan |= measured | {"flops_per_step": tokens * flops_per_token(training.spec.model)}
     return plan | {"tokens_per_step": tokens, "compile_seconds": time.perf_counter() - began}
 
 
-def _compiled(training: Training) -> tuple[Any, Program]:
+def _compile(training: Training) -> tuple[Any, Program]:
     """Returns the compiled step and its program. A TPU's program is dumped by XLA during
     compilation, as some cannot be read back from the executable."""
     if training.mesh.devices.flat[0].platform != "tpu":
@@ -79,7 +79,7 @@ def _compiled(training: Training) -> tuple[Any, Program]:
         return compiled, Program(file.read_text())
 
 
-def _measured(
+def _measure(
     compiled, program: Program, arguments: list[dict], training: Training, chip: Chip | None
 ) -> dict:
     mesh, stats = training.mesh, compiled.memory_analysis()

@@ -36,7 +36,7 @@ GPUS = {
 }
 
 
-def described_gpus(name: str, hosts: int, each: int) -> list[jax.Device]:
+def describe_gpus(name: str, hosts: int, each: int) -> list[jax.Device]:
     """Returns devices to compile for: `each` GPUs `GPUS[name]` on each of `hosts` hosts.
 
     Raises:

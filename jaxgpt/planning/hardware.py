@@ -10,7 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxgpt.model.flops import PEAK_FLOPS
-from jaxgpt.planning.gpus import GIB, GPUS, described_gpus
+from jaxgpt.planning.gpus import GIB, GPUS, describe_gpus
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
 
@@ -93,7 +93,7 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
     name, _, shape = topology.partition(":")
     if name in GPUS and (sizes := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", shape or "1")):
         with quiet():
-            return described_gpus(name, int(sizes[1] or 1), int(sizes[2])), gpu_chip(name)
+            return describe_gpus(name, int(sizes[1] or 1), int(sizes[2])), gpu_chip(name)
     if name not in TPUS or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
         raise BadInput(
             f"--topology={topology} is not GENERATION:SHAPE of TPUs, as in v5e:2x4 or v5p:2x2x2"

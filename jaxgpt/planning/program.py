@@ -85,7 +85,7 @@ class Program:
     """A compiled program's computations, and how often each of them runs."""
 
     def __init__(self, text: str):
-        self.computations, self.entry = _parsed(text)
+        self.computations, self.entry = _parse(text)
         self.runs = Counter()
         self._count(self.entry, 1)
 
@@ -297,7 +297,7 @@ def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...
     return flops // (int(groups[1]) if groups else 1)
 
 
-def _parsed(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     computations, entry, here = {}, "", {}
     for line in text.splitlines():
         if header := HEADER.match(line):

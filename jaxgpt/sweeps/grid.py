@@ -76,7 +76,7 @@ def _combination(grid: dict[str, list], number: int) -> Choice:
     return dict(reversed(choice.items()))
 
 
-def applied(
+def apply_choice(
     config: Config, choice: Choice, check: Callable[[Config], object] = lambda config: None
 ) -> Config:
     """Returns a checked copy of `config` with the choice's values set.

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import read_json, write_whole
 
 RESULTS = "results.json"
+# orange for the last rung, then from dark to light blue
 COLOURS = ("#d95f02", "#1b6ca8", "#5a9bd4", "#a6c8e4", "#cfdfec")
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 280, 220, 48
 
@@ -66,52 +68,36 @@ def plot(rows: list[dict]) -> str:
         f' viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    if done:
-        low, high = min(r["loss"] for r in done), max(r["loss"] for r in done)
-        for i, field in enumerate(fields):
-            parts += _panel(field, done, MARGIN + i * PANEL_WIDTH, low, (high - low) or 1.0)
-        rungs = sorted({r["rung"] for r in done}, reverse=True)
-        for i, rung in enumerate(rungs if len(rungs) > 1 else []):
-            steps = max(r["steps"] for r in done if r["rung"] == rung)
-            parts.append(
-                f'<text x="{MARGIN + 100 * i}" y="16" fill="{_colour(rung, done)}">'
-                f"{steps} steps</text>"
-            )
+    rungs = sorted({r["rung"] for r in done}, reverse=True)
+    colours = {rung: COLOURS[min(i, len(COLOURS) - 1)] for i, rung in enumerate(rungs)}
+    for i, field in enumerate(fields if done else []):
+        parts += _panel(field, done, colours, MARGIN + i * PANEL_WIDTH)
+    for i, rung in enumerate(rungs if len(rungs) > 1 else []):
+        x, steps = MARGIN + 100 * i, max(r["steps"] for r in done if r["rung"] == rung)
+        parts.append(f'<text x="{x}" y="16" fill="{colours[rung]}">{steps} steps</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _colour(rung: int, rows: list[dict]) -> str:
-    """Orange for the last rung, then from dark to light blue."""
-    return COLOURS[min(max(r["rung"] for r in rows) - rung, len(COLOURS) - 1)]
-
-
-def _panel(field: str, rows: list[dict], left: int, low: float, span: float) -> list[str]:
+def _panel(field: str, rows: list[dict], colours: dict[int, str], left: int) -> Iterator[str]:
     values = sorted({r["choice"][field] for r in rows})
-    inner, bottom = PANEL_WIDTH - MARGIN, MARGIN + PANEL_HEIGHT
-    last = max(r["rung"] for r in rows)
-    best = min((r for r in rows if r["rung"] == last), key=lambda r: r["loss"])
+    low, high = min(r["loss"] for r in rows), max(r["loss"] for r in rows)
+    inner, bottom, span = PANEL_WIDTH - MARGIN, MARGIN + PANEL_HEIGHT, (high - low) or 1.0
+    best = min(rows, key=lambda r: (-r["rung"], r["loss"]))
 
-    def x(choice: Choice) -> float:
-        return left + inner * (values.index(choice[field]) + 0.5) / len(values)
+    def x(value) -> float:
+        return left + inner * (values.index(value) + 0.5) / len(values)
 
     def y(loss: float) -> float:
         return bottom - 10 - (PANEL_HEIGHT - 20) * (loss - low) / span
 
-    parts = [
-        f'<text x="{left}" y="{MARGIN - 16}" font-weight="bold">{escape(field)}</text>',
-        f'<path d="M{left} {MARGIN}V{bottom}H{left + inner}" fill="none" stroke="#888"/>',
-    ]
+    yield f'<text x="{left}" y="{MARGIN - 16}" font-weight="bold">{escape(field)}</text>'
+    yield f'<path d="M{left} {MARGIN}V{bottom}H{left + inner}" fill="none" stroke="#888"/>'
     for loss in (low, low + span):
-        parts.append(f'<text x="{left - 4}" y="{y(loss):.1f}" text-anchor="end">{loss:.3f}</text>')
+        yield f'<text x="{left - 4}" y="{y(loss):.1f}" text-anchor="end">{loss:.3f}</text>'
     for value in values:
-        at = x({field: value})
-        parts.append(
-            f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{escape(str(value))}</text>'
-        )
+        label = f'x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle"'
+        yield f"<text {label}>{escape(str(value))}</text>"
     for row in rows:
-        parts.append(
-            f'<circle cx="{x(row["choice"]):.1f}" cy="{y(row["loss"]):.1f}"'
-            f' r="{6 if row is best else 4}" fill="{_colour(row["rung"], rows)}"'
-            ' fill-opacity="0.75"/>'
-        )
-    return parts
+        at = f'cx="{x(row["choice"][field]):.1f}" cy="{y(row["loss"]):.1f}"'
+        colour, radius = colours[row["rung"]], 6 if row is best else 4
+        yield f'<circle {at} r="{radius}" fill="{colour}" fill-opacity="0.75"/>'

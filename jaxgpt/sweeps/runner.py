@@ -14,7 +14,7 @@ from etils import epath
 from jaxgpt.config import Config
 from jaxgpt.config.stored import check_resume, read_config
 from jaxgpt.metrics.rows import METRICS, read_rows
-from jaxgpt.sweeps.grid import Choice, applied, name_of
+from jaxgpt.sweeps.grid import Choice, apply_choice, name_of
 from jaxgpt.system.console import say
 from jaxgpt.training.end import read_end
 
@@ -54,7 +54,7 @@ def run_rung(
     def run(numbered: tuple[int, Choice]) -> Outcome:
         number, choice = numbered
         workdir, overrides = folder / name_of(choice), {"num_steps": steps} | choice
-        outcome = ended(workdir, applied(config, overrides))
+        outcome = finished_outcome(workdir, apply_choice(config, overrides))
         if outcome is None:
             device = devices.get()
             try:
@@ -62,7 +62,7 @@ def run_rung(
                 code = children.train(argv, f"{workdir}.log", device if jobs > 1 else None)
             finally:
                 devices.put(device)
-            outcome = outcome_of(workdir, code)
+            outcome = read_outcome(workdir, code)
         text = f"failed with exit code {outcome.code}, see {workdir}.log"
         if outcome.loss is not None:
             text = f"validation loss {outcome.loss:.4f}"
@@ -127,7 +127,7 @@ def flags_of(values: Choice) -> list[str]:
     return [f"--config.{path}={value}" for path, value in values.items()]
 
 
-def ended(workdir: Path, config: Config) -> Outcome | None:
+def finished_outcome(workdir: Path, config: Config) -> Outcome | None:
     """Returns how the run in `workdir` ended, None if it has not ended with this `config`.
 
     Raises:
@@ -141,10 +141,10 @@ def ended(workdir: Path, config: Config) -> Outcome | None:
         config.num_steps = old.num_steps
     if check_resume(old, config, workdir) or read_end(epath.Path(workdir)) not in COMPLETE:
         return None
-    return outcome_of(workdir, 0)
+    return read_outcome(workdir, 0)
 
 
-def outcome_of(workdir: Path, code: int) -> Outcome:
+def read_outcome(workdir: Path, code: int) -> Outcome:
     """Returns the outcome of a run whose process ended with `code`."""
     rows = [] if code else read_rows(workdir / "metrics.jsonl", METRICS)
     rows = [row for row in rows if row["split"] == "validation" and row["loss"] is not None]

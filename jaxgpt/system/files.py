@@ -282,9 +282,8 @@ def remove_leftovers(target: os.PathLike, is_locked: bool = False) -> None:
         own = path == str(scratch_for(target))  # of an ended process with the same number
         ended = own or (process.isdigit() and not _is_alive(int(process)))
         if ended or (is_locked and path.endswith(".tmp")):
-            shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                remove_any(Path(path))
 
 
 def _scratch_prefix(target: os.PathLike) -> str:

@@ -5,7 +5,6 @@ TensorStore. An object store cannot rename, append or lock and has no empty fold
 when all of it is written.
 """
 
-import functools
 import os
 import shutil
 
@@ -32,8 +31,22 @@ def absolute(path) -> epath.Path:
 
 def check_store(path) -> None:
     """Raises `BadInput` if `path` is a URL that cannot be reached; call it before other uses."""
-    if is_object_store(path):
-        _reach(os.fspath(path))
+    url = os.fspath(path)
+    if not is_object_store(path) or url in _reached:
+        return
+    scheme = url.partition("://")[0]
+    if scheme not in PACKAGES:
+        raise BadInput(f"{url}: choose a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
+    require(*PACKAGES[scheme], url)
+    import fsspec
+
+    # TensorStore writes without fsspec's knowledge, so a cached listing would be out of date
+    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    try:
+        epath.Path(url).exists()
+    except Exception as e:  # each store raises its own
+        raise BadInput(f"{url} cannot be reached: {e}") from e
+    _reached.append(url)
 
 
 _reached: list[str] = []  # the URLs that this process uses
@@ -54,23 +67,6 @@ def outage(e: BaseException) -> str:
             )
         cause = cause.__cause__ or cause.__context__
     return ""
-
-
-@functools.cache
-def _reach(url: str) -> None:
-    scheme = url.partition("://")[0]
-    if scheme not in PACKAGES:
-        raise BadInput(f"{url}: choose a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
-    require(*PACKAGES[scheme], url)
-    import fsspec
-
-    # TensorStore writes without fsspec's knowledge, so a cached listing would be out of date
-    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
-    try:
-        epath.Path(url).exists()
-    except Exception as e:  # each store raises its own
-        raise BadInput(f"{url} cannot be reached: {e}") from e
-    _reached.append(url)
 
 
 def read_bytes(path) -> bytes:

@@ -17,7 +17,7 @@ from jaxgpt.cli.flags import config_of, define_config_flag, parse
 from jaxgpt.config import Config
 from jaxgpt.config.stored import to_json
 from jaxgpt.sweeps import runner
-from jaxgpt.sweeps.grid import applied, choices, name_of, parse_grid, rungs
+from jaxgpt.sweeps.grid import apply_choice, choices, name_of, parse_grid, rungs
 from jaxgpt.sweeps.report import write_results
 from jaxgpt.sweeps.runner import Children
 from jaxgpt.system.errors import BadInput
@@ -74,7 +74,7 @@ def test_bad_grids(text, message):
 
 def test_an_impossible_combination_is_named():
     with pytest.raises(BadInput, match="num_heads=5 is not a possible run: model.embed_dim"):
-        applied(Config(), {"model.num_heads": 5})
+        apply_choice(Config(), {"model.num_heads": 5})
 
 
 def test_rungs_of_successive_halving():

@@ -178,6 +178,6 @@ def test_what_cannot_be_used_is_one_line(bucket, command, tmp_path):
 
 def test_a_store_whose_package_is_missing_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    stores._reach.cache_clear()
+    monkeypatch.setattr(stores, "_reached", [])
     with pytest.raises(BadInput, match=r"pip install -e '\.\[s3\]'"):
         stores.check_store("s3://bucket/run")
