@@ -77,14 +77,13 @@ def test_bad_input(command, file):
 
 
 def fake(fits):
+    recompute = {"none": 0, "dots": 0.5, "full": 1, "offload": 1}
+
     def plan_of(config: Config) -> dict:
-        seconds = (
-            config.grad_accum
-            + {"none": 0, "dots": 0.5, "full": 1, "offload": 1}[config.compute.remat]
-        )
+        seconds = {"compute": config.grad_accum + recompute[config.compute.remat], "memory": 0.1}
         return {
             "fits": fits(config),
-            "roofline_seconds": {"compute": seconds, "memory": 0.1},
+            "roofline_seconds": seconds,
             "bound_by": "compute",
             "bytes_per_device": {"total": 1},
         }
@@ -164,13 +163,8 @@ def test_the_search_ranks_what_fits(capsys):
 def planned(args: str) -> tuple[dict, str]:
     """The command as a user runs it, in a process of its own."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    found = subprocess.run(
-        [sys.executable, "-m", "jaxgpt.plan", *args.split()],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    argv = [sys.executable, "-m", "jaxgpt.plan", *args.split()]
+    found = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout), found.stderr
 
@@ -258,9 +252,7 @@ def test_tensor_parallelism_sums_twice_a_block(split):
     each = 8 * 1024 * 2048 * 2  # the residual stream, bytes
     assert {row["axis"] for row in found["collectives"]} == {"tensor"}
     sums = rows["all-reduce"]["bytes"] / each
-    if (
-        split
-    ):  # two gathers and two scatters a block, forward and backward; gathers once more for weights
+    if split:  # gathers and scatters, two each a block, both ways; gathers once more for weights
         moved = sum(rows[kind]["bytes"] for kind in rows if kind != "all-reduce") / each
         assert sums < 0.1 and 8 * layers <= moved + 8 / 8 * layers and moved < 13 * layers
     else:

@@ -1,5 +1,6 @@
 """A disk that fills, a workdir that goes away, a clock that jumps: one line, then a resume."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -74,17 +75,27 @@ def test_files_that_may_not_grow(run, tmp_path, command, limit):
     """What a full disk does, on any machine: the smaller limit meets the rows, the other a save."""
     run("not-there").kill()  # writes the config
     assert command(prepare.main, f"--config={tmp_path}/c.py")[0] == 0
-    error = one_line(
-        run(
-            "w",
-            f"--config.checkpoint_every={8 if limit > 7_000 else 0}",
-            cached=False,
-            file_size=limit,
-        )
-    )
+    every = f"--config.checkpoint_every={8 if limit > 7_000 else 0}"
+    error = one_line(run("w", every, cached=False, file_size=limit))
     assert "cannot be written" in error and "File too large" in error
     assert ("metrics.jsonl" if limit == 7_000 else "checkpoint 8 ") in error
     goes_on(run, tmp_path)
+
+
+@contextlib.contextmanager
+def mounted(disk, options: str):
+    """Yields `disk`, a file system in memory; skips the test where nothing can be mounted."""
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk]).returncode:
+        pytest.skip("no mounting here; test_files_that_may_not_grow covers it")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def remount(disk, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
 
 # Where the room ends: when the first save begins, when the second does, in the midst of arrays.
@@ -99,11 +110,7 @@ FULL = [
 def test_a_disk_too_small(tmp_path, action, options):
     """One line, within 20 s of the fault; Orbax's threads would hold the process for 300 s. Then
     the same command goes on, with what was whole, when there is room."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk]).returncode:
-        pytest.skip("no mounting here; test_files_that_may_not_grow covers it")
-    try:
+    with mounted(tmp_path / "disk", options) as disk:
         process = Python("-m", "tests.training.until_full", action, disk)
         fault, lines = time.monotonic(), []
         for line in process.stderr:
@@ -113,12 +120,10 @@ def test_a_disk_too_small(tmp_path, action, options):
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         assert "cannot be written" in lines[0] and "No space left on device" in lines[0]
         assert action == "save" or not list(disk.iterdir()), "a half import is left"
-        subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=1000", disk], check=True)
+        remount(disk, "size=64m,nr_inodes=1000")
         until_full.main(["", action, disk])
         folder, step = (disk, 3) if action == "save" else (disk / "imported", 0)
         assert Checkpoints(folder, read_only=True).whole() == [step]
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 FILLING = """
@@ -137,40 +142,28 @@ Checkpoints.save = save
 
 def test_a_disk_that_fills_in_the_midst_of_a_save(run, tmp_path):
     """The run repeats every row from the checkpoint before."""
-    (disk := tmp_path / "disk").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk]).returncode:
-        pytest.skip("no mounting here; test_files_that_may_not_grow covers it")
-    try:
+    with mounted(tmp_path / "disk", "size=64m") as disk:
         filling = FILLING.format(disk=disk, marker=tmp_path / "filled")
         error = one_line(run("disk/w", more=filling))  # of the save, or of a row that came first
         assert f"{disk}/w/" in error and "No space left on device" in error
-        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        remount(disk, "size=64m")
         assert "resume    from checkpoint 8" in goes_on(run, tmp_path, "disk/w", more=filling)
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_disk_that_is_full_before_the_first_step(run, tmp_path, command):
     """Of room for one file more each time: no checkpoints, no tokenizer, no config, no rows, ..."""
     run("not-there").kill()  # writes the config
     argv = (f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/disk/w", "--config.num_steps=2")
-    (disk := tmp_path / "disk").mkdir()
-    options = "size=1m,nr_inodes=1"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk]).returncode:
-        pytest.skip("no mounting here")
-    try:
+    with mounted(tmp_path / "disk", "size=1m,nr_inodes=1") as disk:
         for inodes in range(1, 8):
-            more = ["mount", "-o", f"remount,nr_inodes={inodes}", disk]
-            subprocess.run(more, check=True)
+            remount(disk, f"nr_inodes={inodes}")
             code, out, err = command(train.main, *argv)
             errors = [line for line in err.splitlines() if line.startswith("error: ")]
             assert code == 2 and len(errors) == 1 and "Traceback" not in err + out, err
             assert "No space left on device" in errors[0]
-        subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=1000", disk], check=True)
+        remount(disk, "size=64m,nr_inodes=1000")
         assert command(train.main, *argv)[0] == 0
         assert list(rows(disk / "w")) == [1, 2]
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_workdir_removed_in_mid_run(run, tmp_path, command, monkeypatch):
