@@ -1,6 +1,5 @@
 """Orbax checkpoints of the whole training state under `checkpoints/<step>`."""
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -12,13 +11,13 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from orbax.checkpoint.path import atomicity
 
-from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_in, read_meta
+from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_in, loss_of, read_meta
 from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.checkpointing.s3 import use_s3
 from jaxgpt.processes.hosts import is_peer_lost, on_first
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import Damaged, remove_folder
+from jaxgpt.system.files import remove_folder
 from jaxgpt.system.stores import absolute, check_store, is_object_store, move_folder
 from jaxgpt.system.trees import leaves_by_path
 
@@ -86,9 +85,7 @@ class Checkpoints:
     def loss(self, step: int) -> float | None:
         """Returns the validation loss saved with a checkpoint, None if there is none."""
         if step not in self.losses:
-            self.losses[step] = None
-            with contextlib.suppress(Damaged):
-                self.losses[step] = loss_in(self.meta(step), step)
+            self.losses[step] = loss_of(self.folder / str(step))
         return self.losses[step]
 
     def by_loss(self, steps: list[int] | None = None) -> list[int]:

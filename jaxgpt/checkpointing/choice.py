@@ -1,10 +1,11 @@
 """Which checkpoint a command uses: `--step`, and the validation losses saved with checkpoints."""
 
 import math
+from pathlib import Path
 
 from absl import flags
 
-from jaxgpt.system.files import read_json
+from jaxgpt.system.files import Damaged, read_json
 
 BEST = "best"
 META = {
@@ -47,6 +48,14 @@ def read_meta(checkpoint) -> dict:
       Damaged: if it cannot be read.
     """
     return read_json(checkpoint / "meta" / "metadata", META)
+
+
+def loss_of(checkpoint) -> float | None:
+    """Returns the validation loss of the checkpoint in a folder, None if it has none to read."""
+    try:
+        return loss_in(read_meta(checkpoint), int(Path(checkpoint).name))
+    except Damaged:
+        return None
 
 
 def loss_in(meta: dict, step: int) -> float | None:
