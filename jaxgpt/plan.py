@@ -2,8 +2,9 @@
 
 Compiles the real train step, on any machine, for a TPU slice (`pip install -e '.[plan]'`) or for
 GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`); without --topology, for this machine's
-devices. Prints what a step needs and the least time it takes: a table on stderr, JSON as the last
-line of stdout. If it does not fit, it says by how much, and suggests the cheapest change that does.
+devices. Prints what a step needs and the shortest time it can take: a table on stderr, JSON as the
+last line of stdout. If it does not fit, it says by how much, and suggests the cheapest change that
+does.
 --search tries meshes, remat policies, accumulation and larger batches, and ranks what fits.
 --price=DOLLARS is the cost of one device per hour.
 """

@@ -1,4 +1,4 @@
-"""A plan: what one training step needs on given devices, and the least time it takes."""
+"""A plan: what one training step needs on given devices, and a lower bound of its time."""
 
 import math
 import re

@@ -36,7 +36,7 @@ class Chip:
     between: float | None = None  # sent to other hosts; None: as inside (TPUs)
 
     def seconds(self, sent: float, group: list) -> float:
-        """Returns the least seconds of a collective in which each of `group` sends `sent` bytes.
+        """Returns the least seconds that a collective takes if each of `group` sends `sent` bytes.
 
         TPUs send over every torus axis along which the group extends, GPUs between hosts through
         the network cards of all the group's devices on a host.
