@@ -292,13 +292,13 @@ def fields_of(config) -> dict[str, type]:
 
 def leaves_of(kind: type = Config) -> dict[str, dataclasses.Field]:
     """Returns `{"model.num_layers": its dataclasses.Field, ...}` for every leaf field, in order."""
-    found = {}
+    leaves = {}
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
-            found |= {f"{field.name}.{k}": leaf for k, leaf in leaves_of(field.type).items()}
+            leaves |= {f"{field.name}.{k}": leaf for k, leaf in leaves_of(field.type).items()}
         else:
-            found[field.name] = field
-    return found
+            leaves[field.name] = field
+    return leaves
 
 
 def get_field(config, path: str):

@@ -19,7 +19,7 @@ from jaxgpt.interchange.tokenizers import read_tokenizer, write_tokenizer
 from jaxgpt.interchange.weights import read_params, write_params
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.flops import count_parameters
-from jaxgpt.model.lora import merged
+from jaxgpt.model.lora import merge as merge_lora
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
@@ -76,7 +76,7 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
     family = family_of(cfg)
     with whole_folder(target, "--to") as scratch:
         with jax.set_mesh(trained.mesh):
-            params = merged(trained.params(), trained.config.lora)
+            params = merge_lora(trained.params(), trained.config.lora)
             write_params(scratch / "model.safetensors", family, params, cfg, dtype)
         end = trained.tokenizer.end_of_text
         ids = {"bos_token_id": end, "eos_token_id": end}

@@ -40,9 +40,9 @@ class Attention(nnx.Module):
             "out", "MNH,NHD->MD", config, rules, bias=cfg.bias, std=residual_std(cfg), rngs=rngs
         )
         norm = NORMS[cfg.norm]
-        self.query_norm = norm(config, cfg.head_dim) if cfg.qk_norm else _as_it_is
-        self.key_norm = norm(config, cfg.head_dim) if cfg.qk_norm else _as_it_is
-        self.place = _rotation(cfg) if cfg.position == "rope" else _as_it_is
+        self.query_norm = norm(config, cfg.head_dim) if cfg.qk_norm else _identity
+        self.key_norm = norm(config, cfg.head_dim) if cfg.qk_norm else _identity
+        self.rotate = _make_rotation(cfg) if cfg.position == "rope" else _identity
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: AttentionMask, key: PRNGKeyArray | None = None
@@ -52,7 +52,7 @@ class Attention(nnx.Module):
         mask = mask.within(self.window)
         if key is None or self.dropout == 0:
             return self.out(self.attend(q, k, v, mask))
-        return self.out(self.attend_dropping(q, k, v, mask, self._kept(x, key)))
+        return self.out(self.attend_dropping(q, k, v, mask, self._dropout_mask(x, key)))
 
     def prefill(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
@@ -81,11 +81,11 @@ class Attention(nnx.Module):
         return self.out(out[:, None]), grown
 
     def _heads(self, x, positions):
-        q = self.place(self.query_norm(self.query(x)), positions)
-        k = self.place(self.key_norm(self.key(x)), positions)
+        q = self.rotate(self.query_norm(self.query(x)), positions)
+        k = self.rotate(self.key_norm(self.key(x)), positions)
         return q, k, self.value(x)
 
-    def _kept(self, x, key):
+    def _dropout_mask(self, x, key):
         """Which attention weights dropout keeps, drawn here so that no mesh can change them."""
         batch, length, _ = x.shape
         spec = self.rules("batch", "heads", None, None)
@@ -93,11 +93,11 @@ class Attention(nnx.Module):
         return jax.random.bernoulli(key, 1 - self.dropout, shape, out_sharding=spec)
 
 
-def _as_it_is(x, *_):
+def _identity(x, *_):
     return x
 
 
-def _rotation(cfg: ModelConfig):
+def _make_rotation(cfg: ModelConfig):
     frequencies = rope_frequencies(
         cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor, cfg.rope_original_len
     )

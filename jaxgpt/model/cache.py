@@ -1,7 +1,7 @@
 """Keys and values of the tokens already seen.
 
 A cache is only read while a chunk of tokens is generated: those go into `Recent`, so that no step
-copies the cache, and are written into it after the chunk. Its slots are a ring: position p stands
+copies the cache, and are written into it after the chunk. Its slots are a ring: position p is
 in slot p % S, and a sequence longer than S forgets its oldest, which a window does anyway.
 """
 
@@ -76,5 +76,5 @@ def write_recent(cache: Cache, recent: Cache, rules: AxisRules) -> Cache:
 
     write = jax.shard_map(write, in_specs=(spec, spec, rows), out_specs=spec)
     layers = jax.tree.map(lambda old, new: write(old, new, slots), cache.layers, recent.layers)
-    place = jax.vmap(lambda old, new, slots: old.at[slots].set(new, mode="drop"))
-    return Cache(layers, place(cache.positions, recent.positions, slots))
+    write_positions = jax.vmap(lambda old, new, slots: old.at[slots].set(new, mode="drop"))
+    return Cache(layers, write_positions(cache.positions, recent.positions, slots))

@@ -50,7 +50,7 @@ def extend(
     at: Int[Array, ""],
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Returns the hidden state of one more token of each row, before the last norm, and
-    `recent` with it in column `at`. What is before stands in the cache and in `recent`.
+    `recent` with it in column `at`. What comes before is in the cache and in `recent`.
     """
     positions = recent.positions.at[:, at].set(position)
 

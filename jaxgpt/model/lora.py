@@ -38,11 +38,11 @@ def add(y, x, equation: str, kernel, adapter: dict, scale: float, out: P) -> Flo
     y = y + scale * rowwise(f"MR,R{result[1:]}->{result}", low, lora_out, out)
     if adapter.get("magnitude") is None:
         return y
-    kernel, first = weight(kernel, x.dtype), weight(adapter["lora_in"], jnp.float32)
+    kernel, lora_in = weight(kernel, x.dtype), weight(adapter["lora_in"], jnp.float32)
     axes = tuple(range(_inputs(equation)))
     added = jnp.einsum(
         f"{letters[: len(axes)]}R,R{result[1:]}->{letters}",
-        first,
+        lora_in,
         lora_out.astype(jnp.float32),
         out_sharding=jax.typeof(kernel).sharding.spec,
     )
@@ -63,14 +63,14 @@ def _inputs(equation: str) -> int:
     return len(_split(equation)[0]) - 1
 
 
-def magnitudes(kernel: np.ndarray, magnitude_shape: tuple) -> np.ndarray:
+def column_norms(kernel: np.ndarray, magnitude_shape: tuple) -> np.ndarray:
     """Returns the column norms of stacked kernels [L, in..., out...], shaped [L, out...]."""
     layers = kernel.shape[0]
     flat = np.asarray(kernel, np.float32).reshape(layers, -1, int(np.prod(magnitude_shape[1:])))
     return np.sqrt(np.sum(np.square(flat), axis=1)).reshape(magnitude_shape)
 
 
-def merged(params: dict, cfg: LoraConfig) -> dict:
+def merge(params: dict, cfg: LoraConfig) -> dict:
     """Returns the parameters with every addition in its matrix, on the host; as they are, without.
 
     They fit the same config with `lora.rank` = 0.
@@ -78,36 +78,36 @@ def merged(params: dict, cfg: LoraConfig) -> dict:
     if not cfg.rank:
         return params
 
-    def merge(node):
+    def merge_node(node):
         if not isinstance(node, dict):
             return node
         if "lora_in" not in node:
-            return {name: merge(child) for name, child in node.items()}
+            return {name: merge_node(child) for name, child in node.items()}
         kernel = np.asarray(node["kernel"])
         layers, rank = kernel.shape[0], cfg.rank
-        first = np.asarray(node["lora_in"], np.float32).reshape(layers, -1, rank)
-        second = np.asarray(node["lora_out"], np.float32).reshape(layers, rank, -1)
-        whole = kernel.astype(np.float32).reshape(layers, first.shape[1], -1)
-        whole = whole + (cfg.alpha / rank) * (first @ second)
+        lora_in = np.asarray(node["lora_in"], np.float32).reshape(layers, -1, rank)
+        lora_out = np.asarray(node["lora_out"], np.float32).reshape(layers, rank, -1)
+        whole = kernel.astype(np.float32).reshape(layers, lora_in.shape[1], -1)
+        whole = whole + (cfg.alpha / rank) * (lora_in @ lora_out)
         if "magnitude" in node:
             size = np.asarray(node["magnitude"], np.float32).reshape(layers, 1, -1)
             whole = whole * size / np.sqrt(np.sum(np.square(whole), axis=1, keepdims=True))
         rest = {name: leaf for name, leaf in node.items() if name not in NAMES}
         return rest | {"kernel": whole.reshape(kernel.shape).astype(kernel.dtype)}
 
-    return merge(params)
+    return merge_node(params)
 
 
 def make_adapter(linear_shape, inputs: int, specs: P, cfg: LoraConfig, dtype, key) -> dict:
     """Returns an addition's parameters: A from N(0, 1/in), B zero, magnitudes one."""
     shape, spec = list(linear_shape), list(specs)
     std = float(np.prod(shape[:inputs])) ** -0.5
-    first = jax.nn.initializers.normal(std)(
+    lora_in = jax.nn.initializers.normal(std)(
         key, (*shape[:inputs], cfg.rank), dtype, out_sharding=P(*spec[:inputs], None)
     )
-    second = jnp.zeros((cfg.rank, *shape[inputs:]), dtype, out_sharding=P(None, *spec[inputs:]))
-    found = {"lora_in": nnx.Param(first), "lora_out": nnx.Param(second)}
+    lora_out = jnp.zeros((cfg.rank, *shape[inputs:]), dtype, out_sharding=P(None, *spec[inputs:]))
+    adapter = {"lora_in": nnx.Param(lora_in), "lora_out": nnx.Param(lora_out)}
     if cfg.dora:
         whole = [None if axis == "fsdp" else axis for axis in spec[inputs:]]
-        found["magnitude"] = nnx.Param(jnp.ones(shape[inputs:], dtype, out_sharding=P(*whole)))
-    return found
+        adapter["magnitude"] = nnx.Param(jnp.ones(shape[inputs:], dtype, out_sharding=P(*whole)))
+    return adapter

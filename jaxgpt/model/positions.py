@@ -1,4 +1,4 @@
-"""What is added to the token embeddings to say where they stand."""
+"""Position embeddings: what is added to the token embeddings."""
 
 import jax.numpy as jnp
 from flax import nnx

@@ -39,8 +39,8 @@ def xla_attention(
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("BKMH,BKSH->BKMS", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(b, heads, groups, t, s) * scale
-    seen = mask.visible()[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    visible = mask.visible()[:, None, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
     if kept is not None:
         weights = jnp.where(kept.reshape(weights.shape), weights / (1 - dropout), 0)
     weights = weights.astype(v.dtype).reshape(b, heads, groups * t, s)
@@ -58,7 +58,7 @@ def cudnn_attention(
 ) -> Float[Array, "B T N H"]:
     """Flash attention by cuDNN: 16-bit floats; without segments, positions 0..T-1 in order.
 
-    What cuDNN has no word for (segments, a prefix, a window on both sides) goes in as a mask
+    What cuDNN cannot express (segments, a prefix, a window on both sides) goes in as a mask
     [B, 1, T, T], one bit a pair, which it reads as a bias.
     """
     attend = functools.partial(
@@ -84,9 +84,9 @@ def cached_attention(
     q, scores = q.reshape(b, heads, n // heads, h), []
     for k, _, positions in parts:
         mask = AttentionMask(position[:, None], positions, reach=Reach(window=window))
-        seen = mask.visible()[:, None]
-        found = jnp.einsum("BKGH,BKSH->BKGS", q, k, preferred_element_type=jnp.float32) * scale
-        scores.append(jnp.where(seen, found, jnp.finfo(jnp.float32).min))
+        visible = mask.visible()[:, None]
+        score = jnp.einsum("BKGH,BKSH->BKGS", q, k, preferred_element_type=jnp.float32) * scale
+        scores.append(jnp.where(visible, score, jnp.finfo(jnp.float32).min))
     ends = list(itertools.accumulate(k.shape[2] for k, _, _ in parts[:-1]))
     weights = jnp.split(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1), ends, axis=-1)
     out = sum(
@@ -111,12 +111,12 @@ def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: 
       BadInput: if a kernel is asked for by name that cannot run; there is no quiet fallback.
     """
     wanted = NATIVE.get(platform, "xla") if name == "auto" else name
-    home = {kernel: platform for platform, kernel in NATIVE.items()}.get(wanted, platform)
+    needed = {kernel: platform for platform, kernel in NATIVE.items()}.get(wanted, platform)
     why_not = (
         ""
         if wanted == "xla"
-        else f"the devices are {platform}, not {home}"
-        if platform != home
+        else f"the devices are {platform}, not {needed}"
+        if platform != needed
         else "only 'xla' attention has dropout"
         if dropout
         else f"compute.dtype={dtype} is not a 16-bit float"

@@ -39,35 +39,29 @@ def _cross_entropy(x, table, targets, finish, rules):
 
 
 def _forward(x, table, targets, finish, rules):
-    rows, vectors, split = (
-        rules("batch", "seq"),
-        rules("batch", "seq", None),
-        rules("vocab", "embed"),
-    )
+    rows, vectors = rules("batch", "seq"), rules("batch", "seq", None)
+    split = rules("vocab", "embed")
 
     def local(x, table, targets):
-        flat, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
+        flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
 
         def part(carry, numbered):
             high, total, picked = carry
             logits, ids = _logits(flat, *numbered, finish, rules)[:2]
-            higher = jnp.maximum(high, jnp.max(logits, axis=-1))
-            total = total * jnp.exp(high - higher) + jnp.sum(
-                jnp.exp(logits - higher[:, None]), axis=-1
+            new_high = jnp.maximum(high, jnp.max(logits, axis=-1))
+            total = total * jnp.exp(high - new_high) + jnp.sum(
+                jnp.exp(logits - new_high[:, None]), axis=-1
             )
-            return (
-                higher,
-                total,
-                picked + jnp.sum(jnp.where(ids == wanted, logits, 0), axis=-1),
-            ), None
+            picked = picked + jnp.sum(jnp.where(ids == target, logits, 0), axis=-1)
+            return (new_high, total, picked), None
 
-        none = jnp.zeros(flat.shape[0], jnp.float32)
+        zeros = jnp.zeros(flat.shape[0], jnp.float32)
         (high, total, picked), _ = jax.lax.scan(
-            part, (none + LOWEST, none, none), _parts(table, flat)
+            part, (zeros + LOWEST, zeros, zeros), _parts(table, flat)
         )
         highest = jax.lax.pmax(high, "tensor")
         lse = highest + jnp.log(jax.lax.psum(total * jnp.exp(high - highest), "tensor"))
-        counted = wanted[:, 0] != IGNORE
+        counted = target[:, 0] != IGNORE
         nats = jnp.where(counted, lse - jax.lax.psum(picked, "tensor"), 0)
         return nats.reshape(targets.shape), jnp.where(counted, lse, 0).reshape(targets.shape)
 
@@ -79,41 +73,38 @@ def _forward(x, table, targets, finish, rules):
 
 
 def _backward(finish, rules, kept, cotangents):
-    rows, vectors, split = (
-        rules("batch", "seq"),
-        rules("batch", "seq", None),
-        rules("vocab", "embed"),
-    )
+    rows, vectors = rules("batch", "seq"), rules("batch", "seq", None)
+    split = rules("vocab", "embed")
 
-    def local(x, table, targets, lse, of_nats, of_lse):
-        flat, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
-        counted = wanted != IGNORE
-        of_nats = jnp.where(counted, of_nats.reshape(-1, 1), 0)
-        of_both = of_nats + jnp.where(counted, of_lse.reshape(-1, 1), 0)
+    def local(x, table, targets, lse, grad_nats, grad_lse):
+        flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
+        counted = target != IGNORE
+        grad_nats = jnp.where(counted, grad_nats.reshape(-1, 1), 0)
+        grad_both = grad_nats + jnp.where(counted, grad_lse.reshape(-1, 1), 0)
         # uncounted: p = exp(-inf) = 0; with their lse of 0, p would overflow and 0 * inf is NaN
         lse = jnp.where(counted, lse.reshape(-1, 1), jnp.inf)
 
-        def part(of_x, numbered):
-            logits, ids, kernel, unfinish = _logits(flat, *numbered, finish, rules)
+        def part(grad_x, numbered):
+            logits, ids, kernel, pullback = _logits(flat, *numbered, finish, rules)
             p = jnp.exp(logits - lse)
-            of_logits = of_both * p - jnp.where(ids == wanted, of_nats, 0)
-            (of_raw,) = unfinish(of_logits)
-            of_raw = of_raw.astype(flat.dtype)
-            of_kernel = jnp.einsum("MV,MD->VD", of_raw, flat)
-            of_kernel = reduce_scatter(of_kernel, 1, rules.torus)
-            added = jnp.einsum("MV,VD->MD", of_raw, kernel, preferred_element_type=jnp.float32)
-            return of_x + added, of_kernel
+            grad_logits = grad_both * p - jnp.where(ids == target, grad_nats, 0)
+            (grad_raw,) = pullback(grad_logits)
+            grad_raw = grad_raw.astype(flat.dtype)
+            grad_kernel = jnp.einsum("MV,MD->VD", grad_raw, flat)
+            grad_kernel = reduce_scatter(grad_kernel, 1, rules.torus)
+            added = jnp.einsum("MV,VD->MD", grad_raw, kernel, preferred_element_type=jnp.float32)
+            return grad_x + added, grad_kernel
 
         zeros = jnp.zeros(flat.shape, jnp.float32)
-        of_x, of_table = jax.lax.scan(part, zeros, _parts(table, flat))
-        of_x = jax.lax.psum(of_x.astype(x.dtype), "tensor").reshape(x.shape)
-        return of_x, of_table.reshape(1, *table.shape)
+        grad_x, grad_table = jax.lax.scan(part, zeros, _parts(table, flat))
+        grad_x = jax.lax.psum(grad_x.astype(x.dtype), "tensor").reshape(x.shape)
+        return grad_x, grad_table.reshape(1, *table.shape)
 
     specs, each = (vectors, split, rows, rows, rows, rows), jax.P(REPLICAS, *split)
     run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, each), check_vma=False)
-    of_x, of_table = run(*kept, *cotangents)
+    grad_x, grad_table = run(*kept, *cotangents)
     # summed out here, XLA may send it together with other gradients
-    return of_x, jnp.sum(of_table, axis=0).astype(kept[1].dtype), None
+    return grad_x, jnp.sum(grad_table, axis=0).astype(kept[1].dtype), None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -145,5 +136,5 @@ def parts_for(rows: int, columns: int, platform: str) -> int:
     The budgets are 8 MiB on a CPU, whose caches want it so, and 256 MiB elsewhere.
     """
     budget = (8 if platform == "cpu" else 256) * 2**20
-    wanted = -(-rows * columns * 4 // budget)
-    return next(n for n in range(min(wanted, columns), columns + 1) if columns % n == 0)
+    fewest = -(-rows * columns * 4 // budget)
+    return next(n for n in range(min(fewest, columns), columns + 1) if columns % n == 0)

@@ -21,7 +21,7 @@ class Reach:
 
 
 class AttentionMask(NamedTuple):
-    """Where queries and keys stand, and which keys a query may see.
+    """The positions of queries and keys, and which keys a query may see.
 
     A query sees keys of its own segment within `reach`; in front of `prefix`, a length for each
     row, every query sees every key (a prefix language model, arXiv:1910.10683, section 3.2.1).

@@ -36,9 +36,9 @@ def rotate(
     """Returns x with each pair (x[i], x[i + H/2]) turned by position * frequency, in float32."""
     angles = positions[:, :, None, None] * jnp.asarray(frequencies, jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def sinusoids(positions: Int[Array, "B T"], dim: int) -> Float[Array, "B T D"]:

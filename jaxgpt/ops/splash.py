@@ -31,12 +31,10 @@ def splash_attention(
     Blocks that nobody sees are skipped. `interpret` runs the kernel on any device, slowly.
 
     Raises:
-      BadInput: for a mask with a prefix, which the kernel's masks, fixed when it is compiled,
-      cannot
-        express.
+      BadInput: for a mask with a prefix: the kernel's masks are fixed when it is compiled.
     """
     if mask.prefix is not None:
-        raise BadInput("splash attention knows no prefix: set compute.attention=xla")
+        raise BadInput("splash attention has no prefix: set compute.attention=xla")
     length, more = q.shape[1], -q.shape[1] % LANES
 
     def laid_out(a):

@@ -11,13 +11,8 @@ from jaxgpt.model.lora import is_addition
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaf_path
 
-MATRICES = (
-    "kernel",
-    "tokens",
-    "head",
-    "lora_in",
-    "lora_out",
-)  # the last word of a parameter's path
+# The last word of a parameter's path
+MATRICES = ("kernel", "tokens", "head", "lora_in", "lora_out")
 VECTORS = ("bias", "scale", "magnitude")
 
 # Kernel axes: layer first, then inputs, then outputs (see the einsums in `model`).
@@ -57,26 +52,26 @@ def parse_patterns(text: str, field: str) -> list[re.Pattern]:
     """Returns comma-separated path patterns.
 
     Raises:
-      BadInput: naming the field and the part that is no pattern.
+      BadInput: naming the field and the part that is not a pattern.
     """
     try:
         return [re.compile(part.strip()) for part in text.split(",") if part.strip()]
     except re.error as e:
-        raise BadInput(f"{field}={text!r} holds what is no pattern: {e}") from e
+        raise BadInput(f"{field}={text!r} is not a list of patterns: {e}") from e
 
 
-def matching(params: dict, text: str, field: str) -> dict:
-    """Returns True for each parameter whose path one of the patterns finds.
+def match_mask(params: dict, text: str, field: str) -> dict:
+    """Returns True for each parameter whose path one of the patterns matches.
 
     Raises:
-      BadInput: if a pattern finds none.
+      BadInput: if a pattern matches none.
     """
     patterns, used = parse_patterns(text, field), set()
 
     def match(path: str) -> bool:
-        found = [p for p in patterns if p.search(path)]
-        used.update(found)
-        return bool(found)
+        matches = [p for p in patterns if p.search(path)]
+        used.update(matches)
+        return bool(matches)
 
     mask = by_path(match, params)
     for pattern in patterns:
@@ -91,7 +86,7 @@ def trainable(params: dict, freeze: str, lora_rank: int) -> dict:
     Raises:
       BadInput: if that leaves none.
     """
-    frozen = matching(params, freeze, "optim.freeze")
+    frozen = match_mask(params, freeze, "optim.freeze")
     mask = jax.tree_util.tree_map_with_path(
         lambda path, stop: not stop and (not lora_rank or is_addition(leaf_path(path))), frozen
     )
@@ -143,18 +138,18 @@ def parse_multipliers(text: str) -> list[tuple[re.Pattern, float]]:
     Raises:
       BadInput: naming the part that is not `pattern=factor`.
     """
-    found = []
+    multipliers = []
     for part in filter(None, text.split(",")):
         pattern, _, factor = part.rpartition("=")
         try:
-            found.append((re.compile(pattern), float(factor)))
+            multipliers.append((re.compile(pattern), float(factor)))
         except (re.error, ValueError) as e:
             raise BadInput(
                 f"optim.lr_multipliers: {part!r} is not PATTERN=FACTOR, for example tokens=0.1"
             ) from e
-        if not pattern or not found[-1][1] >= 0:
+        if not pattern or not multipliers[-1][1] >= 0:
             raise BadInput(f"optim.lr_multipliers: {part!r} needs a pattern and a factor >= 0")
-    return found
+    return multipliers
 
 
 def lr_factors(params: dict, multipliers: str, model: ModelConfig) -> dict:

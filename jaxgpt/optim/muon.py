@@ -41,11 +41,9 @@ def on_whole_matrices(inner: optax.GradientTransformation) -> optax.GradientTran
         return jax.tree.map(lambda x: jax.sharding.reshard(x, P(*(None,) * x.ndim)), tree)
 
     def update(updates, state, params=None):
-        found, state = inner.update(whole(updates), state, params and whole(params))
+        new, state = inner.update(whole(updates), state, params and whole(params))
         back = jax.tree.map(
-            lambda new, old: jax.sharding.reshard(new, jax.typeof(old).sharding.spec),
-            found,
-            updates,
+            lambda a, like: jax.sharding.reshard(a, jax.typeof(like).sharding.spec), new, updates
         )
         return back, state
 

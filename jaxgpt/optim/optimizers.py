@@ -49,8 +49,8 @@ def per_layer(inner: optax.GradientTransformation, axes) -> optax.GradientTransf
         if not jax.tree.leaves(updates):
             return updates, state
         run = jax.vmap(inner.update, in_axes=(0, axes, 0), out_axes=(0, axes))
-        found, state = run(as_matrices(updates), state, as_matrices(params))
-        return jax.tree.map(lambda new, old: new.reshape(old.shape), found, updates), state
+        new, state = run(as_matrices(updates), state, as_matrices(params))
+        return jax.tree.map(lambda a, like: a.reshape(like.shape), new, updates), state
 
     return optax.GradientTransformation(init, update)
 
@@ -99,10 +99,10 @@ def at_step(opt_state: optax.OptState, step) -> optax.OptState:
     def is_schedule(node) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    def moved(node):
+    def set_count(node):
         return node._replace(count=step) if is_schedule(node) else node
 
-    return jax.tree.map(moved, opt_state, is_leaf=is_schedule)
+    return jax.tree.map(set_count, opt_state, is_leaf=is_schedule)
 
 
 def _by_factor(multipliers: str, model: ModelConfig) -> optax.GradientTransformation:

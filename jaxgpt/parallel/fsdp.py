@@ -43,11 +43,11 @@ def product(
     return jax.lax.reshape(y, (*y.shape[:2], *kernel.shape[num_summed:]), out_sharding=out)
 
 
-def _flat(a: jax.Array, first: int, end: int) -> jax.Array:
-    """Returns `a` with its axes from `first` up to `end` as one, split as the first of them is."""
+def _flat(a: jax.Array, start: int, end: int) -> jax.Array:
+    """Returns `a` with its axes from `start` up to `end` as one, split as the first of them is."""
     spec = jax.typeof(a).sharding.spec
-    shape = (*a.shape[:first], math.prod(a.shape[first:end]), *a.shape[end:])
-    return jax.lax.reshape(a, shape, out_sharding=P(*spec[: first + 1], *spec[end:]))
+    shape = (*a.shape[:start], math.prod(a.shape[start:end]), *a.shape[end:])
+    return jax.lax.reshape(a, shape, out_sharding=P(*spec[: start + 1], *spec[end:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

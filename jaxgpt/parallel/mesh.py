@@ -61,8 +61,8 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
         )
     outside = [slices if axis == "data" else 1 for axis in AXES]
     inside = [size // slices for size, slices in zip(shape, outside, strict=True)]
-    placed = create_hybrid_device_mesh(inside, outside, devices)
-    return Mesh(placed, AXES, axis_types=explicit)
+    grid = create_hybrid_device_mesh(inside, outside, devices)
+    return Mesh(grid, AXES, axis_types=explicit)
 
 
 def devices_along(mesh: Mesh, axis: str) -> np.ndarray:
@@ -72,5 +72,6 @@ def devices_along(mesh: Mesh, axis: str) -> np.ndarray:
 
 def _by_coordinates(devices: list) -> list:
     """Returns a torus's devices in the order of their coordinates; [] where they have none."""
-    found = {tuple(getattr(device, "coords", None) or ()): device for device in devices}
-    return [found[at] for at in sorted(found)] if len(found) == len(devices) > 1 else []
+    by_coords = {tuple(getattr(device, "coords", None) or ()): device for device in devices}
+    whole = len(by_coords) == len(devices) > 1
+    return [by_coords[coords] for coords in sorted(by_coords)] if whole else []

@@ -31,7 +31,7 @@ from jaxgpt.system.errors import BadInput, PeerLost, one_line
 
 HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
 VOTE_LAG = 2  # steps between a vote and its count: by then it is on the host
-MESSAGE = 2048  # bytes of what one process tells all
+MOST_BYTES = 2048  # of what one process tells all
 LOST = ("gloo", "nccl", "coordination", "heartbeat", "connection", "unavailable", "barrier")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -44,7 +44,7 @@ def join(values: flags.FlagValues) -> None:
     Raises:
       BadInput: if the flags do not go together, or (ending the process) if not all processes come.
     """
-    if found := check_flags(values):
+    if process := check_flags(values):
         where = f"the coordinator {values.coordinator}"
     elif all(name in os.environ for name in SLURM) and os.environ.get("SLURM_NTASKS", "1") != "1":
         where = "this Slurm step"
@@ -53,12 +53,12 @@ def join(values: flags.FlagValues) -> None:
     else:
         return
     jax.config.update("jax_enable_preemption_service", False)
-    signals.watch(found.get("process_id", int(os.environ.get("SLURM_PROCID", 0))), _lost_line())
+    signals.watch(process.get("process_id", int(os.environ.get("SLURM_PROCID", 0))), _lost_line())
     met = threading.Event()
     threading.Thread(target=_give_up, args=(met, values.join_timeout, where), daemon=True).start()
     try:
         jax.distributed.initialize(
-            **found,
+            **process,
             initialization_timeout=values.join_timeout + 60,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=HEARTBEAT,
@@ -147,35 +147,35 @@ def on_first(act: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return act()
-    told, raised = {}, None
+    message, raised = {}, None
     if jax.process_index() == 0:
         try:
-            told = {"result": act()}
-            if len(json.dumps(told, ensure_ascii=False).encode()) > MESSAGE:
-                raise ValueError(f"more than {MESSAGE} bytes to tell the other processes")
+            message = {"result": act()}
+            if len(json.dumps(message, ensure_ascii=False).encode()) > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES} bytes to tell the other processes")
         except BadInput as e:
-            told, raised = {"error": str(e)[: MESSAGE // 8]}, e
+            message, raised = {"error": str(e)[: MOST_BYTES // 8]}, e
         except SystemExit as e:
-            told, raised = {"exit": e.code}, e
+            message, raised = {"exit": e.code}, e
         except BaseException as e:
-            what = one_line(f"{type(e).__name__}: {e}")[: MESSAGE // 8]
-            told, raised = {"fault": f"process 0 failed: {what}"}, e
-    text = json.dumps(told, ensure_ascii=False).encode(errors="backslashreplace")
-    page = np.zeros(MESSAGE, np.uint8)
+            what = one_line(f"{type(e).__name__}: {e}")[: MOST_BYTES // 8]
+            message, raised = {"fault": f"process 0 failed: {what}"}, e
+    text = json.dumps(message, ensure_ascii=False).encode(errors="backslashreplace")
+    page = np.zeros(MOST_BYTES, np.uint8)
     page[: len(text)] = np.frombuffer(text, np.uint8)
-    heard = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(page))).rstrip(b"\0"))
+    reply = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(page))).rstrip(b"\0"))
     if raised is not None:
         raise raised
-    if "error" in heard:
-        raise BadInput(heard["error"])
-    if "exit" in heard:
-        raise SystemExit(heard["exit"])
-    if "fault" in heard:
-        raise PeerLost(heard["fault"])
-    return heard["result"]
+    if "error" in reply:
+        raise BadInput(reply["error"])
+    if "exit" in reply:
+        raise SystemExit(reply["exit"])
+    if "fault" in reply:
+        raise PeerLost(reply["fault"])
+    return reply["result"]
 
 
-def gathered(array: jax.Array) -> np.ndarray:
+def gather_to_host(array: jax.Array) -> np.ndarray:
     """Returns the whole of an array that may be split over the processes, to each of them."""
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
@@ -190,14 +190,14 @@ class Vote:
     def __init__(self, mesh: Mesh):
         self.size = mesh.devices.size
         self.sharding = NamedSharding(mesh, jax.P(mesh.axis_names))
-        self.greatest = jax.jit(jnp.max)
+        self.highest = jax.jit(jnp.max)
         self.cast: deque[jax.Array] = deque()
 
     def __call__(self, mine: int) -> int:
-        """Casts `mine`, at least 0, and returns the greatest number of a vote ago."""
+        """Casts `mine`, at least 0, and returns the highest number of a vote ago."""
         if jax.process_count() == 1:
             return mine
         own = np.full(self.size, mine, np.int32)
         votes = jax.make_array_from_callback((self.size,), self.sharding, lambda index: own[index])
-        self.cast.append(self.greatest(votes))
+        self.cast.append(self.highest(votes))
         return int(self.cast.popleft()) if len(self.cast) > VOTE_LAG else 0

@@ -84,10 +84,10 @@ def _attend(theirs: socket.socket, abort_line: str) -> None:
 
 def _obey(ours: socket.socket) -> None:
     """The thread: leaves at a signal that `leave` handles, and at the second one of any kind."""
-    told = 0
+    received = 0
     while True:
         select.select([ours], [], [])
         for number in ours.recv(64):
-            told += 1
-            if told > 1 or signal.getsignal(number) is leave:
+            received += 1
+            if received > 1 or signal.getsignal(number) is leave:
                 leave(number)

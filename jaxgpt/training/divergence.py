@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 SPIKE_DEVIATIONS = 6.0
-SPIKE_LEAST = 0.3  # nats above the usual
+SPIKE_MARGIN = 0.3  # nats above the usual
 USUAL_AFTER = 20  # logged losses before anything counts as unusual
-MEMORY = 0.95
+DECAY = 0.95
 
 
 class Diverged(Exception):
@@ -35,7 +35,7 @@ def keep_if(good, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
-def counted(bad: dict, good) -> dict:
+def count_bad(bad: dict, good) -> dict:
     """Returns the counters one step on."""
     return {
         "in_a_row": jnp.where(good, 0, bad["in_a_row"] + 1),
@@ -65,10 +65,10 @@ class Spikes:
         if not math.isfinite(loss):
             return None
         usual, deviation = self.mean, math.sqrt(self.variance)
-        limit = usual + max(SPIKE_DEVIATIONS * deviation, SPIKE_LEAST)
+        limit = usual + max(SPIKE_DEVIATIONS * deviation, SPIKE_MARGIN)
         if self.count >= USUAL_AFTER and loss > limit:
             return usual
-        weight = max(1 - MEMORY, 1 / (self.count + 1))
+        weight = max(1 - DECAY, 1 / (self.count + 1))
         self.count += 1
         self.mean += weight * (loss - self.mean)
         self.variance = (1 - weight) * (self.variance + weight * (loss - usual) ** 2)

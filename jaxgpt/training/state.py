@@ -44,7 +44,7 @@ def init_state(
     ones only.
     """
     params = spec.init(jax.random.key(config.seed)) if params is None else params
-    ema = jax.tree.map(widened, params) if config.optim.ema_decay else {}
+    ema = jax.tree.map(to_float32, params) if config.optim.ema_decay else {}
     trained, _ = split(params, trainable(params, config.optim.freeze, spec.config.lora.rank))
     return TrainState(
         params,
@@ -56,7 +56,7 @@ def init_state(
     )
 
 
-def widened(p: jax.Array) -> jax.Array:
+def to_float32(p: jax.Array) -> jax.Array:
     """Returns a parameter in float32, as it is stored: within a program XLA may leave out the
     rounding to bfloat16."""
     kept = jnp.finfo(p.dtype)

@@ -12,9 +12,9 @@ from jaxgpt.optim.groups import join, split, trainable
 from jaxgpt.optim.optimizers import at_step, make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.training import loss_scale
-from jaxgpt.training.divergence import counted, keep_if
+from jaxgpt.training.divergence import count_bad, keep_if
 from jaxgpt.training.objectives import OBJECTIVES, Batch, Micro
-from jaxgpt.training.state import TrainState, widened
+from jaxgpt.training.state import TrainState, to_float32
 
 
 def make_train_step(
@@ -102,7 +102,7 @@ def _average(ema: dict, params: dict, mask: dict, decay: float) -> dict:
     """
 
     def one(a, p, trained: bool):
-        return decay * a + (1 - decay) * widened(p) if trained else a
+        return decay * a + (1 - decay) * to_float32(p) if trained else a
 
     return ema and jax.tree.map(one, ema, params, mask)
 
@@ -117,5 +117,5 @@ def _guarded(old: TrainState, new: TrainState, good) -> TrainState:
     if scale:
         blame = good | (scale["scale"] > 1)
         scale = loss_scale.adjust(scale, good)
-    bad = counted(old.bad, blame)
+    bad = count_bad(old.bad, blame)
     return TrainState(kept.params, kept.opt_state, new.step, kept.ema, scale, bad)

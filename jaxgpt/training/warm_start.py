@@ -17,7 +17,8 @@ from jaxgpt.interchange.folder import is_model_folder, open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.lora import is_addition, magnitudes, merged
+from jaxgpt.model.lora import column_norms, is_addition
+from jaxgpt.model.lora import merge as merge_lora
 from jaxgpt.optim.groups import parse_patterns
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.processes import hosts
@@ -59,11 +60,11 @@ def check_model(config: Config) -> None:
         differing = [name for name in differing if name not in rope]
     if differing:
         hint = "; name rope in init_fresh to change it" if differing == rope else ""
-        found = (
+        differences = (
             f"model.{name}: {getattr(theirs, name)!r} there, {getattr(mine, name)!r} here"
             for name in differing
         )
-        raise BadInput(f"init_from={path} is another model: {'; '.join(found)}{hint}")
+        raise BadInput(f"init_from={path} is another model: {'; '.join(differences)}{hint}")
     if mine.position == "learned" and mine.max_seq_len > theirs.max_seq_len:
         raise BadInput(
             f"init_from={path} has {theirs.max_seq_len} positions,"
@@ -124,13 +125,13 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
     wanted, anew = leaves_by_path(fresh), parse_patterns(config.init_fresh, "init_fresh")
     if strange := set(source) - set(wanted) - {p for p in source if _any(anew, p)}:
         raise BadInput(
-            f"init_from={config.init_from} has {', '.join(sorted(strange))}, which this model has"
-            " not; set the model alike, or name it in init_fresh"
+            f"init_from={config.init_from} has {', '.join(sorted(strange))}, which this model"
+            " lacks; set the model alike, or name it in init_fresh"
         )
-    found = {}
+    params = {}
     for path, leaf in wanted.items():
         if _any(anew, path) or is_addition(path):
-            found[path] = leaf
+            params[path] = leaf
             continue
         if path == "head" and path not in source:  # an untied head starts as the embedding
             source[path] = source["tokens"]
@@ -138,23 +139,23 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
             raise BadInput(
                 f"init_from={config.init_from} lacks {path}; name it in init_fresh to draw it anew"
             )
-        found[path] = _fitted(path, source[path], leaf, theirs.vocab_size, config.init_from)
+        params[path] = _fit(path, source[path], leaf, theirs.vocab_size, config.init_from)
     for path, leaf in wanted.items():
         if path.endswith("/magnitude"):
-            kernel = hosts.gathered(found[path.replace("magnitude", "kernel")])
-            found[path] = _placed(magnitudes(kernel, leaf.shape), leaf)
-    return unflatten_dict(found, sep="/")
+            kernel = hosts.gather_to_host(params[path.replace("magnitude", "kernel")])
+            params[path] = _put_like(column_norms(kernel, leaf.shape), leaf)
+    return unflatten_dict(params, sep="/")
 
 
 def _any(patterns: list[re.Pattern], path: str) -> bool:
     return any(pattern.search(path) for pattern in patterns)
 
 
-def _fitted(path: str, value: np.ndarray, leaf: jax.Array, vocab: int, where: str) -> jax.Array:
+def _fit(path: str, value: np.ndarray, leaf: jax.Array, vocab: int, where: str) -> jax.Array:
     value = np.asarray(value)
     if path in ROWS and value.shape[1:] == leaf.shape[1:]:
         rows = vocab if path in ("tokens", "head") else len(value)
-        whole = np.array(hosts.gathered(leaf))
+        whole = np.array(hosts.gather_to_host(leaf))
         kept = min(rows, len(whole))
         whole[:kept] = value[:kept]
         value = whole
@@ -162,10 +163,10 @@ def _fitted(path: str, value: np.ndarray, leaf: jax.Array, vocab: int, where: st
         raise BadInput(
             f"init_from={where}: {path} has shape {value.shape} there, {leaf.shape} here"
         )
-    return _placed(value, leaf)
+    return _put_like(value, leaf)
 
 
-def _placed(value: np.ndarray, like: jax.Array) -> jax.Array:
+def _put_like(value: np.ndarray, like: jax.Array) -> jax.Array:
     """Returns `value`, which every process holds whole, in the dtype and sharding of `like`."""
     value = value.astype(like.dtype)
     return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
@@ -182,7 +183,7 @@ def _load(path: str) -> tuple[dict, ModelConfig]:
             abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
             average = config.optim.ema_decay > 0
             params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
-            params = merged(params, config.lora)
+            params = merge_lora(params, config.lora)
             return {p: np.asarray(leaf) for p, leaf in leaves_by_path(params).items()}, spec.model
     folder = open_folder(Path(path))
     spec = ModelSpec(Config(model=folder.model), "xla")

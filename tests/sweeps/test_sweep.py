@@ -267,7 +267,7 @@ def test_sizes_in_a_grid_are_those_of_its_own_runs(sweeps, tmp_path):
         ("data.source=builtin,text:nowhere/*", "no file matches nowhere/*"),
         ("data.clean=unicode,spelling", "spelling"),
         ("model.vocab_size=300,20", "smaller than the tokenizer's 257"),
-        ("optim.freeze=tokens,(", "holds what is no pattern"),
+        ("optim.freeze=tokens,(", "is not a list of patterns"),
         ("optim.lr_multipliers=tokens=2,x", "'x' is not PATTERN=FACTOR"),
         ("init_from=nowhere", "is neither a workdir with checkpoints nor"),
     ],

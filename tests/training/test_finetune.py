@@ -16,7 +16,7 @@ from jaxgpt.config.stored import to_json
 from jaxgpt.interchange.tokenizers import write_tokenizer
 from jaxgpt.jobs import train as train_job
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.lora import merged
+from jaxgpt.model.lora import merge as merge_lora
 from jaxgpt.optim.groups import join, split, trainable
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
@@ -74,7 +74,7 @@ def test_freezing_nothing_or_all_is_refused():
     for freeze, message in (
         ("x", "'x' matches no parameter"),
         (".", "leaves no parameter"),
-        ("(", "holds what is no pattern"),
+        ("(", "is not a list of patterns"),
     ):
         with pytest.raises(BadInput, match=message):
             trainable(params, freeze, 0)
@@ -105,8 +105,10 @@ def test_lora_trains_its_additions_only_and_merges(shape, dora):
             return np.asarray(jax.jit(lambda p, t: spec.bind(p)(t))(params, tokens))[..., :203]
 
         one = logits(config, after.params)
-        np.testing.assert_allclose(logits(plain, merged(after.params, config.lora)), one, atol=1e-5)
-        base = logits(plain, merged(before.params, config.lora))
+        np.testing.assert_allclose(
+            logits(plain, merge_lora(after.params, config.lora)), one, atol=1e-5
+        )
+        base = logits(plain, merge_lora(before.params, config.lora))
         assert np.abs(one - base).max() > 1e-3
         if not dora:  # B starts at zero: nothing is added yet
             np.testing.assert_allclose(logits(config, before.params), base, atol=1e-6)
