@@ -72,13 +72,13 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
     given = [name for name in ("prompt", "prompt_file", "interactive") if values[name].value]
     if len(given) > 1:
         raise BadInput(f"--{' and --'.join(given)} do not go together; choose one")
-    for name, least, most in (
+    for name, low, high in (
         ("max_new_tokens", 1, MAX_UINT32),
         ("num_samples", 1, MAX_SAMPLES),
         ("seed", 0, MAX_UINT32),
         ("num_beams", 0, MAX_SAMPLES),
     ):
-        check_range(f"--{name}", values[name].value, least, most)
+        check_range(f"--{name}", values[name].value, low, high)
     if values.num_beams and (values.stream or values.interactive or values.prompt_file):
         raise BadInput("--num_beams goes with --prompt alone: a search has no text until its end")
     if values.num_beams and values.num_samples > values.num_beams:

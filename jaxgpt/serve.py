@@ -42,9 +42,9 @@ def main(argv: list[str]) -> None:
     parse(values, argv, __doc__)
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
-    for name, least, most in (("slots", 1, 1024), ("max_waiting", 1, 10**6), ("port", 0, 65535)):
-        if not least <= values[name].value <= most:
-            raise BadInput(f"--{name}={values[name].value} must be from {least} to {most}")
+    for name, low, high in (("slots", 1, 1024), ("max_waiting", 1, 10**6), ("port", 0, 65535)):
+        if not low <= values[name].value <= high:
+            raise BadInput(f"--{name}={values[name].value} must be from {low} to {high}")
     for module in ("uvicorn", "starlette"):
         require(module, "serve", "jaxgpt.serve")
     # JAX is imported from here on: what is wrong with the flags is said at once

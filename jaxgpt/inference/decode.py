@@ -20,7 +20,7 @@ from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.samplers import BatchSampling, next_token
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
-from jaxgpt.model.gpt import windows
+from jaxgpt.model.gpt import layer_windows
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 
@@ -123,7 +123,7 @@ def pad_rows(rows: Sequence[np.ndarray]) -> Int[np.ndarray, "B T"]:
 def has_sliding_context(cfg: ModelConfig) -> bool:
     """Says whether texts may grow past `max_seq_len`: positions are relative (RoPE, or none) and
     every layer has an attention window."""
-    return cfg.position in ("rope", "none") and all(windows(cfg))
+    return cfg.position in ("rope", "none") and all(layer_windows(cfg))
 
 
 def check_length(prompt_length: int, new: int, cfg: ModelConfig) -> None:
@@ -294,11 +294,11 @@ def _pick(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "
     return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
 
 
-def bucket_size(number: int, least: int) -> int:
-    """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... times `least` that is at least
+def bucket_size(number: int, smallest: int) -> int:
+    """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... times `smallest` that is at least
     `number`: few shapes are compiled, and each pads little."""
-    power = least * 2 ** max(math.ceil(math.log2(number / least)), 0)
-    return power * 3 // 4 if power > 2 * least and number <= power * 3 // 4 else power
+    power = smallest * 2 ** max(math.ceil(math.log2(number / smallest)), 0)
+    return power * 3 // 4 if power > 2 * smallest and number <= power * 3 // 4 else power
 
 
 def round_up(number: int, multiple: int) -> int:

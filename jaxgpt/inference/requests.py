@@ -99,12 +99,12 @@ def check_stops(stops: Sequence[object], name: str) -> None:
         check_text(stop, name)
 
 
-def check_range(name: str, value: int, least: int, most: int) -> None:
-    """Raises `BadInput`, naming the field, for a number that is not from `least` to `most`."""
-    if value < least:
-        raise BadInput(f"{name}={reprlib.repr(value)} must be at least {least}")
-    if value > most:
-        raise BadInput(f"{name}={reprlib.repr(value)} must be from {least} to {most}")
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raises `BadInput`, naming the field, for a number that is not from `low` to `high`."""
+    if value < low:
+        raise BadInput(f"{name}={reprlib.repr(value)} must be at least {low}")
+    if value > high:
+        raise BadInput(f"{name}={reprlib.repr(value)} must be from {low} to {high}")
 
 
 def _to_float(value: int | float) -> float:

@@ -227,8 +227,8 @@ def resolve_epochs(config: Config, data: Prepared) -> Config:
     """Returns `config` with `num_steps` set by `num_epochs`, where that is given."""
     if not config.num_epochs:
         return config
-    windows = sum(len(source) for source in training_stream(data.train, config).sources)
-    steps = max(1, round(config.num_epochs * windows / config.batch_size))
+    chunks = sum(len(source) for source in training_stream(data.train, config).sources)
+    steps = max(1, round(config.num_epochs * chunks / config.batch_size))
     if steps > INT32:
         raise BadInput(f"num_epochs={config.num_epochs} is {steps:,} steps, more than {INT32:,}")
     return dataclasses.replace(config, num_steps=steps)

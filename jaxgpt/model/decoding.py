@@ -67,7 +67,7 @@ def _through_layers(model: GPT, layers: Sequence[dict], x, attend: Callable):
     structure, caches = jax.tree.structure(nnx.state(model.blocks)), []
     for i, params in enumerate(layers):
         state = jax.tree.unflatten(structure, jax.tree.leaves(params))
-        block = nnx.merge(model.graphdefs[i % len(model.windows)], state)
+        block = nnx.merge(model.graphdefs[i % len(model.layer_windows)], state)
         x, cache = block.decoding(x, functools.partial(attend, i))
         caches.append(cache)
     return x, tuple(caches)

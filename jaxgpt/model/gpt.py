@@ -40,9 +40,13 @@ class GPT(nnx.Module):
         self.tokens = normal(rngs, table, *vocab)
         self.head = None if cfg.tie_embeddings else normal(rngs, table, *vocab)
         self.positions = POSITIONS[cfg.position](config, rules, rngs=rngs)
-        self.windows = windows(cfg)
-        self.unroll = 1 if compute.scan_layers == "true" else cfg.num_layers // len(self.windows)
-        self.blocks, self.graphdefs = _stack(config, rules, kernel, self.windows, rngs.params())
+        self.layer_windows = layer_windows(cfg)
+        self.unroll = (
+            1 if compute.scan_layers == "true" else cfg.num_layers // len(self.layer_windows)
+        )
+        self.blocks, self.graphdefs = _stack(
+            config, rules, kernel, self.layer_windows, rngs.params()
+        )
         pre = cfg.norm_position == "pre"
         self.final_norm = NORMS[cfg.norm](config, cfg.embed_dim) if pre else lambda x: x
 
@@ -116,15 +120,15 @@ class GPT(nnx.Module):
     def _run(self, tokens, mask: AttentionMask, key):
         layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(tokens, mask.q_positions), self.dropout, embed_key)
-        period = len(self.windows)
+        period = len(self.layer_windows)
 
         def apply(x, group):
             """One turn of the pattern: `period` layers, each with its own window."""
             x, losses = checkpoint_name(x, RESIDUAL_STREAM), []
             for i, graphdef in enumerate(self.graphdefs):
                 params, layer_key = jax.tree.map(lambda a, i=i: a[i], group)
-                x, of_layer = nnx.merge(graphdef, params)(x, mask, layer_key)
-                losses.append(of_layer)
+                x, layer_losses = nnx.merge(graphdef, params)(x, mask, layer_key)
+                losses.append(layer_losses)
             return x, jax.tree.map(lambda *a: jnp.stack(a), *losses)
 
         if self.remat != "none" or jax.sharding.get_abstract_mesh().shape["fsdp"] > 1:
@@ -145,7 +149,7 @@ class GPT(nnx.Module):
         return self.positions(embed_columns_to_rows(x, self.rules) * self.embed_scale, positions)
 
 
-def windows(cfg: ModelConfig) -> tuple[int, ...]:
+def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:
     """Returns the windows of the repeating pattern of layers: (4, 4, 0) = two local, one full."""
     if not cfg.window or not cfg.full_attention_every:
         return (cfg.window,)

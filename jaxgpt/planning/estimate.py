@@ -13,7 +13,7 @@ import numpy as np
 from jaxgpt.config import Config
 from jaxgpt.config.schema import BATCH_AXES, SPLIT_BY
 from jaxgpt.model.flops import count_parameters, flops_per_token
-from jaxgpt.model.gpt import windows
+from jaxgpt.model.gpt import layer_windows
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.planning.hardware import Chip, quiet
 from jaxgpt.planning.program import VMEM, Collective, Program
@@ -183,7 +183,7 @@ def _kernel_flops(program: Program, training: Training) -> int:
     rows //= math.prod(mesh[axis] for axis in BATCH_AXES)
     pairs = [
         np.minimum(np.arange(1, cfg.max_seq_len + 1), w or cfg.max_seq_len).sum()
-        for w in windows(cfg)
+        for w in layer_windows(cfg)
     ]
     one = 2 * int(np.mean(pairs)) * cfg.head_dim * cfg.num_heads // mesh[SPLIT_BY["heads"]] * rows
     total = 0

@@ -166,10 +166,10 @@ def _parse_prompt(prompt: object, tokenizer: Tokenizer) -> tuple[np.ndarray, str
     return ids, decode_prompt(tokenizer, ids)
 
 
-def _integer(body: dict, name: str, default: int, least: int, most: int) -> int:
+def _integer(body: dict, name: str, default: int, low: int, high: int) -> int:
     value = body.get(name, default)
-    if type(value) is not int or not least <= value <= most:
-        message = f"{name}={reprlib.repr(value)} must be a whole number from {least} to {most}"
+    if type(value) is not int or not low <= value <= high:
+        message = f"{name}={reprlib.repr(value)} must be a whole number from {low} to {high}"
         raise ApiError(400, message, param=name)
     return value
 
