@@ -77,7 +77,8 @@ def test_the_base_installation_stays_lean():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     base = setup["options"]["install_requires"].split("\n")[1:]
-    assert len(base) <= 12
+    # the thirteenth is safetensors: its own library parses a format that strangers' files come in
+    assert len(base) <= 13
     assert not any(name in ("torch", "tensorflow", "transformers") for name in base)
 
 

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import re
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from jaxgpt.interchange.families import FAMILIES, GPT2, Family
 from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
 from jaxgpt.interchange.torch_file import TorchFile
-from jaxgpt.system.errors import BadInput
+from jaxgpt.system.errors import BadInput, as_bad_input
 from jaxgpt.system.files import check_json, read_json
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -44,10 +42,8 @@ class Folder:
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor, read from its file."""
         file, inner = self.names[name]
-        try:
+        with as_bad_input(lambda e: f"{self.path}: tensor {name} cannot be read: {e}"):
             return file.read(inner)
-        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-            raise BadInput(f"{self.path}: tensor {name} cannot be read: {e}") from e
 
     @property
     def is_bfloat16(self) -> bool:

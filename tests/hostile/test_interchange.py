@@ -232,6 +232,7 @@ SAFETENSORS = {
         b"abcdefgh",
     ),
     "dtype": header({"a": entry(dtype="F99")}, b"abcd"),
+    "float8": header({"a": entry((4,), dtype="F8_E4M3")}, b"abcd"),
     "dtype list": header({"a": entry(dtype=["F32"])}, b"abcd"),
     "entry null": header({"a": None}, b"abcd"),
     "surrogate name": header({"\ud800": entry()}, b"abcd"),

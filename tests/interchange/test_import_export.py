@@ -310,15 +310,20 @@ def test_damaged_safetensors(tmp_path):
     raw = file.read_bytes()
     header = int.from_bytes(raw[:8], "little")
     for broken, message in (
-        (raw[:-1], "does not lie within the file"),
-        (raw[:100], "header claims"),
-        (b"\xff" * 8 + raw[8:], "header claims"),
+        (raw[:-1], "file not fully covered"),
+        (raw[:100], "invalid header length"),
+        (b"\xff" * 8 + raw[8:], "header too large"),
         (raw[:8] + b"x" * header + raw[8 + header :], "not a safetensors file"),
-        (raw.replace(b'"F32"', b'"F99"', 1), "unknown dtype F99"),
+        (raw.replace(b'"F32"', b'"F99"', 1), "unknown variant `F99`"),
     ):
         file.write_bytes(broken)
         with pytest.raises(BadInput, match=message):
             SafetensorsFile(file)
+    file.write_bytes(raw)
+    opened = open_folder(tmp_path / "hf")
+    file.write_bytes(raw[: 8 + header])  # cut short only now
+    with pytest.raises(BadInput, match="tensor wte.weight cannot be read"):
+        opened.read("wte.weight")
 
 
 @pytest.mark.parametrize(
