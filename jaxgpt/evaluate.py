@@ -1,5 +1,6 @@
-"""Evaluate a run: python -m jaxgpt.evaluate --workdir=DIR [--step=N] [--data=SOURCE]
-[--split=validation]
+"""Measure the loss of a run, or its score on a task:
+
+    python -m jaxgpt.evaluate --workdir=DIR [--step=N] [--data=SOURCE] [--split=validation]
 
 Prints loss (nats/token), perplexity and bits per byte over a whole split, as JSON on the last line
 of stdout; of a mixture, for each source too. --data=SOURCE takes the whole of SOURCE as the split.

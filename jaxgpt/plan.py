@@ -1,4 +1,6 @@
-"""Plan a run: python -m jaxgpt.plan --config=FILE [--topology=v5e:2x4] [--config.FIELD=VALUE ...]
+"""Predict the memory and the time of a run on TPUs or GPUs, on any machine:
+
+    python -m jaxgpt.plan --config=FILE [--topology=v5e:2x4] [--config.FIELD=VALUE ...]
 
 Compiles the real train step, on any machine, for a TPU slice (`pip install -e '.[plan]'`) or for
 GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`); without --topology, for this machine's

@@ -1,4 +1,6 @@
-"""Prepare a corpus: python -m jaxgpt.prepare --config=FILE [--out=DIR] [--config.FIELD=VALUE ...]
+"""Clean and tokenize a corpus:
+
+    python -m jaxgpt.prepare --config=FILE [--out=DIR] [--config.FIELD=VALUE ...]
 
 Cleans and tokenizes the config's data source and writes token shards, into the cache or into
 --out, from where `--config.data.source=shards:DIR` reads them. The last line on stdout is JSON.

@@ -1,4 +1,6 @@
-"""Write a report: python -m jaxgpt.report --workdir=DIR [--workdir=OTHER ...] [--out=FILE]
+"""Write a page with the curves of a run, or of several:
+
+    python -m jaxgpt.report --workdir=DIR [--workdir=OTHER ...] [--out=FILE]
 
 One HTML file that needs nothing else: curves, samples over time, config, data, environment. It goes
 to DIR/report.html; several workdirs are compared on one page.

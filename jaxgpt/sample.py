@@ -1,4 +1,6 @@
-"""Sample from a run: python -m jaxgpt.sample --workdir=DIR --prompt=TEXT [--temperature=0.8 ...]
+"""Generate text:
+
+    python -m jaxgpt.sample --workdir=DIR --prompt=TEXT [--temperature=0.8 ...]
 
 Stdout is the prompt and its continuation, nothing else; several samples are separated by a line
 `---`. A sample ends at end-of-text, in front of a --stop string or after --max_new_tokens.

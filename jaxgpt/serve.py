@@ -1,4 +1,6 @@
-"""Serve a run: python -m jaxgpt.serve --workdir=DIR [--host=127.0.0.1 --port=8000]
+"""Serve a run over HTTP:
+
+    python -m jaxgpt.serve --workdir=DIR [--host=127.0.0.1 --port=8000]
 
 OpenAI's /v1/completions (with streaming), /v1/models, /healthz, and a page to try it at /. Needs
 `pip install -e '.[serve]'`. Everyone who can reach the port may use it, unless there is an

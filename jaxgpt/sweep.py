@@ -1,5 +1,6 @@
-"""Try many settings: python -m jaxgpt.sweep --config=F
---grid='optim.learning_rate=1e-4,3e-4;batch_size=16,32'
+"""Train a config with many settings:
+
+    python -m jaxgpt.sweep --config=FILE --grid='optim.learning_rate=1e-4,3e-4;batch_size=16,32'
 
 Trains every combination (or --random=K of them), one after another or --jobs=N at once, each on
 its own device. With --halving=3 all are trained briefly, the best third again with three times the

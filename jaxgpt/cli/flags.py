@@ -13,7 +13,7 @@ from jaxgpt.config.migrate import renamed_in
 from jaxgpt.config.schema import Config, fields_of
 from jaxgpt.config.validate import any_of, check_known, named, validate
 from jaxgpt.system.encoding import check_setting
-from jaxgpt.system.errors import BadInput, described
+from jaxgpt.system.errors import BadInput, described, did_you_mean
 
 
 def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValues:
@@ -81,7 +81,7 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
         config_flags.DEFINE_config_dataclass(
             "config",
             Config(),
-            "config file, for example configs/tiny.py; --config.FIELD=VALUE sets any field",
+            f"a file, or one of {', '.join(named_configs())}; --config.FIELD=VALUE sets any field",
             flag_values=values,
             sys_argv=argv,
             parse_fn=load_file,
@@ -107,7 +107,7 @@ def given_config(values: flags.FlagValues) -> Config:
       BadInput: see `config_of`.
     """
     if values["config"].using_default_value:
-        raise BadInput("--config=FILE is required, for example --config=configs/tiny.py")
+        raise BadInput("--config=FILE is required, for example --config=tiny")
     validate(values.config)
     return copy.deepcopy(values.config)
 
@@ -122,14 +122,26 @@ def config_path(argv: list[str]) -> str:
     return path
 
 
+def named_configs() -> dict[str, Path]:
+    """Returns the configs that come with jaxgpt, `{"tiny": .../configs/tiny.py, ...}`."""
+    package = Path(__file__).parent.parent  # a wheel holds configs/ inside it, a checkout beside it
+    folders = (package / "configs", package.parent / "configs")
+    folder = next(filter(Path.is_dir, folders), package)
+    return {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
+
+
 def load_file(path: str) -> Config:
-    """Returns `get_config()` of a Python file.
+    """Returns `get_config()` of a Python file, or of the config of that name (`tiny`).
 
     Raises:
       BadInput: if there is no such file or function, it fails, or it returns something else.
     """
     if not Path(path).is_file():
-        raise BadInput(f"config file {path} does not exist; see configs/ for examples")
+        known = named_configs()
+        if path not in known:
+            near = did_you_mean(Path(path).stem, known) or f"; by name there are {', '.join(known)}"
+            raise BadInput(f"config file {path} does not exist{near}")
+        path = str(known[path])
     try:
         config = runpy.run_path(path)["get_config"]()
     except (Exception, SystemExit) as e:  # the user's program: whatever it raises is bad input

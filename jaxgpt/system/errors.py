@@ -1,6 +1,7 @@
 """The exceptions that end a command with one line."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 LONGEST = 2000  # characters of a message: an input that is quoted may be of any length
@@ -42,6 +43,12 @@ def one_line(message: object) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Returns `; did you mean NEAREST?` for the end of a message; '' if none in `known` is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def described(e: BaseException) -> str:
