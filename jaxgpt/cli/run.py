@@ -15,6 +15,7 @@ from logging import CRITICAL, getLogger
 from absl import logging
 
 from jaxgpt.system.errors import BadInput, PeerLost, described, one_line
+from jaxgpt.system.pages import use_huge_pages
 from jaxgpt.system.stores import outage
 
 GRACE = 5.0  # seconds for threads to end by themselves after an error
@@ -29,6 +30,7 @@ REFUSED = (
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command and ends the process: 0 done, 2 bad input, 1 any other fault, 3 diverged,
     128 + number after a signal."""
+    use_huge_pages()
     logging.set_verbosity(logging.FATAL)  # what libraries log of an error, they also raise
     for library in ("asyncio", "gcsfs"):
         getLogger(library).setLevel(CRITICAL)
