@@ -156,8 +156,8 @@ class ComputeConfig:
     param_dtype: str = choice("float32", "bfloat16")  # of parameters and optimizer state
     attention: str = may_change(choice("auto", "xla", "cudnn", "splash"))
     remat: str = may_change(choice("none", "dots", "full", "offload"))
-    # One compiled layer in a loop, or each its own
-    scan_layers: str = may_change(choice("true", "false"))
+    # One compiled layer in a loop, or each its own; auto: by platform and depth
+    scan_layers: str = may_change(choice("auto", "true", "false"))
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ from jaxgpt.config import Config, MeshConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.model import ModelSpec
+from jaxgpt.model.gpt import resolve_scan
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.errors import BadInput
@@ -79,5 +80,5 @@ def open_trained(workdir: str, step: int | str | None) -> Trained:
     kernel = choose_kernel(
         "auto", devices[0].platform, config.compute.dtype, model.head_dim, model.dropout
     )
-    spec, mesh = ModelSpec(config, kernel), make_mesh(config, devices)
-    return Trained(config, tokenizer, spec, mesh, checkpoints, step)
+    spec = ModelSpec(resolve_scan(config, devices[0].platform), kernel)
+    return Trained(config, tokenizer, spec, make_mesh(config, devices), checkpoints, step)

@@ -20,6 +20,8 @@ from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.parallel.fsdp import embed_columns_to_rows
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight
 
+UNROLLED_LAYERS = 12  # on a CPU
+
 
 class GPT(nnx.Module):
     """Decoder-only transformer. `blocks` is one Block whose parameters have a leading axis L.
@@ -41,9 +43,8 @@ class GPT(nnx.Module):
         self.head = None if cfg.tie_embeddings else normal(rngs, table, *vocab)
         self.positions = POSITIONS[cfg.position](config, rules, rngs=rngs)
         self.layer_windows = layer_windows(cfg)
-        self.unroll = (
-            1 if compute.scan_layers == "true" else cfg.num_layers // len(self.layer_windows)
-        )
+        groups = cfg.num_layers // len(self.layer_windows)
+        self.unroll = groups if compute.scan_layers == "false" else 1
         self.blocks, self.graphdefs = _stack(
             config, rules, kernel, self.layer_windows, rngs.params()
         )
@@ -147,6 +148,19 @@ class GPT(nnx.Module):
         x = table.at[tokens].get(out_sharding=self.rules("lookup_batch", "seq", "embed"))
         positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
         return self.positions(embed_columns_to_rows(x, self.rules) * self.embed_scale, positions)
+
+
+def resolve_scan(config: Config, platform: str) -> Config:
+    """Returns `config` with `compute.scan_layers=auto` decided for `platform` (`cpu`, ...).
+
+    Layers of their own are faster on a CPU, but each takes its time to compile: beyond
+    `UNROLLED_LAYERS` a scan, whose compile time does not grow with depth. Elsewhere a scan.
+    """
+    compute, layers = config.compute, config.model.num_layers
+    if compute.scan_layers != "auto":
+        return config
+    scan = "false" if platform == "cpu" and layers <= UNROLLED_LAYERS else "true"
+    return dataclasses.replace(config, compute=dataclasses.replace(compute, scan_layers=scan))
 
 
 def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.config import Config
 from jaxgpt.model import ModelSpec
+from jaxgpt.model.gpt import resolve_scan
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.parallel.mesh import devices_along
@@ -53,7 +54,9 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
         )
     split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
     return ModelSpec(
-        config, kernel, AxisRules(split_residual=split, torus=torus_of(devices_along(mesh, "fsdp")))
+        resolve_scan(config, platform),
+        kernel,
+        AxisRules(split_residual=split, torus=torus_of(devices_along(mesh, "fsdp"))),
     )
 
 

@@ -150,7 +150,7 @@ def test_an_old_flag_gets_the_new_spelling(command, corpus, tmp_path, flag, says
         ("config.model = ModelConfig(remat='full')", "model.remat is now compute.remat"),
         ("config.model = presets.gpt2(2, 2, 16, dtype='bfloat16')", "is now compute.dtype"),
         ("config.batch_size = len(config.model.lora_targets)", "is now lora.targets"),
-        ("config.compute.scan_layers = False", "expected str: one of true, false"),
+        ("config.compute.scan_layers = False", "expected str: one of auto, true, false"),
     ],
 )
 def test_an_old_config_file_gets_the_new_spelling(command, corpus, tmp_path, line, says):

@@ -10,6 +10,7 @@ from jaxgpt.config.schema import fields_of, get_field, set_field
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import Cache, empty_cache, write_recent
 from jaxgpt.model.flops import count_parameters
+from jaxgpt.model.gpt import resolve_scan
 from jaxgpt.training.objectives import token_losses
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step
@@ -83,6 +84,19 @@ def test_packed_documents_do_not_see_one_another(position):
         together = model(packed, positions=positions, segments=segments)
         np.testing.assert_allclose(together[:, :9], model(first), atol=1e-5)
         np.testing.assert_allclose(together[:, 9:21], model(second), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "platform, layers, loops", [("cpu", 12, 0), ("cpu", 13, 1), ("tpu", 2, 1), ("gpu", 2, 1)]
+)
+def test_scan_layers_auto_goes_by_platform_and_depth(platform, layers, loops):
+    config = resolve_scan(tiny_config(num_layers=layers), platform)
+    with jax.set_mesh(mesh_of(config)):
+        spec = ModelSpec(config, "xla")
+        params = jax.eval_shape(spec.init, jax.random.key(0))
+        tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+        text = jax.jit(lambda p, x: spec.bind(p)(x)).lower(params, tokens).as_text()
+    assert text.count("stablehlo.while") == loops
 
 
 @pytest.mark.parametrize(
@@ -236,7 +250,7 @@ COMPUTE_CHANGES = {
     "dtype": "bfloat16",
     "param_dtype": "bfloat16",
     "remat": "full",
-    "scan_layers": "false",
+    "scan_layers": "true",
 }
 MODERN_CHANGES = {
     "qkv_bias": True,
