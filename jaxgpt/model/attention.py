@@ -50,9 +50,12 @@ class Attention(nnx.Module):
         """Returns the attended x; with a `key`, dropout drops attention weights."""
         q, k, v = self._heads(x, mask.q_positions)
         mask = mask.within(self.window)
-        if key is None or self.dropout == 0:
-            return self.out(self.attend(q, k, v, mask))
-        return self.out(self.attend_dropping(q, k, v, mask, self._dropout_mask(x, key)))
+        with jax.named_scope("attention"):
+            if key is None or self.dropout == 0:
+                attended = self.attend(q, k, v, mask)
+            else:
+                attended = self.attend_dropping(q, k, v, mask, self._dropout_mask(x, key))
+        return self.out(attended)
 
     def prefill(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]

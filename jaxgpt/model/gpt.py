@@ -110,7 +110,8 @@ class GPT(nnx.Module):
         """Returns (nats, logsumexp) of each target from hidden states, without whole logits; see
         `ops.cross_entropy`."""
         table = self.tokens if self.head is None else self.head
-        return cross_entropy(x, table[...], targets, self.finish, self.rules)
+        with jax.named_scope("loss"):
+            return cross_entropy(x, table[...], targets, self.finish, self.rules)
 
     def finish(self, logits: Float[Array, "*B V"], ids: Int[Array, "V"]) -> Float[Array, "*B V"]:
         logits = self.logit_scale * logits

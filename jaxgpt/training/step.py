@@ -63,8 +63,9 @@ def make_train_step(
         grads = jax.tree.map(lambda g, p: (g * (share / scale)).astype(p.dtype), grads, trained)
         metrics = jax.tree.map(lambda mean: mean * share, metrics)
         opt_state = at_step(state.opt_state, state.step)
-        updates, opt_state = optimizer.update(grads, opt_state, trained)
-        params = join(optax.apply_updates(trained, updates), frozen)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, opt_state, trained)
+            params = join(optax.apply_updates(trained, updates), frozen)
         ema = _average(state.ema, params, mask, config.optim.ema_decay)
         new = TrainState(params, opt_state, state.step + 1, ema, state.loss_scale, state.bad)
         norm = optax.global_norm(grads)

@@ -29,6 +29,8 @@ WRONG = {  # command: arguments, the error
     "train process": (["--config={}/c.py", "--process_id=1"], "need --coordinator=HOST:PORT"),
     "plan": (["--config={}/c.py", "--config.model.num_layers=0"], "model.num_layers=0"),
     "plan price": (["--config={}/c.py", "--price=-1"], "--price=-1.0 must be"),
+    "benchmark": (["--config={}/c.py", "--steps=0"], "--steps=0"),
+    "benchmark profile": (["--config={}/c.py", "--profile={}/c.py"], "is a file, not a folder"),
     "prepare": (["--config={}/c.py", "--show=-1"], "--show=-1"),
     "prepare field": (["--config={}/c.py", "--config.data.sourc=x"], "did you mean"),
     "sweep": (["--config={}/c.py", "--grid=batch_size=x"], "batch_size=x"),
