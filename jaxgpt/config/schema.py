@@ -182,9 +182,8 @@ class DataConfig:
     data_dir: str = ""  # of TFDS; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     clean: str = ""  # steps in this order: html,unicode,quality,exact_dedup,near_dedup,pii
     pack: bool = False  # whole documents in each chunk, instead of chunks of one stream
-    chat_template: str = choice(
-        "plain", "chatml"
-    )  # of sft: rows with messages; chatml needs its special tokens
+    # What makes text of the turns of sft: rows; chatml needs its special tokens
+    chat_template: str = choice("plain", "chatml", "alpaca")
     special_tokens: str = ""  # names of further ids, comma-separated
     shuffle: bool = True
     cache_dir: str = ""  # "" = $JAXGPT_CACHE, else ~/.cache/jaxgpt

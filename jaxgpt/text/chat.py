@@ -1,20 +1,41 @@
 """Rows of prompts and responses as documents of which only the responses are targets of the loss.
 
-A row is {"prompt": ..., "response": ...} or {"messages": [{"role": "user", "content": ...}, ...]}.
-Other rows, and rows without a target, raise `BadInput`, which names file and line.
+A row is of one of `ROW_KINDS`, told by its fields; the rows of a file are of one kind:
+
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    {"prompt": "Hi", "response": "Hello"}
+    {"prompt": "Hi", "completion": "Hello"}
+    {"instruction": "Translate into French", "input": "Hello", "output": "Bonjour"}
+
+A chat template makes text of them. Other rows, and rows without a target, raise `BadInput`, which
+names file and line.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from etils import epath
 
+from jaxgpt.system.console import say
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.formats import json_rows
 from jaxgpt.text.pieces import Piece, Span
 
+Messages = list[tuple[str, str]]  # (role, content)
+
 ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+# Alpaca's prompt, without and with an input (github.com/tatsu-lab/stanford_alpaca, train.py)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    " the request."
+)
+ALPACA_WITH_INPUT = ALPACA.replace(
+    "task.", "task, paired with an input that provides further context."
+)
 START, END = "<|im_start|>", "<|im_end|>"  # special tokens of the chatml template
 TEMPLATE_FILE = "chat_template.jinja"
 JINJA = {
@@ -28,13 +49,40 @@ JINJA = {
         "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
+    "alpaca": (
+        "{% if messages[0]['role'] != 'system' %}{{ '"
+        + ALPACA
+        + "\\n\\n' }}{% endif %}{% for m in messages %}"
+        "{% if m['role'] == 'user' %}{{ '### Instruction:\\n' }}"
+        "{% elif m['role'] == 'assistant' %}{{ '### Response:' }}{% endif %}{{ m['content'] }}"
+        "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n\\n### Response:' }}{% endif %}"
+    ),
 }  # for transformers; `TEMPLATES` below gives the same text
 
 
-def read_chat(file: str, template: str) -> Iterator[Piece]:
-    """Yields a document per line of JSON, in spans that say what is a target."""
-    for _, number, row in json_rows([file]):
-        yield supervised_piece(row_spans(row, template, f"{file}, line {number}"), file, number)
+class ChatReader:
+    """Reads the files of an `sft:` source; says of each kind of row, once, that it was met."""
+
+    def __init__(self, spec: str, template: str):
+        self.spec, self.template, self.said = spec, template, set()
+
+    def __call__(self, file: str) -> Iterator[Piece]:
+        """Yields a document per line of JSON, in spans that say what is a target."""
+        first = None
+        for _, number, row in json_rows([file]):
+            where = f"{file}, line {number}"
+            kind = kind_of(row, where)
+            first = first or (number, kind)
+            if kind != first[1]:
+                raise BadInput(
+                    f"{where} has {kind}, but line {first[0]} has {first[1]}: put rows of another"
+                    " kind into a file of their own"
+                )
+            if kind not in self.said:
+                self.said.add(kind)
+                say(f"data      {self.spec}: rows of {kind}, chat template {self.template}")
+            yield supervised_piece(row_spans(row, self.template, where), file, number)
 
 
 def supervised_piece(spans: list[Span], file: str, number: int) -> Piece:
@@ -45,31 +93,101 @@ def supervised_piece(spans: list[Span], file: str, number: int) -> Piece:
     return Piece(text, file, number, spans=tuple(spans))
 
 
+def kind_of(row, where: str) -> str:
+    """Returns which of `ROW_KINDS` a row is; a field that is null is none.
+
+    Raises:
+      BadInput: if it is none of them.
+    """
+    for name, kind in ROW_KINDS.items():
+        if isinstance(row, dict) and all(row.get(field) is not None for field in kind.fields):
+            return name
+    has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "not an object"
+    raise BadInput(f"{where} has neither {', nor '.join(ROW_KINDS)} ({has})")
+
+
 def row_spans(row, template: str, where: str) -> list[Span]:
     """Returns the spans of one row."""
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        return TEMPLATES[template]([_message(m, where) for m in row["messages"]])
-    if isinstance(row, dict) and {"prompt", "response"} <= set(row):
-        prompt, response = row["prompt"], row["response"]
-        if not isinstance(prompt, str) or not isinstance(response, str):
-            raise BadInput(f"{where}: prompt and response must be text")
-        if template == "plain":
-            return [Span(prompt), Span(response, is_target=True)]
-        return TEMPLATES[template]([("user", prompt), ("assistant", response)])
-    raise BadInput(f"{where} has neither prompt and response nor a list of messages")
+    try:
+        return ROW_KINDS[kind_of(row, where)].read(row, template)
+    except ValueError as e:
+        raise BadInput(f"{where}: {e}") from e
 
 
-def _message(message, where: str) -> tuple[str, str]:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise BadInput(f"{where}: a message needs role and content, both text")
-    if message.get("role") not in ROLES:
-        raise BadInput(
-            f"{where}: role {message.get('role')!r} is unknown; one of {', '.join(ROLES)}"
-        )
-    return message["role"], message["content"]
+class RowKind(NamedTuple):
+    """A kind of row: the fields by which it is known, and the spans of a row by a template. `read`
+    raises ValueError where a field holds something else than it should."""
+
+    fields: tuple[str, ...]
+    read: Callable[[dict, str], list[Span]]
 
 
-def _plain(messages: list[tuple[str, str]]) -> list[Span]:
+def _messages(row: dict, template: str) -> list[Span]:
+    roles = {role: role for role in ROLES}
+    return TEMPLATES[template](_turns(row["messages"], "role", "content", roles))
+
+
+def _conversations(row: dict, template: str) -> list[Span]:
+    return TEMPLATES[template](_turns(row["conversations"], "from", "value", SHAREGPT_ROLES))
+
+
+def _response(row: dict, template: str) -> list[Span]:
+    return _exchange(*_texts(row, "prompt", "response"), template)
+
+
+def _completion(row: dict, template: str) -> list[Span]:
+    return _exchange(*_texts(row, "prompt", "completion"), template)
+
+
+def _alpaca(row: dict, template: str) -> list[Span]:
+    row = row | {"input": row["input"] if row.get("input") is not None else ""}
+    instruction, given, output = _texts(row, "instruction", "input", "output")
+    turns = [("user", instruction), ("assistant", output)]
+    if given and template == "alpaca":
+        user = ("user", f"{instruction}\n\n### Input:\n{given}")
+        turns = [("system", ALPACA_WITH_INPUT), user, ("assistant", output)]
+    elif given:
+        turns[0] = ("user", f"{instruction}\n{given}")
+    return TEMPLATES[template](turns)
+
+
+ROW_KINDS = {
+    "messages": RowKind(("messages",), _messages),
+    "conversations": RowKind(("conversations",), _conversations),
+    "prompt and response": RowKind(("prompt", "response"), _response),
+    "prompt and completion": RowKind(("prompt", "completion"), _completion),
+    "instruction and output": RowKind(("instruction", "output"), _alpaca),
+}
+
+
+def _turns(turns, role: str, content: str, roles: dict[str, str]) -> Messages:
+    """Returns the messages of a list of objects with these fields; `roles`: theirs to ours."""
+    if not isinstance(turns, list):
+        raise ValueError("the turns of a chat must be a list")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get(content), str):
+            raise ValueError(f"a message needs {role} and {content}, both text")
+        if not isinstance(turn.get(role), str) or turn[role] not in roles:
+            raise ValueError(f"{role} {turn.get(role)!r} is unknown; one of {', '.join(roles)}")
+        messages.append((roles[turn[role]], turn[content]))
+    return messages
+
+
+def _texts(row: dict, *fields: str) -> list[str]:
+    if not all(isinstance(row[field], str) for field in fields):
+        raise ValueError(f"{' and '.join(fields)} must be text")
+    return [row[field] for field in fields]
+
+
+def _exchange(prompt: str, response: str, template: str) -> list[Span]:
+    """The plain template leaves the two as they are."""
+    if template == "plain":
+        return [Span(prompt), Span(response, is_target=True)]
+    return TEMPLATES[template]([("user", prompt), ("assistant", response)])
+
+
+def _plain(messages: Messages) -> list[Span]:
     spans = []
     for number, (role, content) in enumerate(messages, start=1):
         end = "\n" if number < len(messages) else ""
@@ -78,7 +196,7 @@ def _plain(messages: list[tuple[str, str]]) -> list[Span]:
     return spans
 
 
-def _chatml(messages: list[tuple[str, str]]) -> list[Span]:
+def _chatml(messages: Messages) -> list[Span]:
     spans = []
     for role, content in messages:
         is_target = role == "assistant" and bool(content)
@@ -87,7 +205,19 @@ def _chatml(messages: list[tuple[str, str]]) -> list[Span]:
     return spans
 
 
-TEMPLATES = {"plain": _plain, "chatml": _chatml}
+def _alpaca_text(messages: Messages) -> list[Span]:
+    if messages[:1] and messages[0][0] != "system":
+        messages = [("system", ALPACA), *messages]
+    headings = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:"}
+    spans = []
+    for number, (role, content) in enumerate(messages, start=1):
+        end = "\n\n" if number < len(messages) else ""
+        is_target = role == "assistant" and bool(content)
+        spans += [Span(headings[role]), Span(content + end, is_target)]
+    return spans
+
+
+TEMPLATES = {"plain": _plain, "chatml": _chatml, "alpaca": _alpaca_text}
 
 
 def save_template(template: str, folder: os.PathLike) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxgpt.config import DataConfig
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text import formats
-from jaxgpt.text.chat import read_chat
+from jaxgpt.text.chat import ChatReader
 from jaxgpt.text.files import file_stamp, hash_files, list_files
 from jaxgpt.text.pieces import Documents, Piece, num_bytes
 from jaxgpt.text.tasks import TASKS, read_task
@@ -95,7 +95,7 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
         "jsonl": partial(formats.read_jsonl, field=cfg.field),
         "parquet": partial(formats.read_parquet, column=cfg.field),
         "warc": formats.read_warc,
-        "sft": partial(read_chat, template=cfg.chat_template),
+        "sft": ChatReader(spec, cfg.chat_template),
     }
     if tokenizer is not None:
         readers["bin"] = partial(

@@ -178,8 +178,12 @@ def test_what_ends_a_learnt_document_is_learnt_and_what_ends_another_is_not(tmp_
         {"prompt": "g", "response": "h"},
         {"prompt": "i", "response": "j"},
     ]
-    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    split = prepare_whole(f"sft:{tmp_path}/s.jsonl", DataConfig(), make_tokenizer("byte"), tmp_path)
+    for number in (0, 2):  # a file holds rows of one kind
+        text = "\n".join(map(json.dumps, rows[number : number + 2]))
+        (tmp_path / f"s{number}.jsonl").write_text(text)
+    split = prepare_whole(
+        f"sft:{tmp_path}/s*.jsonl", DataConfig(), make_tokenizer("byte"), tmp_path
+    )
     ends = [bool(split.mask[start]) for start in split.starts]
     assert ends == [False, True, False, True], "the first, and what follows bc, ef and h"
     assert split.num_targets == int(np.count_nonzero(split.mask))

@@ -19,23 +19,23 @@ from jaxgpt.evaluation.tasks import AnswerScorer, answer_words, questions, word_
 from jaxgpt.evaluation.windows import evaluation_batch
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
-from jaxgpt.text.chat import JINJA, TEMPLATES, row_spans
+from jaxgpt.text.chat import JINJA, ROW_KINDS, TEMPLATES, row_spans
 from jaxgpt.text.tasks import Example, read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer
 from jaxgpt.training.objectives import make_eval_step
 from jaxgpt.training.setup import make_training
 from tests.conftest import config_flag, mesh_of, tiny_config
 
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "See you"},
+    ]
+}
 ROWS = [
     {"prompt": "What is 1+1? ", "response": "2"},
-    {
-        "messages": [
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Hello!"},
-            {"role": "user", "content": "Bye"},
-            {"role": "assistant", "content": "See you"},
-        ]
-    },
     {"prompt": "Say: ", "response": "yes"},
     {"prompt": "Held ", "response": "out"},
 ]
@@ -47,8 +47,11 @@ def write_rows(tmp_path, rows, name="sft.jsonl"):
 
 
 def prepare_rows(tmp_path, **data):
-    file = write_rows(tmp_path, ROWS)
-    return prepare(DataConfig(source=f"sft:{file}", validation_fraction=0.1, **data))
+    write_rows(tmp_path, ROWS[:1], "rows-1.jsonl")
+    write_rows(tmp_path, [CHAT], "rows-2.jsonl")  # another kind, in a file of its own
+    write_rows(tmp_path, ROWS[1:], "rows-3.jsonl")
+    source = f"sft:{tmp_path}/rows-*.jsonl"
+    return prepare(DataConfig(source=source, validation_fraction=0.1, **data))
 
 
 def learnt(data) -> list[str]:
@@ -138,10 +141,83 @@ def test_chatml_uses_its_special_tokens(tmp_path):
         validate(bad)
 
 
-@pytest.mark.parametrize("name", ["plain", "chatml"])
+ALPACA = {"instruction": "Say it in French", "input": "Hello", "output": "Bonjour"}
+# Written out by hand, from Stanford Alpaca's
+ALPACA_TEXT = """Below is an instruction that describes a task, paired with an input that provides \
+further context. Write a response that appropriately completes the request.
+
+### Instruction:
+Say it in French
+
+### Input:
+Hello
+
+### Response:Bonjour"""
+ALPACA_TEXT_WITHOUT = """Below is an instruction that describes a task. Write a response that \
+appropriately completes the request.
+
+### Instruction:
+Say it in French
+
+### Response:Bonjour"""
+SHAREGPT = {
+    "conversations": [
+        {"from": "system", "value": "Be kind"},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello"},
+    ]
+}
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "text", "targets"),
+    [
+        (ALPACA, "alpaca", ALPACA_TEXT, ["Bonjour"]),
+        (ALPACA | {"input": ""}, "alpaca", ALPACA_TEXT_WITHOUT, ["Bonjour"]),
+        (ALPACA | {"input": None, "id": 7}, "alpaca", ALPACA_TEXT_WITHOUT, ["Bonjour"]),
+        (ALPACA, "plain", "User: Say it in French\nHello\nAssistant: Bonjour", [" Bonjour"]),
+        (
+            ALPACA,
+            "chatml",
+            f"{START}user\nSay it in French\nHello{END}\n{START}assistant\nBonjour{END}\n",
+            ["Bonjour", END],
+        ),
+        (SHAREGPT, "plain", "System: Be kind\nUser: Hi\nAssistant: Hello", [" Hello"]),
+        (SHAREGPT, "alpaca", "Be kind\n\n### Instruction:\nHi\n\n### Response:Hello", ["Hello"]),
+        ({"prompt": "a ", "completion": "b"}, "plain", "a b", ["b"]),
+        (
+            {"prompt": "a", "completion": "b", "messages": None},
+            "alpaca",
+            ALPACA_TEXT_WITHOUT.replace("Say it in French", "a").replace("Bonjour", "b"),
+            ["b"],
+        ),
+    ],
+)
+def test_rows_as_people_have_them(row, template, text, targets):
+    spans = row_spans(row, template, "x")
+    assert "".join(span.text for span in spans) == text
+    assert [span.text for span in spans if span.is_target] == targets
+
+
+EXAMPLES = [CHAT, SHAREGPT, ROWS[0], {"prompt": "a", "completion": "b"}, ALPACA]
+
+
+def test_the_kind_of_row_is_said_once(tmp_path, capsys):
+    assert len(EXAMPLES) == len(ROW_KINDS)
+    for number, (name, row) in enumerate(zip(ROW_KINDS, EXAMPLES, strict=True)):
+        file = write_rows(tmp_path, [row] * 9, f"{number}.jsonl")
+        data = prepare(DataConfig(source=f"sft:{file}", validation_fraction=0.2))
+        assert data.train.num_targets
+        assert capsys.readouterr().err.count(f": rows of {name}, chat template plain\n") == 1
+    prepare(DataConfig(source=f"sft:{tmp_path}/[0-4].jsonl", validation_fraction=0.2))
+    assert capsys.readouterr().err.count(": rows of ") == len(ROW_KINDS)
+
+
+@pytest.mark.parametrize("name", ["plain", "chatml", "alpaca"])
 def test_the_saved_template_says_the_same(name):
-    messages = ROWS[1]["messages"]
-    parts = row_spans(ROWS[1], name, "x")
+    messages = CHAT["messages"]
+    parts = row_spans(CHAT, name, "x")
     template = jinja2.Environment().from_string(JINJA[name])
     assert template.render(messages=messages) == "".join(part.text for part in parts)
     asked = template.render(messages=messages[:3], add_generation_prompt=True)
@@ -156,19 +232,32 @@ def test_the_saved_template_says_the_same(name):
     [
         ({"prompt": "a", "response": ""}, "line 2 has no response to learn: all of it would be"),
         ({"messages": [{"role": "user", "content": "x"}]}, "line 2 has no response to learn"),
-        ({"prompt": "a"}, "line 2 has neither prompt and response nor a list of messages"),
+        ({"prompt": "a"}, r"line 2 has neither messages, nor .* \(its fields are prompt\)"),
+        (["a"], r"line 2 has neither messages, nor .* \(not an object\)"),
         ({"prompt": 1, "response": "x"}, "prompt and response must be text"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is unknown"),
         ({"messages": ["x"]}, "a message needs role and content"),
+        ({"messages": {"a": 1}}, "line 2: the turns of a chat must be a list"),
+        ({"conversations": [{"from": "human"}]}, "line 2: a message needs from and value"),
+        ({"conversations": [{"from": [], "value": "x"}]}, "one of system, human, gpt"),
+        ({"instruction": "a", "output": 2}, "instruction and input and output must be text"),
+        ({"prompt": "a", "completion": ["b"]}, "prompt and completion must be text"),
     ],
 )
 def test_rows_that_cannot_be_learnt(tmp_path, row, message):
-    file = write_rows(tmp_path, [ROWS[0], row])
+    good = next((r for r in EXAMPLES if isinstance(row, dict) and row.keys() <= r.keys()), ROWS[0])
+    file = write_rows(tmp_path, [good, row])
     with pytest.raises(BadInput, match=message) as e:
         prepare(DataConfig(source=f"sft:{file}"))
     assert str(file) in str(e.value)
     with pytest.raises(BadInput, match="not bin:, sft: or task:"):
         prepare(DataConfig(source=f"sft:{write_rows(tmp_path, ROWS)}", clean="unicode"))
+
+
+def test_a_file_holds_rows_of_one_kind(tmp_path):
+    file = write_rows(tmp_path, [ALPACA, ALPACA, SHAREGPT])
+    with pytest.raises(BadInput, match="has conversations, but line 1 has instruction and output"):
+        prepare(DataConfig(source=f"sft:{file}"))
 
 
 def test_fine_tuning_on_a_task_learns_it(command, tmp_path):

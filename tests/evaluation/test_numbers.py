@@ -98,7 +98,8 @@ def run(tmp_path_factory):
     (folder / "a.txt").write_text(CORPUS[:333])
     rows = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
     (folder / "b.jsonl").write_text(rows)
-    (folder / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    for number, row in enumerate(CHATS):  # a file holds rows of one kind
+        (folder / f"c{number}.jsonl").write_text(json.dumps(row) + "\n")
     return folder, nats
 
 
@@ -121,11 +122,11 @@ ONE = [[(True, CORPUS[:333])]]
 SPLITS = {
     "text:{}/a.txt": [("text:{}/a.txt", ONE)],
     "jsonl:{}/b.jsonl": [("jsonl:{}/b.jsonl", PLAIN)],
-    "sft:{}/c.jsonl": [("sft:{}/c.jsonl", LEARNT)],
+    "sft:{}/c*.jsonl": [("sft:{}/c*.jsonl", LEARNT)],
     "0.3*text:{}/a.txt,0.7*jsonl:{}/b.jsonl": [("text:{}/a.txt", ONE), ("jsonl:{}/b.jsonl", PLAIN)],
-    "0.5*jsonl:{}/b.jsonl,0.5*sft:{}/c.jsonl": [
+    "0.5*jsonl:{}/b.jsonl,0.5*sft:{}/c*.jsonl": [
         ("jsonl:{}/b.jsonl", PLAIN),
-        ("sft:{}/c.jsonl", LEARNT),
+        ("sft:{}/c*.jsonl", LEARNT),
     ],
 }
 

@@ -73,6 +73,9 @@ ROWS = {  # one good row of each kind, with a place for each field of text
         b'{"messages": [{"role": "user", "content": %s}, {"role": "assistant", "content": "b"}]}',
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": %s}]}',
         b'{"messages": [{"role": %s, "content": "a"}]}',
+        b'{"conversations": [{"from": "gpt", "value": %s}]}',
+        b'{"instruction": %s, "output": "b"}',
+        b'{"instruction": "a", "output": %s}',
     ],
     "task:sentiment": [b'{"text": %s, "label": 0}', b'{"text": "a", "label": %s}'],
     "task:entailment": [
@@ -109,7 +112,7 @@ JSON_CASES = [
     of("label -1", "task:sentiment:x", {"x": b'{"text": "a", "label": -1}'}, "label -1 is"),
     of("no answer", "task:questions:x", {"x": b'{"context":"","question":"","answers":[]}'}),
     of("no message", "sft:x", {"x": b'{"messages": []}'}, "no response to learn"),
-    of("messages no list", "sft:x", {"x": b'{"messages": {}}'}, "has neither"),
+    of("messages no list", "sft:x", {"x": b'{"messages": {}}'}, "must be a list"),
     of("the second row", "jsonl:x", {"x": b'{"text": "a"}\n\n{}'}, "x, line 3 has no text field"),
     of("a field of no name", "jsonl:x", {"x": b'{"text": "a"}'}, "no text field ''", field=""),
     of("a long field", "jsonl:x", {"x": b'{"text": "a"}'}, "no text field", field="x" * 9999),

@@ -189,11 +189,13 @@ def folder(tmp_path_factory):
 ROW = b'{"text": "a text", "prompt": "a", "response": "b", "label": 1, "premise": "c",'
 ROW += b' "hypothesis": "d", "context": "e", "question": "f", "answers": {"text": ["g"]}}\n'
 CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+SHAREGPT = b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'
+ALPACA = b'{"instruction": "a", "input": "b", "output": "c"}\n'
 PAGES = page(b"<meta charset=utf-7>+2AA-", b"text/html; charset=utf-8") + page(kind=b"text/plain")
 ARCHIVE = PAGES + record(b"conversion", "zwei é".encode(), uri=None)
 FUZZED = {
     "jsonl:": [ROW * 2],
-    "sft:": [ROW + CHAT],
+    "sft:": [ROW * 2, CHAT * 2, SHAREGPT * 2, ALPACA * 2],
     "task:sentiment:": [ROW * 2],
     "task:entailment:": [ROW],
     "task:questions:": [ROW],
