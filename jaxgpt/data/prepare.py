@@ -282,11 +282,12 @@ def _clean(source: Source, steps: list, report: Report, scratch: Path) -> Source
     if not steps:
         return source
     spool = scratch / f"{len(list(scratch.glob('*.spool')))}.spool"
-    bar = Bar(f"data      cleaning {source.spec}:", source.num_bytes)
-    with open(spool, "w") as file:
+    with (
+        open(spool, "w") as file,
+        Bar(f"data      cleaning {source.spec}:", source.num_bytes) as bar,
+    ):
         for piece in clean_documents(_plain_pieces(source.documents, bar), steps, report):
             file.write(json.dumps([piece.text, piece.file, piece.row]) + "\n")
-    bar.close()
     if not spool.stat().st_size:
         counts = ", ".join(f"{rule} {e['documents']}" for rule, e in report.dropped.items())
         raise BadInput(

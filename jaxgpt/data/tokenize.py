@@ -24,21 +24,20 @@ def write_splits(
     the names of the documents' files."""
     entries, files = {}, {}
     total = sum(source.num_bytes for sources in splits.values() for source in sources)
-    bar = Bar("data      tokenizing", total)
-    for name, sources in splits.items():
-        masked = any(source.masked for source in sources)
-        writer = SplitWriter(folder, name, token_dtype(tokenizer.vocab_size), files, masked)
-        for source in sources:
-            writer.begin_part(source.spec, source.weight)
-            for piece, ids, is_target in tokenize(source.documents(), tokenizer):
-                if not piece.continues:
-                    writer.begin_document(piece.file, piece.row, tokenizer.end_of_text)
-                text = piece.text if piece.tokens is None else tokenizer.decode(piece.tokens)
-                target_bytes = sum(num_bytes(s.text) for s in piece.spans if s.is_target)
-                writer.extend(ids, num_bytes(text), is_target, target_bytes)
-                bar.advance(num_bytes(text))
-        entries[name] = writer.close()
-    bar.close()
+    with Bar("data      tokenizing", total) as bar:
+        for name, sources in splits.items():
+            masked = any(source.masked for source in sources)
+            writer = SplitWriter(folder, name, token_dtype(tokenizer.vocab_size), files, masked)
+            for source in sources:
+                writer.begin_part(source.spec, source.weight)
+                for piece, ids, is_target in tokenize(source.documents(), tokenizer):
+                    if not piece.continues:
+                        writer.begin_document(piece.file, piece.row, tokenizer.end_of_text)
+                    text = piece.text if piece.tokens is None else tokenizer.decode(piece.tokens)
+                    target_bytes = sum(num_bytes(s.text) for s in piece.spans if s.is_target)
+                    writer.extend(ids, num_bytes(text), is_target, target_bytes)
+                    bar.advance(num_bytes(text))
+            entries[name] = writer.close()
     return entries, list(files)
 
 

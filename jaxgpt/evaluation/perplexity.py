@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.shards import Split
 from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows, on_devices
+from jaxgpt.metrics.progress import Bar
 from jaxgpt.system.errors import BadInput
 
 MAX_PENDING = 2  # batches that are computed while the host reads an earlier one's losses
@@ -71,17 +72,19 @@ class Perplexity:
         windows = evaluation_windows(len(tokens), self.seq_len, self.stride)
         windows = min(windows, max_windows) if max_windows else windows
         pending, batches = deque(), -(-windows // self.batch)
-        for k in range(batches + MAX_PENDING):
-            if k < batches:
-                batch = evaluation_batch(tokens, self.seq_len, self.batch, k, mask, self.stride)
-                window = k * self.batch + np.arange(self.batch)[:, None]
-                positions = window * self.stride + 1 + np.arange(self.seq_len)
-                is_target = (batch["targets"][0] != IGNORE) & (window < windows)
-                nats = self.eval_step(params, on_devices(batch, self.sharding))
-                pending.append((positions[is_target], is_target, nats))
-            if k >= MAX_PENDING:
-                positions, is_target, nats = pending.popleft()
-                yield positions, np.asarray(jax.device_get(nats), np.float64)[is_target]
+        with Bar("evaluate ", windows, "windows") as bar:
+            for k in range(batches + MAX_PENDING):
+                if k < batches:
+                    batch = evaluation_batch(tokens, self.seq_len, self.batch, k, mask, self.stride)
+                    window = k * self.batch + np.arange(self.batch)[:, None]
+                    positions = window * self.stride + 1 + np.arange(self.seq_len)
+                    is_target = (batch["targets"][0] != IGNORE) & (window < windows)
+                    nats = self.eval_step(params, on_devices(batch, self.sharding))
+                    pending.append((positions[is_target], is_target, nats))
+                if k >= MAX_PENDING:
+                    bar.advance(self.batch)
+                    positions, is_target, nats = pending.popleft()
+                    yield positions, np.asarray(jax.device_get(nats), np.float64)[is_target]
 
 
 def _loss_and_perplexity(nats: float, tokens: int) -> dict:

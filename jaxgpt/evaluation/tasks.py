@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.chunks import next_token
 from jaxgpt.evaluation.windows import on_devices
+from jaxgpt.metrics.progress import Bar
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.tasks import LABELS, Example
 from jaxgpt.tokenizer import Tokenizer
@@ -41,21 +42,23 @@ class AnswerScorer:
         long for the context loses its beginning.
         """
         scores, shape = np.zeros(len(pairs)), (1, self.batch, self.seq_len)
-        for start in range(0, len(pairs), self.batch):
-            inputs, targets = np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32)
-            group = pairs[start : start + self.batch]
-            for i, (prompt, answer) in enumerate(group):
-                if len(answer) >= self.seq_len:
-                    text = self.tokenizer.decode(answer[:40])[:40]
-                    raise BadInput(f"the answer {text!r} is longer than the model's context")
-                prompt = document_start(self.tokenizer, prompt, self.seq_len - len(answer))
-                text = np.concatenate([prompt, answer])
-                row = next_token(text, np.arange(1, len(text)) >= len(prompt))
-                inputs[0, i, : len(text) - 1] = row["inputs"]
-                targets[0, i, : len(text) - 1] = row["targets"]
-            batch = on_devices({"inputs": inputs, "targets": targets}, self.sharding)
-            nats = np.asarray(jax.device_get(self.eval_step(params, batch)), np.float64)
-            scores[start : start + len(group)] = -nats[: len(group)].sum(axis=-1)
+        with Bar("evaluate ", len(pairs), "answers") as bar:
+            for start in range(0, len(pairs), self.batch):
+                inputs, targets = np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32)
+                group = pairs[start : start + self.batch]
+                for i, (prompt, answer) in enumerate(group):
+                    if len(answer) >= self.seq_len:
+                        text = self.tokenizer.decode(answer[:40])[:40]
+                        raise BadInput(f"the answer {text!r} is longer than the model's context")
+                    prompt = document_start(self.tokenizer, prompt, self.seq_len - len(answer))
+                    text = np.concatenate([prompt, answer])
+                    row = next_token(text, np.arange(1, len(text)) >= len(prompt))
+                    inputs[0, i, : len(text) - 1] = row["inputs"]
+                    targets[0, i, : len(text) - 1] = row["targets"]
+                batch = on_devices({"inputs": inputs, "targets": targets}, self.sharding)
+                nats = np.asarray(jax.device_get(self.eval_step(params, batch)), np.float64)
+                scores[start : start + len(group)] = -nats[: len(group)].sum(axis=-1)
+                bar.advance(len(group))
         return scores
 
 

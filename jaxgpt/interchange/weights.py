@@ -10,6 +10,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.interchange.families import Family, Rule
 from jaxgpt.interchange.folder import Folder
 from jaxgpt.interchange.safetensors import write_safetensors
+from jaxgpt.metrics.progress import Bar
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 
@@ -41,13 +42,17 @@ def read_params(folder: Folder, abstract: dict) -> dict:
             )
     params = {path: _aligned_zeros(leaf.shape, leaf.dtype) for path, leaf in ours.items()}
     # the largest tensors first: they are freed before most of the result is in memory
-    for name, tensor in sorted(tensors.items(), key=lambda item: -np.prod(item[1].shape)):
-        values = tensor.rule.to_ours(folder.read(name), tensor.shapes)
-        for target, value in zip(tensor.arrays(params), values, strict=True):
-            with np.errstate(over="ignore"):  # float64's largest become infinite
-                target[:] = value
-            if not np.isfinite(target).all():
-                raise BadInput(f"{folder.path}: tensor {name} holds NaN or infinite numbers")
+    largest_first = sorted(tensors.items(), key=lambda item: -np.prod(item[1].shape))
+    total = sum(value.nbytes for value in params.values())
+    with Bar("import   ", total) as bar:
+        for name, tensor in largest_first:
+            values = tensor.rule.to_ours(folder.read(name), tensor.shapes)
+            for target, value in zip(tensor.arrays(params), values, strict=True):
+                with np.errstate(over="ignore"):  # float64's largest become infinite
+                    target[:] = value
+                if not np.isfinite(target).all():
+                    raise BadInput(f"{folder.path}: tensor {name} holds NaN or infinite numbers")
+                bar.advance(target.nbytes)
     return unflatten_dict(params, sep="/")
 
 

@@ -1,7 +1,14 @@
 """Progress as people read it: the lines of training, and a bar."""
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
+
+from jaxgpt.system.console import say
+
+INTERVAL = 5.0  # seconds between two lines
 
 
 def duration(seconds: float) -> str:
@@ -43,31 +50,65 @@ def _step(row: dict, num_steps: int) -> str:
 
 
 class Bar:
-    """Progress through `total` bytes: one line redrawn on a terminal, else a line every 10 s."""
+    """Progress through `total` (0: unknown) of a `unit`, "MB" for bytes: one line redrawn on a
+    terminal, else a line every 5 s. Use it in a `with` block, whose end clears the line."""
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.done = label, total, 0
+    def __init__(self, label: str, total: int, unit: str = "MB"):
+        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.scale, self.digits = (1e6, 1) if unit == "MB" else (1, 0)
         self.began = self.shown = time.monotonic()
-        self.terminal = sys.stderr.isatty()
 
-    def advance(self, amount: int) -> None:
-        """Counts `amount` bytes more."""
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        _clear()
+
+    def advance(self, amount: int = 1) -> None:
+        """Counts `amount` more."""
         self.done += amount
         now = time.monotonic()
-        if now - self.shown > (0.2 if self.terminal else 10):
-            self.shown = now
-            rate = self.done / (now - self.began)
-            line = f"{self.label} {self.done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s"
-            if self.total:
-                share = min(self.done / self.total, 1.0)
-                line += f", {share:.0%} | eta {duration(max(self.total - self.done, 0) / rate)}"
-            _draw(f"\r{line}\x1b[K" if self.terminal else f"{line}\n")
-
-    def close(self) -> None:
-        """Clears the terminal's line."""
-        if self.terminal:
-            _draw("\r\x1b[K")
+        if now - self.shown < _interval():
+            return
+        self.shown, rate = now, self.done / (now - self.began)
+        line = f"{self.label} {min(self.done, self.total or self.done) / self.scale:,.0f}"
+        if self.total:
+            line += f"/{self.total / self.scale:,.0f}"
+        line += f" {self.unit} | {rate / self.scale:,.{self.digits}f}/s"
+        if self.total and rate:
+            line += f" | eta {duration(max(self.total - self.done, 0) / rate)}"
+        _draw(line)
 
 
-def _draw(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def elapsed(label: str) -> Iterator[None]:
+    """Shows the seconds that the `with` block has taken so far, for what cannot say how far it
+    is."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def show() -> None:
+        while not ended.wait(INTERVAL):
+            _draw(f"{label} {duration(time.monotonic() - began)} so far")
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        _clear()
+
+
+def _interval() -> float:
+    """Returns the seconds between two drawings of a bar."""
+    return 0.2 if sys.stderr.isatty() else INTERVAL
+
+
+def _draw(line: str) -> None:
+    say(*(("\r" + line + "\x1b[K", "") if sys.stderr.isatty() else (line,)))
+
+
+def _clear() -> None:
+    if sys.stderr.isatty():
+        say("\r\x1b[K", end="")

@@ -49,7 +49,7 @@ def run_rung(
     for device in range(jobs):
         devices.put(device)
     folder.mkdir(parents=True, exist_ok=True)
-    children = Children()
+    children, losses = Children(), []
 
     def run(numbered: tuple[int, Choice]) -> Outcome:
         number, choice = numbered
@@ -65,7 +65,9 @@ def run_rung(
             outcome = read_outcome(workdir, code)
         text = f"failed with exit code {outcome.code}, see {workdir}.log"
         if outcome.loss is not None:
-            text = f"validation loss {outcome.loss:.4f}"
+            best = min([outcome.loss, *losses])
+            losses.append(outcome.loss)
+            text = f"validation loss {outcome.loss:.4f} (best so far {best:.4f})"
         if not children.stopped:
             say(f"{number:>3}/{len(choices)}  {name_of(choice)}  {text}")
         return outcome

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.config import Config
+from jaxgpt.metrics.progress import elapsed
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.gpt import resolve_scan
 from jaxgpt.ops.attention import choose_kernel
@@ -107,7 +108,8 @@ class Training:
         """Returns the compiled update `(state, batch) -> (state, metrics)`; `options` are XLA's."""
         step = make_train_step(self.spec, self.config)
         lowered = step.lower(self.abstract_state(), self.abstract_batch())
-        return lowered.compile(compiler_options=options)
+        with elapsed("compile   the train step:"):
+            return lowered.compile(compiler_options=options)
 
 
 def make_training(config: Config, mesh: Mesh) -> Training:

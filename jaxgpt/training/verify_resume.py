@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from jaxgpt.metrics.progress import Bar
 from jaxgpt.metrics.rows import METRICS, read_rows
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
@@ -30,11 +31,11 @@ def verify_resume(argv: list[str], steps: int) -> dict:
     with tempfile.TemporaryDirectory(prefix="jaxgpt-verify-") as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
         say(f"verify    {2 * steps} steps without a kill")
-        _finish(_start(argv, steps, whole), whole)
+        _finish(_start(argv, steps, whole), whole, 2 * steps)
         say(f"verify    the same, killed after checkpoint {steps}")
         _kill_after(_start(argv, steps, killed), killed, steps)
         say("verify    the same command again")
-        _finish(_start(argv, steps, killed), killed)
+        _finish(_start(argv, steps, killed), killed, 2 * steps)
         rows = [_rows(folder) for folder in (whole, killed)]
     for step in range(1, 2 * steps + 1):
         for name in COMPARED:
@@ -69,8 +70,15 @@ def _log(workdir: Path) -> Path:
     return workdir.with_suffix(".log")
 
 
-def _finish(process: subprocess.Popen, workdir: Path, expected: tuple[int, ...] = (0,)) -> None:
-    if process.wait() not in expected:
+def _finish(
+    process: subprocess.Popen, workdir: Path, steps: int, expected: tuple[int, ...] = (0,)
+) -> None:
+    """Waits for the end of a run of `steps` steps, and shows how far it is."""
+    with Bar("verify   ", steps, "steps") as bar:
+        while process.poll() is None:
+            time.sleep(0.1)
+            bar.advance(len(_rows(workdir)) - bar.done)
+    if process.returncode not in expected:
         last = (_log(workdir).read_text().strip().splitlines() or ["no message"])[-1]
         raise BadInput(f"the run to verify failed: {last.removeprefix('error: ')}")
 
@@ -80,7 +88,7 @@ def _kill_after(process: subprocess.Popen, workdir: Path, steps: int) -> None:
     while process.poll() is None and not (workdir / "checkpoints" / str(steps)).exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    _finish(process, workdir, (0, -signal.SIGKILL))
+    _finish(process, workdir, steps, (0, -signal.SIGKILL))
     end = workdir / "checkpoints" / str(2 * steps)
     if end.exists():  # it was too fast to be killed: as if the kill had come before its last save
         end.rename(workdir / "too-fast")
