@@ -21,7 +21,8 @@ def load_or_write(
     """Returns `read(folder)`. If the folder is not there, or `read` finds it damaged (which is said
     in one line), it is first made by `write(scratch)` and renaming scratch to it.
 
-    Processes that want the same folder wait for one another; what a killed one left is removed.
+    Processes that want the same folder wait for one another; what a killed one left is removed. An
+    interrupted one says that it leaves nothing.
 
     Raises:
       BadInput: if nothing can be written there (no permission, disk full, a path below a file).
@@ -42,6 +43,9 @@ def load_or_write(
             try:
                 with whole_folder(folder, "folder", is_locked) as scratch:
                     write(scratch)
+            except (KeyboardInterrupt, SystemExit):
+                say("stopped   what was prepared so far is not kept: the next run starts clean")
+                raise
             except BadInput:  # on a file system without locks another host may have been first
                 if is_locked or not (folder / META).exists():
                     raise

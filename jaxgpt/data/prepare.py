@@ -25,7 +25,7 @@ from jaxgpt.system.stores import is_object_store
 from jaxgpt.text.cleaning import Report, clean_documents, cleaning_identity, make_steps
 from jaxgpt.text.files import file_stamp, is_young
 from jaxgpt.text.pieces import Documents, Piece, num_bytes
-from jaxgpt.text.sources import Source, open_sources
+from jaxgpt.text.sources import Source, nearest, open_sources
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.load import check_spec, describes, fingerprint, is_trained
@@ -92,6 +92,7 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     except OSError as e:
         raise BadInput(f"data.cache_dir {cache} cannot be made: {e}") from e
     tokenizer, sources, validation = find_data(cfg, cache)
+    _ask_about_kinds((*sources, *validation))
 
     def make_key() -> str:
         return _hash(
@@ -136,6 +137,13 @@ def find_data(
     if not cfg.validation_source:
         return tokenizer, sources, ()
     return tokenizer, sources, open_sources(cfg.validation_source, cfg, cache, tokenizer)
+
+
+def _ask_about_kinds(sources: tuple[Source, ...]) -> None:
+    """Asks whether another kind of source was meant, where a file's ending says so."""
+    for source in sources:
+        if meant := nearest(source.spec):
+            say(f"data      {source.spec} is read as plain text; did you mean {meant}?")
 
 
 class CacheKey:
@@ -215,6 +223,7 @@ def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Pat
     if source.startswith("shards:"):
         raise BadInput("--data=shards:DIR holds splits already; name the text instead")
     sources = open_sources(source, cfg, cache, tokenizer)
+    _ask_about_kinds(sources)
 
     def make_key() -> str:
         identities = [source.identity() for source in sources]

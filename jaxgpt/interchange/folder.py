@@ -59,6 +59,19 @@ def is_model_folder(path: Path) -> bool:
     return config.is_file() and "model_type" in read_json(config, dict)
 
 
+def how_to_download(path: Path) -> str:
+    """Says how to download the model that `path` seems to name: GPT-2, or OWNER/NAME."""
+    repository, files, target = "OWNER/NAME", "", "DIR"
+    if match := re.fullmatch("(?:openai-community/)?(gpt2(?:-medium|-large|-xl)?)", str(path)):
+        repository, target = f"openai-community/{match[1]}", match[1]
+        # the repository also holds the weights of other frameworks
+        files = " config.json model.safetensors tokenizer.json"
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not path.parent.exists():
+        repository, target = str(path), path.name
+    command = f"hf download {repository}{files} --local-dir {target}"
+    return f"a model of the Hugging Face hub is downloaded with: {command}"
+
+
 def open_folder(path: Path) -> Folder:
     """Opens a Hugging Face folder of GPT-2, Llama or Qwen3, or OpenAI's GPT-2 release.
 
@@ -67,7 +80,7 @@ def open_folder(path: Path) -> Folder:
         a part that jaxgpt does not support.
     """
     if not path.is_dir():
-        raise BadInput(f"{path} is not a folder")
+        raise BadInput(f"{path} is not a folder; {how_to_download(path)}")
     if (path / "hparams.json").is_file():
         file = TfCheckpoint(path)
         names = {_openai_name(name): (file, name) for name in file.shapes}

@@ -1,7 +1,9 @@
 """`data.source` strings to documents."""
 
 import dataclasses
+import difflib
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -25,6 +27,15 @@ KINDS = (
     " 0.7*text:GLOB,0.3*jsonl:GLOB"
 )
 FILE_HASHES = "digests.json"  # in the cache; see `hash_files`
+NAMES = ("text", "jsonl", "parquet", "warc", "tfds", "bin", "sft", "task", "shards")
+KIND_OF = {  # what a file's ending says
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".warc": "warc",
+    ".wet": "warc",
+    ".bin": "bin",
+}
 WEIGHT = r"\s*\d*\.?\d+\*"
 
 
@@ -106,7 +117,8 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
         readers["task"] = partial(read_task, task=task)
         setting, argument = task, task_pattern
     if kind not in readers or not argument:
-        raise BadInput(f"data source {spec!r} is unknown: choose {KINDS}")
+        hint = f"; did you mean {meant}?" if (meant := nearest(spec)) else f": choose {KINDS}"
+        raise BadInput(f"data source {spec!r} is unknown{hint}")
     files = list_files(spec, argument)
 
     def documents() -> Iterator[Piece]:
@@ -114,6 +126,21 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
 
     masked = kind in ("sft", "task")
     return _file_source(spec, f"{kind} {setting}", documents, files, cache, masked)
+
+
+def nearest(spec: str) -> str:
+    """Returns the source that was probably meant: `jsonl:a.jsonl` for `a.jsonl`, which is none,
+    or for `text:a.jsonl`, which is one; '' where nothing suggests another."""
+    kind, colon, pattern = spec.partition(":")
+    if colon and kind != "text" and not pattern.startswith("//"):
+        close = difflib.get_close_matches(kind, NAMES, n=1, cutoff=0.7)
+        return f"{close[0]}:{pattern}" if close and kind not in NAMES and pattern else ""
+    path = pattern if colon and kind == "text" else spec
+    ending = Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+    if not (ending or "/" in path or os.path.exists(path)):
+        return ""
+    meant = f"{KIND_OF.get(ending, 'text')}:{path}"
+    return meant if meant != spec else ""
 
 
 def _file_source(

@@ -59,9 +59,9 @@ def vocabulary_size(spec: str, special_tokens: str = "") -> int:
     """
     if spec == "char":
         raise BadInput("data.tokenizer=char gets its size from the corpus; set model.vocab_size")
-    size = _sentencepiece_size(spec)
-    size = size[1] if size else make_tokenizer(spec).vocab_size
-    return size + (len(special_tokens.split(",")) if special_tokens else 0)
+    if size := _sentencepiece_size(spec):
+        return size[1] + (len(special_tokens.split(",")) if special_tokens else 0)
+    return make_tokenizer(spec, special_tokens=special_tokens).vocab_size
 
 
 def make_tokenizer(
@@ -69,13 +69,14 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer that `spec` describes, trained on `texts` if it says so.
 
-    `special_tokens`, comma-separated, get ids of their own after the others.
+    `special_tokens`, comma-separated, get ids of their own after the others; those that the
+    tokenizer of a workdir has already keep theirs.
 
     Raises:
       BadInput: if `spec` is unknown, a file is missing or the corpus is too small.
     """
     if special_tokens:
-        return SpecialTokens(make_tokenizer(spec, texts), special_tokens.split(","))
+        return add_special_tokens(make_tokenizer(spec, texts), special_tokens.split(","))
     if spec == "byte":
         return ByteTokenizer()
     if spec == "char":
@@ -84,12 +85,24 @@ def make_tokenizer(
         return SentencePieceTokenizer.train(texts, *size)
     kind, _, path = spec.partition(":")
     if kind in READERS and path:
-        return READERS[kind](path_of(path, "data.tokenizer"))
+        path = path_of(path, "data.tokenizer")
+        for folder in (path, path / "tokenizer") if kind == "hf" else ():
+            if (folder / KIND_FILE).is_file():  # of a workdir, of any kind
+                return load_tokenizer(folder)
+        return READERS[kind](path)
     raise BadInput(
         f"data.tokenizer={spec!r} is unknown: choose byte, char, sentencepiece:SIZE,"
-        " sentencepiece:unigram:SIZE, sentencepiece:FILE.model, gpt2:DIR or hf:DIR (any"
-        " tokenizer.json)"
+        " sentencepiece:unigram:SIZE, sentencepiece:FILE.model, gpt2:DIR or hf:DIR (a"
+        " tokenizer.json, or a workdir)"
     )
+
+
+def add_special_tokens(tokenizer: Tokenizer, names: list[str]) -> SpecialTokens:
+    """Returns `tokenizer` with those of `names` that it does not have after its own."""
+    if not isinstance(tokenizer, SpecialTokens):
+        return SpecialTokens(tokenizer, names)
+    new = [name for name in names if name.strip() not in tokenizer.special]
+    return SpecialTokens(tokenizer.base, [*tokenizer.names, *new])
 
 
 def describes(spec: str, special_tokens: str, tokenizer: Tokenizer) -> bool:

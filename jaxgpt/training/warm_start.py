@@ -13,7 +13,7 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
 from jaxgpt.config import Config, MeshConfig, ModelConfig
 from jaxgpt.config.schema import model_differences
 from jaxgpt.config.stored import read_config
-from jaxgpt.interchange.folder import is_model_folder, open_folder
+from jaxgpt.interchange.folder import how_to_download, is_model_folder, open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
@@ -42,7 +42,7 @@ def check_source(path: str) -> None:
     if not (folder / "checkpoints").exists() and not is_model_folder(Path(path)):
         raise BadInput(
             f"init_from={path} is neither a workdir with checkpoints"
-            " nor a Hugging Face model folder"
+            f" nor a Hugging Face model folder; {how_to_download(Path(path))}"
         )
 
 

@@ -214,6 +214,7 @@ def test_an_interrupt_leaves_nothing_and_the_next_run_starts_clean(command, corp
             patch.setattr(module, "write_splits", lambda *a, n=number: signal.raise_signal(n))
             found, out, err = command(prepare_command.main, *argv)
         assert (found, out) == (code, "") and "Traceback" not in err
+        assert err.splitlines()[-1].endswith("is not kept: the next run starts clean")
         left = [p.name for p in (tmp_path / "cache").iterdir()]
         assert left == ["locks"], "no half of a corpus"
     signal.signal(signal.SIGINT, previous)
@@ -480,3 +481,13 @@ def test_the_command_and_shards_as_a_source(command, corpus, tmp_path):
     assert len(again.train.tokens) + len(again.validation.tokens) == size + 4
     with pytest.raises(BadInput, match="holds no token shards"):
         prepare(DataConfig(source=f"shards:{tmp_path}"))
+
+
+def test_jsonl_read_as_text_is_asked_about(tmp_path, capsys):
+    """Once, and not of what says its kind."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two, which is longer"}\n' * 9)
+    prepare(DataConfig(source=f"text:{tmp_path}/a.jsonl"))
+    asked = f"did you mean jsonl:{tmp_path}/a.jsonl?"
+    assert capsys.readouterr().err.count(asked) == 1
+    prepare(DataConfig(source=f"jsonl:{tmp_path}/a.jsonl"))
+    assert "did you mean" not in capsys.readouterr().err

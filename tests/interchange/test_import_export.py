@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import zipfile
 
@@ -25,6 +26,7 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.tokenizer.gpt2 import BYTES
+from jaxgpt.training.warm_start import check_source
 from tests.conftest import CORPUS, ROOT, mesh_of, tiny_config
 from tests.golden.openai_gpt2 import FOLDER as OPENAI
 from tests.golden.openai_gpt2 import variables
@@ -400,3 +402,24 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(command, tmp_path, monkeyp
         code, _, err = command(convert.main, *args)
         assert code == 2 and message in err and err.count("\n") == 1
     assert (ROOT / "jaxgpt/convert.py").exists()
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("gpt2", "openai-community/gpt2 config.json model.safetensors tokenizer.json --local-dir"),
+        ("openai-community/gpt2-xl", "openai-community/gpt2-xl config.json"),
+        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
+        ("runs/gpt2", "hf download OWNER/NAME --local-dir DIR"),  # a folder of ours, not a name
+        ("/models/gpt2", "hf download OWNER/NAME --local-dir DIR"),
+    ],
+)
+def test_a_model_that_is_not_there_is_said_how_to_download(
+    command, tmp_path, monkeypatch, name, says
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    code, _, err = command(convert.main, "import", f"--from={name}", "--workdir=w")
+    assert code == 2 and f"{name} is not a folder; " in err and says in err
+    with pytest.raises(BadInput, match=re.escape(says)):
+        check_source(name)

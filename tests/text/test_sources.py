@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from jaxgpt.config import DataConfig
 from jaxgpt.data.split import measure
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text import files, formats, pieces
-from jaxgpt.text.sources import open_sources
+from jaxgpt.text.sources import nearest, open_sources
 from jaxgpt.tokenizer.base import ByteTokenizer
 
 
@@ -100,6 +101,40 @@ def test_bad_text_sources(tmp_path):
     ):
         with pytest.raises(BadInput, match=message):
             measure(opened(source)[0].documents, source)
+
+
+@pytest.mark.parametrize(
+    "spec, meant",
+    [
+        ("posts.txt", "text:posts.txt"),
+        ("books", "text:books"),  # a folder that is there
+        ("no-books", ""),
+        ("a/b", "text:a/b"),
+        ("~/posts.jsonl.gz", "jsonl:~/posts.jsonl.gz"),
+        ("a/*.parquet", "parquet:a/*.parquet"),
+        ("crawl.warc.gz", "warc:crawl.warc.gz"),
+        ("train.bin", "bin:train.bin"),
+        ("gs://bucket/*.ndjson.zst", "jsonl:gs://bucket/*.ndjson.zst"),
+        ("json:posts.jsonl", "jsonl:posts.jsonl"),
+        ("ftp:x", ""),
+        ("text:posts.jsonl", "jsonl:posts.jsonl"),
+        ("text:gs://bucket/a.jsonl", "jsonl:gs://bucket/a.jsonl"),
+        ("text:posts.txt", ""),
+        ("text:a.md", ""),
+        ("jsonl:posts.txt", ""),
+        ("sft:posts.jsonl", ""),
+        ("builtin", ""),
+        ("x" * 5000, ""),
+    ],
+)
+def test_the_source_that_was_meant(spec, meant, tmp_path):
+    (tmp_path / "books").mkdir()
+    assert nearest(spec) == meant
+    if meant and not spec.startswith("text:"):
+        with pytest.raises(BadInput, match=f"is unknown; did you mean {re.escape(meant)}?"):
+            opened(spec)
+    else:
+        assert not nearest(meant)
 
 
 def test_a_character_across_two_blocks_and_the_place_of_a_bad_byte(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ from jaxgpt.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.tokenizer.hf import HfTokenizer
-from jaxgpt.tokenizer.load import check_spec
+from jaxgpt.tokenizer.load import check_spec, describes, vocabulary_size
+from jaxgpt.tokenizer.special import SpecialTokens
 from tests.conftest import CORPUS
 
 
@@ -117,6 +118,29 @@ def test_save_and_load(made, kind, tmp_path):
     again = load_tokenizer(tmp_path / "t")
     assert (again.vocab_size, again.end_of_text) == (made[kind].vocab_size, made[kind].end_of_text)
     np.testing.assert_array_equal(again.encode(CORPUS), made[kind].encode(CORPUS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokenizer_of_a_workdir(made, kind, tmp_path):
+    """Of any kind, by the folder or by the workdir; its special tokens keep their ids."""
+    save_tokenizer(made[kind], tmp_path / "plain/tokenizer")
+    save_tokenizer(SpecialTokens(made[kind], ["<a>", "<b>"]), tmp_path / "w/tokenizer")
+    size, expected = made[kind].vocab_size, made[kind].encode(CORPUS)
+    for folder, names, known in (
+        ("plain/tokenizer", "", []),
+        ("plain", "<c>", ["<c>"]),
+        ("w/tokenizer", "", ["<a>", "<b>"]),
+        ("w", "<b>, <a>", ["<a>", "<b>"]),
+        ("w", "<c>,<a>", ["<a>", "<b>", "<c>"]),
+    ):
+        spec = f"hf:{tmp_path / folder}"
+        check_spec(spec)
+        found = make_tokenizer(spec, special_tokens=names)
+        assert (found.kind, found.end_of_text) == (made[kind].kind, made[kind].end_of_text)
+        np.testing.assert_array_equal(found.encode(CORPUS), expected)
+        assert getattr(found, "special", {}) == {n: size + i for i, n in enumerate(known)}
+        assert vocabulary_size(spec, names) == found.vocab_size == size + len(known)
+        assert describes(spec, names, found)
 
 
 def test_trained_size_is_exact_and_compresses(made):
