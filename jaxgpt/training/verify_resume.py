@@ -77,7 +77,8 @@ def _finish(
     with Bar("verify   ", steps, "steps") as bar:
         while process.poll() is None:
             time.sleep(0.1)
-            bar.advance(len(_rows(workdir)) - bar.done)
+            rows = workdir / "metrics.jsonl"
+            bar.advance(rows.read_bytes().count(b"\n") - bar.done if rows.exists() else 0)
     if process.returncode not in expected:
         last = (_log(workdir).read_text().strip().splitlines() or ["no message"])[-1]
         raise BadInput(f"the run to verify failed: {last.removeprefix('error: ')}")
