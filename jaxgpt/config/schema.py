@@ -197,6 +197,8 @@ class OptimConfig:
     learning_rate: float = number(6e-4, 0, opened="(")
     schedule: str = choice("cosine", "wsd", "linear", "constant", "rsqrt")
     warmup_steps: int = number(100, 0)
+    # The same as a share of num_steps, which it follows; 0 = warmup_steps says it
+    warmup_fraction: float = number(0.0, 0, 1, ")")
     final_lr_ratio: float = number(0.1, 0)
     decay_fraction: float = number(
         0.2, 0, 1, "()"

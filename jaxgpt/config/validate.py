@@ -17,6 +17,7 @@ from jaxgpt.config.schema import (
     VOCAB_MULTIPLE,
     Config,
     ModelConfig,
+    OptimConfig,
     fields_of,
     get_field,
     leaves_of,
@@ -45,6 +46,7 @@ def validate(config: Config) -> Config:
     config.model = check_model(config)
     _check_batch_and_mesh(config)
     _check_data(config)
+    _check_warmup(config.optim)
     return config
 
 
@@ -258,6 +260,14 @@ def _check_data(config: Config) -> None:
         raise BadInput(
             f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1"
             " (both excluded), or set data.validation_source"
+        )
+
+
+def _check_warmup(optim: OptimConfig) -> None:
+    if optim.warmup_fraction and optim.warmup_steps not in (0, OptimConfig.warmup_steps):
+        raise BadInput(
+            f"optim.warmup_steps={optim.warmup_steps} and"
+            f" optim.warmup_fraction={optim.warmup_fraction} are both given: set one of them to 0"
         )
 
 

@@ -20,6 +20,7 @@ from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.flops import count_parameters
 from jaxgpt.optim.groups import split, trainable
+from jaxgpt.optim.schedules import warmup_steps
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.processes import hosts
 from jaxgpt.system.console import say
@@ -35,6 +36,8 @@ from jaxgpt.training.memory import check_memory
 from jaxgpt.training.objectives import make_eval_step
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 from jaxgpt.training.warm_start import check_model, check_source, check_vocabulary
+
+LONG_WARMUP = 0.2  # the share of a run from which on its warm-up is probably a slip
 
 
 def train(workdir: epath.Path, config: Config) -> int:
@@ -303,3 +306,9 @@ def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
         f"plan      {config.num_steps:,} steps of {config.batch_size} x {model.max_seq_len} tokens"
         f" ({epochs:.2f} epochs) into {workdir}"
     )
+    warmup = warmup_steps(config.optim, config.num_steps)
+    if warmup > LONG_WARMUP * config.num_steps:
+        say(
+            f"warning   the warm-up takes {warmup:,} of {config.num_steps:,} steps; for a twentieth"
+            " of them: --config.optim.warmup_steps=0 --config.optim.warmup_fraction=0.05"
+        )

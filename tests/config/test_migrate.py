@@ -54,6 +54,7 @@ def in_format_1(config: Config) -> str:
     nested["model"]["scan_layers"] = config.compute.scan_layers == "true"
     for later in ("format", "compute", "lora", "objective"):
         del nested[later]
+    del nested["optim"]["warmup_fraction"]
     return json.dumps(nested, indent=2) + "\n"
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgpt.config import ModelConfig, OptimConfig
+from jaxgpt.config import Config, ModelConfig, OptimConfig
+from jaxgpt.config.validate import changed, validate
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.layers import hidden_std
 from jaxgpt.optim.groups import decay_mask, lr_factors
@@ -71,6 +72,28 @@ def test_schedules():
     assert rates(schedule="constant")[4:] == [2.0] * 10
     no_warmup = OptimConfig(learning_rate=2.0, warmup_steps=0)
     assert float(make_schedule(no_warmup, 10)(0)) < 2.0, "the first step is already on the curve"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant", "rsqrt"])
+def test_warmup_as_a_share(schedule):
+    """The same rates as by the number of steps that the share is, for any number of steps."""
+    fields = dict(learning_rate=2.0, schedule=schedule)
+    for num_steps, warmup in ((40, 4), (15, 2), (4, 0)):
+        share = OptimConfig(warmup_fraction=0.1, **fields)
+        number = OptimConfig(warmup_steps=warmup, **fields)
+        rates = [
+            [float(make_schedule(cfg, num_steps)(count)) for count in range(num_steps)]
+            for cfg in (share, number)
+        ]
+        assert rates[0] == rates[1] and len(set(rates[0])) > 1 - (warmup < 2)
+
+
+def test_warmup_is_given_once():
+    config = Config(optim=OptimConfig(warmup_steps=7, warmup_fraction=0.1))
+    with pytest.raises(BadInput, match="warmup_steps=7 and optim.warmup_fraction=0.1 are both"):
+        validate(config)
+    for steps in (0, OptimConfig.warmup_steps):
+        validate(changed(config, {"optim.warmup_steps": steps}))
 
 
 def test_every_parameter_is_covered_by_the_decay_mask():

@@ -372,5 +372,26 @@ def test_epochs(command, tmp_path, corpus):
     assert "done      validation loss" in err
     rows = (tmp_path / "w/metrics.jsonl").read_text().splitlines()
     assert abs(json.loads(rows[-1])["step"] - steps) <= 1
+    assert "warning" not in err
     code, _, err = started(command, tmp_path, corpus, "", "--config.num_epochs=0.25")
     assert code == 0 and "finished" in err
+
+
+def test_a_warm_up_of_half_the_run_is_warned_of_and_a_share_follows_the_epochs(
+    command, tmp_path, corpus
+):
+    half = ("--config.num_steps=4", "--config.optim.warmup_steps=2")
+    code, _, err = started(command, tmp_path, corpus, "", *half)
+    assert code == 0 and "warning   the warm-up takes 2 of 4 steps; for a twentieth" in err, err
+    share = ("--config.optim.warmup_steps=0", "--config.optim.warmup_fraction=0.15")
+    args = ("--config.num_epochs=0.25", "--config.optim.schedule=constant", *share)
+    code, _, err = started(command, tmp_path, corpus, "", *args, workdir="share")
+    assert code == 0 and "warning" not in err, err
+    rows = [
+        json.loads(line) for line in (tmp_path / "share/metrics.jsonl").read_text().splitlines()
+    ]
+    rates = [row["learning_rate"] for row in rows if row["split"] == "train"]
+    warm = round(0.15 * len(rates))
+    assert warm >= 2 and rates[warm - 1] == max(rates) > rates[warm - 2]
+    code, _, err = started(command, tmp_path, corpus, "", *args, workdir="share")
+    assert code == 0 and "finished" in err, err
