@@ -33,14 +33,14 @@ def use_huge_pages() -> None:
 
 
 def _is_command() -> bool:
-    """Says whether this process was started by `python -m jaxgpt.COMMAND`."""
-    program = getattr(sys.modules["__main__"], "__spec__", None)
-    name, arguments = program.name if program else "", sys.orig_argv
-    return (
-        name.startswith("jaxgpt.")
-        and "-m" in arguments
-        and arguments[arguments.index("-m") + 1 :][:1] == [name]
-    )
+    """Says whether this process was started by `python -m jaxgpt.COMMAND`, `python -m jaxgpt` or
+    the script `jaxgpt`."""
+    arguments, program = sys.orig_argv, getattr(sys.modules["__main__"], "__spec__", None)
+    if program is None:
+        return Path(sys.argv[0]).name == "jaxgpt" and sys.argv[0] in arguments
+    name = program.name.removesuffix(".__main__")
+    module = arguments[arguments.index("-m") + 1 :][:1] if "-m" in arguments else []
+    return name.partition(".")[0] == "jaxgpt" and module == [name]
 
 
 def _on_request() -> bool:

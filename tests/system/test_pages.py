@@ -1,5 +1,6 @@
 """Huge pages: a plain command gets them, and nothing breaks where there are none."""
 
+import importlib.machinery
 import os
 import subprocess
 import sys
@@ -105,6 +106,21 @@ def test_a_command_goes_on_where_it_cannot_be_started_again(started, tmp_path, m
     pages.use_huge_pages()
 
 
-def test_a_process_of_another_program_is_left_alone(started, monkeypatch):
-    monkeypatch.undo()
-    assert not pages._is_command()
+@pytest.mark.parametrize(
+    ("spec", "arguments", "expected"),
+    [
+        ("jaxgpt.train", ["python", "-m", "jaxgpt.train", "--config=tiny"], True),
+        ("jaxgpt.__main__", ["python", "-X", "dev", "-m", "jaxgpt", "train"], True),
+        (None, ["python", "/usr/bin/jaxgpt", "train"], True),
+        (None, ["python", "-c", "run()", "-m", "jaxgpt.train"], False),
+        (None, ["python", "tool.py"], False),
+        ("pytest.__main__", ["python", "-m", "pytest", "-m", "jaxgpt.train"], False),
+        ("jaxgpt.train", ["python", "-m", "pdb", "-m", "jaxgpt.train"], False),
+    ],
+)
+def test_what_is_started_again_is_a_command_of_ours(spec, arguments, expected, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", arguments)
+    monkeypatch.setattr(sys, "argv", arguments[1:])
+    spec = spec and importlib.machinery.ModuleSpec(spec, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert pages._is_command() is expected
