@@ -9,32 +9,20 @@ from jaxgpt.config.migrate import FORMAT, NewerFormat, format_of, migrated
 from jaxgpt.config.schema import Config, fields_of, get_field, leaves_of, set_field
 from jaxgpt.config.validate import check_fields, check_model, check_types
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import Damaged, parse_json, read_json
+from jaxgpt.system.files import Damaged, read_json
 from jaxgpt.system.stores import check_store
 
 REMEDY = "restore it from a copy, or choose another --workdir"
 
 
 def to_json(config: Config) -> str:
-    """Returns the whole config as JSON text; `from_json` reads it back unchanged."""
+    """Returns the whole config as JSON text."""
     return json.dumps(as_stored(config), indent=2) + "\n"
 
 
 def as_stored(config: Config) -> dict:
     """Returns the whole config as JSON's values, with the number of their format."""
     return {"format": FORMAT} | dataclasses.asdict(config)
-
-
-def from_json(text: str, where: str = "config.json") -> Config:
-    """Reads what `to_json` wrote.
-
-    Raises:
-      BadInput: if it is not JSON, or a field is unknown or ill-typed.
-    """
-    try:
-        return _from_nested(parse_json(text.encode(errors="surrogatepass"), dict))
-    except (ValueError, BadInput) as e:
-        raise BadInput(f"{where}: {e}") from e
 
 
 def read_config(workdir: epath.Path) -> Config:
@@ -50,7 +38,7 @@ def read_config(workdir: epath.Path) -> Config:
         raise BadInput(f"{workdir} holds no run: config.json is missing; train one first")
     nested = read_json(file, dict, REMEDY)
     try:
-        config = _from_nested(nested)
+        config = from_stored(nested)
         check_fields(config)
         config.model = check_model(config)
     except NewerFormat as e:
@@ -60,7 +48,7 @@ def read_config(workdir: epath.Path) -> Config:
     return config
 
 
-def _from_nested(nested: dict) -> Config:
+def from_stored(nested: dict) -> Config:
     """Returns the config of what `as_stored` gives, or gave in an earlier version.
 
     Raises:

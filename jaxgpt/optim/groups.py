@@ -9,7 +9,7 @@ import jax
 from jaxgpt.config import ModelConfig
 from jaxgpt.model.lora import is_addition
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.trees import leaf_path
+from jaxgpt.system.trees import leaf_path, leaves_by_path
 
 # The last word of a parameter's path
 MATRICES = ("kernel", "tokens", "head", "lora_in", "lora_out")
@@ -60,36 +60,22 @@ def parse_patterns(text: str, field: str) -> list[re.Pattern]:
         raise BadInput(f"{field}={text!r} is not a list of patterns: {e}") from e
 
 
-def match_mask(params: dict, text: str, field: str) -> dict:
-    """Returns True for each parameter whose path one of the patterns matches.
-
-    Raises:
-      BadInput: if a pattern matches none.
-    """
-    patterns, used = parse_patterns(text, field), set()
-
-    def match(path: str) -> bool:
-        matches = [p for p in patterns if p.search(path)]
-        used.update(matches)
-        return bool(matches)
-
-    mask = by_path(match, params)
-    for pattern in patterns:
-        if pattern not in used:
-            raise BadInput(f"{field}: {pattern.pattern!r} matches no parameter")
-    return mask
-
-
 def trainable(params: dict, freeze: str, lora_rank: int) -> dict:
     """Returns True for the parameters that are trained: all but the frozen; with LoRA, its own.
 
     Raises:
-      BadInput: if that leaves none.
+      BadInput: if a pattern matches none, or that leaves none.
     """
-    frozen = match_mask(params, freeze, "optim.freeze")
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, stop: not stop and (not lora_rank or is_addition(leaf_path(path))), frozen
-    )
+    patterns, paths = parse_patterns(freeze, "optim.freeze"), leaves_by_path(params)
+    for pattern in patterns:
+        if not any(map(pattern.search, paths)):
+            raise BadInput(f"optim.freeze: {pattern.pattern!r} matches no parameter")
+
+    def is_trained(path: str) -> bool:
+        is_frozen = any(pattern.search(path) for pattern in patterns)
+        return not is_frozen and (not lora_rank or is_addition(path))
+
+    mask = by_path(is_trained, params)
     if not any(jax.tree.leaves(mask)):
         raise BadInput(f"optim.freeze={freeze!r} leaves no parameter to train")
     return mask

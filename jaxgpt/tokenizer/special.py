@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -16,8 +15,7 @@ SPECIAL_FILE = "special_tokens.json"
 class SpecialTokens(Tokenizer):
     """A tokenizer with more ids after its own: `names[i]` is `base.vocab_size + i`.
 
-    `encode` never returns one of them, whatever the text says; `encode_marked` does where their
-    names stand in a text that we wrote ourselves (a chat template). `decode` writes the names.
+    `encode` never returns one of them, whatever the text says; `decode` writes the names.
     """
 
     def __init__(self, base: Tokenizer, names: Sequence[str]):
@@ -30,23 +28,12 @@ class SpecialTokens(Tokenizer):
         self.special = {name: base.vocab_size + i for i, name in enumerate(names)}
         self.vocab_size = base.vocab_size + len(names)
         self.end_of_text, self.cuttable = base.end_of_text, base.cuttable
-        by_length = sorted(names, key=len, reverse=True)
-        self.pattern = re.compile(f"({'|'.join(map(re.escape, by_length))})")
 
     def encode(self, text: str) -> np.ndarray:
         return self.base.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self.base.encode_batch(texts)
-
-    def encode_marked(self, text: str) -> np.ndarray:
-        """Returns the ids of `text`, reading the names of special tokens as those."""
-        parts = [
-            np.array([self.special[part]], np.int32) if part in self.special else self.encode(part)
-            for part in self.pattern.split(text)
-            if part
-        ]
-        return np.concatenate([np.zeros(0, np.int32), *parts])
 
     def decode(self, ids: Iterable) -> str:
         text, plain = [], []

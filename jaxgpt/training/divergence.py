@@ -6,9 +6,7 @@ batches out; after `max_rollbacks` of that it ends with exit code 3.
 """
 
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 SPIKE_DEVIATIONS = 6.0
@@ -28,11 +26,6 @@ class Diverged(Exception):
 def counters() -> dict:
     """Returns the state {"in_a_row", "skipped"} of a run without a bad step."""
     return {"in_a_row": jnp.int32(0), "skipped": jnp.int32(0)}
-
-
-def keep_if(good, new: Any, old: Any) -> Any:
-    """Returns `new` where `good`, a scalar on the device, else `old`."""
-    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
 def count_bad(bad: dict, good) -> dict:

@@ -2,11 +2,13 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
+from jaxgpt.checkpointing.checkpoints import concrete
 from jaxgpt.system.errors import BadInput
 from jaxgpt.training.state import TrainState
 
@@ -18,10 +20,13 @@ MEMINFO = Path("/proc/meminfo")
 def check_memory(state: TrainState, mesh: Mesh) -> None:
     """Raises `BadInput`, with the bytes, where the abstract `state` alone cannot fit.
 
-    That is certain: training needs gradients and activations besides. `plan` counts those too.
+    That is certain: training needs gradients and activations besides. `plan` counts those too. Call
+    it under `jax.set_mesh(mesh)`.
     """
-    device = mesh.local_devices[0]
-    each, there = state_bytes(state, mesh), (device.memory_stats() or {}).get("bytes_limit")
+    device, each = mesh.local_devices[0], 0
+    for leaf in jax.tree.leaves(concrete(state)):
+        each += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    there = (device.memory_stats() or {}).get("bytes_limit")
     needed, of = each, f"a {device.device_kind}"
     if device.platform == "cpu":  # which all devices of this host share
         needed, there, of = each * len(mesh.local_devices), host_bytes(), "this machine"
@@ -35,24 +40,11 @@ def check_memory(state: TrainState, mesh: Mesh) -> None:
         )
 
 
-def state_bytes(state: TrainState, mesh: Mesh) -> int:
-    """Returns the bytes of an abstract state that each device of `mesh` holds."""
-
-    def size(leaf) -> int:
-        spec = leaf.sharding.spec if leaf.sharding else jax.P()
-        return math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(map(size, jax.tree.leaves(state)))
-
-
 def host_bytes() -> int:
     """Returns the memory that this machine or container has, swap included."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if CGROUP_LIMIT.exists() and (text := CGROUP_LIMIT.read_text().strip()).isdecimal():
         physical = min(physical, int(text))
-    swap = [line.split()[1] for line in _lines(MEMINFO) if line.startswith("SwapTotal:")]
-    return physical + sum(int(kilobytes) * 1024 for kilobytes in swap)
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.exists() else []
+    text = MEMINFO.read_text() if MEMINFO.exists() else ""
+    swap = re.search(r"^SwapTotal: *(\d+) kB", text, re.MULTILINE)
+    return physical + (int(swap[1]) * 1024 if swap else 0)

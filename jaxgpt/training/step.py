@@ -12,7 +12,7 @@ from jaxgpt.optim.groups import join, split, trainable
 from jaxgpt.optim.optimizers import at_step, make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.training import loss_scale
-from jaxgpt.training.divergence import count_bad, keep_if
+from jaxgpt.training.divergence import count_bad
 from jaxgpt.training.objectives import OBJECTIVES, Batch, Micro
 from jaxgpt.training.state import TrainState, to_float32
 
@@ -113,7 +113,7 @@ def _guarded(old: TrainState, new: TrainState, good) -> TrainState:
 
     With loss scaling an overflow is no fault of the step's while the scale can still fall.
     """
-    kept = keep_if(good, new, old)
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     scale, blame = old.loss_scale, good
     if scale:
         blame = good | (scale["scale"] > 1)

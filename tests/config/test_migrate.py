@@ -10,7 +10,7 @@ from jaxgpt import checkpoint, evaluate, train
 from jaxgpt.config import ComputeConfig, Config, LoraConfig, ModelConfig
 from jaxgpt.config.migrate import FORMAT, RENAMED
 from jaxgpt.config.schema import get_field
-from jaxgpt.config.stored import from_json, read_config, to_json
+from jaxgpt.config.stored import from_stored, read_config, to_json
 from jaxgpt.system.errors import BadInput
 
 # As format 1 was written, with another value than the default in every field that has moved.
@@ -59,22 +59,25 @@ def in_format_1(config: Config) -> str:
 
 
 def test_format_1_is_read():
-    config = from_json(FORMAT_1)
+    config = from_stored(json.loads(FORMAT_1))
     assert config.compute == ComputeConfig("bfloat16", "bfloat16", "xla", "dots", "false")
     assert config.lora == LoraConfig(2, 8.0, "out", True)
     assert config.model == ModelConfig(4096, 64, 2, 4, 4, 8, 32, 128)
     assert (config.num_steps, config.optim.name, config.mesh.data) == (8, "muon", -1)
     assert json.loads(in_format_1(config)) == json.loads(FORMAT_1), "every field has its place"
-    assert from_json(FORMAT_1.replace('"scan_layers": false', '"scan_layers": true')) != config
+    assert (
+        from_stored(json.loads(FORMAT_1.replace('"scan_layers": false', '"scan_layers": true')))
+        != config
+    )
 
 
 def test_config_json_says_its_format(tmp_path):
     assert json.loads(to_json(Config()))["format"] == FORMAT == 2
     with pytest.raises(BadInput, match="unknown field model.dtype"):
-        from_json('{"format": 2, "model": {"dtype": "bfloat16"}}')
+        from_stored({"format": 2, "model": {"dtype": "bfloat16"}})
     for number in (0, -1, "2", 1.0, True, None):
         with pytest.raises(BadInput, match="is not the number of a format"):
-            from_json(json.dumps({"format": number}))
+            from_stored({"format": number})
     (tmp_path / "config.json").write_text('{"format": 3, "model": {"kind": "decoder"}}')
     with pytest.raises(BadInput, match="config.json: format 3 is that of a newer version") as e:
         read_config(epath.Path(tmp_path))
