@@ -296,6 +296,7 @@ OPTIM_CHANGES = {
     "name": "lion",
     "schedule": "linear",
     "warmup_steps": 5,
+    "warmup_fraction": 0.5,
     "lr_multipliers": ".=0.1",
     "z_loss": 1e-4,
     "ema_decay": 0.9,
