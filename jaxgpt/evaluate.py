@@ -25,7 +25,7 @@ from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
 from jaxgpt.evaluation.benchmarks import BENCHMARKS, read_items
 from jaxgpt.processes.flags import define_flags
-from jaxgpt.system.errors import BadInput
+from jaxgpt.system.errors import BadInput, did_you_mean
 from jaxgpt.text.files import list_files
 from jaxgpt.text.tasks import TASKS, read_examples
 
@@ -86,8 +86,13 @@ def task_rows(spec: str) -> list:
       BadInput: if the task is unknown, a file is missing, or a row is malformed.
     """
     name, _, pattern = spec.partition(":")
-    if name not in KNOWN_TASKS or not pattern:
-        raise BadInput(f"--task={spec} is unknown: choose {', '.join(KNOWN_TASKS)}, as NAME:GLOB")
+    if name not in KNOWN_TASKS:
+        near = did_you_mean(name, KNOWN_TASKS)
+        raise BadInput(
+            f"--task={spec} is unknown: choose {', '.join(KNOWN_TASKS)}, as NAME:GLOB{near}"
+        )
+    if not pattern:
+        raise BadInput(f"--task={name} needs a file of its rows: --task={name}:FILE.jsonl")
     files = list_files(spec, pattern)
     rows = read_items(name, files) if name in BENCHMARKS else list(read_examples(name, files))
     if not rows:

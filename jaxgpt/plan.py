@@ -6,19 +6,20 @@ Compiles the real train step, on any machine, for a TPU slice (`pip install -e '
 GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`); without --topology, for this machine's
 devices. Prints what a step needs and the shortest time it can take: a table on stderr, JSON as the
 last line of stdout. If it does not fit, it says by how much, and suggests the cheapest change that
-does.
+does; if nothing that was tried fits, it names the nearest and exits with 1.
 --search tries meshes, remat policies, accumulation and larger batches, and ranks what fits.
 --price=DOLLARS is the cost of one device per hour.
 """
 
 import json
 from collections.abc import Iterator
-from functools import partial
 
 from absl import flags
 
 from jaxgpt.cli.flags import config_of, define_config_flag, parse
 from jaxgpt.cli.run import run
+from jaxgpt.config import Config
+from jaxgpt.config.schema import differing
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer.load import vocabulary_size
@@ -26,7 +27,7 @@ from jaxgpt.tokenizer.load import vocabulary_size
 GIB = 2**30
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     define_config_flag(values, argv)
     flags.DEFINE_string(
@@ -54,7 +55,12 @@ def main(argv: list[str]) -> None:
         raise BadInput(
             "--search ranks by the devices' speed, which is unknown here: give --topology"
         )
-    plan_of = partial(make_plan, devices=devices, chip=chip)
+    tried = []  # (config, plan)
+
+    def plan_of(config: Config) -> dict:
+        tried.append((config, make_plan(config, devices, chip)))
+        return tried[-1][1]
+
     say(f"compile   the train step for {values.topology or 'the devices here'}")
     plan = {"topology": values.topology or devices[0].device_kind} | plan_of(config)
     if not plan["fits"] and not values.search:
@@ -63,11 +69,20 @@ def main(argv: list[str]) -> None:
         plan["suggestion"] = cheapest and {"change": cheapest[0], **cheapest[1]}
     if values.search:
         plan["search"] = search(config, len(devices), plan_of)
+    if not (fits := any(plan["fits"] for _, plan in tried)):
+        plan["nearest"] = nearest(config, tried)
     if values.price:
         plan |= _cost(plan, values.price)
     for line in table(plan):
         say(line)
     print(json.dumps(plan))
+    return 0 if fits else 1
+
+
+def nearest(config: Config, tried: list[tuple[Config, dict]]) -> dict:
+    """Returns the plan that needs the least memory and, as `change`, its config's changes."""
+    needs_least, plan = min(tried, key=lambda pair: pair[1]["bytes_per_device"]["total"])
+    return {"change": differing(needs_least, config), **plan}
 
 
 def _cost(plan: dict, price: float) -> dict:
@@ -104,6 +119,11 @@ def table(plan: dict) -> Iterator[str]:
         if suggestion := plan.get("suggestion"):
             change = _shown(suggestion["change"], "--config.")
             yield f"try       {change} ({suggestion['bytes_per_device']['total'] / GIB:.2f} GiB)"
+    if least := plan.get("nearest"):
+        total, over = least["bytes_per_device"]["total"] / GIB, least["over_by"] / GIB
+        change = _shown(least["change"], "--config.") or "this config"
+        yield f"nothing   that was tried fits; the nearest is {change} ({total:.2f} GiB,"
+        yield f"          {over:.2f} too many): take more devices, a smaller model or max_seq_len"
     if plan["compiled_flops_per_step"]:
         model = plan["flops_per_step"]
         ratio = plan["compiled_flops_per_step"] / model

@@ -15,7 +15,7 @@ from absl import flags
 from jaxgpt.cli.flags import config_path, define_config_flag, given_config, load_file, parse
 from jaxgpt.cli.run import run
 from jaxgpt.config import Config
-from jaxgpt.config.schema import fields_of, get_field
+from jaxgpt.config.schema import differing
 from jaxgpt.data.prepare import cache_folder, find_data
 from jaxgpt.sweeps.grid import Choice, apply_choice, choices, name_of, parse_grid, rungs
 from jaxgpt.sweeps.report import check_results, write_results
@@ -54,20 +54,14 @@ def main(argv: list[str]) -> int:
     folder = Path(values.workdir or f"runs/sweep-{Path(file).stem}")
     plan = rungs(config.num_steps, len(runs), values.halving)
     check_runs(config, runs, folder, [steps for steps, _ in plan])
-    command = [f"--config={file}", *flags_of(changes(load_file(file), config))]
+    # in whichever way a flag was written (`--noconfig.x`, `-config.x=1`, `--config.x 1`)
+    command = [f"--config={file}", *flags_of(differing(config, load_file(file)))]
     rows, codes = run_rungs(config, runs, command, folder, plan, values.jobs)
     print(write_results(folder, rows))
     say(f"results   {folder / 'results.json'}, {folder / 'results.svg'}")
     if failed := [code for code in codes if code]:
         say(f"error: {len(failed)} of {len(codes)} runs failed: their .log files say why")
     return (DIVERGED if set(failed) == {DIVERGED} else 1) if failed else 0
-
-
-def changes(file: Config, config: Config) -> Choice:
-    """Returns the fields whose values on the command line differ from the file's, in whichever
-    way the flag was written (`--noconfig.x`, `-config.x=1`, `--config.x 1`)."""
-    values = {path: get_field(config, path) for path in fields_of(config)}
-    return {path: value for path, value in values.items() if value != get_field(file, path)}
 
 
 def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int]) -> None:

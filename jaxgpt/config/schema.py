@@ -6,7 +6,7 @@ another value `changes` and which other field it `needs` to have an effect.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 VOCAB_MULTIPLE = 128  # TPU lane width; also divisible by any usual tensor axis
 INT32 = 2**31 - 1  # steps, tokens and ids are counted in int32 on the devices
@@ -313,6 +313,12 @@ def set_field(config, path: str, value) -> None:
     """Sets the value at a dotted path."""
     parent, _, name = path.rpartition(".")
     setattr(get_field(config, parent) if parent else config, name, value)
+
+
+def differing(config: Config, from_: Config) -> dict[str, Any]:
+    """Returns `{"model.num_layers": value in config, ...}` of the fields in which two differ."""
+    values = {path: get_field(config, path) for path in fields_of(config)}
+    return {path: value for path, value in values.items() if value != get_field(from_, path)}
 
 
 def model_differences(one: ModelConfig, other: ModelConfig, *also: str) -> list[str]:

@@ -25,6 +25,7 @@ from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
+from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.end import read_end
 from jaxgpt.training.objectives import make_eval_step
 
@@ -105,6 +106,7 @@ def loss_measure(trained: Trained, values: flags.FlagValues) -> Measure:
     """Returns the function that evaluates parameters on the split that the flags name."""
     name, config = values.data or values.split, trained.config
     split = open_split(trained, values.data, values.split)
+    say_unknown(trained.tokenizer, split, name)
     with jax.set_mesh(trained.mesh):
         eval_step, sharding = make_eval_step(trained.spec), batch_sharding(trained)
     seq_len, batch = config.model.max_seq_len, config.batch_size
@@ -124,6 +126,19 @@ def loss_measure(trained: Trained, values: flags.FlagValues) -> Measure:
         return {"split": name} | figures
 
     return measure
+
+
+def say_unknown(tokenizer: Tokenizer, split: Split, name: str) -> None:
+    """Says how many characters of a split a character model does not know."""
+    base = getattr(tokenizer, "base", tokenizer)  # without its special tokens
+    if base.kind != "char":
+        return
+    if count := np.count_nonzero(split.tokens == base.unknown):
+        characters = len(split.tokens) - split.documents
+        say(
+            f"unknown   {count:,} of {characters:,} characters of {name} are none of the model's"
+            f" {len(base.characters):,}: all of them are one token, which it has not learnt"
+        )
 
 
 def batch_sharding(trained: Trained) -> NamedSharding:

@@ -67,7 +67,7 @@ def train(workdir: epath.Path, config: Config) -> int:
             state, history = restore_or_init(run, data, checkpoints)
             restored = int(state.step)
             if restored >= config.num_steps:  # the newest checkpoint was damaged
-                return say_finished(workdir, restored, config)
+                return say_finished(workdir, checkpoints, restored, config)
             write_setup(workdir, config, data, is_new=not restored)
             if history.is_out_of_patience(config.early_stop):
                 return say_stopped_early(workdir, restored, history)
@@ -245,16 +245,23 @@ def is_finished(workdir: epath.Path, config: Config) -> bool:
     done = checkpoints.latest() or 0
     if done < config.num_steps or checkpoints.damage(done):
         return False
-    say_finished(workdir, done, config)
+    say_finished(workdir, checkpoints, done, config)
     return True
 
 
-def say_finished(workdir: epath.Path, done: int, config: Config) -> int:
-    """Says that the run has nothing left to do; returns the exit code."""
-    say(
-        f"finished  {workdir} has all {done} of num_steps={config.num_steps} steps;"
-        " raise --config.num_steps to train on"
-    )
+def say_finished(workdir: epath.Path, checkpoints: Checkpoints, done: int, config: Config) -> int:
+    """Says that the run has nothing left to do and, where it has done more than `num_steps`, which
+    checkpoint is the nearest; returns the exit code."""
+    wanted = config.num_steps
+    if done == wanted:
+        line = f"all {done} of num_steps={wanted} steps; raise --config.num_steps to train on"
+    else:
+        near = min(checkpoints.steps(), key=lambda step: abs(step - wanted))
+        line = (
+            f"{done} steps, more than num_steps={wanted}; the nearest checkpoint is {near}"
+            f" (--step={near}); a run of {wanted} steps needs another --workdir"
+        )
+    say(f"finished  {workdir} has {line}")
     return 0
 
 

@@ -99,8 +99,10 @@ def _measure(
             chip.seconds(_volume(c), [mesh.devices.flat[at] for at in c.group]) for c in collectives
         ),
     }
+    fits = chip is None or memory["total"] <= chip.hbm
     return {
-        "fits": chip is None or memory["total"] <= chip.hbm,
+        "fits": fits,
+        **({} if fits else {"over_by": memory["total"] - chip.hbm}),
         "bytes_per_device": memory,
         "largest": sorted(arguments + _temporaries(program), key=lambda a: -a["bytes"])[:LARGEST],
         "compiled_flops_per_step": flops * mesh.size,

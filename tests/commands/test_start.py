@@ -37,6 +37,11 @@ WRONG = {  # command: arguments, the error
     "sweep run": (["--config={}/c.py", "--grid=batch_size=4,-1"], "is not a possible run"),
     "evaluate": (["--workdir={}", "--stride=-1"], "--stride=-1"),
     "evaluate task": (["--workdir={}", "--task=mood:{}/x"], "is unknown: choose sentiment"),
+    "evaluate file": (
+        ["--workdir={}", "--task=hellaswag"],
+        "a file of its rows: --task=hellaswag:",
+    ),
+    "evaluate near": (["--workdir={}", "--task=helaswag:x"], "did you mean hellaswag?"),
     "evaluate row": (["--workdir={}", "--task=arc:{}/c.py"], "c.py, line 2"),
     "sample": (["--workdir={}", "--temperature=-1"], "--temperature=-1.0 must be"),
     "sample file": (["--workdir={}", "--prompt_file={}/c.py"], "c.py, line 2"),

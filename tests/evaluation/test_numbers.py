@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ from jaxgpt.inference.trained import open_trained
 from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.jobs import evaluate as job
 from jaxgpt.jobs.convert import import_folder
+from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
+from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.training.objectives import make_eval_step
 from tests.conftest import CORPUS
 from tests.interchange.test_import_export import model_folder
@@ -206,3 +209,18 @@ def test_the_command_says_the_same(run, command):
     assert row["loss"] == pytest.approx(total / count, abs=1e-5)
     assert (row["step"], row["tokens"], row["bytes"]) == (0, count, size)
     assert row["split"] == source.replace("{}", str(folder)) and row["seconds"] > 0
+
+
+@pytest.mark.parametrize("names", [[], ["<a>"]])
+def test_characters_that_the_model_does_not_know_are_counted(run, command, tmp_path, names):
+    shutil.copytree(run[0] / "w", tmp_path / "w")
+    tokenizer = make_tokenizer("char", [TrainingText(lambda: ["abcdefg \n"], 9)], ",".join(names))
+    save_tokenizer(tokenizer, tmp_path / "w/tokenizer")
+    for name, text, known in (("a", "bad é cab x\n", False), ("b", "bad cab\n" * 3, True)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        source = f"text:{tmp_path}/{name}.txt"
+        code, _, err = command(evaluate.main, f"--workdir={tmp_path}/w", f"--data={source}")
+        assert code == 0, err
+        says = f"unknown   2 of 12 characters of {source} are none of the model's 9:"
+        assert known or says in err
+        assert not known or "unknown" not in err

@@ -16,6 +16,7 @@ from jaxgpt.cli.flags import load_file
 from jaxgpt.config import Config
 from jaxgpt.config.validate import validate
 from jaxgpt.model.flops import flops_per_token
+from jaxgpt.planning import estimate, hardware
 from jaxgpt.planning.hardware import TPUS, Chip, gpu_chip, local_chip
 from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
 from jaxgpt.system.errors import BadInput
@@ -106,6 +107,48 @@ def test_the_cheapest_change_that_fits():
     assert found[0] == {"compute.remat": "offload", "grad_accum": 4}
     spread = [change for change in smaller(config) if change.get("mesh.fsdp")]
     assert spread[0] == {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("least", [7, 11])
+def test_where_nothing_fits_the_nearest_is_named(command, file, monkeypatch, search, least):
+    """Of devices of 10 GiB, where a step needs `least` and 1 for each row of the microbatch."""
+
+    def plan_of(config, devices, chip):
+        total = least + config.batch_size // config.grad_accum - (config.compute.remat == "full")
+        return {
+            "devices": 1,
+            "parameters": 1,
+            "attention": "xla",
+            "mesh": {"data": 1},
+            "tokens_per_step": 8,
+            "largest": [],
+            "collectives": [],
+            "compiled_flops_per_step": None,
+            "fits": total <= 10,
+            "over_by": (total - 10) * 2**30,
+            "bytes_per_device": {"arguments": 1, "temporaries": 1, "limit": 10 * 2**30}
+            | {"total": total * 2**30},
+            "roofline_seconds": {"compute": 1.0},
+            "bound_by": "compute",
+            "compile_seconds": 0.0,
+        }
+
+    monkeypatch.setattr(estimate, "make_plan", plan_of)
+    monkeypatch.setattr(hardware, "devices_of", lambda topology: ([None], TPUS["v5e"]))
+    monkeypatch.setattr(hardware, "use_compilers_alone", lambda: None)
+    flags = ["--topology=v5e:1x1", "--config.batch_size=4", "--config.grad_accum=1"]
+    flags += ["--config.mesh.data=1", "--config.mesh.fsdp=1"] + ["--search"] * search
+    code, out, err = command(plan.main, file, *flags)
+    found = json.loads(out.splitlines()[-1])
+    assert not found["fits"] and "fits      NO" not in err.splitlines()[-1]
+    if least == 7:
+        assert code == 0 and "nearest" not in found and "nothing   that was tried" not in err
+        return
+    assert code == 1 and found.get("suggestion") is None and not found.get("search")
+    assert found["nearest"]["change"] == {"compute.remat": "full", "grad_accum": 4}
+    assert "nothing   that was tried fits; the nearest is --config.grad_accum=4" in err
+    assert "(11.00 GiB" in err and "1.00 too many" in err
 
 
 def test_the_devices_here_are_known_by_their_kind(monkeypatch):

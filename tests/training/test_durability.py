@@ -154,7 +154,10 @@ def test_list_and_show(command, trained):
     flipped(workdir / "checkpoints/12")  # and fewer steps than the one before it has
     code, _, err = again("--config.num_steps=6")
     assert code == 0 and "damaged   checkpoint 12: " in err, err
-    assert "finished" in err and "has all 8 of num_steps=6 steps" in err
+    assert "finished" in err and "has 8 steps, more than num_steps=6" in err
+    for num_steps, nearest in ((5, 4), (7, 8)):
+        code, _, err = again(f"--config.num_steps={num_steps}")
+        assert f"the nearest checkpoint is {nearest} (--step={nearest})" in err and code == 0
 
 
 def test_retention_keeps_the_newest_the_best_and_every_so_many(tmp_path):
