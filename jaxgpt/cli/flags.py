@@ -91,11 +91,7 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def config_of(values: flags.FlagValues) -> Config:
-    """Returns the parsed, overridden, checked config, its derived sizes filled in.
-
-    Raises:
-      BadInput: if `--config` was not given, or see `validate`.
-    """
+    """Returns the parsed, overridden, checked config, its derived sizes filled in."""
     return validate(given_config(values))
 
 
@@ -104,7 +100,7 @@ def given_config(values: flags.FlagValues) -> Config:
     0.
 
     Raises:
-      BadInput: see `config_of`.
+      BadInput: if `--config` was not given; see also `validate`.
     """
     if values["config"].using_default_value:
         raise BadInput("--config=FILE is required, for example --config=tiny")

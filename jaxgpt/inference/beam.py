@@ -20,9 +20,6 @@ def beam_search(
     """Returns `num_beams` continuations of at most `new` tokens, the best first, each with its
     score: the mean log-probability of its tokens. A continuation that reaches `end` keeps its place
     among the beams; its tokens stop in front of `end`, which counts for the score.
-
-    Raises:
-      BadInput: if prompt and continuation exceed the context.
     """
     check_length(len(prompt), new, decoder.spec.model)
     keys = sample_keys([(0, 0)] * num_beams)

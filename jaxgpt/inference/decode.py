@@ -165,9 +165,6 @@ def generate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns `new` tokens for each prompt and their log-probabilities, [B, new]; row b uses the
     key of (seed, b). Stops early, with fewer columns, once every row contains the token `end`.
-
-    Raises:
-      BadInput: if a prompt and its continuation exceed the context.
     """
     check_length(max(map(len, prompts)), new, decoder.spec.model)
     keys = sample_keys([(seed, b) for b in range(len(prompts))])

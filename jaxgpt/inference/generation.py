@@ -101,11 +101,7 @@ class Continuation:
 def encode_prompts(
     tokenizer: Tokenizer, requests: Sequence[GenerationRequest], cfg: ModelConfig
 ) -> list[np.ndarray]:
-    """Returns the ids of each request's prompt.
-
-    Raises:
-      BadInput: if a prompt and its continuation exceed the context.
-    """
+    """Returns the ids of each request's prompt; `check_length` refuses what does not fit."""
     prompts = [encode_prompt(tokenizer, request.prompt) for request in requests]
     for prompt, request in zip(prompts, requests, strict=True):
         check_length(len(prompt), request.max_new_tokens, cfg)

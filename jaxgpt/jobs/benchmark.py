@@ -36,9 +36,6 @@ def benchmark(
 ) -> dict[str, Any]:
     """Returns the figures that `jaxgpt.benchmark` prints: see its help. The command began at
     `began`; a `folder` keeps the profile.
-
-    Raises:
-      BadInput: if the data cannot be prepared, or the model does not fit devices or memory.
     """
     if not any(map(glob.glob, ACCELERATORS)):
         # Some releases of libtpu, which `plan` needs, crash the profiler without a TPU

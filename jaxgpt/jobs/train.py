@@ -71,7 +71,9 @@ def train(workdir: epath.Path, config: Config) -> int:
             write_setup(workdir, config, data, is_new=not restored)
             if history.is_out_of_patience(config.early_stop):
                 return say_stopped_early(workdir, restored, history)
-            say_resumed(restored, changes)
+            if restored:
+                changed = f" with {'; '.join(changes)}" if changes else ""
+                say(f"resume    from checkpoint {restored}{changed}")
             hosts.on_first(lambda: forget_end(workdir))
             step = compile_step(run)
             report = Reporter(workdir, restored, jax.process_index() == 0)
@@ -86,9 +88,6 @@ def train(workdir: epath.Path, config: Config) -> int:
 def complete(config: Config, data: Prepared, workdir: epath.Path) -> Config:
     """Returns `config` with what follows from the data: `num_steps` of `num_epochs`, and the
     vocabulary's size.
-
-    Raises:
-      BadInput: if the data do not go with the config, or with the weights to start from.
     """
     if not (workdir / "config.json").exists():
         check_shards(config.data, data)  # runs from before keep the shards' own
@@ -110,11 +109,7 @@ def evaluator(run: Training, data: Prepared) -> Perplexity:
 
 
 def write_setup(workdir: epath.Path, config: Config, data: Prepared, is_new: bool) -> None:
-    """Writes `config.json` and, of a new run, the tokenizer.
-
-    Raises:
-      BadInput: if another tokenizer is there, or not all processes see the same `workdir`.
-    """
+    """Writes `config.json` and, of a new run, the tokenizer."""
     if not is_new:
         check_tokenizer(workdir, data)
     elif jax.process_index() == 0:
@@ -149,14 +144,6 @@ def conclude(code: int, loop: Loop, workdir: epath.Path) -> None:
             f"next      python -m jaxgpt.sample --workdir={workdir}{step} --prompt='def '\n"
             f"          python -m jaxgpt.evaluate --workdir={workdir}{step}\n"
             f"          tensorboard --logdir={workdir}/tensorboard"
-        )
-
-
-def say_resumed(step: int, changes: list[str]) -> None:
-    """Says from where a run goes on, and with which changes; nothing of a new run."""
-    if step:
-        say(
-            f"resume    from checkpoint {step}" + (f" with {'; '.join(changes)}" if changes else "")
         )
 
 

@@ -51,19 +51,10 @@ class GPT(nnx.Module):
         pre = cfg.norm_position == "pre"
         self.final_norm = NORMS[cfg.norm](config, cfg.embed_dim) if pre else lambda x: x
 
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        positions: Int[Array, "B T"] | None = None,
-        segments: Int[Array, "B T"] | None = None,
-        dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Returns float32 logits; ids from `vocab_size` on are padding and get -inf.
-
-        See `hidden` for the arguments.
-        """
-        x, _ = self.hidden(tokens, positions=positions, segments=segments, dropout_key=dropout_key)
+    def __call__(self, tokens: Int[Array, "B T"], **arguments) -> Float[Array, "B T V"]:
+        """Returns float32 logits; ids from `vocab_size` on are padding and get -inf. `arguments`
+        are those of `hidden`."""
+        x, _ = self.hidden(tokens, **arguments)
         return self.logits(x, self.table())
 
     def hidden(

@@ -22,29 +22,19 @@ class LearnedPositions(nnx.Module):
         return x + weight(self.kernel, x.dtype).at[positions].get(out_sharding=self.out)
 
 
-class SinusoidalPositions(nnx.Module):
-    """Fixed sines and cosines (arXiv:1706.03762, section 3.5)."""
-
-    def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
-        pass
-
-    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
-        return x + sinusoids(positions, x.shape[-1]).astype(x.dtype)
+def add_sinusoids(x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
+    """Returns x plus fixed sines and cosines (arXiv:1706.03762, section 3.5)."""
+    return x + sinusoids(positions, x.shape[-1]).astype(x.dtype)
 
 
-class NothingAdded(nnx.Module):
-    """For `none`, and for `rope`, which turns queries and keys instead."""
-
-    def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
-        pass
-
-    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
-        return x
+def add_nothing(x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
+    """Returns x: for `none`, and for `rope`, which turns queries and keys instead."""
+    return x
 
 
-POSITIONS = {
+POSITIONS = {  # each called with (config, rules, rngs=...), as LearnedPositions is
     "learned": LearnedPositions,
-    "sinusoidal": SinusoidalPositions,
-    "rope": NothingAdded,
-    "none": NothingAdded,
+    "sinusoidal": lambda *_, rngs: add_sinusoids,
+    "rope": lambda *_, rngs: add_nothing,
+    "none": lambda *_, rngs: add_nothing,
 }

@@ -31,9 +31,6 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
 
     The config's vocabulary size must be known. `fits` is also false if the compiler runs out of
     memory.
-
-    Raises:
-      BadInput: if the config does not fit the number of devices.
     """
     began = time.perf_counter()
     with jax.set_mesh(mesh := make_mesh(config, devices)):

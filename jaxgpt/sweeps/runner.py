@@ -130,11 +130,8 @@ def flags_of(values: Choice) -> list[str]:
 
 
 def finished_outcome(workdir: Path, config: Config) -> Outcome | None:
-    """Returns how the run in `workdir` ended, None if it has not ended with this `config`.
-
-    Raises:
-      BadInput: if `workdir` holds a run that cannot be resumed with this config.
-    """
+    """Returns how the run in `workdir` ended, None if it has not ended with this `config`, which
+    `check_resume` compares with its own."""
     if not (workdir / "config.json").exists():
         return None
     old = read_config(epath.Path(workdir))

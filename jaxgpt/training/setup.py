@@ -77,11 +77,7 @@ class Training:
         return partial(init_state, self.spec, optimizer, cfg)
 
     def first_state(self) -> TrainState:
-        """Returns the first state on the devices: fresh, or from `init_from`.
-
-        Raises:
-          BadInput: see `warm_params`.
-        """
+        """Returns the first state on the devices: fresh, or from `init_from`."""
         if not self.config.init_from:
             return jax.jit(self.init)()
         params = warm_params(self.config, self.spec)

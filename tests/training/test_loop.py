@@ -56,7 +56,7 @@ class Rows:
 def loop_of(corpus):
     """Makes the loop of a tiny run: `loop_of(grad_accum) -> (loop, its training)`."""
     data = DataConfig(source=f"text:{corpus}/*.txt", validation_fraction=0.25)
-    model = ModelConfig(max_seq_len=16, num_layers=1, num_heads=2, embed_dim=16)
+    model = ModelConfig(max_seq_len=16, num_layers=1, num_heads=2, embed_dim=16).with_sizes()
     prepared = prepare(data)
 
     def make(grad_accum: int):
