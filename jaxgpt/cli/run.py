@@ -14,6 +14,7 @@ from logging import CRITICAL, getLogger
 
 from absl import logging
 
+from jaxgpt.system.accelerators import leave_out_absent
 from jaxgpt.system.errors import BadInput, PeerLost, described, one_line
 from jaxgpt.system.pages import use_huge_pages
 from jaxgpt.system.stores import outage
@@ -34,6 +35,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     logging.set_verbosity(logging.FATAL)  # what libraries log of an error, they also raise
     for library in ("asyncio", "gcsfs"):
         getLogger(library).setLevel(CRITICAL)
+    leave_out_absent()
     sys.unraisablehook = _no_closed_loops
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

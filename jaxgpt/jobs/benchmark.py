@@ -1,7 +1,5 @@
 """The steady state of a config's training and decoding on this machine."""
 
-import glob
-import os
 import resource
 import sys
 import tempfile
@@ -27,7 +25,6 @@ from jaxgpt.training.memory import check_memory
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 
 WARM_UP, PROFILED = 2, 3  # steps before the timed ones, and after them
-ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 PROMPT, NEW = 16, 200  # tokens
 
 
@@ -37,10 +34,6 @@ def benchmark(
     """Returns the figures that `jaxgpt.benchmark` prints: see its help. The command began at
     `began`; a `folder` keeps the profile.
     """
-    if not any(map(glob.glob, ACCELERATORS)):
-        # Some releases of libtpu, which `plan` needs, crash the profiler without a TPU
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     mesh = make_mesh(config)
     data = prepare(config.data)
     training = make_training(resolve_vocab(config, data.tokenizer.vocab_size), mesh)

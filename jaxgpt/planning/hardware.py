@@ -11,6 +11,7 @@ from jax.experimental import topologies
 
 from jaxgpt.model.flops import PEAK_FLOPS
 from jaxgpt.planning.gpus import GIB, GPUS, describe_gpus
+from jaxgpt.system.accelerators import allow_libtpu
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
 
@@ -100,6 +101,7 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
             f" ({', '.join(TPUS)}), nor GPUs as in h200, h200:8 or, hosts x GPUs, h200:2x8"
             f" ({', '.join(GPUS)})"
         )
+    allow_libtpu()
     require("libtpu", "plan", "jaxgpt.plan")
     try:
         with quiet():

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.processes import signals
 from jaxgpt.processes.flags import check_flags
+from jaxgpt.system.accelerators import has_tpu_files
 from jaxgpt.system.console import silence
 from jaxgpt.system.errors import BadInput, PeerLost, one_line
 
@@ -75,9 +75,8 @@ def join(values: flags.FlagValues) -> None:
 
 
 def _on_tpu() -> bool:
-    chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
-    return chips and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+    return has_tpu_files() and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
 
 
 def _give_up(met: threading.Event, seconds: float, where: str) -> None:
