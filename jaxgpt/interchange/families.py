@@ -102,17 +102,18 @@ def _rules(tensors: dict[str, str], transposed: bool) -> tuple[Rule, ...]:
     )
 
 
+def _schema(fields: dict[str, str]) -> dict:
+    """Returns the types of their config's fields, which are those of ours; null: not given."""
+    kinds = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+    return {f"{theirs}?": kinds[ours] | None for theirs, ours in fields.items()}
+
+
 COMMON = dict(norm_position=("pre",), window=(0,), logit_softcap=(0.0,), mup_base_width=(0,))
 COMMON |= dict(scale_embeddings=(False,))
 
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 GPT2_FIXED = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
 GPT2_FIXED |= dict(reorder_and_upcast_attn=False, add_cross_attention=False)
-GPT2_SCHEMA = {
-    **{name: int for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
-    **{"n_positions?": int, "n_ctx?": int, "n_inner?": int | None},
-    **{"activation_function?": str, "layer_norm_epsilon?": float, "tie_word_embeddings?": bool},
-}
 GPT2_FIELDS = {  # theirs: ours
     "vocab_size": "vocab_size",
     "n_positions": "max_seq_len",
@@ -174,20 +175,13 @@ GPT2 = Family(
     rules=_rules(GPT2_TENSORS, transposed=False),
     model_config=_gpt2_model_config,
     hf_config=_gpt2_hf_config,
-    schema=GPT2_SCHEMA,
+    schema=_schema(GPT2_FIELDS) | {"n_ctx?": int, "activation_function?": str},
     prefix="transformer.",
     ignored=(".attn.bias", ".attn.masked_bias"),
 )
 
 LLAMA_FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
 LLAMA_FIXED |= dict(use_sliding_window=False, pretraining_tp=1)
-LLAMA_SCHEMA = {
-    **{name: int for name in ("vocab_size", "hidden_size", "intermediate_size")},
-    **{name: int for name in ("num_hidden_layers", "num_attention_heads")},
-    **{"max_position_embeddings": int, "num_key_value_heads?": int | None, "head_dim?": int | None},
-    **{"rms_norm_eps?": float, "rope_theta?": float, "tie_word_embeddings?": bool},
-    **{"layer_types?": list | None, "rope_parameters?": dict | None, "rope_scaling?": dict | None},
-}
 ROPE_SCHEMA = {
     **{"rope_type?": str, "type?": str, "rope_theta?": float, "factor?": float},
     "original_max_position_embeddings?": int,
@@ -280,7 +274,9 @@ LLAMA = Family(
     rules=_rules(LLAMA_TENSORS, transposed=True),
     model_config=_llama_model_config,
     hf_config=_llama_hf_config,
-    schema=LLAMA_SCHEMA,
+    schema=_schema(LLAMA_FIELDS)
+    | {"rope_theta?": float, "layer_types?": list | None}
+    | {"rope_parameters?": dict | None, "rope_scaling?": dict | None},
     prefix="model.",
     ignored=("rotary_emb.inv_freq",),
 )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.parallel.torus import Phase, Torus
+from jaxgpt.parallel.torus import Phase, Torus, phases
 
 
 def all_gather(a: jax.Array, axis: int, torus: Torus) -> jax.Array:
@@ -30,10 +30,9 @@ def all_to_all(x: jax.Array, torus: Torus) -> jax.Array:
     """Returns all columns of this device's share of the rows, from its own columns of all rows:
     [rows, ..., columns / devices] -> [rows / devices, ..., columns].
     """
-    phases = _phases(torus)
-    shape, devices = x.shape, jax.lax.axis_size("fsdp")
-    x = x.reshape(*(parts for parts, _ in phases), shape[0] // devices, *shape[1:])
-    for axis, (_, groups) in reversed(list(enumerate(phases))):
+    in_order, shape, devices = _phases(torus), x.shape, jax.lax.axis_size("fsdp")
+    x = x.reshape(*(parts for parts, _ in in_order), shape[0] // devices, *shape[1:])
+    for axis, (_, groups) in reversed(list(enumerate(in_order))):
         x = jax.lax.all_to_all(
             x, "fsdp", split_axis=axis, concat_axis=x.ndim - 1, tiled=True, axis_index_groups=groups
         )
@@ -41,4 +40,4 @@ def all_to_all(x: jax.Array, torus: Torus) -> jax.Array:
 
 
 def _phases(torus: Torus) -> list[Phase]:
-    return torus.phases(jax.lax.axis_size("fsdp"))
+    return phases(torus, jax.lax.axis_size("fsdp"))

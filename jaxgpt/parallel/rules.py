@@ -34,7 +34,7 @@ class AxisRules:
 
     split_batch: bool = True
     split_residual: bool = False
-    torus: Torus = Torus()  # the mesh's, along which collectives over `fsdp` run
+    torus: Torus = ()  # the mesh's, along which collectives over `fsdp` run
 
     def __call__(self, *logical: str | None) -> P:
         table = TABLE if self.split_batch else TABLE | {"batch": None, "lookup_batch": None}

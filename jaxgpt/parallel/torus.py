@@ -6,34 +6,27 @@ TPU's compiler sums arrays that are zero but for a part (of all shapes on some t
 others), and takes half a minute to compile one all-to-all.
 """
 
-import dataclasses
 import math
 
 import numpy as np
 
+Torus = tuple[int, ...]  # devices that `fsdp` has along each axis of a torus; (): there is none
 Phase = tuple[int, list[list[int]] | None]  # devices in a group, and the groups; None: all in one
 
 
-@dataclasses.dataclass(frozen=True)
-class Torus:
-    """The number of devices that `fsdp` has along each axis of the torus; () where there is
-    none."""
-
-    sizes: tuple[int, ...] = ()
-
-    def phases(self, size: int) -> list[Phase]:
-        """Returns the phases of a scatter over `size` devices; those of a gather are in reverse."""
-        if len(self.sizes) == 1 or math.prod(self.sizes) != size:
-            return [(size, None)]
-        numbers = np.arange(size).reshape(self.sizes)
-        rows = (np.moveaxis(numbers, axis, -1).reshape(-1, n) for axis, n in enumerate(self.sizes))
-        return [(groups.shape[1], groups.tolist()) for groups in rows]
+def phases(torus: Torus, size: int) -> list[Phase]:
+    """Returns the phases of a scatter over `size` devices; those of a gather are in reverse."""
+    if len(torus) == 1 or math.prod(torus) != size:
+        return [(size, None)]
+    numbers = np.arange(size).reshape(torus)
+    rows = (np.moveaxis(numbers, axis, -1).reshape(-1, n) for axis, n in enumerate(torus))
+    return [(groups.shape[1], groups.tolist()) for groups in rows]
 
 
 def torus_of(devices: np.ndarray) -> Torus:
     """Returns the torus that the devices of one mesh axis, in order, cross row by row; one axis of
     all devices where they cross none in order or have no coordinates."""
-    ring = Torus((len(devices),))
+    ring = (len(devices),)
     if len(devices) < 2 or not hasattr(devices[0], "coords"):
         return ring
     coords = np.array([device.coords for device in devices])
@@ -48,7 +41,7 @@ def torus_of(devices: np.ndarray) -> Torus:
         pairs = set(zip(row_by_row[:, axis].tolist(), coords[:, order[axis]].tolist(), strict=True))
         if len(pairs) != size:
             return ring
-    return Torus(sizes)
+    return sizes
 
 
 def _stride(column: np.ndarray) -> int:

@@ -104,24 +104,6 @@ def restore_or_init(
 
 
 @dataclasses.dataclass
-class Speed:
-    """Seconds per step since the last restart, without evaluation and saving."""
-
-    step: int = 0
-    since: float = 0.0
-
-    def restart(self, step: int) -> None:
-        """Counts from `step` and now on."""
-        self.step, self.since = step, time.perf_counter()
-
-    def seconds_per_step(self, step: int) -> float:
-        """Returns the seconds of each step up to `step`, and restarts there."""
-        seconds = (time.perf_counter() - self.since) / max(step - self.step, 1)
-        self.restart(step)
-        return seconds
-
-
-@dataclasses.dataclass
 class Loop:
     """The part of a run that repeats: `loop(state) -> exit code`."""
 
@@ -136,7 +118,8 @@ class Loop:
     history: History = dataclasses.field(default_factory=History)
     last_validation: dict | None = None
     spikes: Spikes = dataclasses.field(default_factory=Spikes)
-    speed: Speed = dataclasses.field(default_factory=Speed)
+    # the step and the time from which seconds per step count: evaluation and saving are left out
+    timed_from: tuple[int, float] = (0, 0.0)
 
     @property
     def config(self) -> Config:
@@ -189,7 +172,7 @@ class Loop:
                 if saves:
                     self._save(state, step)
                 if validates or samples or saves:
-                    self.speed.restart(step)
+                    self.timed_from = step, time.perf_counter()
             self.checkpoints.close()
         if not signal:
             return 0
@@ -199,7 +182,7 @@ class Loop:
     def _start_after(self, step: int) -> tuple[int, Iterator[dict], hosts.Vote]:
         """Returns `step`, the batches behind it, on the devices, and a new vote."""
         self.history.started = time.perf_counter()
-        self.speed.restart(step)
+        self.timed_from = step, time.perf_counter()
         batches = device_batches(
             self.stream,
             self.run.batch_sharding,
@@ -240,7 +223,9 @@ class Loop:
     def _log(self, step: int, tokens: int, metrics: dict) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         in_a_row, skipped = values.pop("in_a_row"), values.pop("skipped")
-        step_seconds = self.speed.seconds_per_step(step)
+        first, began = self.timed_from
+        self.timed_from = step, time.perf_counter()
+        step_seconds = (self.timed_from[1] - began) / max(step - first, 1)
         per_step = self.config.batch_size * self.config.model.max_seq_len
         devices = self.run.mesh.devices
         row = {
