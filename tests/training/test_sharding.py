@@ -185,7 +185,7 @@ def test_parameters_and_optimizer_state_are_split():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_fsdp_gathers_each_weight_once_a_pass(remat):
     """Forward and backward: no policy keeps gathered weights, which are as large as the model."""
-    config = tiny_config(compute={"remat": remat})
+    config = tiny_config(compute={"remat": remat, "scan_layers": "true"})
     config.mesh = MeshConfig(data=1, fsdp=8)
     with jax.set_mesh(mesh := make_mesh(config)):
         training = make_training(config, mesh)
