@@ -15,6 +15,7 @@ from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.system.errors import BadInput
 
 Kernel = Callable[..., Float[Array, "B T N H"]]
+BLOCK, MAX_BLOCKS = 64, 8  # of `blocked_attention`: queries of a block at least, blocks at most
 
 
 def xla_attention(
@@ -46,6 +47,44 @@ def xla_attention(
     weights = weights.astype(v.dtype).reshape(b, heads, groups * t, s)
     out = jnp.einsum("BKMS,BKSH->BKMH", weights, v).reshape(b, heads, groups, t, h)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def blocked_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    kept: Bool[Array, "B N T S"] | None = None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> Float[Array, "B T N H"]:
+    """`xla_attention` by blocks of queries, each with no other keys than a causal mask may show it.
+
+    Positions must grow along a row, segments or not. More blocks skip more keys, up to half of all,
+    and take longer to compile.
+    """
+    length, reach = q.shape[1], mask.reach
+    if not reach.causal or mask.prefix is not None or k.shape[1] != length:
+        return xla_attention(q, k, v, mask, kept, scale=scale, dropout=dropout)
+    size = max(BLOCK, -(-length // MAX_BLOCKS))
+    outs = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        queries = slice(start, end)
+        keys = slice(max(start - reach.window + 1, 0) if reach.window else 0, end)
+        outs.append(
+            xla_attention(
+                q[:, queries],
+                k[:, keys],
+                v[:, keys],
+                mask.part(queries, keys),
+                None if kept is None else kept[:, :, queries, keys],
+                scale=scale,
+                dropout=dropout,
+            )
+        )
+    return jnp.concatenate(outs, axis=1)
 
 
 def cudnn_attention(
@@ -97,7 +136,7 @@ def cached_attention(
 
 
 KERNELS: dict[str, Kernel] = {
-    "xla": xla_attention,
+    "xla": blocked_attention,
     "cudnn": cudnn_attention,
     "splash": splash_attention,
 }

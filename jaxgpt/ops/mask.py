@@ -43,6 +43,13 @@ class AttentionMask(NamedTuple):
         """Returns the same mask with another window; 0: none."""
         return self._replace(reach=dataclasses.replace(self.reach, window=window))
 
+    def part(self, queries: slice, keys: slice) -> "AttentionMask":
+        """Returns the mask of some of the queries and some of the keys."""
+        parts = (self.q_positions[:, queries], self.kv_positions[:, keys])
+        if self.q_segments is not None:
+            parts += (self.q_segments[:, queries], self.kv_segments[:, keys])
+        return AttentionMask(*parts, prefix=self.prefix, reach=self.reach)
+
     def visible(self) -> Bool[Array, "B T S"]:
         """Returns which keys each query sees."""
         q, kv = self.q_positions[:, :, None], self.kv_positions[:, None, :]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.ops import splash
-from jaxgpt.ops.attention import choose_kernel, xla_attention
+from jaxgpt.ops.attention import blocked_attention, choose_kernel, xla_attention
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.splash import splash_attention
 from jaxgpt.system.errors import BadInput
@@ -73,16 +73,20 @@ CASES = {
 }
 
 
-KERNELS = {"xla": xla_attention, "splash": functools.partial(splash_attention, interpret=True)}
+KERNELS = {
+    "xla": xla_attention,
+    "blocked": blocked_attention,
+    "splash": functools.partial(splash_attention, interpret=True),
+}
 
 
 @pytest.mark.parametrize(
-    ("kernel", "name"),  # a cache is XLA's to read
+    ("kernel", "name"),  # neither a cache nor a prefix is splash's to read
     [
         (k, n)
         for k in KERNELS
         for n in CASES
-        if k == "xla" or not n.startswith(("cached", "prefix"))
+        if k != "splash" or not n.startswith(("cached", "prefix"))
     ],
 )
 def test_attention_against_float64(kernel, name, monkeypatch):
@@ -115,6 +119,36 @@ def test_attention_dropout_keeps_what_it_is_told():
     half = xla_attention(q, k, v, mask, kept, scale=1.0, dropout=0.5)
     np.testing.assert_allclose(half[:, :, 0], 2 * whole[:, :, 0], 1e-6)
     assert np.all(np.asarray(half[:, :, 1]) == 0), "head 1 keeps nothing"
+
+
+@pytest.mark.parametrize("window", [0, 30])
+def test_blocks_with_dropout_are_the_reference(window):
+    q, k, v = (normal(2, 150, heads, 8, seed=s) for s, heads in enumerate((4, 2, 2)))
+    q, k, v, target = (jnp.asarray(a, jnp.float32) for a in (q, k, v, normal(*q.shape, seed=9)))
+    mask = jax.tree.map(jnp.asarray, long(150, 3)).within(window)
+    kept = jax.random.bernoulli(jax.random.key(0), 0.5, (2, 4, 150, 150))
+
+    def outcome(attend):
+        attend = functools.partial(attend, mask=mask, kept=kept, scale=0.3, dropout=0.5)
+        return attend(q, k, v), jax.grad(
+            lambda *a: jnp.sum(attend(*a) * target), argnums=(0, 1, 2)
+        )(q, k, v)
+
+    found, expected = outcome(blocked_attention), outcome(xla_attention)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("length, window, most", [(512, 0, 0.6), (2048, 0, 0.6), (512, 64, 0.3)])
+def test_blocks_skip_the_keys_that_no_query_sees(length, window, most):
+    q = jnp.zeros((1, length, 1, 64))
+    positions = jnp.arange(length)[None]
+    mask = AttentionMask(positions, positions).within(window)
+
+    def flops(attend):
+        run = jax.jit(functools.partial(attend, scale=1.0))
+        return run.lower(q, q, q, mask).compile().cost_analysis()["flops"]
+
+    assert flops(blocked_attention) < most * flops(xla_attention)
 
 
 def test_splash_refuses_a_prefix():
