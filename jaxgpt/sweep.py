@@ -16,7 +16,9 @@ from jaxgpt.cli.flags import config_path, define_config_flag, given_config, load
 from jaxgpt.cli.run import run
 from jaxgpt.config import Config
 from jaxgpt.config.schema import differing
+from jaxgpt.config.validate import parse_patterns
 from jaxgpt.data.prepare import cache_folder, find_data
+from jaxgpt.interchange.init_from import check_model, check_source
 from jaxgpt.sweeps.grid import Choice, apply_choice, choices, name_of, parse_grid, rungs
 from jaxgpt.sweeps.report import check_results, write_results
 from jaxgpt.sweeps.runner import DIVERGED, finished_outcome, flags_of, run_rung
@@ -85,9 +87,8 @@ def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int
 def check_inputs(config: Config) -> None:
     """Raises `BadInput` where `train` would, before it reads a document or compiles a program."""
     # JAX is imported only now, so that wrong flags are reported at once
-    from jaxgpt.optim.groups import parse_multipliers, parse_patterns
+    from jaxgpt.optim.groups import parse_multipliers
     from jaxgpt.training.setup import resolve_vocab
-    from jaxgpt.training.warm_start import check_model, check_source
 
     data = config.data
     if not data.source.startswith("shards:"):

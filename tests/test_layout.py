@@ -10,7 +10,6 @@ PACKAGE = ROOT / "jaxgpt"
 ROOMS = [
     "system",
     "config",
-    "cli",
     "processes",
     "metrics",
     "tokenizer",
@@ -22,6 +21,7 @@ ROOMS = [
     "optim",
     "checkpointing",
     "interchange",
+    "cli",
     "inference",
     "serving",
     "evaluation",

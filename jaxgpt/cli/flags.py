@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxgpt.config.migrate import renamed_in
-from jaxgpt.config.schema import Config, fields_of
+from jaxgpt.config.schema import Config, fields_of, left_open
 from jaxgpt.config.validate import any_of, check_known, named, validate
 from jaxgpt.system.encoding import check_setting
 from jaxgpt.system.errors import BadInput, described, did_you_mean
@@ -91,20 +91,31 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def config_of(values: flags.FlagValues) -> Config:
-    """Returns the parsed, overridden, checked config, its derived sizes filled in."""
-    return validate(given_config(values))
+    """Returns the parsed, overridden, checked config, its derived sizes filled in, and what it
+    leaves open as `init_from` has it.
+
+    Raises:
+      BadInput: if `--config` was not given, or see `validate` and `completed`.
+    """
+    config = given_config(values)
+    if left_open(config):
+        from jaxgpt.interchange.init_from import completed  # its libraries take 0.2 s to import
+
+        return completed(config)
+    return validate(config)
 
 
 def given_config(values: flags.FlagValues) -> Config:
     """Returns the parsed, overridden config as it was given: a size that is to be derived is still
-    0.
+    0, and what is left to `init_from` None.
 
     Raises:
       BadInput: if `--config` was not given; see also `validate`.
     """
     if values["config"].using_default_value:
         raise BadInput("--config=FILE is required, for example --config=tiny")
-    validate(values.config)
+    if not left_open(values.config):
+        validate(values.config)
     return copy.deepcopy(values.config)
 
 

@@ -1,5 +1,7 @@
 """What several configs share: architectures by family, and the habits of a long run."""
 
+import dataclasses
+
 from jaxgpt.config.schema import (
     ComputeConfig,
     Config,
@@ -37,6 +39,16 @@ def llama(
         tie_embeddings=False,
     )
     return ModelConfig(**sizes, **family | fields)
+
+
+def from_init(**fields) -> ModelConfig:
+    """Returns the architecture that `init_from` has; `fields` are given and must agree with it, but
+    for those that may differ (dropout, a shorter context)."""
+    model = ModelConfig(**fields)
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in fields:
+            setattr(model, field.name, None)  # left open: see `schema.left_open`
+    return model
 
 
 def long_run(model: ModelConfig, optim: OptimConfig, **fields) -> Config:

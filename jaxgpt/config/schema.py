@@ -92,7 +92,10 @@ def _with(field, **metadata):
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Architecture. The defaults are GPT-2 124M (OpenAI 2019, table 2) but for the vocabulary."""
+    """Architecture. The defaults are GPT-2 124M (OpenAI 2019, table 2) but for the vocabulary.
+
+    In a config file a field may be None: it is then taken from `init_from` before anything else.
+    """
 
     vocab_size: int = changes("domain", number(0, 0, 2**24))  # 0 = the tokenizer's
     max_seq_len: int = changes("domain", number(1024, 1, 2**24))
@@ -175,7 +178,7 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "builtin"
-    tokenizer: str = "byte"
+    tokenizer: str = "byte"  # "" = that of init_from
     validation_source: str = ""
     validation_fraction: float = 0.05
     field: str = "text"  # of a jsonl line, a parquet table, a TFDS example
@@ -319,6 +322,16 @@ def differing(config: Config, from_: Config) -> dict[str, Any]:
     """Returns `{"model.num_layers": value in config, ...}` of the fields in which two differ."""
     values = {path: get_field(config, path) for path in fields_of(config)}
     return {path: value for path, value in values.items() if value != get_field(from_, path)}
+
+
+def left_open(config: Config) -> list[str]:
+    """Returns the paths of the fields that are to be as `init_from` has them: those of the model
+    that are None (see `presets.from_init`), and a tokenizer that is ""."""
+    if type(config.model) is not ModelConfig or type(config.data) is not DataConfig:
+        return []  # `validate` refuses it
+    fields = (f"model.{field.name}" for field in dataclasses.fields(ModelConfig))
+    paths = [path for path in fields if get_field(config, path) is None]
+    return paths + ["data.tokenizer"] * (config.data.tokenizer == "")
 
 
 def model_differences(one: ModelConfig, other: ModelConfig, *also: str) -> list[str]:

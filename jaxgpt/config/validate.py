@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -269,6 +270,18 @@ def _check_warmup(optim: OptimConfig) -> None:
             f"optim.warmup_steps={optim.warmup_steps} and"
             f" optim.warmup_fraction={optim.warmup_fraction} are both given: set one of them to 0"
         )
+
+
+def parse_patterns(text: str, field: str) -> list[re.Pattern]:
+    """Returns comma-separated path patterns.
+
+    Raises:
+      BadInput: naming the field and the part that is not a pattern.
+    """
+    try:
+        return [re.compile(part.strip()) for part in text.split(",") if part.strip()]
+    except re.error as e:
+        raise BadInput(f"{field}={text!r} is not a list of patterns: {e}") from e
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:

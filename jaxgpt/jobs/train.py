@@ -16,6 +16,7 @@ from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, check_shards, prepare
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.training_sample import TrainingSample
+from jaxgpt.interchange.init_from import check_model, check_source
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.model.flops import count_parameters
@@ -35,7 +36,7 @@ from jaxgpt.training.loop import DIVERGED, History, Loop, restore_or_init
 from jaxgpt.training.memory import check_memory
 from jaxgpt.training.objectives import make_eval_step
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
-from jaxgpt.training.warm_start import check_model, check_source, check_vocabulary
+from jaxgpt.training.warm_start import check_vocabulary
 
 LONG_WARMUP = 0.2  # the share of a run from which on its warm-up is probably a slip
 
@@ -202,6 +203,10 @@ def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
         if config.init_from:
             check_source(config.init_from)
             check_model(config)
+            say(
+                f"start     from {config.init_from}, with a context of {config.model.max_seq_len:,}"
+                f" and the tokenizer {config.data.tokenizer}"
+            )
         return config, []
     if (workdir / "checkpoints" / "0").exists():
         raise BadInput(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.config.validate import parse_patterns
 from jaxgpt.model.lora import is_addition
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaf_path, leaves_by_path
@@ -46,18 +47,6 @@ def decay_mask(params: dict) -> dict:
         return name in MATRICES
 
     return by_path(decays, params)
-
-
-def parse_patterns(text: str, field: str) -> list[re.Pattern]:
-    """Returns comma-separated path patterns.
-
-    Raises:
-      BadInput: naming the field and the part that is not a pattern.
-    """
-    try:
-        return [re.compile(part.strip()) for part in text.split(",") if part.strip()]
-    except re.error as e:
-        raise BadInput(f"{field}={text!r} is not a list of patterns: {e}") from e
 
 
 def trainable(params: dict, freeze: str, lora_rank: int) -> dict:

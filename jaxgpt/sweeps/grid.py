@@ -1,5 +1,6 @@
 """The runs of a sweep, from the text of `--grid`."""
 
+import copy
 import hashlib
 import math
 import random
@@ -7,8 +8,9 @@ import re
 from collections.abc import Callable
 
 from jaxgpt.config import Config
-from jaxgpt.config.schema import fields_of
-from jaxgpt.config.validate import changed, check_known
+from jaxgpt.config.schema import fields_of, set_field
+from jaxgpt.config.validate import check_known
+from jaxgpt.interchange.init_from import completed
 from jaxgpt.system.errors import BadInput
 
 Choice = dict[str, object]  # field path -> value
@@ -85,7 +87,10 @@ def apply_choice(
       BadInput: naming the combination, if it is not a possible run, or `check` refuses it.
     """
     try:
-        config = changed(config, choice)
+        config = copy.deepcopy(config)
+        for path, value in choice.items():
+            set_field(config, path, value)
+        config = completed(config)
         check(config)
         return config
     except BadInput as e:

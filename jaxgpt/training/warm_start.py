@@ -11,21 +11,20 @@ from flax.traverse_util import unflatten_dict
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
 from jaxgpt.config import Config, MeshConfig, ModelConfig
-from jaxgpt.config.schema import model_differences
 from jaxgpt.config.stored import read_config
-from jaxgpt.interchange.folder import how_to_download, is_model_folder, open_folder
-from jaxgpt.interchange.tokenizers import read_tokenizer
+from jaxgpt.config.validate import parse_patterns
+from jaxgpt.interchange.folder import open_folder
+from jaxgpt.interchange.init_from import check_model, is_workdir, tokenizer_of
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import column_norms, is_addition
 from jaxgpt.model.lora import merge as merge_lora
-from jaxgpt.optim.groups import parse_patterns
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.processes import hosts
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
-from jaxgpt.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.tokenizer import Tokenizer
 
 ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows
 # Texts and ids by which two tokenizers are told apart
@@ -36,42 +35,6 @@ PROBE = (
 PROBED_IDS = 2000
 
 
-def check_source(path: str) -> None:
-    """Raises `BadInput` if there is nothing at `path` to start from."""
-    folder = epath.Path(path)
-    if not (folder / "checkpoints").exists() and not is_model_folder(Path(path)):
-        raise BadInput(
-            f"init_from={path} is neither a workdir with checkpoints"
-            f" nor a Hugging Face model folder; {how_to_download(Path(path))}"
-        )
-
-
-def check_model(config: Config) -> None:
-    """Raises `BadInput` if the model at `init_from` is another than the config's."""
-    path = config.init_from
-    if (epath.Path(path) / "checkpoints").exists():
-        theirs = read_config(epath.Path(path)).model
-    else:
-        theirs = open_folder(Path(path)).model
-    mine = config.model
-    differing = model_differences(theirs, mine)
-    rope = [name for name in differing if name.startswith("rope_")]
-    if _any(parse_patterns(config.init_fresh, "init_fresh"), "rope"):
-        differing = [name for name in differing if name not in rope]
-    if differing:
-        hint = "; name rope in init_fresh to change it" if differing == rope else ""
-        differences = (
-            f"model.{name}: {getattr(theirs, name)!r} there, {getattr(mine, name)!r} here"
-            for name in differing
-        )
-        raise BadInput(f"init_from={path} is another model: {'; '.join(differences)}{hint}")
-    if mine.position == "learned" and mine.max_seq_len > theirs.max_seq_len:
-        raise BadInput(
-            f"init_from={path} has {theirs.max_seq_len} positions,"
-            f" model.max_seq_len={mine.max_seq_len}"
-        )
-
-
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     """Raises `BadInput` if the ids of the tokenizer at `init_from` mean another text than those of
     `tokenizer`, unless `init_fresh` names the embeddings (`tokens`). Further ids are no difference.
@@ -79,7 +42,7 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     path, kind = config.init_from, config.data.tokenizer
     if _any(parse_patterns(config.init_fresh, "init_fresh"), "tokens"):
         return
-    theirs = _tokenizer_of(path)
+    theirs = tokenizer_of(path)
     if theirs is None:
         say(f"init_from {path} holds no tokenizer: data.tokenizer={kind} must be the one it knows")
     elif difference := _difference(theirs, tokenizer):
@@ -87,13 +50,6 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
             f"init_from={path} has another tokenizer than data.tokenizer={kind}: {difference};"
             " take that one, or name tokens in init_fresh to draw the embeddings anew"
         )
-
-
-def _tokenizer_of(path: str) -> Tokenizer | None:
-    if (epath.Path(path) / "checkpoints").exists():
-        return load_tokenizer(epath.Path(path) / "tokenizer")
-    files = ("tokenizer.json", "vocab.json", "encoder.json")
-    return read_tokenizer(Path(path)) if any((Path(path) / f).exists() for f in files) else None
 
 
 def _difference(theirs: Tokenizer, mine: Tokenizer) -> str:
@@ -174,7 +130,7 @@ def _put_like(value: np.ndarray, like: jax.Array) -> jax.Array:
 
 def _load(path: str) -> tuple[dict, ModelConfig]:
     """Returns the source's parameters by path, on the host, and its model config."""
-    if (epath.Path(path) / "checkpoints").exists():
+    if is_workdir(path):
         config = read_config(epath.Path(path))
         checkpoints = Checkpoints(path, read_only=True)
         spec = ModelSpec(config, "xla")

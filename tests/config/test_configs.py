@@ -7,12 +7,15 @@ import pytest
 
 from jaxgpt.cli.flags import load_file
 from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config.schema import left_open
 from jaxgpt.config.validate import validate
+from jaxgpt.interchange.init_from import completed
 from jaxgpt.model.flops import count_parameters
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training.setup import make_training, resolve_vocab
 from jaxgpt.training.step import make_train_step
 from tests.conftest import ROOT
+from tests.interchange.test_import_export import model_folder
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
 # Published counts; where a config leaves the vocabulary to its tokenizer, at the size given.
@@ -28,8 +31,12 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_it_validates_and_its_train_step_lowers(file):
-    config = resolve_vocab(validate(load_file(str(file))), 257)
+def test_it_validates_and_its_train_step_lowers(file, tmp_path):
+    config = load_file(str(file))
+    if left_open(config):
+        model_folder(tmp_path / "hf")
+        config.init_from = str(tmp_path / "hf")
+    config = resolve_vocab(completed(config), 257)
     config = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1))
     with jax.set_mesh(mesh := make_mesh(config, jax.devices()[:4])):
         training = make_training(config, mesh)

@@ -18,6 +18,7 @@ from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.interchange.families import FAMILIES, family_of
 from jaxgpt.interchange.folder import open_folder
+from jaxgpt.interchange.init_from import check_source
 from jaxgpt.interchange.safetensors import SafetensorsFile, write_safetensors
 from jaxgpt.interchange.torch_file import TorchFile
 from jaxgpt.interchange.weights import read_params, write_params
@@ -26,7 +27,6 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.tokenizer.gpt2 import BYTES
-from jaxgpt.training.warm_start import check_source
 from tests.conftest import CORPUS, ROOT, mesh_of, tiny_config
 from tests.golden.openai_gpt2 import FOLDER as OPENAI
 from tests.golden.openai_gpt2 import variables

@@ -13,6 +13,7 @@ from jaxgpt import checkpoint, convert, evaluate, sample, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, LoraConfig, ModelConfig
 from jaxgpt.config.stored import to_json
+from jaxgpt.interchange.init_from import check_model
 from jaxgpt.interchange.tokenizers import write_tokenizer
 from jaxgpt.jobs import train as train_job
 from jaxgpt.model import ModelSpec
@@ -26,7 +27,7 @@ from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.training.end import read_end
 from jaxgpt.training.loop import History
 from jaxgpt.training.setup import make_training
-from jaxgpt.training.warm_start import check_model, check_vocabulary
+from jaxgpt.training.warm_start import check_vocabulary
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
 from tests.evaluation.test_watch import no_more_waiting
 from tests.interchange.test_import_export import model_folder, write_vocab

@@ -1,0 +1,126 @@
+"""What a run takes from `init_from`, a workdir or a model folder, before its weights: the
+architecture and the tokenizer that its config leaves open.
+
+    Config(init_from=DIR, model=presets.from_init(), data=DataConfig(tokenizer=""))
+"""
+
+import copy
+from pathlib import Path
+
+from etils import epath
+
+from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config.schema import get_field, left_open, model_differences, set_field
+from jaxgpt.config.stored import read_config
+from jaxgpt.config.validate import check_fields, parse_patterns, validate
+from jaxgpt.interchange.folder import how_to_download, is_model_folder, open_folder
+from jaxgpt.interchange.tokenizers import read_tokenizer
+from jaxgpt.system.errors import BadInput
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+
+CONTEXT = 1024  # TRL's default, where the model has a longer one: Llama 3.2's takes 131,072
+
+
+def is_workdir(path: str) -> bool:
+    """Says whether `path` is a run's folder, with checkpoints."""
+    return (epath.Path(path) / "checkpoints").exists()
+
+
+def check_source(path: str) -> None:
+    """Raises `BadInput` if there is nothing at `path` to start from."""
+    if not is_workdir(path) and not is_model_folder(Path(path)):
+        raise BadInput(
+            f"init_from={path} is neither a workdir with checkpoints"
+            f" nor a Hugging Face model folder; {how_to_download(Path(path))}"
+        )
+
+
+def model_of(path: str) -> ModelConfig:
+    """Returns the architecture of a workdir or a model folder, its sizes filled in."""
+    return (
+        read_config(epath.Path(path)).model if is_workdir(path) else open_folder(Path(path)).model
+    )
+
+
+def tokenizer_of(path: str) -> Tokenizer | None:
+    """Returns the tokenizer of a workdir or a model folder, None if it has none."""
+    if is_workdir(path):
+        return load_tokenizer(epath.Path(path) / "tokenizer")
+    files = ("tokenizer.json", "vocab.json", "encoder.json")
+    return read_tokenizer(Path(path)) if any((Path(path) / f).exists() for f in files) else None
+
+
+def completed(config: Config) -> Config:
+    """Returns a checked copy (see `validate`) in which what was left open is that of `init_from`:
+    the fields of the model that are None and the tokenizer that is "".
+
+    Dropout is 0 and the context at most `CONTEXT` unless they are given. The vocabulary is that of
+    the model there, with the rows of further special tokens.
+
+    Raises:
+      BadInput: if there is no `init_from`, or what is given is not as it is there.
+    """
+    opened = left_open(config)
+    if not opened:
+        return validate(config)
+    config = copy.deepcopy(config)
+    for path in opened:
+        set_field(config, path, get_field(Config(), path))
+    check_fields(config)  # before any file is read
+    if not config.init_from:
+        raise BadInput(
+            f"--config.init_from=DIR is missing: a workdir or a Hugging Face folder, which has the"
+            f" {opened[0].partition('.')[0] if len(opened) > 1 else 'tokenizer'} of this config"
+        )
+    check_source(config.init_from)
+    theirs, vocab_size = model_of(config.init_from), 0  # 0: that of the tokenizer that is given
+    if "data.tokenizer" in opened:
+        config.data.tokenizer = tokenizer_spec(config.init_from)
+        tokenizer = make_tokenizer(config.data.tokenizer, (), config.data.special_tokens)
+        vocab_size = max(theirs.vocab_size, tokenizer.vocab_size)
+    context = min(theirs.max_seq_len, CONTEXT)
+    chosen = dict(vocab_size=vocab_size, max_seq_len=context, dropout=ModelConfig.dropout)
+    for name, value in (vars(theirs) | chosen).items():
+        if f"model.{name}" in opened:
+            setattr(config.model, name, value)
+    config = validate(config)
+    check_model(config)
+    return config
+
+
+def tokenizer_spec(path: str) -> str:
+    """Returns the `data.tokenizer` that names the tokenizer of a workdir or a model folder."""
+    if is_workdir(path):
+        return f"hf:{path}"
+    if (tokenizer := tokenizer_of(path)) is None:
+        raise BadInput(
+            f"init_from={path} holds no tokenizer: set data.tokenizer to the one it knows"
+        )
+    return f"{tokenizer.kind}:{path}"
+
+
+def check_model(config: Config) -> None:
+    """Raises `BadInput` if the model at `init_from` is another than the config's."""
+    path, mine = config.init_from, config.model
+    theirs, fresh = model_of(path), parse_patterns(config.init_fresh, "init_fresh")
+    differing = model_differences(theirs, mine)
+    rope = [name for name in differing if name.startswith("rope_")]
+    if any(pattern.search("rope") for pattern in fresh):
+        differing = [name for name in differing if name not in rope]
+    if mine.tie_embeddings and not theirs.tie_embeddings:
+        if not any(pattern.search("head") for pattern in fresh):  # it would be left over
+            differing.append("tie_embeddings")
+    if differing:
+        hint = "; leave these fields out to take those that are there, as configs/finetune.py does"
+        if differing == rope:
+            hint = "; name rope in init_fresh to change it"
+        differences = (
+            f"model.{name}: {getattr(theirs, name)!r} there, {getattr(mine, name)!r} here"
+            for name in differing
+        )
+        raise BadInput(f"init_from={path} is another model: {'; '.join(differences)}{hint}")
+    if mine.position == "learned" and mine.max_seq_len > theirs.max_seq_len:
+        raise BadInput(
+            f"init_from={path} has {theirs.max_seq_len} positions,"
+            f" model.max_seq_len={mine.max_seq_len}"
+        )
