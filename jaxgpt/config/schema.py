@@ -327,7 +327,8 @@ def differing(config: Config, from_: Config) -> dict[str, Any]:
 def left_open(config: Config) -> list[str]:
     """Returns the paths of the fields that are to be as `init_from` has them: those of the model
     that are None (see `presets.from_init`), and a tokenizer that is ""."""
-    if type(config.model) is not ModelConfig or type(config.data) is not DataConfig:
+    parts = type(getattr(config, "model", None)), type(getattr(config, "data", None))
+    if parts != (ModelConfig, DataConfig):
         return []  # `validate` refuses it
     fields = (f"model.{field.name}" for field in dataclasses.fields(ModelConfig))
     paths = [path for path in fields if get_field(config, path) is None]

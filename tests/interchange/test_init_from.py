@@ -154,7 +154,7 @@ def test_plan_prepare_and_sweeps_take_it_from_there_too(command, tmp_path):
     other, _ = model_folder(tmp_path / "two", **GPT2)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     source = f"--config.data.source=sft:{tmp_path}/rows.jsonl"
-    argv = (CONFIG, f"--config.init_from={tmp_path}/two", source)
+    argv = (CONFIG, f"--config.init_from={tmp_path}/two", source, "--config.batch_size=8")
     code, out, err = command(prepare.main, *argv)
     assert code == 0 and json.loads(out)["vocab_size"] == VOCAB, err
     code, out, err = command(plan.main, *argv)
