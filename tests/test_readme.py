@@ -51,7 +51,7 @@ def test_the_readme_lists_every_config_and_launch_script():
 )
 def test_sources_are_understood(source, monkeypatch, tmp_path):
     """All but whether their files are there."""
-    monkeypatch.setattr(sources, "list_files", lambda source, pattern: [])
+    monkeypatch.setattr(sources, "list_files", lambda source, pattern, remedy: [])
     assert sources.open_sources(source.replace("'", ""), DataConfig(), tmp_path)
 
 

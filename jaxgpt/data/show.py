@@ -1,5 +1,6 @@
 """A batch as people read it: where each chunk's text comes from, and what the loss counts."""
 
+import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,6 +9,9 @@ from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.pipeline import Stream
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.data.shards import Split
+from jaxgpt.tokenizer import Tokenizer
+
+SEARCHED = 64  # documents or tokens in which a prompt is looked for
 
 
 def show_batch(stream: Stream, data: Prepared, k: int) -> Iterator[str]:
@@ -45,3 +49,25 @@ def _ranges(mask: np.ndarray) -> str:
     """Returns `0-5,9-9` for the positions where `mask` is true."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
     return ",".join(f"{a}-{b - 1}" for a, b in edges.reshape(-1, 2)) or "nothing"
+
+
+def example_prompt(split: Split, tokenizer: Tokenizer) -> str:
+    """Returns the start of one of a split's first documents, for a model that learnt such text: of
+    prompts with responses the shortest prompt as the template writes it, else three words."""
+    starts = split.starts[:SEARCHED].tolist()
+    if split.mask is None:
+        lines = tokenizer.decode_stable(split.tokens[1:SEARCHED]).splitlines()
+        first_words = [line.split()[:3] for line in lines]
+        return " ".join(max(first_words, key=len, default=[]))  # the first line with three
+    ends = [start + 1 + int(np.argmax(split.mask[start + 1 :])) for start in starts]
+    prompts = (tokenizer.decode(split.tokens[start + 1 : end]) for start, end in zip(starts, ends))
+    return min(filter(None, prompts), key=len, default="")
+
+
+def in_shell(text: str) -> str:
+    """Returns `text` as one word of a shell's command, on one line."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escapes = {"\n": "\\n", "\t": "\\t", "\\": "\\\\", "'": "\\'"}
+    letters = (escapes.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in text)
+    return f"$'{''.join(letters)}'"

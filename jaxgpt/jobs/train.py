@@ -14,6 +14,7 @@ from jaxgpt.config.schema import INT32
 from jaxgpt.config.stored import check_resume, read_config, to_json
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, check_shards, prepare
+from jaxgpt.data.show import example_prompt, in_shell
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.interchange.init_from import check_model, check_source
@@ -139,10 +140,11 @@ def conclude(code: int, loop: Loop, workdir: epath.Path) -> None:
     record_end(workdir, last_step, "diverged" if code == DIVERGED else reason)
     if code == 0:
         step = " --step=best" if early else ""
+        prompt = in_shell(example_prompt(loop.data.validation, loop.data.tokenizer))
         say(
             f"done      {outcome(loop)} in {duration(history.training_seconds())}; everything is in"
             f" {workdir}\n"
-            f"next      python -m jaxgpt.sample --workdir={workdir}{step} --prompt='def '\n"
+            f"next      python -m jaxgpt.sample --workdir={workdir}{step} --prompt={prompt}\n"
             f"          python -m jaxgpt.evaluate --workdir={workdir}{step}\n"
             f"          tensorboard --logdir={workdir}/tensorboard"
         )

@@ -27,10 +27,11 @@ REMEMBERED = 16 << 20  # bytes from which on a file's hash is kept rather than c
 RACY_SECONDS = 2  # a file younger than this may still change within its time stamp
 
 
-def list_files(source: str, pattern: str) -> list[str]:
+def list_files(source: str, pattern: str, remedy: str = "") -> list[str]:
     """Returns the files, sorted, that a glob, a folder (all below) or a `scheme://` pattern names.
 
-    A file that several links lead to is listed once, under the first of its names.
+    A file that several links lead to is listed once, under the first of its names. `remedy` ends
+    the message if there are none.
 
     Raises:
       BadInput: if there are none, or they cannot be listed (no permission; a remote file system
@@ -39,7 +40,7 @@ def list_files(source: str, pattern: str) -> list[str]:
     with as_bad_input(lambda e: f"data source {source} cannot be listed: {e}"):
         files = _list_remote(source, pattern) if "://" in pattern else _list_local(pattern)
     if not files:
-        raise BadInput(f"data source {source}: no file matches {pattern}")
+        raise BadInput(f"data source {source}: no file matches {pattern}{remedy}")
     return files
 
 

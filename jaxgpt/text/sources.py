@@ -119,7 +119,9 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
     if kind not in readers or not argument:
         hint = f"; did you mean {meant}?" if (meant := nearest(spec)) else f": choose {KINDS}"
         raise BadInput(f"data source {spec!r} is unknown{hint}")
-    files = list_files(spec, argument)
+    is_configured = spec in cfg.source  # and not one that a flag of `evaluate` names
+    remedy = f"; name yours with --config.data.source={kind}:FILE" if is_configured else ""
+    files = list_files(spec, argument, remedy)
 
     def documents() -> Iterator[Piece]:
         return chain.from_iterable(map(readers[kind], files))

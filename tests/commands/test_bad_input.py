@@ -38,7 +38,10 @@ CASES = {
     "heads": (["model.num_heads=3"], "model.embed_dim=16 is not divisible by model.num_heads=3"),
     "mesh and batch": (["batch_size=9"], "make batch_size a multiple of 8"),
     "accumulation": (["grad_accum=5"], "batch_size=8 is not divisible by grad_accum=5"),
-    "missing file": (["data.source=text:nowhere/*"], "no file matches nowhere/*"),
+    "missing file": (
+        ["data.source=text:nowhere/*"],
+        "no file matches nowhere/*; name yours with --config.data.source=text:FILE",
+    ),
     "empty corpus": (["data.source=text:{}/empty.txt"], "is empty"),
     "not UTF-8": (["data.source=text:{}/latin.txt"], "latin.txt is not UTF-8 (byte 3"),
     "broken jsonl": (
@@ -87,6 +90,14 @@ def test_no_config_and_no_workdir(command, folder):
     assert_one_error_line(
         *command(sample.main, f"--workdir={folder}", "--top_k=-1"), "--top_k=-1 must be at least 0"
     )
+
+
+def test_shakespeare_names_the_text_that_it_needs(command, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = command(train.main, "--config=shakespeare")
+    says = "no file matches shakespeare.txt; name yours with --config.data.source=text:FILE"
+    assert_one_error_line(*found, says)
+    assert not (folder / "runs").exists()
 
 
 def test_workdir_below_a_file(command, folder):
