@@ -80,11 +80,8 @@ def check_flags(values: flags.FlagValues) -> None:
 
 
 def task_rows(spec: str) -> list:
-    """Returns the rows of NAME:GLOB.
-
-    Raises:
-      BadInput: if the task is unknown, a file is missing, or a row is malformed.
-    """
+    """Returns the rows of NAME:GLOB. Raises `BadInput` if the task is unknown, a file is missing,
+    or a row is malformed."""
     name, _, pattern = spec.partition(":")
     if name not in KNOWN_TASKS:
         near = did_you_mean(name, KNOWN_TASKS)

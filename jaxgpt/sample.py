@@ -64,11 +64,8 @@ def main(argv: list[str]) -> None:
 
 
 def read_flags(values: flags.FlagValues) -> GenerationRequest:
-    """Returns the request that the flags describe.
-
-    Raises:
-      BadInput: for a flag out of range, or flags that exclude each other.
-    """
+    """Returns the request that the flags describe. Raises `BadInput` for a flag out of range, or
+    flags that exclude each other."""
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
     given = [name for name in ("prompt", "prompt_file", "interactive") if values[name].value]
@@ -98,11 +95,8 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
 
 
 def read_rows(pattern: str, default: GenerationRequest) -> list[tuple[dict, GenerationRequest]]:
-    """Returns the rows of the files and the request that each describes.
-
-    Raises:
-      BadInput: naming file and line, if a row is malformed; or if there is none.
-    """
+    """Returns the rows of the files and the request that each describes. Raises `BadInput`, naming
+    file and line, if a row is malformed; or if there is none."""
     rows = []
     for file, number, row in json_rows(list_files(f"--prompt_file={pattern}", pattern)):
         where = f"{file}, line {number}"

@@ -94,11 +94,7 @@ def serve(values: flags.FlagValues, guard, listening: socket.socket) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """Returns a socket that listens at the port. It is taken before anything is loaded; clients
-    that connect early wait.
-
-    Raises:
-      BadInput: if the port cannot be taken.
-    """
+    that connect early wait. Raises `BadInput` if the port cannot be taken."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)

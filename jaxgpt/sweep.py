@@ -67,11 +67,8 @@ def main(argv: list[str]) -> int:
 
 
 def check_runs(config: Config, runs: list[Choice], folder: Path, steps: list[int]) -> None:
-    """Checks every run before the first one starts, without touching a device or a document.
-
-    Raises:
-      BadInput: naming a combination that is not a possible run, or a workdir of another run.
-    """
+    """Checks every run before the first one starts, without touching a device or a document. Raises
+    `BadInput`, naming a combination that is not a possible run, or a workdir of another run."""
     for choice in runs:
         apply_choice(config, choice)
     check_results(folder, runs)

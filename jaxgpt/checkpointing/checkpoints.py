@@ -278,11 +278,7 @@ class Checkpoints:
             return reader.restore(self.folder / str(step) / "state", args=args)
 
     def close(self) -> None:
-        """Waits for the last save.
-
-        Raises:
-          BadInput: if it could not be written.
-        """
+        """Waits for the last save. Raises `BadInput` if it could not be written."""
         self._wait()
         self.manager.close()
 

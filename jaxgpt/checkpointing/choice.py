@@ -42,11 +42,8 @@ def define_step(
 
 
 def read_meta(checkpoint) -> dict:
-    """Returns what was saved beside the state in the folder `checkpoint`.
-
-    Raises:
-      Damaged: if it cannot be read.
-    """
+    """Returns what was saved beside the state in the folder `checkpoint`. Raises `Damaged` if it
+    cannot be read."""
     return read_json(checkpoint / "meta" / "metadata", META)
 
 

@@ -17,11 +17,8 @@ from jaxgpt.system.errors import BadInput, described, did_you_mean
 
 
 def parse(values: flags.FlagValues, argv: list[str], doc: str) -> flags.FlagValues:
-    """Parses `argv` into `values`; prints the help and exits 0 on `--help`.
-
-    Raises:
-      BadInput: for an unknown flag, an ill-typed value, a stray positional argument, or bytes that
-        are not UTF-8.
+    """Parses `argv` into `values`; prints the help and exits 0 on `--help`. Raises `BadInput` for
+    an unknown flag, an ill-typed value, a stray positional argument, or bytes that are not UTF-8.
     """
     for arg in argv[1:]:
         check_setting(arg, f"the argument {arg[:100]}")
@@ -68,11 +65,8 @@ def _help(values: flags.FlagValues) -> str:
 
 
 def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
-    """Defines `--config=FILE` and its `--config.a.b=value` overrides on `values`.
-
-    Raises:
-      BadInput: if an override names no field; the message suggests the nearest.
-    """
+    """Defines `--config=FILE` and its `--config.a.b=value` overrides on `values`. Raises `BadInput`
+    if an override names no field; the message suggests the nearest."""
     known = fields_of(Config())
     for arg in argv[1:]:
         if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
@@ -92,11 +86,8 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
 
 def config_of(values: flags.FlagValues) -> Config:
     """Returns the parsed, overridden, checked config, its derived sizes filled in, and what it
-    leaves open as `init_from` has it.
-
-    Raises:
-      BadInput: if `--config` was not given, or see `validate` and `completed`.
-    """
+    leaves open as `init_from` has it. Raises `BadInput` if `--config` was not given, or see
+    `validate` and `completed`."""
     config = given_config(values)
     if left_open(config):
         from jaxgpt.interchange.init_from import completed  # its libraries take 0.2 s to import
@@ -107,11 +98,8 @@ def config_of(values: flags.FlagValues) -> Config:
 
 def given_config(values: flags.FlagValues) -> Config:
     """Returns the parsed, overridden config as it was given: a size that is to be derived is still
-    0, and what is left to `init_from` None.
-
-    Raises:
-      BadInput: if `--config` was not given; see also `validate`.
-    """
+    0, and what is left to `init_from` None. Raises `BadInput` if `--config` was not given; see also
+    `validate`."""
     if values["config"].using_default_value:
         raise BadInput("--config=FILE is required, for example --config=tiny")
     if not left_open(values.config):
@@ -138,11 +126,8 @@ def named_configs() -> dict[str, Path]:
 
 
 def load_file(path: str) -> Config:
-    """Returns `get_config()` of a Python file, or of the config of that name (`tiny`).
-
-    Raises:
-      BadInput: if there is no such file or function, it fails, or it returns something else.
-    """
+    """Returns `get_config()` of a Python file, or of the config of that name (`tiny`). Raises
+    `BadInput` if there is no such file or function, it fails, or it returns something else."""
     if not Path(path).is_file():
         known = named_configs()
         if path not in known:

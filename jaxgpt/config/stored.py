@@ -26,12 +26,9 @@ def as_stored(config: Config) -> dict:
 
 
 def read_config(workdir: epath.Path) -> Config:
-    """Returns the config a workdir was trained with, its derived sizes filled in.
-
-    Raises:
-      BadInput: if `workdir` holds no run, or a config.json that is damaged, describes none, or is
-        of a newer version.
-    """
+    """Returns the config a workdir was trained with, its derived sizes filled in. Raises `BadInput`
+    if `workdir` holds no run, or a config.json that is damaged, describes none, or is of a newer
+    version."""
     check_store(workdir)
     file = workdir / "config.json"
     if not file.exists():
@@ -49,11 +46,8 @@ def read_config(workdir: epath.Path) -> Config:
 
 
 def from_stored(nested: dict) -> Config:
-    """Returns the config of what `as_stored` gives, or gave in an earlier version.
-
-    Raises:
-      BadInput: if a field is unknown or ill-typed, or the format is none.
-    """
+    """Returns the config of what `as_stored` gives, or gave in an earlier version. Raises
+    `BadInput` if a field is unknown or ill-typed, or the format is none."""
     config, (number, fields) = Config(), format_of(nested)
     known = fields_of(config)
     for path, value in migrated(_flatten(fields, known), number):
@@ -66,11 +60,8 @@ def from_stored(nested: dict) -> Config:
 
 
 def check_resume(old: Config, new: Config, workdir) -> list[str]:
-    """Returns `field: old -> new` for every allowed change.
-
-    Raises:
-      BadInput: naming every field that differs and may not.
-    """
+    """Returns `field: old -> new` for every allowed change. Raises `BadInput`, naming every field
+    that differs and may not."""
     changes = {
         path: f"{path}: {get_field(old, path)} -> {get_field(new, path)}"
         for path in fields_of(new)

@@ -34,11 +34,8 @@ MOST_PARAMETERS = 10**14  # no machine holds them: a slip of the pen
 
 def validate(config: Config) -> Config:
     """Returns a copy in which integers of float fields are floats and no size that follows from
-    others is 0 any more (see `check_model`).
-
-    Raises:
-      BadInput: naming fields and values, if `config` is not a possible run.
-    """
+    others is 0 any more (see `check_model`). Raises `BadInput`, naming fields and values, if
+    `config` is not a possible run."""
     config = copy.deepcopy(config)
     check_fields(config)
     for path, kind in fields_of(config).items():
@@ -140,11 +137,8 @@ def any_of(fields: list[str], prefix: str = "") -> str:
 
 
 def check_model(config: Config) -> ModelConfig:
-    """Returns the model with its derived sizes filled in.
-
-    Raises:
-      BadInput: where the sizes and parts of the model do not go together.
-    """
+    """Returns the model with its derived sizes filled in. Raises `BadInput` where the sizes and
+    parts of the model do not go together."""
     model = config.model
     if not model.head_dim and model.embed_dim % model.num_heads:
         raise BadInput(
@@ -273,11 +267,8 @@ def _check_warmup(optim: OptimConfig) -> None:
 
 
 def parse_patterns(text: str, field: str) -> list[re.Pattern]:
-    """Returns comma-separated path patterns.
-
-    Raises:
-      BadInput: naming the field and the part that is not a pattern.
-    """
+    """Returns comma-separated path patterns. Raises `BadInput`, naming the field and the part that
+    is not a pattern."""
     try:
         return [re.compile(part.strip()) for part in text.split(",") if part.strip()]
     except re.error as e:

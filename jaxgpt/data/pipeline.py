@@ -92,11 +92,7 @@ def _epoch_seed(seed: int, epoch: int, source: int) -> int:
 
 
 def training_stream(split: Split, config: Config) -> Stream:
-    """Returns the batches of a run.
-
-    Raises:
-      BadInput: if a source is shorter than one chunk.
-    """
+    """Returns the batches of a run. Raises `BadInput` if a source is shorter than one chunk."""
     seq_len, sources = config.model.max_seq_len, []
     locks = cache_folder(config.data) / "locks"
     for number, part in enumerate(split.parts):

@@ -123,11 +123,8 @@ def find_data(
     cfg: DataConfig, cache: Path
 ) -> tuple[Tokenizer | None, tuple[Source, ...], tuple[Source, ...]]:
     """Returns the tokenizer, None if it is to be trained, and the sources of `data.source` and
-    `data.validation_source`; reads no document yet.
-
-    Raises:
-      BadInput: for a tokenizer, cleaning step or source that cannot be used, or without files.
-    """
+    `data.validation_source`; reads no document yet. Raises `BadInput` for a tokenizer, cleaning
+    step or source that cannot be used, or without files."""
     check_spec(cfg.tokenizer)
     make_steps(cfg.clean)  # for its errors
     tokenizer = None

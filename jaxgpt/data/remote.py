@@ -15,11 +15,8 @@ from jaxgpt.system.stores import check_store, check_store_writable, copy_folder,
 
 
 def publish(folder: Path, url: str) -> None:
-    """Copies a prepared corpus to `url`; its meta.json is copied last and completes it.
-
-    Raises:
-      BadInput: if `url` cannot be written, or holds another corpus.
-    """
+    """Copies a prepared corpus to `url`; its meta.json is copied last and completes it. Raises
+    `BadInput` if `url` cannot be written, or holds another corpus."""
     check_store_writable(url)
     try:
         key = read_json(epath.Path(url) / META, {"key": str})["key"]
@@ -35,11 +32,7 @@ def publish(folder: Path, url: str) -> None:
 
 def fetch(url: str, cache: Path, read: Callable[[Path], T]) -> T:
     """Returns `read` of the local copy of a prepared corpus, made now if `cache` has none or it is
-    damaged.
-
-    Raises:
-      BadInput: if there is none at `url`, or it cannot be reached.
-    """
+    damaged. Raises `BadInput` if there is none at `url`, or it cannot be reached."""
     check_store(url)
     try:
         meta = read_bytes(epath.Path(url) / META)

@@ -202,11 +202,8 @@ def _checksum(meta: dict) -> str:
 
 
 def read_meta(folder: Path) -> dict:
-    """Returns the folder's meta.json.
-
-    Raises:
-      BadInput: if `folder` is not a prepared corpus, of another format, or damaged.
-    """
+    """Returns the folder's meta.json. Raises `BadInput` if `folder` is not a prepared corpus, of
+    another format, or damaged."""
     try:
         meta = read_json(folder / META, {"format": object})
     except Missing as e:
@@ -223,11 +220,8 @@ def read_meta(folder: Path) -> dict:
 
 
 def read_splits(folder: Path, *names: str) -> tuple[dict, list[Split]]:
-    """Returns meta.json and the splits `names`, their tokens memory-mapped.
-
-    Raises:
-      BadInput: if there is no such split, or any file of the folder is damaged.
-    """
+    """Returns meta.json and the splits `names`, their tokens memory-mapped. Raises `BadInput` if
+    there is no such split, or any file of the folder is damaged."""
     meta = read_meta(folder)
     for name in names:
         if name not in meta["splits"]:
@@ -269,11 +263,8 @@ def _split(folder: Path, name: str, meta: dict) -> Split:
 
 
 def verify_checksums(folder: Path, checksums: dict) -> None:
-    """Compares files with their checksums, those that have changed since the last time.
-
-    Raises:
-      Damaged: naming the file that is missing, unreadable, cut short or altered.
-    """
+    """Compares files with their checksums, those that have changed since the last time. Raises
+    `Damaged`, naming the file that is missing, unreadable, cut short or altered."""
     stamps = {}  # of the files when their checksums were last compared
     try:
         stamps = read_json(folder / VERIFIED, {str: [int]})

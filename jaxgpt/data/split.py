@@ -23,11 +23,8 @@ class Sizes(NamedTuple):
 
 
 def measure(documents: Documents, source: str) -> Sizes:
-    """Returns the sizes of a source's documents, all of which it reads.
-
-    Raises:
-      BadInput: if it holds no text.
-    """
+    """Returns the sizes of a source's documents, all of which it reads. Raises `BadInput` if it
+    holds no text."""
     sizes, characters = array("Q"), 0
     for piece in documents():
         if not piece.continues:

@@ -64,11 +64,8 @@ BENCHMARKS = {"hellaswag": _hellaswag, "arc": _arc, "lambada": _lambada}
 
 
 def read_items(name: str, files: list[str]) -> list[Item]:
-    """Returns the items of a benchmark's files.
-
-    Raises:
-      BadInput: naming file and line, if a row is not of that benchmark.
-    """
+    """Returns the items of a benchmark's files. Raises `BadInput`, naming file and line, if a row
+    is not of that benchmark."""
     items = []
     for file, number, row in json_rows(files):
         try:

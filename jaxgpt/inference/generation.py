@@ -115,11 +115,8 @@ def stream_text(
     chunk: int = CHUNK,
 ) -> Iterator[tuple[int, str, Continuation]]:
     """Continues all requests in one batch. Yields (index of the request, the text just added, its
-    continuation) until all are finished.
-
-    Raises:
-      BadInput: before anything is generated, if a request does not fit the context.
-    """
+    continuation) until all are finished. Raises `BadInput`: before anything is generated, if a
+    request does not fit the context."""
     prompts = encode_prompts(tokenizer, requests, decoder.spec.model)
     texts = [Continuation(tokenizer, *pair) for pair in zip(requests, prompts, strict=True)]
     keys = sample_keys([(request.seed, request.sample_index) for request in requests])

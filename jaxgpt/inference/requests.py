@@ -55,11 +55,8 @@ def parse_request(
     row: dict, default: GenerationRequest, where: str, min_new_tokens: int = 1
 ) -> GenerationRequest:
     """Returns the request that a row of JSON describes: `prompt`, and fields that replace those of
-    `default`; other fields are ignored.
-
-    Raises:
-      BadInput: if a field is missing, ill-typed or out of range; the message starts with `where`.
-    """
+    `default`; other fields are ignored. Raises `BadInput` if a field is missing, ill-typed or out
+    of range; the message starts with `where`."""
     sampling_kinds = {field.name: field.type for field in dataclasses.fields(Sampling)}
     kinds = {"prompt": str, "max_new_tokens": int, "seed": int, "stop": str | list}
     kinds |= {name: kind | int for name, kind in sampling_kinds.items()}

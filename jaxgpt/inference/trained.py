@@ -38,11 +38,8 @@ class Trained:
         return self.checkpoints.restore_params(self.step, abstract, average)
 
     def decoder(self) -> Decoder:
-        """Returns the decoder of `params`; call under `jax.set_mesh(mesh)`.
-
-        Raises:
-          BadInput: if a weight is not a finite number.
-        """
+        """Returns the decoder of `params`; call under `jax.set_mesh(mesh)`. Raises `BadInput` if a
+        weight is not a finite number."""
         params = self.params()
         finite = jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
         for path, is_finite in jax.tree.leaves_with_path(jax.device_get(finite)):

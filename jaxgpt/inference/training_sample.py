@@ -11,11 +11,8 @@ from jaxgpt.tokenizer import Tokenizer
 
 class TrainingSample:
     """`TrainingSample(spec, tokenizer, config.sample)(params, seed)` returns a continuation of the
-    configured prompt, "" where the prompt fills the context.
-
-    Raises:
-      BadInput: if the prompt does not fit the context, or a sampling value is out of range.
-    """
+    configured prompt, "" where the prompt fills the context. Raises `BadInput` if the prompt does
+    not fit the context, or a sampling value is out of range."""
 
     def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, cfg: SampleConfig):
         self.spec, self.tokenizer, self.prompt = spec, tokenizer, cfg.prompt

@@ -84,10 +84,7 @@ class Family:
 
     def rules_of(self, paths) -> list[Rule]:
         """Returns the rules for a model with these parameters: biases and a head are optional.
-
-        Raises:
-          BadInput: if this family has no tensor for a parameter.
-        """
+        Raises `BadInput` if this family has no tensor for a parameter."""
         rules = [rule for rule in self.rules if set(rule.ours) <= set(paths)]
         if missing := set(paths) - {path for rule in rules for path in rule.ours}:
             raise BadInput(f"{self.name} has no tensor for {', '.join(sorted(missing))}")
@@ -297,11 +294,8 @@ def _require(hf: dict, fixed: dict) -> None:
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """Returns the family that computes exactly what a model of this config does.
-
-    Raises:
-      BadInput: if there is none; it names the fields in which the nearest family differs.
-    """
+    """Returns the family that computes exactly what a model of this config does. Raises `BadInput`
+    if there is none; it names the fields in which the nearest family differs."""
     nearest = min(FAMILIES.values(), key=lambda family: len(family.differences(cfg)))
     if differences := nearest.differences(cfg):
         raise BadInput(

@@ -73,12 +73,9 @@ def how_to_download(path: Path) -> str:
 
 
 def open_folder(path: Path) -> Folder:
-    """Opens a Hugging Face folder of GPT-2, Llama or Qwen3, or OpenAI's GPT-2 release.
-
-    Raises:
-      BadInput: if it is none of these, if a file is missing or damaged, or if the architecture has
-        a part that jaxgpt does not support.
-    """
+    """Opens a Hugging Face folder of GPT-2, Llama or Qwen3, or OpenAI's GPT-2 release. Raises
+    `BadInput` if it is none of these, if a file is missing or damaged, or if the architecture has a
+    part that jaxgpt does not support."""
     if not path.is_dir():
         raise BadInput(f"{path} is not a folder; {how_to_download(path)}")
     if (path / "hparams.json").is_file():

@@ -42,11 +42,8 @@ def show(checkpoints: Checkpoints, step: int | None) -> None:
 
 
 def verify(checkpoints: Checkpoints, step: int | None) -> None:
-    """Compares checkpoints (default: all) with their manifests.
-
-    Raises:
-      BadInput: naming the first that is damaged, and what is wrong.
-    """
+    """Compares checkpoints (default: all) with their manifests. Raises `BadInput`, naming the first
+    that is damaged, and what is wrong."""
     steps = checkpoints.steps()
     if step is not None and step not in steps:
         raise BadInput(f"{checkpoints.folder} holds no checkpoint {step}, only {steps}")

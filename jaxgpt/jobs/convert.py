@@ -33,11 +33,8 @@ PROBE_TOKENS = 64
 
 
 def import_folder(source: Path, workdir: Path) -> None:
-    """Writes the model in `source` as a new workdir.
-
-    Raises:
-      BadInput: if `source` cannot be read (see `open_folder`), or `workdir` is not empty.
-    """
+    """Writes the model in `source` as a new workdir. Raises `BadInput` if `source` cannot be read
+    (see `open_folder`), or `workdir` is not empty."""
     folder = open_folder(source)
     tokenizer = read_tokenizer(source)
     if tokenizer.vocab_size > folder.model.vocab_size:
@@ -65,12 +62,9 @@ def import_folder(source: Path, workdir: Path) -> None:
 
 
 def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str) -> None:
-    """Writes the checkpoint as a Hugging Face folder.
-
-    Raises:
-      BadInput: if no architecture of theirs matches the model, if `target` is not empty, or if the
-        folder as written gives other logits.
-    """
+    """Writes the checkpoint as a Hugging Face folder. Raises `BadInput` if no architecture of
+    theirs matches the model, if `target` is not empty, or if the folder as written gives other
+    logits."""
     trained = open_trained(workdir, step)
     cfg = trained.config.model
     family = family_of(cfg)
@@ -92,11 +86,8 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
 
 
 def check_export(folder: Path, trained: Trained, params: dict, dtype: str) -> None:
-    """Reads an exported folder and compares its logits with those of `params`.
-
-    Raises:
-      BadInput: if they differ by more than rounding to `dtype` explains.
-    """
+    """Reads an exported folder and compares its logits with those of `params`. Raises `BadInput` if
+    they differ by more than rounding to `dtype` explains."""
     written = open_folder(folder)
     with jax.set_mesh(trained.mesh):
         plain = dataclasses.replace(trained.config, lora=LoraConfig())

@@ -58,11 +58,8 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
 
 
 def wait_for_first(workdir: str, every: float) -> None:
-    """Waits until `workdir` holds a run with a checkpoint.
-
-    Raises:
-      BadInput: if it cannot come to hold one: it is a file, is damaged, or its run has ended.
-    """
+    """Waits until `workdir` holds a run with a checkpoint. Raises `BadInput` if it cannot come to
+    hold one: it is a file, is damaged, or its run has ended."""
     folder, announced = epath.Path(workdir), False
     while True:
         ended = read_end(folder)  # read first: the checkpoints of a run that has ended are there
@@ -171,10 +168,8 @@ def task_measure(trained: Trained, name: str, rows: list) -> Measure:
 
 def harness_measure(trained: Trained, tasks: list[str], limit: int | None) -> Measure:
     """Returns the function that runs tasks of lm-eval: their names, or files of their own (.yaml).
-
-    Raises:
-      BadInput: if lm-eval is not installed; the function does if lm-eval does not know a task.
-    """
+    Raises `BadInput` if lm-eval is not installed; the function does if lm-eval does not know a
+    task."""
     lm_eval = require("lm_eval", "lm-eval", "--lm_eval")
     from jaxgpt.evaluation.harness import HarnessModel
 
@@ -223,11 +218,8 @@ def greedy_line(trained: Trained, params: dict) -> Callable[[str], str]:
 
 
 def open_split(trained: Trained, source: str, split: str) -> Split:
-    """Returns the tokens to evaluate on: the whole of `source`, else the run's own `split`.
-
-    Raises:
-      BadInput: if the source is unusable, or the run's own text has changed since training.
-    """
+    """Returns the tokens to evaluate on: the whole of `source`, else the run's own `split`. Raises
+    `BadInput` if the source is unusable, or the run's own text has changed since training."""
     data = trained.config.data
     if source:
         return prepare_whole(source, data, trained.tokenizer, cache_folder(data))

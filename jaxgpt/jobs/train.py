@@ -160,11 +160,7 @@ def say_stopped_early(workdir: epath.Path, step: int, history: History) -> int:
 @contextmanager
 def only_trainer(workdir: epath.Path) -> Iterator[None]:
     """Holds `workdir` against a second trainer, until this process ends in whatever way; not on an
-    object store, which has no locks.
-
-    Raises:
-      BadInput: if another one trains in it now.
-    """
+    object store, which has no locks. Raises `BadInput` if another one trains in it now."""
 
     def refuse():
         raise BadInput(f"another process trains in {workdir} now; choose another --workdir")
@@ -196,11 +192,8 @@ def best_of(history: History) -> str:
 
 
 def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
-    """Returns the config to run with in `workdir` and what it changes of the run in there.
-
-    Raises:
-      BadInput: if a run is there whose config differs in what may not change.
-    """
+    """Returns the config to run with in `workdir` and what it changes of the run in there. Raises
+    `BadInput` if a run is there whose config differs in what may not change."""
     if not (workdir / "checkpoints").exists() or not (workdir / "config.json").exists():
         if config.init_from:
             check_source(config.init_from)

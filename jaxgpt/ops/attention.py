@@ -145,9 +145,7 @@ NATIVE = {"gpu": "cudnn", "tpu": "splash"}  # each platform's flash kernel
 
 def choose_kernel(name: str, platform: str, dtype: str, head_dim: int, dropout: float) -> str:
     """Returns the kernel that `compute.attention=name` means on `platform` (`cpu`, `gpu`, `tpu`).
-
-    Raises:
-      BadInput: if a kernel is asked for by name that cannot run; there is no quiet fallback.
+    Raises `BadInput` if a kernel is asked for by name that cannot run; there is no quiet fallback.
     """
     wanted = NATIVE.get(platform, "xla") if name == "auto" else name
     needed = {kernel: platform for platform, kernel in NATIVE.items()}.get(wanted, platform)

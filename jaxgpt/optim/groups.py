@@ -51,10 +51,7 @@ def decay_mask(params: dict) -> dict:
 
 def trainable(params: dict, freeze: str, lora_rank: int) -> dict:
     """Returns True for the parameters that are trained: all but the frozen; with LoRA, its own.
-
-    Raises:
-      BadInput: if a pattern matches none, or that leaves none.
-    """
+    Raises `BadInput` if a pattern matches none, or that leaves none."""
     patterns, paths = parse_patterns(freeze, "optim.freeze"), leaves_by_path(params)
     for pattern in patterns:
         if not any(map(pattern.search, paths)):
@@ -108,11 +105,8 @@ def is_hidden_matrix(path: str) -> bool:
 
 
 def parse_multipliers(text: str) -> list[tuple[re.Pattern, float]]:
-    """Returns the (path pattern, factor) pairs of `optim.lr_multipliers`.
-
-    Raises:
-      BadInput: naming the part that is not `pattern=factor`.
-    """
+    """Returns the (path pattern, factor) pairs of `optim.lr_multipliers`. Raises `BadInput`, naming
+    the part that is not `pattern=factor`."""
     multipliers = []
     for part in filter(None, text.split(",")):
         pattern, _, factor = part.rpartition("=")

@@ -74,11 +74,8 @@ def make_optimizer(
     cfg: OptimConfig, num_steps: int, model: ModelConfig
 ) -> optax.GradientTransformation:
     """Returns: clip by global norm; the direction of `optim.name`; decoupled weight decay on
-    matrices; learning-rate factors by path; the schedule.
-
-    Raises:
-      BadInput: on the first use, if a pattern of `optim.lr_multipliers` matches nothing.
-    """
+    matrices; learning-rate factors by path; the schedule. Raises `BadInput` on the first use, if a
+    pattern of `optim.lr_multipliers` matches nothing."""
     parts = [
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         DIRECTIONS[cfg.name](cfg),

@@ -16,11 +16,8 @@ AXES = tuple(MESH_AXES)
 
 
 def mesh_shape(config: Config, num_devices: int) -> tuple[int, ...]:
-    """Returns the size of each of `AXES` with -1 filled in.
-
-    Raises:
-      BadInput: if the axes do not multiply to `num_devices`, or do not divide the model or batch.
-    """
+    """Returns the size of each of `AXES` with -1 filled in. Raises `BadInput` if the axes do not
+    multiply to `num_devices`, or do not divide the model or batch."""
     wanted = [getattr(config.mesh, axis) for axis in AXES]
     fixed = math.prod(size for size in wanted if size != -1)
     shape = tuple(num_devices // fixed if size == -1 else size for size in wanted)

@@ -110,11 +110,8 @@ def _measure(
 
 
 def _too_large(message: str, arguments: list[dict], chip: Chip | None) -> dict:
-    """Returns the plan of a program for which the compiler says that memory is too small.
-
-    Raises:
-      BadInput: if it failed for another reason.
-    """
+    """Returns the plan of a program for which the compiler says that memory is too small. Raises
+    `BadInput` if it failed for another reason."""
     size = sum(a["bytes"] for a in arguments)
     total, limit = _needed_and_available(message, size, chip.hbm if chip else 0)
     sizes = {"arguments": size, "temporaries": total - size, "total": total, "limit": limit}

@@ -37,11 +37,8 @@ GPUS = {
 
 
 def describe_gpus(name: str, hosts: int, each: int) -> list[jax.Device]:
-    """Returns devices to compile for: `each` GPUs `GPUS[name]` on each of `hosts` hosts.
-
-    Raises:
-      BadInput: if JAX's plugin for CUDA is not installed, or its version is not JAX's.
-    """
+    """Returns devices to compile for: `each` GPUs `GPUS[name]` on each of `hosts` hosts. Raises
+    `BadInput` if JAX's plugin for CUDA is not installed, or its version is not JAX's."""
     require("jax_plugins.xla_cuda13", "plan-gpu", f"--topology={name}")
     try:
         return list(

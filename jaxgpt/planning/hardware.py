@@ -64,11 +64,7 @@ KINDS |= {f"TPU {name}": name for name in TPUS}
 
 def gpu_chip(name: str) -> Chip:
     """Returns `GPUS[name]` with the share of its memory that JAX uses: 75%, or what the environment
-    variable XLA_PYTHON_CLIENT_MEM_FRACTION says.
-
-    Raises:
-      BadInput: if that is not a number.
-    """
+    variable XLA_PYTHON_CLIENT_MEM_FRACTION says. Raises `BadInput` if that is not a number."""
     gpu, share = GPUS[name], os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
     if not re.fullmatch(r"\d*\.?\d+", share):
         raise BadInput(

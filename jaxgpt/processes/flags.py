@@ -17,11 +17,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def check_flags(values: flags.FlagValues) -> dict:
     """Returns what `jax.distributed.initialize` wants to know of these flags, nothing if they are
-    not given.
-
-    Raises:
-      BadInput: if they do not go together.
-    """
+    not given. Raises `BadInput` if they do not go together."""
     coordinator, count, index = values.coordinator, values.num_processes, values.process_id
     if not coordinator:
         if (count, index) != (None, None):

@@ -27,11 +27,8 @@ CURVES = {
 
 
 def gather(workdir: str) -> dict:
-    """Returns what the page shows of a run, as JSON.
-
-    Raises:
-      BadInput: if there is no run, or it has no rows.
-    """
+    """Returns what the page shows of a run, as JSON. Raises `BadInput` if there is no run, or it
+    has no rows."""
     folder = epath.Path(workdir)
     config = read_config(folder)
     rows = read_rows(folder / "metrics.jsonl", METRICS)

@@ -108,11 +108,8 @@ async def _server_error(request: Request, e: Exception) -> Response:
 
 
 class Completion:
-    """One completions request in progress: its jobs, and the text that they have generated.
-
-    Raises:
-      ApiError: 400 if there are more choices than the server takes, 429 or 503 if it is busy.
-    """
+    """One completions request in progress: its jobs, and the text that they have generated. Raises
+    `ApiError`: 400 if there are more choices than the server takes, 429 or 503 if it is busy."""
 
     def __init__(self, batcher: Batcher, request: CompletionRequest, model: str):
         self.batcher, self.request, self.tokenizer = batcher, request, batcher.tokenizer
@@ -169,11 +166,8 @@ class Completion:
         return update
 
     async def response(self, request: Request) -> Response:
-        """Returns the whole response once every choice is finished.
-
-        Raises:
-          ApiError: 503 if the server shuts down first, 500 if the model's numbers are not finite.
-        """
+        """Returns the whole response once every choice is finished. Raises `ApiError`: 503 if the
+        server shuts down first, 500 if the model's numbers are not finite."""
         unfinished = len(self.jobs)
         try:
             while unfinished:

@@ -87,10 +87,7 @@ class Batcher:
         self, choices: Sequence[tuple[np.ndarray, GenerationRequest, Callable]], group: Group
     ) -> list[Job]:
         """Queues (prompt, request, on_text), whose lengths were checked: all of them or none.
-
-        Raises:
-          Busy: if they do not fit into the queue, or the batcher is closing.
-        """
+        Raises `Busy` if they do not fit into the queue, or the batcher is closing."""
         jobs = [
             Job(prompt, request, on_text, Continuation(self.tokenizer, request, prompt), group)
             for prompt, request, on_text in choices

@@ -74,11 +74,7 @@ class CompletionRequest:
 def parse_body(
     body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig
 ) -> CompletionRequest:
-    """Returns what a completions body asks for.
-
-    Raises:
-      ApiError: 400 or 404, naming the field.
-    """
+    """Returns what a completions body asks for. Raises `ApiError`: 400 or 404, naming the field."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     if unknown := sorted(set(body) - FIELDS):

@@ -19,11 +19,8 @@ NAME_LENGTH = 100  # a folder's name must stay below 255 bytes
 
 
 def parse_grid(text: str) -> dict[str, list]:
-    """Returns field path -> values of `optim.learning_rate=1e-4,3e-4;batch_size=16,32`.
-
-    Raises:
-      BadInput: for an unknown field, a value of the wrong type, or no grid at all.
-    """
+    """Returns field path -> values of `optim.learning_rate=1e-4,3e-4;batch_size=16,32`. Raises
+    `BadInput` for an unknown field, a value of the wrong type, or no grid at all."""
     grid, known = {}, fields_of(Config())
     for assignment in filter(None, (a.strip() for a in text.split(";"))):
         path, _, values = assignment.partition("=")
@@ -55,10 +52,7 @@ def _value(path: str, kind: type, text: str):
 
 def choices(grid: dict[str, list], how_many: int, seed: int) -> list[Choice]:
     """Returns every combination in order, or `how_many` > 0 of them drawn without repetition.
-
-    Raises:
-      BadInput: if that is more than `MOST_RUNS`.
-    """
+    Raises `BadInput` if that is more than `MOST_RUNS`."""
     total = math.prod(map(len, grid.values()))
     count = min(how_many, total) if how_many > 0 else total
     if count > MOST_RUNS:
@@ -81,11 +75,8 @@ def _combination(grid: dict[str, list], number: int) -> Choice:
 def apply_choice(
     config: Config, choice: Choice, check: Callable[[Config], object] = lambda config: None
 ) -> Config:
-    """Returns a checked copy of `config` with the choice's values set.
-
-    Raises:
-      BadInput: naming the combination, if it is not a possible run, or `check` refuses it.
-    """
+    """Returns a checked copy of `config` with the choice's values set. Raises `BadInput`, naming
+    the combination, if it is not a possible run, or `check` refuses it."""
     try:
         config = copy.deepcopy(config)
         for path, value in choice.items():

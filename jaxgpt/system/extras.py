@@ -7,11 +7,8 @@ from jaxgpt.system.errors import BadInput
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Returns the imported `module`.
-
-    Raises:
-      BadInput: if it is not installed; the message names the extra that installs it.
-    """
+    """Returns the imported `module`. Raises `BadInput` if it is not installed; the message names
+    the extra that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as e:

@@ -92,11 +92,8 @@ def parse_json(raw: bytes, schema: Any = object) -> Any:
 
 
 def check_json(value: Any, schema: Any) -> Any:
-    """Returns `value` unchanged if it fits `schema` (see `parse_json`).
-
-    Raises:
-      ValueError: saying what does not fit.
-    """
+    """Returns `value` unchanged if it fits `schema` (see `parse_json`). Raises `ValueError`, saying
+    what does not fit."""
     if fault := _misfit(value, schema, ""):
         raise ValueError(fault)
     return value
@@ -150,11 +147,8 @@ def _misfit(value: Any, schema: Any, where: str) -> str:
 
 
 def path_of(text: str, what: str) -> Path:
-    """Returns the local path `text`, given in the flag or field `what`, with `~` expanded.
-
-    Raises:
-      BadInput: if it is the home of an unknown user.
-    """
+    """Returns the local path `text`, given in the flag or field `what`, with `~` expanded. Raises
+    `BadInput` if it is the home of an unknown user."""
     try:
         return Path(text).expanduser()
     except RuntimeError as e:

@@ -94,11 +94,8 @@ def supervised_piece(spans: list[Span], file: str, number: int) -> Piece:
 
 
 def kind_of(row, where: str) -> str:
-    """Returns which of `ROW_KINDS` a row is; a field that is null is none.
-
-    Raises:
-      BadInput: if it is none of them.
-    """
+    """Returns which of `ROW_KINDS` a row is; a field that is null is none. Raises `BadInput` if it
+    is none of them."""
     for name, kind in ROW_KINDS.items():
         if isinstance(row, dict) and all(row.get(field) is not None for field in kind.fields):
             return name

@@ -154,11 +154,8 @@ LIBRARIES = {"html": "resiliparse", "near_dedup": "datasketch"}
 
 
 def make_steps(spec: str) -> list[tuple[str, Step]]:
-    """Returns the named steps of `data.clean`, fresh ones.
-
-    Raises:
-      BadInput: for an unknown step or threshold, or a library that is not installed.
-    """
+    """Returns the named steps of `data.clean`, fresh ones. Raises `BadInput` for an unknown step or
+    threshold, or a library that is not installed."""
     steps = []
     for part in filter(None, (part.strip() for part in spec.split(","))):
         name, _, argument = part.partition(":")

@@ -108,11 +108,8 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 @contextmanager
 def open_file(file: str, decompress: bool = True) -> Iterator[BinaryIO]:
-    """Yields `file` as a binary stream, decompressed if it ends in `.gz` or `.zst`.
-
-    Raises:
-      BadInput: if the file is unreadable or damaged, also where that shows while reading.
-    """
+    """Yields `file` as a binary stream, decompressed if it ends in `.gz` or `.zst`. Raises
+    `BadInput` if the file is unreadable or damaged, also where that shows while reading."""
     # remote file systems raise exceptions of their own
     errors = Exception if "://" in file else (OSError, EOFError, zlib.error)
     opener = require("fsspec", "data", file).open if "://" in file else open
@@ -158,10 +155,7 @@ def local_stamp(file: os.PathLike | str) -> list[int]:
 
 def file_stamp(file: str) -> list:
     """Returns `local_stamp`, or for a remote file what its file system gives for that purpose.
-
-    Raises:
-      BadInput: if the file is gone.
-    """
+    Raises `BadInput` if the file is gone."""
     with as_bad_input(lambda e: f"{file} cannot be read: {e}"):
         if "://" not in file:
             return local_stamp(file)

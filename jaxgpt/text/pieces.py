@@ -89,11 +89,8 @@ def _piece_length(text: str, start: int) -> int:
 
 
 def join_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yields whole documents, for steps that must see all of a document at once.
-
-    Raises:
-      BadInput: if one is longer than `LONGEST_WHOLE`; it is not read into memory.
-    """
+    """Yields whole documents, for steps that must see all of a document at once. Raises `BadInput`
+    if one is longer than `LONGEST_WHOLE`; it is not read into memory."""
     document: list[Piece] = []
     size = 0
     for piece in pieces:

@@ -73,11 +73,8 @@ def _label(row: dict, task: str) -> str:
 
 
 def read_examples(task: str, files: list[str]) -> Iterator[Example]:
-    """Yields the examples of jsonl files.
-
-    Raises:
-      BadInput: naming file and line, if a row lacks a field or holds no valid label.
-    """
+    """Yields the examples of jsonl files. Raises `BadInput`, naming file and line, if a row lacks a
+    field or holds no valid label."""
     for file, number, row in json_rows(files):
         where = f"{file}, line {number}"
         try:

@@ -13,12 +13,8 @@ VALIDATION = ("validation", "valid", "dev", "test")  # splits that serve for val
 
 def open_tfds(name: str, field: str, data_dir: str) -> list[tuple[Documents, list[str]]]:
     """Returns the documents and files of the training split and, if the dataset has one, of its
-    validation split.
-
-    Raises:
-      BadInput: if the dataset is unknown, not on disk, in another file format, or `field` is not
-        one of its text features.
-    """
+    validation split. Raises `BadInput` if the dataset is unknown, not on disk, in another file
+    format, or `field` is not one of its text features."""
     tfds = importlib.import_module("tensorflow_datasets")  # slow to import, and rarely needed
     where = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     advice = (

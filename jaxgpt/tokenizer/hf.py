@@ -101,10 +101,7 @@ class HfTokenizer(Tokenizer):
     @classmethod
     def open(cls, folder: os.PathLike) -> "HfTokenizer":
         """Reads what `save` wrote, or a model folder: its config names the end-of-text token.
-
-        Raises:
-          BadInput: if there is no tokenizer.json, or nothing says which token ends a text.
-        """
+        Raises `BadInput` if there is no tokenizer.json, or nothing says which token ends a text."""
         file = folder / FILE
         if not file.is_file():
             raise BadInput(f"{folder} holds no {FILE}")

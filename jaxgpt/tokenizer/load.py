@@ -53,10 +53,7 @@ def check_spec(spec: str) -> None:
 
 def vocabulary_size(spec: str, special_tokens: str = "") -> int:
     """Returns how many ids the tokenizer that `spec` describes will have, without training it.
-
-    Raises:
-      BadInput: for `char`, whose size depends on its corpus.
-    """
+    Raises `BadInput` for `char`, whose size depends on its corpus."""
     if spec == "char":
         raise BadInput("data.tokenizer=char gets its size from the corpus; set model.vocab_size")
     if size := _sentencepiece_size(spec):

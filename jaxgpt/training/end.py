@@ -26,11 +26,8 @@ def forget_end(workdir: epath.Path) -> None:
 
 
 def read_end(workdir: epath.Path) -> str:
-    """Returns why the run in `workdir` ended, one of `REASONS`; '' if it has not.
-
-    Raises:
-      BadInput: if the record is damaged.
-    """
+    """Returns why the run in `workdir` ended, one of `REASONS`; '' if it has not. Raises `BadInput`
+    if the record is damaged."""
     file = workdir / FILE
     if not file.exists():
         return ""

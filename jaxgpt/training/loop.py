@@ -86,11 +86,8 @@ class History:
 def restore_or_init(
     run: Training, data: Prepared, checkpoints: Checkpoints
 ) -> tuple[TrainState, History]:
-    """Returns the newest checkpoint's state, else a fresh one.
-
-    Raises:
-      BadInput: if the checkpoint was trained on another token stream.
-    """
+    """Returns the newest checkpoint's state, else a fresh one. Raises `BadInput` if the checkpoint
+    was trained on another token stream."""
     step = checkpoints.newest_whole()
     if step is None:
         return run.first_state(), History()

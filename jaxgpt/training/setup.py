@@ -24,11 +24,8 @@ from jaxgpt.training.warm_start import warm_params
 
 
 def resolve_vocab(config: Config, tokenizer_vocab_size: int) -> Config:
-    """Returns `config` with `model.vocab_size` = 0 replaced by the tokenizer's size.
-
-    Raises:
-      BadInput: if the field is set to less than the tokenizer's size.
-    """
+    """Returns `config` with `model.vocab_size` = 0 replaced by the tokenizer's size. Raises
+    `BadInput` if the field is set to less than the tokenizer's size."""
     size = config.model.vocab_size or tokenizer_vocab_size
     if size < tokenizer_vocab_size:
         raise BadInput(
@@ -39,11 +36,8 @@ def resolve_vocab(config: Config, tokenizer_vocab_size: int) -> Config:
 
 
 def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
-    """Returns the model of a config (its vocabulary resolved) for the devices of `mesh`.
-
-    Raises:
-      BadInput: if `compute.attention` names a kernel that cannot run there.
-    """
+    """Returns the model of a config (its vocabulary resolved) for the devices of `mesh`. Raises
+    `BadInput` if `compute.attention` names a kernel that cannot run there."""
     model, compute = config.model, config.compute
     platform = mesh.devices.flat[0].platform
     kernel = choose_kernel(
