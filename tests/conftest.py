@@ -101,7 +101,8 @@ def wait_until(ready, *processes) -> None:
 
 
 def tiny_config(shape=(1, 1, 1), compute=None, lora=None, **model) -> Config:
-    """A model small enough to compile in a second, odd enough to catch a swapped axis.
+    """A model small enough to compile in a second, odd enough to catch a swapped axis, its layers
+    in a loop: unrolled ones take longer to compile.
 
     `compute` and `lora` hold fields of these groups; the others are the model's.
     """
@@ -110,7 +111,7 @@ def tiny_config(shape=(1, 1, 1), compute=None, lora=None, **model) -> Config:
         num_steps=10,
         batch_size=8,
         model=ModelConfig(**(fields | model)).with_sizes(),
-        compute=ComputeConfig(**(compute or {})),
+        compute=ComputeConfig(**({"scan_layers": "true"} | (compute or {}))),
         lora=LoraConfig(**(lora or {})),
         data=DataConfig(),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=3),

@@ -90,7 +90,8 @@ def test_packed_documents_do_not_see_one_another(position):
     "platform, layers, loops", [("cpu", 12, 0), ("cpu", 13, 1), ("tpu", 2, 1), ("gpu", 2, 1)]
 )
 def test_scan_layers_auto_goes_by_platform_and_depth(platform, layers, loops):
-    config = resolve_scan(tiny_config(num_layers=layers), platform)
+    config = tiny_config(num_layers=layers, compute={"scan_layers": "auto"})
+    config = resolve_scan(config, platform)
     with jax.set_mesh(mesh_of(config)):
         spec = ModelSpec(config, "xla")
         params = jax.eval_shape(spec.init, jax.random.key(0))
@@ -250,7 +251,7 @@ COMPUTE_CHANGES = {
     "dtype": "bfloat16",
     "param_dtype": "bfloat16",
     "remat": "full",
-    "scan_layers": "true",
+    "scan_layers": "false",
 }
 MODERN_CHANGES = {
     "qkv_bias": True,
