@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.cache import KeysValues, write_column
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
-from jaxgpt.ops.attention import KERNELS, default_scale, sharded, sharded_cached
+from jaxgpt.ops.attention import KERNELS, default_scale, sharded
+from jaxgpt.ops.cached_attention import sharded_cached
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.ops.rope import rope_frequencies, rotate
 from jaxgpt.parallel.rules import AxisRules

@@ -1,15 +1,14 @@
 """Attention: one signature, one kernel table, the only `shard_map` around kernels."""
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from jaxgpt.ops.mask import AttentionMask, Reach
+from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.ops.splash import splash_attention
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.system.errors import BadInput
@@ -109,32 +108,6 @@ def cudnn_attention(
     return attend(is_causal=causal, local_window_size=(window - 1, 0) if window else None)
 
 
-def cached_attention(
-    q: Float[Array, "B N H"],
-    parts: Sequence[tuple[Float[Array, "B K _ H"], Float[Array, "B K _ H"], Int[Array, "B _"]]],
-    position: Int[Array, "B"],
-    *,
-    scale: float,
-    window: int = 0,
-) -> Float[Array, "B N H"]:
-    """Returns `xla_attention`, causal, of one query a row over several parts of a cache, each its
-    (keys, values, positions)."""
-    (b, n, h), heads = q.shape, parts[0][0].shape[1]
-    q, scores = q.reshape(b, heads, n // heads, h), []
-    for k, _, positions in parts:
-        mask = AttentionMask(position[:, None], positions, reach=Reach(window=window))
-        visible = mask.visible()[:, None]
-        score = jnp.einsum("BKGH,BKSH->BKGS", q, k, preferred_element_type=jnp.float32) * scale
-        scores.append(jnp.where(visible, score, jnp.finfo(jnp.float32).min))
-    ends = list(itertools.accumulate(k.shape[2] for k, _, _ in parts[:-1]))
-    weights = jnp.split(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1), ends, axis=-1)
-    out = sum(
-        jnp.einsum("BKGS,BKSH->BKGH", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        for w, (_, v, _) in zip(weights, parts, strict=True)
-    )
-    return out.reshape(b, n, h).astype(parts[0][1].dtype)
-
-
 KERNELS: dict[str, Kernel] = {
     "xla": blocked_attention,
     "cudnn": cudnn_attention,
@@ -184,18 +157,6 @@ def sharded(kernel: Kernel, rules: AxisRules, **fixed) -> Kernel:
         # Pallas says nothing of how its outputs vary over the mesh: they do as the queries do
         run = jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)
         return run(q, k, v, mask, *kept_weights)
-
-    return attend
-
-
-def sharded_cached(rules: AxisRules, **fixed) -> Callable:
-    """Returns `cached_attention` run on each device's own heads; see `sharded`."""
-    kernel = functools.partial(cached_attention, **fixed)
-    queries, keys = rules("batch", "heads", None), rules("batch", "kv_heads", None, None)
-
-    def attend(q, parts, position):
-        specs = (queries, [(keys, keys, rules("batch", None))] * len(parts), rules("batch"))
-        return jax.shard_map(kernel, in_specs=specs, out_specs=queries)(q, list(parts), position)
 
     return attend
 
