@@ -94,7 +94,7 @@ class Linear(nnx.Module):
         self.kernel = normal(rngs, shape, spec, dtype, std)
         bias_shape = [size[c] for c in out[1:]]
         self.bias = constant(0.0, bias_shape, P(*self.out[2:]), dtype) if bias else None
-        if lora.is_targeted(name, config.lora):
+        if config.lora.rank and name in config.lora.targets.split(","):
             self.lora_scale = config.lora.alpha / config.lora.rank
             ins = len(letters) - len(out[1:])
             adapter = lora.make_adapter(shape, ins, spec, config.lora, dtype, rngs.params())

@@ -14,11 +14,6 @@ from jaxgpt.parallel.rules import rowwise, weight
 NAMES = ("lora_in", "lora_out", "magnitude")  # the last word of an addition's path
 
 
-def is_targeted(name: str, cfg: LoraConfig) -> bool:
-    """Says whether the projection `name` gets an addition."""
-    return bool(cfg.rank) and name in cfg.targets.split(",")
-
-
 def is_addition(path: str) -> bool:
     """Says whether a parameter belongs to an addition."""
     return path.split("/")[-1] in NAMES
