@@ -338,6 +338,7 @@ def test_verify_resume(command, config_file, tmp_path, monkeypatch):
     assert code == 2 and "resume is not exact: step 9 has loss" in err
 
 
+@pytest.mark.slow
 def test_elastic_restore_over_meshes(command, config_file, tmp_path):
     """8 devices, then 4, then 1, then 8: the losses are those of the run that stayed on 8."""
     still = (

@@ -115,6 +115,7 @@ def test_two_processes_train_like_one_and_again_bit_for_bit(place):
     assert rows(place / "stopped") == rows(place / "two")
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_four_go_on(place):
     children = start("train", 2, 2, *flags(place, "killed"))
     wait_for_checkpoint(place / "killed", 8, children)
@@ -138,6 +139,7 @@ def test_a_killed_process_ends_the_other_and_four_go_on(place):
     assert "{" not in out[1]
 
 
+@pytest.mark.slow
 def test_weights_to_start_from_are_split_over_processes(place, command):
     """Some tokens have no row in the weights, which are drawn; DoRA's magnitudes are computed."""
     args = [
@@ -169,6 +171,7 @@ objectives.token_losses = poisoned
 """
 
 
+@pytest.mark.slow
 def test_a_bad_stretch_that_one_process_reads_takes_all_of_them_back(place, command, monkeypatch):
     """Batches 9 and 10 hold a poisonous byte in their row 5 of 8, which process 1 reads."""
     (place / "bad").mkdir()

@@ -28,6 +28,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_a_plain_command_faults_its_memory_in_as_huge_pages(tmp_path):
     if not pages._on_request():
         pytest.skip("huge pages are not given on request here")

@@ -259,6 +259,7 @@ def plotted(workdir) -> dict[str, list[int]]:
     return curves
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps(run, tmp_path, command, monkeypatch):
     run("not-there").kill()  # writes the config
     honest, save, ahead = time.time, ocp.CheckpointManager.save, [0]
@@ -289,6 +290,7 @@ def test_a_clock_that_jumps(run, tmp_path, command, monkeypatch):
     assert plotted(tmp_path / "w")["train/loss"] == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_tensorboard_after_kills_shows_each_step_once(run, tmp_path):
     for _ in range(3):
         process = run("w", "--config.num_steps=100000", "--config.eval_every=0")

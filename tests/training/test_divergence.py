@@ -67,6 +67,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(run):
     assert all(np.isfinite(loss) for i, loss in enumerate(losses) if i != 5)
 
 
+@pytest.mark.slow
 def test_a_bad_stretch_is_rolled_back_and_left_out(run, command, tmp_path):
     code, err, losses = run([6, 7, 8])
     assert code == 0 and len(losses) == 16, err
