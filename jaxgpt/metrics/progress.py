@@ -57,6 +57,7 @@ class Bar:
         self.label, self.total, self.unit, self.done = label, total, unit, 0
         self.scale, self.digits = (1e6, 1) if unit == "MB" else (1, 0)
         self.began = self.shown = time.monotonic()
+        self.interval = 0.2 if sys.stderr.isatty() else INTERVAL
 
     def __enter__(self) -> "Bar":
         return self
@@ -68,7 +69,7 @@ class Bar:
         """Counts `amount` more."""
         self.done += amount
         now = time.monotonic()
-        if now - self.shown < _interval():
+        if now - self.shown < self.interval:
             return
         self.shown, rate = now, self.done / (now - self.began)
         line = f"{self.label} {min(self.done, self.total or self.done) / self.scale:,.0f}"
@@ -98,11 +99,6 @@ def elapsed(label: str) -> Iterator[None]:
         ended.set()
         thread.join()
         _clear()
-
-
-def _interval() -> float:
-    """Returns the seconds between two drawings of a bar."""
-    return 0.2 if sys.stderr.isatty() else INTERVAL
 
 
 def _draw(line: str) -> None:

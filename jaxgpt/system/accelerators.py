@@ -1,5 +1,6 @@
 """Accelerators that this machine lacks: their libraries, if installed, stay out of the way."""
 
+import contextlib
 import glob
 import os
 import sys
@@ -41,11 +42,13 @@ def allow_libtpu() -> None:
 
 def _has_tpu_on_bus() -> bool:
     """Says whether a TPU is on the PCI bus; a container may see it without its device file."""
-    return any(
-        vendor.read_text().strip() == GOOGLE
-        and not (vendor.parent / "class").read_text().startswith(DISKS_AND_NETWORK_CARDS)
-        for vendor in Path(PCI).glob("*/vendor")
-    )
+    with contextlib.suppress(OSError):  # unreadable: no command fails for that
+        return any(
+            vendor.read_text().strip() == GOOGLE
+            and not (vendor.parent / "class").read_text().startswith(DISKS_AND_NETWORK_CARDS)
+            for vendor in Path(PCI).glob("*/vendor")
+        )
+    return False
 
 
 def _without_cuda_plugin(record: LogRecord) -> bool:
