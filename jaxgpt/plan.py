@@ -22,6 +22,7 @@ from jaxgpt.config import Config
 from jaxgpt.config.schema import differing
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
+from jaxgpt.system.programs import keep_no_programs
 from jaxgpt.tokenizer.load import vocabulary_size
 
 GIB = 2**30
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
         config.data.tokenizer, config.data.special_tokens
     )
     config = resolve_vocab(config, size)
+    keep_no_programs()  # what is compiled is timed
     if values.topology:
         use_compilers_alone()
     devices, chip = devices_of(values.topology)

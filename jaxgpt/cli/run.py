@@ -17,6 +17,7 @@ from absl import logging
 from jaxgpt.system.accelerators import leave_out_absent
 from jaxgpt.system.errors import BadInput, PeerLost, described, one_line
 from jaxgpt.system.pages import use_huge_pages
+from jaxgpt.system.programs import keep_programs
 from jaxgpt.system.stores import outage
 
 GRACE = 5.0  # seconds for threads to end by themselves after an error
@@ -36,6 +37,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     for library in ("asyncio", "gcsfs"):
         getLogger(library).setLevel(CRITICAL)
     leave_out_absent()
+    keep_programs()
     sys.unraisablehook = _no_closed_loops
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

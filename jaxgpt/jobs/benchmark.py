@@ -21,6 +21,7 @@ from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.profile import PARTS, seconds_by_part
 from jaxgpt.planning.program import Program
 from jaxgpt.system.console import say
+from jaxgpt.system.programs import keep_no_programs
 from jaxgpt.training.memory import check_memory
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 
@@ -34,6 +35,7 @@ def benchmark(
     """Returns the figures that `jaxgpt.benchmark` prints: see its help. The command began at
     `began`; a `folder` keeps the profile.
     """
+    keep_no_programs()  # what is compiled is timed
     mesh = make_mesh(config)
     data = prepare(config.data)
     training = make_training(resolve_vocab(config, data.tokenizer.vocab_size), mesh)

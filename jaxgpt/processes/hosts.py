@@ -28,6 +28,7 @@ from jaxgpt.processes.flags import check_flags
 from jaxgpt.system.accelerators import has_tpu_files
 from jaxgpt.system.console import silence
 from jaxgpt.system.errors import BadInput, PeerLost, one_line
+from jaxgpt.system.programs import keep_no_programs
 
 HEARTBEAT = 30  # seconds without a sign of life until a process counts as dead
 VOTE_LAG = 2  # steps between a vote and its count: by then it is on the host
@@ -53,6 +54,7 @@ def join(values: flags.FlagValues) -> None:
     else:
         return
     jax.config.update("jax_enable_preemption_service", False)
+    keep_no_programs()  # on GPUs they compile together, and would wait for one that need not
     signals.watch(process.get("process_id", int(os.environ.get("SLURM_PROCID", 0))), _lost_line())
     met = threading.Event()
     threading.Thread(target=_give_up, args=(met, values.join_timeout, where), daemon=True).start()
