@@ -44,9 +44,7 @@ assert jax.config.jax_compilation_cache_dir is None
 def test_programs_are_found_again_and_a_damaged_cache_is_made_anew(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in (programs.FOLDER, programs.MIN_SECONDS)}
     env |= {"JAXGPT_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.startswith(str(tmp_path / "programs"))
 
