@@ -153,44 +153,44 @@ def decode(timeout: float) -> dict:
 
 
 def nanogpt(checkout: str) -> dict:
-    """Returns tokens per second and peak bytes of nanoGPT's step."""
+    """Returns tokens per second and peak bytes of nanoGPT's step, by run."""
     sys.path.insert(0, checkout)
+    return {run: torch_step(*shape) for run, shape in SHAPES.items()}
+
+
+def torch_step(layers: int, heads: int, width: int, batch: int) -> dict:
     import torch
     from model import GPT, GPTConfig
 
     torch.backends.cuda.matmul.allow_tf32 = True
-    figures = {}
-    for name, (layers, heads, width, batch) in SHAPES.items():
-        model = GPT(GPTConfig(1024, 50304, layers, heads, width, 0.0, True)).cuda()
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cuda")
-        step_model = torch.compile(model)
-        ids = torch.randint(0, 50304, (batch, 1025), device="cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = GPT(GPTConfig(1024, 50304, layers, heads, width, 0.0, True)).cuda()
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cuda")
+    compiled = torch.compile(model)
+    ids = torch.randint(0, 50304, (batch, 1025), device="cuda")
 
-        def step():
-            with torch.autocast("cuda", torch.bfloat16):
-                _, loss = step_model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            _, loss = compiled(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        torch.cuda.synchronize()
-        seconds = (time.perf_counter() - began) / STEPS
-        figures[name] = {
-            "step_seconds": seconds,
-            "tokens_per_second": batch * 1024 / seconds,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
-        }
-        del model, optimizer, step_model
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    return figures
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / STEPS
+    return {
+        "step_seconds": seconds,
+        "tokens_per_second": batch * 1024 / seconds,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+    }
 
 
 def in_child(part: str, checkout: str, timeout: float) -> dict:
