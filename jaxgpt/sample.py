@@ -96,10 +96,9 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
 
 def read_rows(pattern: str, default: GenerationRequest) -> list[tuple[dict, GenerationRequest]]:
     """Returns the rows of the files and the request that each describes. Raises `BadInput`, naming
-    file and line, if a row is malformed; or if there is none."""
+    file and row, if a row is malformed; or if there is none."""
     rows = []
-    for file, number, row in json_rows(list_files(f"--prompt_file={pattern}", pattern)):
-        where = f"{file}, line {number}"
+    for where, _, row in json_rows(list_files(f"--prompt_file={pattern}", pattern)):
         if not isinstance(row, dict):
             raise BadInput(f"{where} is not an object")
         rows.append((row, parse_request(row, default, where)))

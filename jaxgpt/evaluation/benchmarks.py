@@ -64,16 +64,16 @@ BENCHMARKS = {"hellaswag": _hellaswag, "arc": _arc, "lambada": _lambada}
 
 
 def read_items(name: str, files: list[str]) -> list[Item]:
-    """Returns the items of a benchmark's files. Raises `BadInput`, naming file and line, if a row
+    """Returns the items of a benchmark's files. Raises `BadInput`, naming file and row, if a row
     is not of that benchmark."""
     items = []
-    for file, number, row in json_rows(files):
+    for where, _, row in json_rows(files):
         try:
             item = BENCHMARKS[name](row)
             if not 0 <= item.right < len(item.choices) or not all(item.choices):
                 raise ValueError(f"choice {item.right} is not there")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-            raise BadInput(f"{file}, line {number} is no row of {name}: {e!r}") from e
-        check_text("".join([item.prompt, *item.choices]), f"{file}, line {number}")
+            raise BadInput(f"{where} is no row of {name}: {e!r}") from e
+        check_text("".join([item.prompt, *item.choices]), where)
         items.append(item)
     return items

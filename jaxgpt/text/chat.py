@@ -9,11 +9,11 @@ A row is of one of `ROW_KINDS`, told by its fields; the rows of a file are of on
     {"instruction": "Translate into French", "input": "Hello", "output": "Bonjour"}
 
 A chat template makes text of them. Other rows, and rows without a target, raise `BadInput`, which
-names file and line.
+names file and row.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -68,29 +68,28 @@ class ChatReader:
         self.spec, self.template, self.said = spec, template, set()
 
     def __call__(self, file: str) -> Iterator[Piece]:
-        """Yields a document per line of JSON, in spans that say what is a target."""
+        """Yields a document per row of JSON, in spans that say what is a target."""
         first = None
-        for _, number, row in json_rows([file]):
-            where = f"{file}, line {number}"
+        for where, number, row in json_rows([file]):
             kind = kind_of(row, where)
-            first = first or (number, kind)
+            first = first or (where.removeprefix(f"{file}, "), kind)
             if kind != first[1]:
                 raise BadInput(
-                    f"{where} has {kind}, but line {first[0]} has {first[1]}: put rows of another"
-                    " kind into a file of their own"
+                    f"{where} has {kind}, but {first[0]} has {first[1]}: put rows of another kind"
+                    " into a file of their own"
                 )
             if kind not in self.said:
                 self.said.add(kind)
                 say(f"data      {self.spec}: rows of {kind}, chat template {self.template}")
-            yield supervised_piece(row_spans(row, self.template, where), file, number)
+            spans = row_spans(row, self.template, where)
+            yield Piece(check_spans(spans, where), file, number, spans=tuple(spans))
 
 
-def supervised_piece(spans: list[Span], file: str, number: int) -> Piece:
-    """Returns the document that consists of `spans`."""
+def check_spans(spans: Sequence[Span], where: str) -> str:
+    """Returns the text of `spans`. Raises `BadInput` if nothing in it is a target."""
     if not any(span.is_target and span.text for span in spans):
-        raise BadInput(f"{file}, line {number} has no response to learn: all of it would be masked")
-    text = check_text("".join(span.text for span in spans), f"{file}, line {number}")
-    return Piece(text, file, number, spans=tuple(spans))
+        raise BadInput(f"{where} has no response to learn: all of it would be masked")
+    return check_text("".join(span.text for span in spans), where)
 
 
 def kind_of(row, where: str) -> str:

@@ -1,6 +1,6 @@
 """Files to documents: plain text, jsonl, parquet, web archives, tokens, and the built-in corpus.
 
-A damaged file, or one of another format, raises `BadInput`, which names file and line.
+A damaged file, or one of another format, raises `BadInput`, which names file and row.
 """
 
 import codecs
@@ -23,6 +23,9 @@ from jaxgpt.text.pieces import Piece, split_into_pieces
 LLMC_HEADERS = {20240520: "<u2", 20240801: "<u4"}  # llm.c's magic numbers and their token types
 LLMC_HEADER_BYTES = 1024
 TOKENS_AT_ONCE = 1 << 20
+DECODER = json.JSONDecoder()
+WHITE = re.compile(r"[ \t\n\r]*")  # of JSON
+LONGEST_LITERAL = 16  # characters: -Infinity, or an escape of a surrogate pair
 # Parts of the standard library that are not readable source: tests (17 MB, a language of their
 # own), code-point tables, and bundled or generated files.
 NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -56,22 +59,111 @@ def _not_utf8(where: str, e: UnicodeDecodeError, offset: int = 0) -> BadInput:
 
 
 def json_rows(files: list[str]) -> Iterator[tuple[str, int, object]]:
-    """Yields (file, line number, value) of every line of JSON that is not blank."""
+    """Yields (where, number, value) of every row of JSON: of each line that is not blank or, in a
+    file that begins with `[`, of each element of that one array. `where` is for messages: "a.jsonl,
+    line 3" or "a.json, row 3".
+
+    Raises `BadInput` if a row is no JSON or longer than `LONGEST`; one is in memory at a time.
+    """
     for file in files:
-        for number, line in read_lines(file):
-            where = f"{file}, line {number}"
+        yield from _array_rows(file) if _begins_array(file) else _line_rows(file)
+
+
+def _line_rows(file: str) -> Iterator[tuple[str, int, object]]:
+    for number, line in read_lines(file):
+        where = f"{file}, line {number}"
+        try:
+            yield where, number, json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as e:
+            raise _not_utf8(where, e) from e
+        except (ValueError, RecursionError) as e:  # also integers of thousands of digits
+            hint = ""
+            if number == 1 and line.strip() == b"{":
+                hint = "; a file holds one object a line, or one array of objects"
+            raise BadInput(f"{where} is not valid JSON: {e}{hint}") from e
+
+
+def _begins_array(file: str) -> bool:
+    with open_file(file) as stream:
+        while block := stream.read(BLOCK):
+            if block := block.lstrip():
+                return block.startswith(b"[")
+    return False
+
+
+def _array_rows(file: str) -> Iterator[tuple[str, int, object]]:
+    array, number = _JsonText(_decode_blocks(file)), 0
+    array.take("[")
+    is_done = array.take("]")
+    while not is_done:
+        number += 1
+        where = f"{file}, row {number}"
+        yield where, number, array.value(where)
+        is_done = array.take("]")
+        if not is_done and not array.take(","):
+            raise BadInput(f"{where} is followed by neither a comma nor the end of the array")
+    if array.peek():
+        raise BadInput(f"{file} goes on after the end of its array of {number} rows")
+
+
+class _JsonText:
+    """JSON text that comes in blocks, of which only what is not taken yet is kept."""
+
+    def __init__(self, blocks: Iterator[str]):
+        self.blocks, self.text, self.at, self.is_whole = blocks, "", 0, False
+
+    def peek(self) -> str:
+        """Returns the next character that is not white space, '' at the end."""
+        while not self.is_whole or self.at < len(self.text):
+            self.at = WHITE.match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            self._read(1)
+        return ""
+
+    def take(self, mark: str) -> bool:
+        """Takes the next character that is not white space if it is `mark`; says whether it is."""
+        if is_next := self.peek() == mark:
+            self.at += 1
+        return is_next
+
+    def value(self, where: str):
+        """Takes and returns the next value."""
+        self.peek()
+        while True:
             try:
-                yield file, number, json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as e:
-                raise _not_utf8(where, e) from e
-            except (ValueError, RecursionError) as e:  # also integers of thousands of digits
-                raise BadInput(f"{where} is not valid JSON: {e}") from e
+                value, end = DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text) or self.is_whole:  # a number could go on
+                    self.at = end
+                    return value
+            except (ValueError, RecursionError) as e:
+                if self.is_whole or not self._is_cut(e):
+                    raise BadInput(f"{where} is not valid JSON: {e}") from e
+            if len(self.text) - self.at > LONGEST:
+                raise BadInput(f"{where} is longer than {LONGEST:,} characters")
+            self._read(len(self.text) - self.at)  # twice as much: the time stays linear
+
+    def _is_cut(self, e: Exception) -> bool:
+        """Says whether the error may be due to the text's end: it lies there, or at the start of a
+        string that has no end."""
+        if not isinstance(e, json.JSONDecodeError):
+            return False
+        return "Unterminated" in e.msg or e.pos > len(self.text) - LONGEST_LITERAL
+
+    def _read(self, count: int) -> None:
+        """Drops what is taken and reads at least so many characters more, if there are any."""
+        parts = [self.text[self.at :]]
+        while count > 0 and not self.is_whole:
+            block = next(self.blocks, None)  # it may be empty: the first bytes of a character
+            self.is_whole = block is None
+            parts.append(block or "")
+            count -= len(parts[-1])
+        self.text, self.at = "".join(parts), 0
 
 
 def read_jsonl(file: str, field: str) -> Iterator[Piece]:
-    """Yields the text `field` of each line of JSON; blank lines and empty texts are skipped."""
-    for _, number, row in json_rows([file]):
-        where = f"{file}, line {number}"
+    """Yields the text `field` of each row of JSON (see `json_rows`); empty texts are skipped."""
+    for where, number, row in json_rows([file]):
         text = row.get(field) if isinstance(row, dict) else None
         if not isinstance(text, str):
             has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "not an object"

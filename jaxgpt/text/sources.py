@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from itertools import chain
@@ -14,7 +15,7 @@ from pathlib import Path
 from jaxgpt.config import DataConfig
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text import formats
-from jaxgpt.text.chat import ChatReader
+from jaxgpt.text.chat import ChatReader, kind_of
 from jaxgpt.text.files import file_stamp, hash_files, list_files
 from jaxgpt.text.pieces import Documents, Piece, num_bytes
 from jaxgpt.text.tasks import TASKS, read_task
@@ -29,6 +30,7 @@ KINDS = (
 FILE_HASHES = "digests.json"  # in the cache; see `hash_files`
 NAMES = ("text", "jsonl", "parquet", "warc", "tfds", "bin", "sft", "task", "shards")
 KIND_OF = {  # what a file's ending says
+    ".json": "jsonl",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
@@ -141,8 +143,20 @@ def nearest(spec: str) -> str:
     ending = Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
     if not (ending or "/" in path or os.path.exists(path)):
         return ""
-    meant = f"{KIND_OF.get(ending, 'text')}:{path}"
+    meant = f"{kind_of_file(path, ending)}:{path}"
     return meant if meant != spec else ""
+
+
+def kind_of_file(path: str, ending: str) -> str:
+    """Returns the kind of source that a file of this ending probably is: `sft` if its first row of
+    JSON is one of prompts and responses."""
+    kind = KIND_OF.get(ending, "text")
+    if kind == "jsonl" and os.path.isfile(path):
+        with suppress(BadInput, StopIteration):  # neither, or damaged, or empty
+            where, _, row = next(formats.json_rows([path]))
+            kind_of(row, where)
+            return "sft"
+    return kind
 
 
 def _file_source(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
-from jaxgpt.text.chat import supervised_piece
+from jaxgpt.text.chat import check_spans
 from jaxgpt.text.formats import json_rows
 from jaxgpt.text.pieces import Piece, Span
 
@@ -26,8 +26,8 @@ class Example(NamedTuple):
 
     prompt: str
     answers: tuple[str, ...]
-    file: str = ""
-    line: int = 0
+    where: str = ""
+    row: int = 0
 
 
 def _sentiment(row: dict) -> tuple[str, tuple[str, ...]]:
@@ -73,20 +73,20 @@ def _label(row: dict, task: str) -> str:
 
 
 def read_examples(task: str, files: list[str]) -> Iterator[Example]:
-    """Yields the examples of jsonl files. Raises `BadInput`, naming file and line, if a row lacks a
+    """Yields the examples of files of JSON. Raises `BadInput`, naming file and row, if one lacks a
     field or holds no valid label."""
-    for file, number, row in json_rows(files):
-        where = f"{file}, line {number}"
+    for where, number, row in json_rows(files):
         try:
             prompt, answers = TASKS[task](row)
         except (KeyError, TypeError, ValueError) as e:
             raise BadInput(f"{where} is no row of task {task}: {e!r}") from e
         for text in (prompt, *answers):
             check_text(text, where)
-        yield Example(prompt, answers, file, number)
+        yield Example(prompt, answers, where, number)
 
 
 def read_task(file: str, task: str) -> Iterator[Piece]:
     """Yields a document per example, of which the answer is the target."""
-    for prompt, answers, _, line in read_examples(task, [file]):
-        yield supervised_piece([Span(prompt), Span(f" {answers[0]}", is_target=True)], file, line)
+    for prompt, answers, where, number in read_examples(task, [file]):
+        spans = (Span(prompt), Span(f" {answers[0]}", is_target=True))
+        yield Piece(check_spans(spans, where), file, number, spans=spans)

@@ -74,7 +74,8 @@ def test_builtin_is_python_and_the_same_each_time():
         (b'{"text": "a"}\n{"text": ', r"x.jsonl, line 2 is not valid JSON"),
         (b'{"text": "a"}\n{"body": "b"}', r"line 2 has no text field 'text' \(its fields are body"),
         (b'{"text": 3}', "line 1 has no text field"),
-        (b"[1]", "line 1 has no text field 'text' .not an object"),
+        (b"7", "line 1 has no text field 'text' .not an object"),
+        (b"[1]", "row 1 has no text field 'text' .not an object"),
         (b'{"text": "\xff"}', "line 1 is not UTF-8"),
         (b'{"text": "\\ud800"}', r"line 1 holds half a surrogate pair \(U\+D800\)"),
     ],
@@ -118,6 +119,10 @@ def test_bad_text_sources(tmp_path):
         ("json:posts.jsonl", "jsonl:posts.jsonl"),
         ("ftp:x", ""),
         ("text:posts.jsonl", "jsonl:posts.jsonl"),
+        ("text:posts.json", "jsonl:posts.json"),
+        ("text:chats.json", "sft:chats.json"),
+        ("chats.json", "sft:chats.json"),
+        ("jsonl:chats.json", ""),
         ("text:gs://bucket/a.jsonl", "jsonl:gs://bucket/a.jsonl"),
         ("text:posts.txt", ""),
         ("text:a.md", ""),
@@ -129,6 +134,7 @@ def test_bad_text_sources(tmp_path):
 )
 def test_the_source_that_was_meant(spec, meant, tmp_path):
     (tmp_path / "books").mkdir()
+    (tmp_path / "chats.json").write_text('[{"instruction": "a", "output": "b"}]')
     assert nearest(spec) == meant
     if meant and not spec.startswith("text:"):
         with pytest.raises(BadInput, match=f"is unknown; did you mean {re.escape(meant)}?"):
