@@ -266,6 +266,8 @@ class Config:
     objective: str = choice("causal_lm")  # what training minimises: see `training.objectives`
     init_from: str = ""  # a workdir or a Hugging Face folder to start from
     init_fresh: str = ""  # patterns of paths that are not taken from there: "head"
+    # The layers taken from there, where the model has fewer: every_second, or 0,2,5; "" = all
+    init_layers: str = ""
     # End after so many validations without a better loss; 0 = never
     early_stop: int = may_change(number(0, 0))
     batch_size: int = number(8, 1)

@@ -29,6 +29,7 @@ from jaxgpt.system.errors import BadInput
 
 CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
+EVERY_SECOND = "every_second"
 MOST_PARAMETERS = 10**14  # no machine holds them: a slip of the pen
 
 
@@ -45,6 +46,7 @@ def validate(config: Config) -> Config:
     _check_batch_and_mesh(config)
     _check_data(config)
     _check_warmup(config.optim)
+    _check_start(config)
     return config
 
 
@@ -264,6 +266,27 @@ def _check_warmup(optim: OptimConfig) -> None:
             f"optim.warmup_steps={optim.warmup_steps} and"
             f" optim.warmup_fraction={optim.warmup_fraction} are both given: set one of them to 0"
         )
+
+
+def _check_start(config: Config) -> None:
+    if config.init_layers and not config.init_from:
+        raise BadInput(
+            f"init_layers={config.init_layers} needs init_from, the model whose layers these are"
+        )
+    if config.init_layers not in ("", EVERY_SECOND):
+        parse_layers(config.init_layers)
+
+
+def parse_layers(text: str) -> list[int]:
+    """Returns the layers that `init_layers` lists. Raises `BadInput` if it is no ascending list."""
+    parts = [part.strip() for part in text.split(",")]
+    layers = [int(part) for part in parts if part.isdecimal() and len(part) < 6]
+    if len(layers) < len(parts) or layers != sorted(set(layers)):
+        raise BadInput(
+            f"init_layers={text!r} must be {EVERY_SECOND}, or layers from 0 in ascending order"
+            " like 0,2,5"
+        )
+    return layers
 
 
 def parse_patterns(text: str, field: str) -> list[re.Pattern]:

@@ -5,6 +5,7 @@ architecture and the tokenizer that its config leaves open.
 """
 
 import copy
+import dataclasses
 from pathlib import Path
 
 from etils import epath
@@ -12,7 +13,13 @@ from etils import epath
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import get_field, left_open, model_differences, set_field
 from jaxgpt.config.stored import read_config
-from jaxgpt.config.validate import check_fields, parse_patterns, validate
+from jaxgpt.config.validate import (
+    EVERY_SECOND,
+    check_fields,
+    parse_layers,
+    parse_patterns,
+    validate,
+)
 from jaxgpt.interchange.folder import how_to_download, is_model_folder, open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer
 from jaxgpt.system.errors import BadInput
@@ -40,6 +47,35 @@ def model_of(path: str) -> ModelConfig:
     return (
         read_config(epath.Path(path)).model if is_workdir(path) else open_folder(Path(path)).model
     )
+
+
+def chosen_layers(config: Config, count: int) -> list[int]:
+    """Returns which of the `count` layers at `init_from` become the model's, ascending: all without
+    `init_layers`. Raises `BadInput` if it names one that is not there, or one twice."""
+    if config.init_layers == EVERY_SECOND:
+        return list(range(0, count, 2))
+    if not config.init_layers:
+        return list(range(count))
+    layers = parse_layers(config.init_layers)
+    if layers[-1] >= count:
+        raise BadInput(
+            f"init_layers={config.init_layers}: init_from={config.init_from} has {count} layers,"
+            f" numbered from 0 to {count - 1}"
+        )
+    return layers
+
+
+def _taken(config: Config) -> ModelConfig:
+    """Returns the architecture at `init_from`, of the layers that are taken. Raises `BadInput` if
+    one would come to stand where the model has another window."""
+    theirs = model_of(config.init_from)
+    layers, every = chosen_layers(config, theirs.num_layers), theirs.full_attention_every
+    if every and any(layer % every != place % every for place, layer in enumerate(layers)):
+        raise BadInput(
+            f"init_layers={config.init_layers}: in init_from={config.init_from} every"
+            f" {every}th layer attends to all; choose layers that keep that order"
+        )
+    return dataclasses.replace(theirs, num_layers=len(layers))
 
 
 def tokenizer_of(path: str) -> Tokenizer | None:
@@ -73,7 +109,7 @@ def completed(config: Config) -> Config:
             f" {opened[0].partition('.')[0] if len(opened) > 1 else 'tokenizer'} of this config"
         )
     check_source(config.init_from)
-    theirs, vocab_size = model_of(config.init_from), 0  # 0: that of the tokenizer that is given
+    theirs, vocab_size = _taken(config), 0  # 0: that of the tokenizer that is given
     if "data.tokenizer" in opened:
         config.data.tokenizer = tokenizer_spec(config.init_from)
         tokenizer = make_tokenizer(config.data.tokenizer, (), config.data.special_tokens)
@@ -101,8 +137,8 @@ def tokenizer_spec(path: str) -> str:
 
 def check_model(config: Config) -> None:
     """Raises `BadInput` if the model at `init_from` is another than the config's."""
-    path, mine = config.init_from, config.model
-    theirs, fresh = model_of(path), parse_patterns(config.init_fresh, "init_fresh")
+    path, mine, taken = config.init_from, config.model, config.init_layers
+    theirs, fresh = _taken(config), parse_patterns(config.init_fresh, "init_fresh")
     differing = model_differences(theirs, mine)
     rope = [name for name in differing if name.startswith("rope_")]
     if any(pattern.search("rope") for pattern in fresh):
@@ -114,11 +150,14 @@ def check_model(config: Config) -> None:
         hint = "; leave these fields out to take those that are there, as configs/finetune.py does"
         if differing == rope:
             hint = "; name rope in init_fresh to change it"
+        if differing == ["num_layers"] and not taken:
+            hint += f"; or name the layers to take in init_layers, for example {EVERY_SECOND}"
         differences = (
             f"model.{name}: {getattr(theirs, name)!r} there, {getattr(mine, name)!r} here"
             for name in differing
         )
-        raise BadInput(f"init_from={path} is another model: {'; '.join(differences)}{hint}")
+        what = f"{path} with init_layers={taken}" if taken else path
+        raise BadInput(f"init_from={what} is another model: {'; '.join(differences)}{hint}")
     if mine.position == "learned" and mine.max_seq_len > theirs.max_seq_len:
         raise BadInput(
             f"init_from={path} has {theirs.max_seq_len} positions,"

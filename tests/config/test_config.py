@@ -78,7 +78,7 @@ def test_overrides(parse_args):
         ("--config.data.shuffle=perhaps", "expected bool"),
         ("--config.lr=1", "did you mean --config.optim.learning_rate?"),
         ("--config.md=1", "--config.model.mlp_dim or --config.optim.moment_dtype"),
-        ("--config.layers=1", "did you mean --config.model.num_layers"),
+        ("--config.layers=1", "or --config.model.num_layers?"),
         ("--confg.seed=1", "unknown flag --confg.seed; did you mean --config.seed"),
         ("--batch_size=4", "unknown flag --batch_size; did you mean --config.batch_size"),
         ("--lr=4", "did you mean --config.optim.learning_rate?"),

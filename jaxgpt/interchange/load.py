@@ -1,0 +1,46 @@
+"""The weights of a workdir or a model folder, for a run that starts or learns from them."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
+from jaxgpt.config import Config, MeshConfig, ModelConfig
+from jaxgpt.config.stored import read_config
+from jaxgpt.interchange.folder import open_folder
+from jaxgpt.interchange.init_from import is_workdir
+from jaxgpt.interchange.weights import read_params
+from jaxgpt.model import ModelSpec
+from jaxgpt.model.lora import merge as merge_lora
+from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.system.trees import leaves_by_path
+
+
+def load_weights(path: str) -> tuple[dict[str, np.ndarray], ModelConfig]:
+    """Returns the parameters of a workdir or a model folder by path, on the host and with LoRA's
+    additions merged, and its model config."""
+    if is_workdir(path):
+        config = read_config(epath.Path(path))
+        checkpoints = Checkpoints(path, read_only=True)
+        spec = ModelSpec(config, "xla")
+        alone = dataclasses.replace(config, mesh=MeshConfig(data=1))
+        with jax.set_mesh(make_mesh(alone, jax.local_devices()[:1])):
+            abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
+            average = config.optim.ema_decay > 0
+            params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
+            params = merge_lora(params, config.lora)
+            return {p: np.asarray(leaf) for p, leaf in leaves_by_path(params).items()}, spec.model
+    folder = open_folder(Path(path))
+    spec = ModelSpec(Config(model=folder.model), "xla")
+    return leaves_by_path(
+        read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))
+    ), spec.model
+
+
+def put_like(value: np.ndarray, like: jax.Array) -> jax.Array:
+    """Returns `value`, which every process holds whole, in the dtype and sharding of `like`."""
+    value = value.astype(like.dtype)
+    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
