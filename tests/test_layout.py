@@ -27,6 +27,7 @@ ROOMS = [
     "evaluation",
     "reports",
     "training",
+    "shrinking",
     "sweeps",
     "planning",
     "jobs",

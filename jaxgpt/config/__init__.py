@@ -10,6 +10,7 @@ from jaxgpt.config.schema import (
     ModelConfig,
     OptimConfig,
     SampleConfig,
+    ShrinkConfig,
 )
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "SampleConfig",
+    "ShrinkConfig",
     "presets",
 ]

@@ -174,6 +174,16 @@ class LoraConfig:
 
 
 @dataclasses.dataclass
+class ShrinkConfig:
+    """What `shrink` made of the model. Such a run is not trained on, but for LoRA's additions."""
+
+    weights: str = choice("float", "int8", "int4", "nf4")
+    group: int = number(0, 0, 2**16)  # inputs that share a scale; 0 = all of an output's
+    keep: str = ""  # what stays float: lora's targets, head (with the embeddings), positions
+    done: str = ""  # the methods, in order: "heads:0.25 svd:64 int8"
+
+
+@dataclasses.dataclass
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
@@ -285,6 +295,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    shrink: ShrinkConfig = dataclasses.field(default_factory=ShrinkConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

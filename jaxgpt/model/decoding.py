@@ -73,16 +73,12 @@ def _through_layers(model: GPT, layers: Sequence[dict], x, attend: Callable):
     return x, tuple(caches)
 
 
-def next_logits(
-    model: GPT, x: Float[Array, "B D"], table: Float[Array, "V D"]
-) -> Float[Array, "B V"]:
+def next_logits(model: GPT, x: Float[Array, "B D"], table) -> Float[Array, "B V"]:
     """Returns `logits` of the last position before the final norm. With the table in front
     XLA's CPU backend reads it twice as fast for a few rows, unless it gets to turn the product
     around; elsewhere it is the same."""
     x = model.final_norm(x)
-    spec = model.rules("vocab", None)
-    logits = jnp.einsum(
-        "VD,BD->VB", table.astype(x.dtype), x, out_sharding=spec, preferred_element_type=jnp.float32
-    )
+    rows, spec = model.storage.rows(table, x.dtype), model.rules("vocab", None)
+    logits = jnp.einsum("VD,BD->VB", rows, x, out_sharding=spec, preferred_element_type=jnp.float32)
     logits = logits if x.shape[0] == 1 else jax.lax.optimization_barrier(logits)
-    return model.finish(logits.T, jnp.arange(table.shape[0]))
+    return model.finish(logits.T, jnp.arange(rows.shape[0]))

@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.block import Block
-from jaxgpt.model.layers import NORMS, dropout, normal
+from jaxgpt.model.layers import INIT_STD, NORMS, dropout
 from jaxgpt.model.positions import POSITIONS
 from jaxgpt.model.remat import REMAT, RESIDUAL_STREAM
+from jaxgpt.model.weights import table_storage
 from jaxgpt.ops.cross_entropy import cross_entropy
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.parallel.fsdp import embed_columns_to_rows
-from jaxgpt.parallel.rules import AxisRules, rowwise, weight
+from jaxgpt.parallel.rules import AxisRules, rowwise
 
 UNROLLED_LAYERS = 12  # on a CPU
 
@@ -37,10 +38,10 @@ class GPT(nnx.Module):
         self.dropout, self.remat = cfg.dropout, compute.remat
         self.softcap, self.logit_scale = cfg.logit_softcap, 1 / cfg.width_ratio
         self.embed_scale = math.sqrt(cfg.embed_dim) if cfg.scale_embeddings else 1.0
-        vocab = rules("vocab", "embed"), jnp.dtype(compute.param_dtype)
-        table = (cfg.padded_vocab_size, cfg.embed_dim)
-        self.tokens = normal(rngs, table, *vocab)
-        self.head = None if cfg.tie_embeddings else normal(rngs, table, *vocab)
+        self.storage = table_storage(config, "head", (cfg.padded_vocab_size, cfg.embed_dim))
+        drawn = rngs, rules("vocab", "embed"), INIT_STD
+        self.tokens = self.storage.make(*drawn)
+        self.head = None if cfg.tie_embeddings else self.storage.make(*drawn)
         self.positions = POSITIONS[cfg.position](config, rules, rngs=rngs)
         self.layer_windows = layer_windows(cfg)
         groups = cfg.num_layers // len(self.layer_windows)
@@ -79,20 +80,15 @@ class GPT(nnx.Module):
         x = jax.sharding.reshard(self.final_norm(x), self.rules("batch", "seq", None))
         return x, losses
 
-    def table(self) -> Float[Array, "V D"]:
-        """Returns the output embedding, whole over `fsdp`: gathered once, however often it is read.
+    def table(self):
+        """Returns the output embedding as it is stored, whole over `fsdp`: gathered once, however
+        often `storage.rows` reads it."""
+        return self.storage.whole(self.tokens if self.head is None else self.head, self.dtype)
 
-        In float32 holding compute-dtype values, so that gradients of several readings add up in
-        float32.
-        """
-        table = self.tokens if self.head is None else self.head
-        return weight(table, self.dtype).astype(jnp.float32)
-
-    def logits(self, x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    def logits(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T V"]:
         """Returns the float32 logits of hidden states; -inf for the padding of the vocabulary."""
-        logits = rowwise(
-            "MD,VD->MV", x, table.astype(x.dtype), self.rules("batch", "seq", "vocab"), jnp.float32
-        )
+        rows, out = self.storage.rows(table, x.dtype), self.rules("batch", "seq", "vocab")
+        logits = rowwise("MD,VD->MV", x, rows, out, jnp.float32)
         return self.finish(logits, jnp.arange(logits.shape[-1]))
 
     def losses(
@@ -100,9 +96,9 @@ class GPT(nnx.Module):
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         """Returns (nats, logsumexp) of each target from hidden states, without whole logits; see
         `ops.cross_entropy`."""
-        table = self.tokens if self.head is None else self.head
+        table, reader = self.storage.parts(self.tokens if self.head is None else self.head)
         with jax.named_scope("loss"):
-            return cross_entropy(x, table[...], targets, self.finish, self.rules)
+            return cross_entropy(x, table, targets, self.finish, self.rules, reader)
 
     def finish(self, logits: Float[Array, "*B V"], ids: Int[Array, "V"]) -> Float[Array, "*B V"]:
         logits = self.logit_scale * logits
@@ -136,8 +132,8 @@ class GPT(nnx.Module):
         """Every device looks up its own columns for the rows of all that share its other axes, and
         they trade: fewer bytes than gathering the table, and its gradient stays split."""
         tokens = jax.sharding.reshard(tokens, self.rules("lookup_batch", "seq"))
-        table = self.tokens[...].astype(self.dtype)
-        x = table.at[tokens].get(out_sharding=self.rules("lookup_batch", "seq", "embed"))
+        out = self.rules("lookup_batch", "seq", "embed")
+        x = self.storage.lookup(self.tokens, tokens, self.dtype, out)
         positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
         return self.positions(embed_columns_to_rows(x, self.rules) * self.embed_scale, positions)
 

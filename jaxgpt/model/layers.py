@@ -1,7 +1,5 @@
 """The small parts of a block: projections, norms, dropout, feed-forward."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,27 +8,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model import lora
+from jaxgpt.model.weights import Shape, constant, kernel_storage
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
-from jaxgpt.ops.matmul import PLAIN
 from jaxgpt.ops.norm import layer_norm, rms_norm
-from jaxgpt.parallel.fsdp import product
 from jaxgpt.parallel.rules import AxisRules, weight
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings
-
-
-def normal(rngs: nnx.Rngs, shape: Sequence, spec: P, dtype, std: float = INIT_STD) -> nnx.Param:
-    """Returns a parameter drawn from N(0, std^2), sharded by `spec` from birth.
-
-    The values depend on the key alone, not on the mesh.
-    """
-    init = jax.nn.initializers.normal(std)
-    return nnx.Param(init(rngs.params(), tuple(shape), dtype, out_sharding=spec))
-
-
-def constant(value: float, shape: Sequence, spec: P, dtype) -> nnx.Param:
-    """Returns a parameter filled with `value`, sharded by `spec` from birth."""
-    return nnx.Param(jnp.full(tuple(shape), value, dtype, out_sharding=spec))
 
 
 def hidden_std(cfg: ModelConfig) -> float:
@@ -88,15 +71,16 @@ class Linear(nnx.Module):
         dtype = jnp.dtype(config.compute.param_dtype)
         size = {letter: getattr(config.model, name) for letter, name in self.SIZES.items()}
         shape, spec = [size[c] for c in letters], rules(*(self.AXES[c] for c in letters))
-        self.equation, self.rules, self.matmul = equation, rules, PLAIN
+        self.equation, self.rules = equation, rules
         positions = "residual" if out == "MD" else "seq"
         self.out = rules("batch", positions, *(None if c == "D" else self.AXES[c] for c in out[1:]))
-        self.kernel = normal(rngs, shape, spec, dtype, std)
+        ins = len(letters) - len(out[1:])
+        self.storage = kernel_storage(config, name, Shape(tuple(shape), ins, spec))
+        self.kernel = self.storage.make(rngs, std)
         bias_shape = [size[c] for c in out[1:]]
         self.bias = constant(0.0, bias_shape, P(*self.out[2:]), dtype) if bias else None
         if config.lora.rank and name in config.lora.targets.split(","):
             self.lora_scale = config.lora.alpha / config.lora.rank
-            ins = len(letters) - len(out[1:])
             adapter = lora.make_adapter(shape, ins, spec, config.lora, dtype, rngs.params())
             for part, value in adapter.items():
                 setattr(self, part, value)
@@ -104,10 +88,11 @@ class Linear(nnx.Module):
             self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        y = product(self.equation, x, self.kernel[...], self.out, self.rules, self.matmul)
+        y = self.storage.product(self.equation, x, self.kernel, self.out, self.rules)
         if self.lora_scale:
             adapter = {part: getattr(self, part, None) for part in lora.NAMES}
-            y = lora.add(y, x, self.equation, self.kernel, adapter, self.lora_scale, self.out)
+            where = x, self.equation, lambda: self.storage.dense(self.kernel, x.dtype)
+            y = lora.add(y, *where, adapter, self.lora_scale, self.out)
         return y if self.bias is None else y + weight(self.bias, x.dtype)
 
 

@@ -1,5 +1,7 @@
 """Low-rank additions to frozen matrices: LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +21,12 @@ def is_addition(path: str) -> bool:
     return path.split("/")[-1] in NAMES
 
 
-def add(y, x, equation: str, kernel, adapter: dict, scale: float, out: P) -> Float[Array, "..."]:
+def add(
+    y, x, equation: str, dense: Callable, adapter: dict, scale: float, out: P
+) -> Float[Array, "..."]:
     """Returns y = x W with the addition: y + scale * x A B; under DoRA, each output times its
-    magnitude over the norm of its column of W + scale * A B (a constant to the gradient, 4.3)."""
+    magnitude over the norm of its column of W + scale * A B (a constant to the gradient, 4.3), for
+    W = `dense()`."""
     rows, letters, result = _split(equation)
     low = rowwise(
         f"{rows},{letters[: _inputs(equation)]}R->MR",
@@ -33,7 +38,7 @@ def add(y, x, equation: str, kernel, adapter: dict, scale: float, out: P) -> Flo
     y = y + scale * rowwise(f"MR,R{result[1:]}->{result}", low, lora_out, out)
     if adapter.get("magnitude") is None:
         return y
-    kernel, lora_in = weight(kernel, x.dtype), weight(adapter["lora_in"], jnp.float32)
+    kernel, lora_in = dense(), weight(adapter["lora_in"], jnp.float32)
     axes = tuple(range(_inputs(equation)))
     added = jnp.einsum(
         f"{letters[: len(axes)]}R,R{result[1:]}->{letters}",

@@ -1,13 +1,13 @@
 """Position embeddings: what is added to the token embeddings."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config
-from jaxgpt.model.layers import normal
+from jaxgpt.model.layers import INIT_STD
+from jaxgpt.model.weights import table_storage
 from jaxgpt.ops.rope import sinusoids
-from jaxgpt.parallel.rules import AxisRules, weight
+from jaxgpt.parallel.rules import AxisRules
 
 
 class LearnedPositions(nnx.Module):
@@ -15,11 +15,12 @@ class LearnedPositions(nnx.Module):
 
     def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
         self.out = rules("batch", "residual", None)
-        shape, spec = (config.model.max_seq_len, config.model.embed_dim), rules("seq", "embed")
-        self.kernel = normal(rngs, shape, spec, jnp.dtype(config.compute.param_dtype))
+        shape = config.model.max_seq_len, config.model.embed_dim
+        self.storage = table_storage(config, "positions", shape)
+        self.kernel = self.storage.make(rngs, rules("seq", "embed"), INIT_STD)
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
-        return x + weight(self.kernel, x.dtype).at[positions].get(out_sharding=self.out)
+        return x + self.storage.lookup(self.kernel, positions, x.dtype, self.out)
 
 
 def add_sinusoids(x: Float[Array, "B T D"], positions: Int[Array, "B T"]):

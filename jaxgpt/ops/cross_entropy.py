@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,40 +15,58 @@ from jaxgpt.parallel.rules import AxisRules
 LOWEST = -1e30  # below every logit, and finite
 
 
+class Reader(NamedTuple):
+    """How a table is read: its logical axes; `rows(part, dtype, torus)` -> a part's rows, whole
+    over `fsdp`; `scatter(their gradient, torus)` -> this device's share, None if not trained."""
+
+    axes: tuple
+    rows: Callable
+    scatter: Callable
+
+
+FLOATS = Reader(
+    ("vocab", "embed"),
+    lambda part, dtype, torus: all_gather(part.astype(dtype), 1, torus),
+    lambda grad, torus: reduce_scatter(grad, 1, torus),
+)
+
+
 def cross_entropy(
     x: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
+    table,
     targets: Int[Array, "B T"],
     finish: Callable,
     rules: AxisRules,
+    reader: Reader = FLOATS,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns (-log p(target) in nats, logsumexp of the logits), both 0 where target is IGNORE.
 
     Logits are `finish(x @ table.T in float32, ids)`, elementwise, with the ids of the columns [V].
-    `table` is the parameter as it is split, V over `tensor` and D over `fsdp`. Each part of its
+    `table` is the parameter as it is split, V over `tensor` and D over `fsdp`, or what `reader`
+    reads: any arrays with an axis V in front. Each part of its
     rows is gathered when its turn comes, in both passes, and its gradient scattered at once; the
     backward pass makes a part's logits anew, one more product for never keeping them. x's gradient
     adds up in float32. Gradients follow from p - onehot, as logsumexp's is p.
     """
-    specs = rules("batch", "seq", None), rules("vocab", "embed"), rules("batch", "seq")
-    return _cross_entropy(*jax.sharding.reshard((x, table, targets), specs), finish, rules)
+    specs = rules("batch", "seq", None), rules(*reader.axes), rules("batch", "seq")
+    return _cross_entropy(*jax.sharding.reshard((x, table, targets), specs), finish, rules, reader)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _cross_entropy(x, table, targets, finish, rules):
-    return _forward(x, table, targets, finish, rules)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _cross_entropy(x, table, targets, finish, rules, reader):
+    return _forward(x, table, targets, finish, rules, reader)[0]
 
 
-def _forward(x, table, targets, finish, rules):
+def _forward(x, table, targets, finish, rules, reader):
     rows, vectors = rules("batch", "seq"), rules("batch", "seq", None)
-    split = rules("vocab", "embed")
+    split = rules(*reader.axes)
 
     def local(x, table, targets):
         flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
 
         def part(carry, numbered):
             high, total, picked = carry
-            logits, ids = _logits(flat, *numbered, finish, rules)[:2]
+            logits, ids = _logits(flat, *numbered, finish, rules, reader)[:2]
             new_high = jnp.maximum(high, jnp.max(logits, axis=-1))
             total = total * jnp.exp(high - new_high) + jnp.sum(
                 jnp.exp(logits - new_high[:, None]), axis=-1
@@ -72,9 +91,9 @@ def _forward(x, table, targets, finish, rules):
     return (nats, lse), (x, table, targets, lse)
 
 
-def _backward(finish, rules, kept, cotangents):
+def _backward(finish, rules, reader, kept, cotangents):
     rows, vectors = rules("batch", "seq"), rules("batch", "seq", None)
-    split = rules("vocab", "embed")
+    split = rules(*reader.axes)
 
     def local(x, table, targets, lse, grad_nats, grad_lse):
         flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
@@ -85,26 +104,26 @@ def _backward(finish, rules, kept, cotangents):
         lse = jnp.where(counted, lse.reshape(-1, 1), jnp.inf)
 
         def part(grad_x, numbered):
-            logits, ids, kernel, pullback = _logits(flat, *numbered, finish, rules)
+            logits, ids, kernel, pullback = _logits(flat, *numbered, finish, rules, reader)
             p = jnp.exp(logits - lse)
             grad_logits = grad_both * p - jnp.where(ids == target, grad_nats, 0)
             (grad_raw,) = pullback(grad_logits)
             grad_raw = grad_raw.astype(flat.dtype)
-            grad_kernel = jnp.einsum("MV,MD->VD", grad_raw, flat)
-            grad_kernel = reduce_scatter(grad_kernel, 1, rules.torus)
+            grad_kernel = reader.scatter(jnp.einsum("MV,MD->VD", grad_raw, flat), rules.torus)
             added = jnp.einsum("MV,VD->MD", grad_raw, kernel, preferred_element_type=jnp.float32)
             return grad_x + added, grad_kernel
 
         zeros = jnp.zeros(flat.shape, jnp.float32)
         grad_x, grad_table = jax.lax.scan(part, zeros, _parts(table, flat))
         grad_x = jax.lax.psum(grad_x.astype(x.dtype), "tensor").reshape(x.shape)
-        return grad_x, grad_table.reshape(1, *table.shape)
+        return grad_x, jax.tree.map(lambda g: g.reshape(1, -1, g.shape[-1]), grad_table)
 
     specs, each = (vectors, split, rows, rows, rows, rows), jax.P(REPLICAS, *split)
     run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, each), check_vma=False)
     grad_x, grad_table = run(*kept, *cotangents)
     # summed out here, XLA may send it together with other gradients
-    return grad_x, jnp.sum(grad_table, axis=0).astype(kept[1].dtype), None
+    grad_table = jax.tree.map(lambda g: jnp.sum(g, axis=0).astype(kept[1].dtype), grad_table)
+    return grad_x, grad_table, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -113,16 +132,16 @@ _cross_entropy.defvjp(_forward, _backward)
 def _parts(table, flat):
     """Returns what the scans run over: parts of this device's rows, and their first ids."""
     mesh = jax.sharding.get_abstract_mesh()
-    rows = table.shape[0]
+    rows = jax.tree.leaves(table)[0].shape[0]
     count = parts_for(flat.shape[0], rows, mesh.abstract_device.platform)
     first = jax.lax.axis_index("tensor") * rows + jnp.arange(count) * (rows // count)
-    return table.reshape(count, rows // count, -1), first
+    return jax.tree.map(lambda a: a.reshape(count, rows // count, -1), table), first
 
 
-def _logits(flat, kernel, first, finish, rules):
+def _logits(flat, part, first, finish, rules, reader):
     """Returns a part's logits [M, V / parts], the ids of its columns, its kernel in the compute
     dtype and whole over `fsdp`, and the pullback of `finish`."""
-    kernel = all_gather(kernel.astype(flat.dtype), 1, rules.torus)
+    kernel = reader.rows(part, flat.dtype, rules.torus)
     raw = jnp.einsum("MD,VD->MV", flat, kernel, preferred_element_type=jnp.float32)
     ids = first + jnp.arange(kernel.shape[0])
     logits, pullback = jax.vjp(lambda raw: finish(raw, ids), raw)

@@ -38,12 +38,12 @@ def product(
     x's dtype.
     """
     num_summed = equation.index(",") - 1
-    matrix = _flat(_flat(kernel, 0, num_summed), 1, kernel.ndim)
-    y = _product(_flat(x, 2, x.ndim), matrix, P(*out[:3]), rules, matmul)
+    matrix = flat(flat(kernel, 0, num_summed), 1, kernel.ndim)
+    y = _product(flat(x, 2, x.ndim), matrix, P(*out[:3]), rules, matmul)
     return jax.lax.reshape(y, (*y.shape[:2], *kernel.shape[num_summed:]), out_sharding=out)
 
 
-def _flat(a: jax.Array, start: int, end: int) -> jax.Array:
+def flat(a: jax.Array, start: int, end: int) -> jax.Array:
     """Returns `a` with its axes from `start` up to `end` as one, split as the first of them is."""
     spec = jax.typeof(a).sharding.spec
     shape = (*a.shape[:start], math.prod(a.shape[start:end]), *a.shape[end:])

@@ -1,0 +1,71 @@
+"""Shrinking a workdir: the method, the new workdir, and both measured."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+from etils import epath
+
+from jaxgpt.checkpointing.checkpoints import save_weights
+from jaxgpt.config.stored import to_json
+from jaxgpt.inference.trained import Trained, open_trained
+from jaxgpt.jobs.evaluate import loss_measure
+from jaxgpt.shrinking.methods import METHODS
+from jaxgpt.shrinking.source import Source
+from jaxgpt.shrinking.spec import Options
+from jaxgpt.system.console import say
+from jaxgpt.system.errors import BadInput
+from jaxgpt.system.files import whole_folder
+
+KEPT_META = ("tokens", "seconds", "data_fingerprint", "imported")
+
+
+def shrink(
+    workdir: str, out: Path, step: int | str | None, method: tuple, options: Options
+) -> dict:
+    """Writes the shrunk model of `workdir` into the new folder `out`; returns the figures of
+    `jaxgpt.shrink`. Raises `BadInput` if the method does not apply, or `out` is not empty."""
+    name, argument = method
+    written = name if argument is None else f"{name}:{argument:g}"
+    if name not in METHODS:
+        raise BadInput(f"--method={written} is not there yet")
+    with whole_folder(out, "--out") as scratch:
+        trained = open_trained(workdir, step)
+        before = figures_of(trained, options.data)
+        with jax.set_mesh(trained.mesh):
+            source = Source(trained, options.data)
+            config, params = METHODS[name](source, argument, options)
+        copy_tokenizer(epath.Path(workdir) / "tokenizer", scratch / "tokenizer")
+        (scratch / "config.json").write_text(to_json(config))
+        meta = trained.checkpoints.meta(trained.step)
+        kept = {key: meta[key] for key in KEPT_META if key in meta}
+        save_weights(scratch, params, kept | {"shrunk": f"{workdir} at {trained.step}"})
+        after = figures_of(open_trained(str(scratch), None), options.data)
+    row = {"method": written}
+    for figure in ("bytes", "bits_per_byte"):
+        row |= {f"{figure}_before": before[figure], f"{figure}_after": after[figure]}
+    say(
+        f"shrunk    step {trained.step} of {workdir} by {written} into {out}:"
+        f" {before['bytes']:,} -> {after['bytes']:,} bytes of weights,"
+        f" {before['bits_per_byte']:.4f} -> {after['bits_per_byte']:.4f} bits/byte\n"
+        f"next      python -m jaxgpt.sample --workdir={out} --prompt='...'"
+    )
+    return row
+
+
+def figures_of(trained: Trained, data: str) -> dict:
+    """Returns the `bytes` of a workdir's weights, on disk and in memory alike, and its
+    `bits_per_byte` as `jaxgpt.evaluate` measures it."""
+    flags = SimpleNamespace(data=data, split="validation", stride=0)
+    measure = loss_measure(trained, flags)
+    with jax.set_mesh(trained.mesh):
+        params = trained.params()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        return {"bytes": size, "bits_per_byte": measure(params)["bits_per_byte"]}
+
+
+def copy_tokenizer(source: epath.Path, target: Path) -> None:
+    """Copies a workdir's tokenizer, chat template included."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())

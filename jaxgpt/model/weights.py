@@ -1,0 +1,246 @@
+"""How a matrix is stored, and what is read of it: projections and tables.
+
+What owns a matrix chooses its storage in its constructor: `kernel_storage` for projections,
+`table_storage` for embeddings, head and positions. A storage is a small frozen object that makes
+the parameters and computes with them; it holds none itself.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxgpt.config import Config, ShrinkConfig
+from jaxgpt.ops.cross_entropy import FLOATS, Reader
+from jaxgpt.ops.matmul import PLAIN
+from jaxgpt.ops.quantised import Format
+from jaxgpt.parallel.fsdp import flat, product
+from jaxgpt.parallel.rules import AxisRules, rowwise, weight, without_fsdp
+
+POSITIONS_FORMAT = Format("int8")  # a small table; in four bits it would cost more than it saves
+
+
+def normal(rngs: nnx.Rngs, shape: Sequence, spec: P, dtype, std: float) -> nnx.Param:
+    """Returns a parameter drawn from N(0, std^2), sharded by `spec` from birth.
+
+    The values depend on the key alone, not on the mesh.
+    """
+    init = jax.nn.initializers.normal(std)
+    return nnx.Param(init(rngs.params(), tuple(shape), dtype, out_sharding=spec))
+
+
+def constant(value: float, shape: Sequence, spec: P, dtype) -> nnx.Param:
+    """Returns a parameter filled with `value`, sharded by `spec` from birth."""
+    return nnx.Param(jnp.full(tuple(shape), value, dtype, out_sharding=spec))
+
+
+class Shape(NamedTuple):
+    """A kernel's lengths, how many of its axes (the first) are inputs, and how it is split."""
+
+    sizes: tuple[int, ...]
+    inputs: int
+    spec: P
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The numbers of inputs and outputs."""
+        return math.prod(self.sizes[: self.inputs]), math.prod(self.sizes[self.inputs :])
+
+
+class Quantised(nnx.Module):
+    """The parameters of a matrix in few bits: see `ops.quantised`."""
+
+    def __init__(self, fmt: Format, shape: tuple, spec: P, axis: int):
+        inputs, mesh = shape[axis], jax.sharding.get_abstract_mesh().shape
+        devices = mesh.get(spec[axis], 1) if spec[axis] else 1
+        if not fmt.is_divisible(inputs, devices):
+            spec = P(*(None if i == axis % 2 else name for i, name in enumerate(spec)))
+        for name, size, dtype in zip(
+            ("values", "scales"), fmt.sizes(inputs), (fmt.dtype, fmt.scale_dtype), strict=True
+        ):
+            sizes = tuple(size if i == axis % 2 else n for i, n in enumerate(shape))
+            setattr(self, name, constant(0, sizes, spec, dtype))
+
+    def whole(self) -> dict[str, jax.Array]:
+        """Returns values and scales, whole over `fsdp`."""
+        arrays = {"values": self.values[...], "scales": self.scales[...]}
+        return {name: jax.sharding.reshard(a, without_fsdp(a)) for name, a in arrays.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatKernel:
+    """A projection's kernel as one array of floats."""
+
+    shape: Shape
+    dtype: str
+
+    def make(self, rngs: nnx.Rngs, std: float) -> nnx.Param:
+        """Returns the kernel, drawn from N(0, std^2)."""
+        return normal(rngs, self.shape.sizes, self.shape.spec, jnp.dtype(self.dtype), std)
+
+    def product(self, equation: str, x, kernel: nnx.Param, out: P, rules: AxisRules):
+        """Returns einsum(equation, x, kernel), see `parallel.fsdp.product`."""
+        return product(equation, x, kernel[...], out, rules, PLAIN)
+
+    def dense(self, kernel: nnx.Param, dtype) -> jax.Array:
+        """Returns the kernel in its own shape, as floats, whole over `fsdp`."""
+        return weight(kernel, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantisedKernel:
+    """A projection's kernel in few bits, as one matrix [inputs, outputs]; it is not trained."""
+
+    shape: Shape
+    format: Format
+
+    def make(self, rngs: nnx.Rngs, std: float) -> Quantised:
+        """Returns a kernel of zeros: it is only ever made to be replaced."""
+        spec = P(self.shape.spec[0], self.shape.spec[self.shape.inputs])
+        return Quantised(self.format, self.shape.matrix, spec, axis=-2)
+
+    def product(self, equation: str, x, kernel: Quantised, out: P, rules: AxisRules):
+        """Returns einsum(equation, x, kernel), [B, T, ...], of sharding `out`; the gradient is that
+        of x alone."""
+        x = flat(x, 2, x.ndim)
+        y = rowwise("MI,IO->MO", x, self._matrix(kernel, x.dtype), P(*out[:3]))
+        return jax.lax.reshape(
+            y, (*y.shape[:2], *self.shape.sizes[self.shape.inputs :]), out_sharding=out
+        )
+
+    def dense(self, kernel: Quantised, dtype) -> jax.Array:
+        """Returns the kernel in its own shape, as floats, whole over `fsdp`."""
+        spec = P(*(None if axis == "fsdp" else axis for axis in self.shape.spec))
+        matrix = self._matrix(kernel, dtype)
+        return jax.lax.reshape(matrix, self.shape.sizes, out_sharding=spec)
+
+    def _matrix(self, kernel: Quantised, dtype) -> Float[Array, "I O"]:
+        """Returns the weights as one matrix, whole over `fsdp`, split over `tensor` as x is."""
+        inputs, _ = self.shape.matrix
+        matrix = self.format.dequantise(**kernel.whole(), axis=-2, inputs=inputs, dtype=dtype)
+        spec = self.shape.spec[0], self.shape.spec[self.shape.inputs]
+        spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.stop_gradient(jax.sharding.reshard(matrix, spec))
+
+
+def kernel_storage(config: Config, name: str, shape: Shape) -> FloatKernel | QuantisedKernel:
+    """Returns how the projection `name` stores its kernel."""
+    fmt = format_of(config.shrink, name)
+    return QuantisedKernel(shape, fmt) if fmt else FloatKernel(shape, config.compute.param_dtype)
+
+
+def format_of(cfg: ShrinkConfig, name: str) -> Format | None:
+    """Returns how the matrix `name` is stored, None for floats: a projection by its name, "head"
+    (the token embeddings too) or "positions"."""
+    if cfg.weights == "float" or name in cfg.keep.split(","):
+        return None
+    return POSITIONS_FORMAT if name == "positions" else Format(cfg.weights, cfg.group)
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatTable:
+    """A table [V, D] of floats, whose rows are looked up, and multiplied as the head."""
+
+    shape: tuple[int, int]
+    dtype: str
+
+    def make(self, rngs: nnx.Rngs, spec: P, std: float) -> nnx.Param:
+        """Returns the table, drawn from N(0, std^2)."""
+        return normal(rngs, self.shape, spec, jnp.dtype(self.dtype), std)
+
+    def lookup(self, table: nnx.Param, rows: Int[Array, "B T"], dtype, out: P):
+        """Returns the rows of these numbers, [B, T, D], of sharding `out`."""
+        return table[...].astype(dtype).at[rows].get(out_sharding=out)
+
+    def whole(self, table: nnx.Param, dtype) -> Float[Array, "V D"]:
+        """Returns what `rows` reads, whole over `fsdp`: float32 holding values of `dtype`, so that
+        gradients of several readings add up in float32."""
+        return weight(table, dtype).astype(jnp.float32)
+
+    def rows(self, whole: Float[Array, "V D"], dtype) -> Float[Array, "V D"]:
+        """Returns the table as a product reads it, from `whole`."""
+        return whole.astype(dtype)
+
+    def parts(self, table: nnx.Param) -> tuple[jax.Array, Reader]:
+        """Returns what `ops.cross_entropy` reads part by part, and how."""
+        return table[...], FLOATS
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantisedTable:
+    """A table [V, D] in few bits, a scale for each row or each group within it; not trained."""
+
+    shape: tuple[int, int]
+    format: Format
+
+    def make(self, rngs: nnx.Rngs, spec: P, std: float) -> Quantised:
+        """Returns a table of zeros: it is only ever made to be replaced."""
+        return Quantised(self.format, self.shape, spec, axis=-1)
+
+    def lookup(self, table: Quantised, rows: Int[Array, "B T"], dtype, out: P):
+        """Returns the rows of these numbers, [B, T, D], of sharding `out`."""
+        small = P(*out[:2], None)
+        picked = {name: a.at[rows].get(out_sharding=small) for name, a in table.whole().items()}
+        return jax.sharding.reshard(self.rows(picked, dtype), out)
+
+    def whole(self, table: Quantised, dtype) -> dict[str, jax.Array]:
+        """Returns what `rows` reads, whole over `fsdp`."""
+        return table.whole()
+
+    def rows(self, whole: dict[str, jax.Array], dtype) -> Float[Array, "*V D"]:
+        """Returns the table, or rows of it, as floats."""
+        rows = self.format.dequantise(**whole, axis=-1, inputs=self.shape[1], dtype=dtype)
+        return jax.lax.stop_gradient(rows)
+
+    def parts(self, table: Quantised) -> tuple[dict[str, jax.Array], Reader]:
+        """Returns what `ops.cross_entropy` reads part by part, and how."""
+        return table.whole(), Reader(("vocab", None), self._read, _no_gradient)
+
+    def _read(self, part: dict, dtype, torus) -> Float[Array, "v D"]:
+        return self.rows(part, dtype)
+
+
+def _no_gradient(grad, torus) -> None:
+    return None
+
+
+def table_storage(config: Config, name: str, shape: tuple) -> FloatTable | QuantisedTable:
+    """Returns how the table `name`, "head" or "positions", is stored."""
+    fmt = format_of(config.shrink, name)
+    return QuantisedTable(shape, fmt) if fmt else FloatTable(shape, config.compute.param_dtype)
+
+
+def dense(params: dict, cfg: ShrinkConfig, wanted: dict) -> dict:
+    """Returns the parameters with every stored matrix as floats, on the host; what else there is
+    stays. `wanted` are the shapes of the same model with `ShrinkConfig()`."""
+
+    def convert(node: dict, like: dict, owner: str) -> dict:
+        done = {}
+        for name, child in node.items():
+            want = like.get(name)
+            if isinstance(want, dict):
+                done[name] = convert(child, want, name)
+            elif isinstance(child, dict):
+                done[name] = _dense_leaf(child, cfg, owner, want.shape)
+            else:
+                done[name] = child
+        return done
+
+    return convert(params, wanted, "head")
+
+
+def _dense_leaf(stored: dict, cfg: ShrinkConfig, owner: str, shape: tuple) -> np.ndarray:
+    """Returns the matrix of a projection or table `owner` in its own shape."""
+    arrays = {name: jnp.asarray(a) for name, a in jax.device_get(stored).items()}
+    fmt, is_table = format_of(cfg, owner), owner in ("head", "positions")
+    outputs = arrays["values"].shape[-1]
+    axis, inputs = (-1, shape[1]) if is_table else (-2, math.prod(shape[1:]) // outputs)
+    matrix = fmt.dequantise(**arrays, axis=axis, inputs=inputs, dtype=jnp.float32)
+    return np.asarray(matrix).reshape(shape)

@@ -1,0 +1,16 @@
+"""The table of methods: `(source, argument, options) -> (config, params)` of the smaller model.
+
+`argument` is what follows the method's name (0.25 of `heads:0.25`), `params` lie on the host. What
+each may follow, and which arguments it takes, is in `spec.KINDS`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from jaxgpt.shrinking.quantise import quantise
+
+METHODS: dict[str, Callable] = {
+    "int8": partial(quantise, "int8"),
+    "int4": partial(quantise, "int4"),
+    "nf4": partial(quantise, "nf4"),
+}

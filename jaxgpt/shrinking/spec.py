@@ -1,0 +1,95 @@
+"""`--method` and its flags, checked before JAX is imported.
+
+Methods compose in the order of their stages, whatever trains in between: distil (an objective of
+`train`), heads, prune, svd, then int8, int4 or nf4. `shrink.done` in config.json says what was
+done.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from jaxgpt.config.schema import Range
+from jaxgpt.config.validate import LORA_TARGETS
+from jaxgpt.system.errors import BadInput, did_you_mean
+
+GROUPS = (0, 32, 64, 128)
+KEEP = (*LORA_TARGETS, "head", "positions")
+
+
+class Method(NamedTuple):
+    """When a method may run, and what follows its name after a colon."""
+
+    stage: int
+    repeats: bool = False  # may follow a method of its own stage
+    argument: type | None = None
+    range: Range | None = None
+    what: str = ""
+
+
+KINDS = {
+    "heads": Method(1, True, float, Range(0, 1, "()"), "the share of heads and MLP columns"),
+    "prune": Method(2, True, float, Range(0, 1, "()"), "the share of zeros"),
+    "prune24": Method(2),
+    "svd": Method(3, False, int, Range(1, 2**16), "the rank of each projection"),
+    "int8": Method(4),
+    "int4": Method(4),
+    "nf4": Method(4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the flags say: `calibration` is the number of windows of training text to measure with,
+    0 for methods that use none; `data` where the run has no text of its own."""
+
+    group: int
+    keep: str
+    calibration: int
+    data: str = ""
+
+
+def parse_method(text: str) -> tuple[str, float | int | None]:
+    """Returns the name and the argument of `--method`. Raises `BadInput` if there is no such
+    method, or the argument is missing, out of range or too much."""
+    name, colon, value = text.partition(":")
+    if name not in KINDS:
+        near = did_you_mean(name, KINDS) or f"; choose {', '.join(KINDS)}"
+        raise BadInput(f"--method={text} is unknown{near}")
+    method = KINDS[name]
+    if method.argument is None:
+        if colon:
+            raise BadInput(f"--method={text}: {name} takes no argument")
+        return name, None
+    try:
+        number = method.argument(value)
+    except ValueError:
+        raise BadInput(f"--method={text}: write {name}:NUMBER, {method.what}") from None
+    if not method.range.holds(number):
+        raise BadInput(f"--method={text}: {method.what} must be {method.range}")
+    return name, number
+
+
+def check_order(done: str, name: str, workdir: str) -> None:
+    """Raises `BadInput` if the method `name` cannot follow those in `done`."""
+    before = [text.partition(":")[0] for text in done.split()]
+    method = KINDS[name]
+    for earlier in before:
+        stage = KINDS[earlier].stage if earlier in KINDS else 0
+        if stage > method.stage or (stage == method.stage and not method.repeats):
+            raise BadInput(
+                f"{workdir} was shrunk already ({done}); {name} cannot follow {earlier}:"
+                f" the order is {', '.join(KINDS)}"
+            )
+
+
+def parse_options(name: str, group: int | None, keep: str, calibration: int, data: str) -> Options:
+    """Returns the checked flags of the method `name`. Raises `BadInput`."""
+    if group is None:
+        group = 0 if name == "int8" else 32
+    if group not in GROUPS:
+        raise BadInput(f"--group={group} must be one of {', '.join(map(str, GROUPS))}")
+    if unknown := set(filter(None, keep.split(","))) - set(KEEP):
+        raise BadInput(f"--keep={keep}: {sorted(unknown)[0]!r} is none of {', '.join(KEEP)}")
+    if calibration < 0:
+        raise BadInput(f"--calibration={calibration} must be at least 0")
+    return Options(group, keep, calibration, data)
