@@ -10,6 +10,9 @@ Stdout is the prompt and its continuation, nothing else; several samples are sep
 JSON; the row's own max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed and
 stop override the flags. --interactive continues what you type, line by line. --num_beams=K searches
 for the likeliest continuation instead of sampling.
+
+--chat takes each prompt as a user's message, puts it into the template that the run was trained
+with, and prints the reply alone. A row may then have `messages` in place of a prompt.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from absl import flags
 from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
+from jaxgpt.inference.chat import Chat, open_chat
 from jaxgpt.inference.requests import (
     MAX_UINT32,
     GenerationRequest,
@@ -28,6 +32,7 @@ from jaxgpt.inference.requests import (
     parse_request,
 )
 from jaxgpt.system.errors import BadInput
+from jaxgpt.text.chat import chat_messages
 from jaxgpt.text.files import list_files
 from jaxgpt.text.formats import json_rows
 
@@ -41,6 +46,8 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("prompt", "", "text to continue", flag_values=values)
     flags.DEFINE_string("prompt_file", "", "rows of JSON with a prompt each", flag_values=values)
     flags.DEFINE_bool("interactive", False, "continue what is typed", flag_values=values)
+    flags.DEFINE_bool("chat", False, "prompts are messages to reply to", flag_values=values)
+    flags.DEFINE_string("system", "", "system message of each --chat", flag_values=values)
     flags.DEFINE_bool("stream", False, "print text as it is generated", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 200, "most tokens of a sample", flag_values=values)
     flags.DEFINE_float("temperature", 0.8, "0 = greedy", flag_values=values)
@@ -56,11 +63,14 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("seed", 0, "same seed, same samples", flag_values=values)
     parse(values, argv, __doc__)
     request = read_flags(values)
-    rows = read_rows(values.prompt_file, request) if values.prompt_file else []
+    chat = open_chat(values.workdir, values.system) if values.chat else None
+    rows = read_rows(values.prompt_file, request, chat) if values.prompt_file else []
+    if chat and values.prompt:
+        request = chat.ask(request)
     # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.jobs.sample import sample
 
-    sample(values, request, rows)
+    sample(values, request, rows, chat)
 
 
 def read_flags(values: flags.FlagValues) -> GenerationRequest:
@@ -78,6 +88,10 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
         ("num_beams", 0, MAX_SAMPLES),
     ):
         check_range(f"--{name}", values[name].value, low, high)
+    if values.chat and not given:
+        raise BadInput("--chat needs a message: --prompt=TEXT, --prompt_file=F or --interactive")
+    if values.system and not values.chat:
+        raise BadInput("--system goes with --chat")
     if values.num_beams and (values.stream or values.interactive or values.prompt_file):
         raise BadInput("--num_beams goes with --prompt alone: a search has no text until its end")
     if values.num_beams and values.num_samples > values.num_beams:
@@ -94,14 +108,22 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
     )
 
 
-def read_rows(pattern: str, default: GenerationRequest) -> list[tuple[dict, GenerationRequest]]:
+def read_rows(
+    pattern: str, default: GenerationRequest, chat: Chat | None = None
+) -> list[tuple[dict, GenerationRequest]]:
     """Returns the rows of the files and the request that each describes. Raises `BadInput`, naming
     file and row, if a row is malformed; or if there is none."""
     rows = []
     for where, _, row in json_rows(list_files(f"--prompt_file={pattern}", pattern)):
         if not isinstance(row, dict):
             raise BadInput(f"{where} is not an object")
-        rows.append((row, parse_request(row, default, where)))
+        if chat and "messages" in row:
+            request = parse_request(row | {"prompt": ""}, default, where)
+            request = chat.ask(request, chat_messages(row, where))
+        else:
+            request = parse_request(row, default, where)
+            request = chat.ask(request) if chat else request
+        rows.append((row, request))
     if not rows:
         raise BadInput(f"--prompt_file={pattern} holds no prompt")
     return rows

@@ -1,16 +1,23 @@
-"""A batch as people read it: where each chunk's text comes from, and what the loss counts."""
+"""Data as people read it: a batch, with what the loss counts of it; a prompt as an example."""
 
+import json
+import os
 import shlex
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.pipeline import Stream
 from jaxgpt.data.prepare import Prepared
 from jaxgpt.data.shards import Split
+from jaxgpt.system.files import read_json
+from jaxgpt.text.chat import user_message
 from jaxgpt.tokenizer import Tokenizer
 
+EXAMPLE_FILE = "example.json"
 SEARCHED = 64  # documents or tokens in which a prompt is looked for
 
 
@@ -51,17 +58,50 @@ def _ranges(mask: np.ndarray) -> str:
     return ",".join(f"{a}-{b - 1}" for a, b in edges.reshape(-1, 2)) or "nothing"
 
 
-def example_prompt(split: Split, tokenizer: Tokenizer) -> str:
-    """Returns the start of one of a split's first documents, for a model that learnt such text: of
-    prompts with responses the shortest prompt as the template writes it, else three words."""
-    starts = split.starts[:SEARCHED].tolist()
-    if split.mask is None:
-        lines = tokenizer.decode_stable(split.tokens[1:SEARCHED]).splitlines()
-        first_words = [line.split()[:3] for line in lines]
-        return " ".join(max(first_words, key=len, default=[]))  # the first line with three
-    ends = [start + 1 + int(np.argmax(split.mask[start + 1 :])) for start in starts]
-    prompts = (tokenizer.decode(split.tokens[start + 1 : end]) for start, end in zip(starts, ends))
-    return min(filter(None, prompts), key=len, default="")
+class Example(NamedTuple):
+    """A prompt for a model that learnt such text; of a chat the user's message, which `--chat`
+    puts into the run's template."""
+
+    prompt: str
+    is_chat: bool
+
+
+NO_EXAMPLE = Example("", is_chat=False)
+
+
+def example_prompt(split: Split, tokenizer: Tokenizer, template: str) -> Example:
+    """Returns an example from one of a split's first documents: of chats the shortest message, of
+    other prompts with responses the shortest prompt, else three words."""
+    if split.mask is not None:
+        starts = split.starts[:SEARCHED].tolist()
+        ends = [start + 1 + int(np.argmax(split.mask[start + 1 :])) for start in starts]
+        texts = (
+            tokenizer.decode(split.tokens[start + 1 : end]) for start, end in zip(starts, ends)
+        )
+        prompts = list(filter(None, texts))
+        if messages := list(filter(None, (user_message(text, template) for text in prompts))):
+            return Example(min(messages, key=len), True)
+        if prompts:
+            return Example(min(prompts, key=len), False)
+    lines = tokenizer.decode_stable(split.tokens[1:SEARCHED]).splitlines()
+    first_words = [line.split()[:3] for line in lines]
+    return Example(" ".join(max(first_words, key=len, default=[])), False)  # the first with three
+
+
+def save_example(example: Example, folder: os.PathLike) -> None:
+    """Writes the example beside a tokenizer, for `serve`, which has no data."""
+    text = json.dumps({"prompt": example.prompt, "chat": example.is_chat})
+    (epath.Path(folder) / EXAMPLE_FILE).write_text(text)
+
+
+def saved_example(folder: os.PathLike) -> Example:
+    """Returns the example in `folder`, an empty one if there is none. Raises `BadInput` if it is
+    damaged."""
+    file = epath.Path(folder) / EXAMPLE_FILE
+    if not file.exists():
+        return NO_EXAMPLE
+    found = read_json(file, {"prompt": str, "chat": bool}, "delete it")
+    return Example(found["prompt"], found["chat"])
 
 
 def in_shell(text: str) -> str:

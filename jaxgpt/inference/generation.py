@@ -11,6 +11,7 @@ import numpy as np
 from jaxgpt.config import ModelConfig
 from jaxgpt.inference.decode import CHUNK, Decoder, check_length, encode_prompt, sample_keys, stream
 from jaxgpt.inference.requests import GenerationRequest
+from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import IncrementalDetokenizer, Tokenizer
 
 Top = Sequence[tuple[int, float]]  # (id, log-probability), the likeliest first
@@ -98,11 +99,24 @@ class Continuation:
             self.text, self.pending, self.finish_reason = self.text + self.pending, "", reason
 
 
+def encode_request(tokenizer: Tokenizer, request: GenerationRequest) -> np.ndarray:
+    """Returns the ids of a request's prompt. A chat's are those of training: each span by itself,
+    behind an end-of-text. Raises `BadInput` if the tokenizer lacks a special token."""
+    if not request.spans:
+        return encode_prompt(tokenizer, request.prompt)
+    special = getattr(tokenizer, "special", {})
+    for text in (span.text for span in request.spans if span.special):
+        if text not in special:
+            raise BadInput(f"the tokenizer has no special token {text}, which the template needs")
+    ids = [[special[s.text]] if s.special else tokenizer.encode(s.text) for s in request.spans]
+    return np.concatenate([[tokenizer.end_of_text], *ids]).astype(np.int32)
+
+
 def encode_prompts(
     tokenizer: Tokenizer, requests: Sequence[GenerationRequest], cfg: ModelConfig
 ) -> list[np.ndarray]:
     """Returns the ids of each request's prompt; `check_length` refuses what does not fit."""
-    prompts = [encode_prompt(tokenizer, request.prompt) for request in requests]
+    prompts = [encode_request(tokenizer, request) for request in requests]
     for prompt, request in zip(prompts, requests, strict=True):
         check_length(len(prompt), request.max_new_tokens, cfg)
     return prompts

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
+from jaxgpt.text.pieces import Span
 
 MAX_TEMPERATURE = 1e6
 MAX_STOP_LENGTH = 1000  # characters
@@ -41,7 +42,8 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt to continue. Samples of the same seed differ by their `sample_index`."""
+    """A prompt to continue. Samples of the same seed differ by their `sample_index`. `spans` are
+    those of a chat's prompt, some of them special tokens; `prompt` is then their text."""
 
     prompt: str
     max_new_tokens: int = 200
@@ -49,6 +51,12 @@ class GenerationRequest:
     seed: int = 0
     sample_index: int = 0
     stop: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it asks for the reply in a chat."""
+        return bool(self.spans)
 
 
 def parse_request(

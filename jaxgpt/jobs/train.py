@@ -14,8 +14,11 @@ from jaxgpt.config.schema import INT32
 from jaxgpt.config.stored import check_resume, read_config, to_json
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import Prepared, check_shards, prepare
-from jaxgpt.data.show import example_prompt, in_shell
+from jaxgpt.data.show import NO_EXAMPLE, Example, example_prompt, in_shell, save_example
 from jaxgpt.evaluation.perplexity import Perplexity
+from jaxgpt.inference.chat import Chat
+from jaxgpt.inference.generation import encode_request
+from jaxgpt.inference.requests import GenerationRequest
 from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.interchange.init_from import check_model, check_source
 from jaxgpt.metrics.progress import duration
@@ -30,10 +33,10 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import locked, write_whole
 from jaxgpt.system.stores import is_object_store, read_bytes
 from jaxgpt.text.chat import save_template
-from jaxgpt.tokenizer import load_tokenizer, save_tokenizer
+from jaxgpt.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.load import fingerprint
 from jaxgpt.training.end import forget_end, record_end
-from jaxgpt.training.loop import DIVERGED, History, Loop, restore_or_init
+from jaxgpt.training.loop import DIVERGED, Loop, restore_or_init
 from jaxgpt.training.memory import check_memory
 from jaxgpt.training.objectives import make_eval_step
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
@@ -63,16 +66,17 @@ def train(workdir: epath.Path, config: Config) -> int:
         hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
         stream = training_stream(data.train, config)
         evaluate = evaluator(run, data)
-        sample = TrainingSample(run.spec, data.tokenizer, config.sample)
+        example = example_prompt(data.validation, data.tokenizer, config.data.chat_template)
+        sample = training_sample(run, data, example)
         with only_trainer(workdir):
             checkpoints = Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
             state, history = restore_or_init(run, data, checkpoints)
             restored = int(state.step)
             if restored >= config.num_steps:  # the newest checkpoint was damaged
                 return say_finished(workdir, checkpoints, restored, config)
-            write_setup(workdir, config, data, is_new=not restored)
+            write_setup(workdir, config, data, example, is_new=not restored)
             if history.is_out_of_patience(config.early_stop):
-                return say_stopped_early(workdir, restored, history)
+                return say_stopped_early(workdir, restored, checkpoints)
             if restored:
                 changed = f" with {'; '.join(changes)}" if changes else ""
                 say(f"resume    from checkpoint {restored}{changed}")
@@ -83,7 +87,7 @@ def train(workdir: epath.Path, config: Config) -> int:
             code = loop(state)
             report.close()
             if jax.process_index() == 0:
-                conclude(code, loop, workdir)
+                conclude(code, loop, workdir, example)
             return code
 
 
@@ -110,14 +114,25 @@ def evaluator(run: Training, data: Prepared) -> Perplexity:
     )
 
 
-def write_setup(workdir: epath.Path, config: Config, data: Prepared, is_new: bool) -> None:
-    """Writes `config.json` and, of a new run, the tokenizer."""
+def training_sample(run: Training, data: Prepared, example: Example) -> TrainingSample:
+    """Returns what samples while training: of prompts with responses, without a `sample.prompt`,
+    from a prompt of the run's own."""
+    own = example if data.validation.mask is not None else NO_EXAMPLE
+    config = run.config
+    return TrainingSample(run.spec, data.tokenizer, config.sample, own, config.data.chat_template)
+
+
+def write_setup(
+    workdir: epath.Path, config: Config, data: Prepared, example: Example, is_new: bool
+) -> None:
+    """Writes `config.json` and, of a new run, the tokenizer with what serves prompts."""
     if not is_new:
         check_tokenizer(workdir, data)
     elif jax.process_index() == 0:
         save_tokenizer(data.tokenizer, workdir / "tokenizer")
         if data.train.mask is not None:
             save_template(config.data.chat_template, workdir / "tokenizer")
+        save_example(example, workdir / "tokenizer")
     hosts.on_first(lambda: write_whole(workdir / "config.json", to_json(config)))
     check_shared(workdir)
 
@@ -130,7 +145,7 @@ def compile_step(run: Training) -> Callable:
     return step
 
 
-def conclude(code: int, loop: Loop, workdir: epath.Path) -> None:
+def conclude(code: int, loop: Loop, workdir: epath.Path, example: Example) -> None:
     """Records how a run ended, unless a signal stopped it, and says what to do next."""
     if code not in (0, DIVERGED):
         return
@@ -139,21 +154,33 @@ def conclude(code: int, loop: Loop, workdir: epath.Path) -> None:
     reason = "early_stop" if early else "num_steps"
     record_end(workdir, last_step, "diverged" if code == DIVERGED else reason)
     if code == 0:
-        step = " --step=best" if early else ""
-        prompt = in_shell(example_prompt(loop.data.validation, loop.data.tokenizer))
+        step = " --step=best" if better_than(last_step, loop.checkpoints) else ""
+        prompt = sample_flags(example, loop.data.tokenizer, loop.config)
         say(
             f"done      {outcome(loop)} in {duration(history.training_seconds())}; everything is in"
             f" {workdir}\n"
-            f"next      python -m jaxgpt.sample --workdir={workdir}{step} --prompt={prompt}\n"
+            f"next      python -m jaxgpt.sample --workdir={workdir}{step} {prompt}\n"
             f"          python -m jaxgpt.evaluate --workdir={workdir}{step}\n"
             f"          tensorboard --logdir={workdir}/tensorboard"
         )
 
 
-def say_stopped_early(workdir: epath.Path, step: int, history: History) -> int:
+def sample_flags(example: Example, tokenizer: Tokenizer, config: Config) -> str:
+    """Returns the flags with which `sample` continues the example, within the model's context."""
+    flags = f"--prompt={in_shell(example.prompt)}"
+    request = GenerationRequest(example.prompt)
+    if example.is_chat:
+        flags = f"--chat {flags}"
+        request = Chat(config.data.chat_template).ask(request)
+    room = config.model.max_seq_len - len(encode_request(tokenizer, request))
+    return flags if room >= request.max_new_tokens else f"{flags} --max_new_tokens={max(room, 1)}"
+
+
+def say_stopped_early(workdir: epath.Path, step: int, checkpoints: Checkpoints) -> int:
     """Says that early stopping has ended the run, and records it; returns the exit code."""
     hosts.on_first(lambda: record_end(workdir, step, "early_stop"))
-    say(f"finished  {workdir} stopped early after step {step}; {best_of(history)}")
+    early = f"{workdir} stopped early after step {step}"
+    say(f"finished  {'; '.join([early, *better_than(step, checkpoints)])}")
     return 0
 
 
@@ -180,15 +207,19 @@ def outcome(loop: Loop) -> str:
     last, num_steps = loop.last_validation, loop.config.num_steps
     if last is None:  # it failed
         return f"no validation loss after {num_steps} steps"
-    early = "" if last["step"] == num_steps else f" (stopped early; {best_of(loop.history)})"
+    early = ["stopped early"] if last["step"] != num_steps else []
+    notes = early + better_than(last["step"], loop.checkpoints)
     loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f} nats/token"
-    return f"validation loss {loss} after {last['step']} steps{early}"
+    end = f" ({'; '.join(notes)})" if notes else ""
+    return f"validation loss {loss} after {last['step']} steps{end}"
 
 
-def best_of(history: History) -> str:
-    """Says which checkpoint is the best."""
-    step, loss = history.best
-    return f"the best validation loss was {loss:.4f} at step {step} (--step=best)"
+def better_than(step: int, checkpoints: Checkpoints) -> list[str]:
+    """Says which checkpoint is the best, unless that is the one at `step` or none has a loss."""
+    best = next(iter(checkpoints.by_loss()), step)
+    if best == step:
+        return []
+    return [f"the best checkpoint is {best}, loss {checkpoints.loss(best):.4f}: --step=best"]
 
 
 def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:

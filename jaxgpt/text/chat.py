@@ -216,6 +216,53 @@ def _alpaca_text(messages: Messages) -> list[Span]:
 TEMPLATES = {"plain": _plain, "chatml": _chatml, "alpaca": _alpaca_text}
 
 
+class Turn(NamedTuple):
+    """What a template writes in front of a user's message and behind it, up to the reply; and the
+    text that ends a reply, where end-of-text does not."""
+
+    before: str
+    after: str
+    stop: str
+
+
+TURNS = {
+    "plain": Turn("User: ", "\nAssistant:", "\nUser:"),
+    "chatml": Turn(f"{START}user\n", f"{END}\n{START}assistant\n", END),
+    "alpaca": Turn("### Instruction:\n", "\n\n### Response:", "\n\n### Instruction:"),
+}
+
+
+def reply_prompt(messages: Messages, template: str) -> list[Span]:
+    """Returns the spans in front of the assistant's reply to `messages`: the same as in training,
+    and as `JINJA` gives with `add_generation_prompt`."""
+    spans = TEMPLATES[template]([*messages, ("assistant", "a reply")])
+    for is_reply in (False, True):  # first what follows the reply
+        while spans[-1].is_target == is_reply:
+            spans.pop()
+    return [span._replace(is_target=False) for span in spans]
+
+
+def user_message(prompt: str, template: str) -> str:
+    """Returns the last message in a prompt that a template wrote, '' if it did not write it."""
+    before, after, _ = TURNS[template]
+    head, found, message = prompt.removesuffix(after).rpartition(before)
+    return message if found and prompt.endswith(after) else ""
+
+
+def chat_messages(row: dict, where: str) -> Messages:
+    """Returns the `messages` of a row of JSON that ask for a reply. Raises `BadInput` if they are
+    malformed, or the user's does not come last."""
+    try:
+        messages = _turns(row["messages"], "role", "content", {role: role for role in ROLES})
+    except ValueError as e:
+        raise BadInput(f"{where}: {e}") from e
+    if not messages or messages[-1][0] != "user":
+        raise BadInput(f"{where}: the last message must be the user's")
+    for _, content in messages:
+        check_text(content, f"{where}: a message")
+    return messages
+
+
 def save_template(template: str, folder: os.PathLike) -> None:
     """Writes the chat template beside a tokenizer, as Jinja."""
     (epath.Path(folder) / TEMPLATE_FILE).write_text(JINJA[template])

@@ -278,9 +278,9 @@ class Loop:
 
     def _sample(self, state: TrainState, step: int) -> None:
         if text := self.sample(state.best_params, step):
-            self.report.sample({"step": step, "prompt": self.config.sample.prompt, "text": text})
+            self.report.sample({"step": step, "prompt": self.sample.prompt, "text": text})
             if self.report.active:
-                body = (self.config.sample.prompt + text).strip("\n")
+                body = (self.sample.prompt + text).strip("\n")
                 say(f"--- sample at step {step} ---\n{body}\n---")
 
     def _save(self, state: TrainState, step: int) -> None:

@@ -7,7 +7,14 @@ import pytest
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data.prepare import prepare
-from jaxgpt.data.show import example_prompt, in_shell
+from jaxgpt.data.show import (
+    NO_EXAMPLE,
+    Example,
+    example_prompt,
+    in_shell,
+    save_example,
+    saved_example,
+)
 
 CHATS = [
     {"messages": [{"role": "user", "content": says}, {"role": "assistant", "content": "Yes?"}]}
@@ -17,13 +24,13 @@ PAIR = {"prompt": "a question", "response": "an answer"}
 
 
 @pytest.mark.parametrize(
-    "kind, text, prompt",
+    "kind, text, prompt",  # a prompt with a ">" in front is a chat's
     [
         ("text", "\n\nOnce upon\ta time there was\nmore\n", "Once upon a"),
         ("text", "naïve\n", "naïve"),
         ("text", '"""\nA title in words\n', "A title in"),
         ("text", "\n \n", ""),
-        ("sft", "".join(json.dumps(row) + "\n" for row in CHATS), "User: Hi\nAssistant:"),
+        ("sft", "".join(json.dumps(row) + "\n" for row in CHATS), ">Hi"),
         ("sft", json.dumps(PAIR) + "\n", "a question"),
     ],
 )
@@ -32,7 +39,12 @@ def test_the_prompt_is_of_the_run_s_own_text(kind, text, prompt, tmp_path):
     (tmp_path / "v").write_text(text)
     source = f"text:{tmp_path}/train"
     data = prepare(DataConfig(source=source, validation_source=f"{kind}:{tmp_path}/v"))
-    assert example_prompt(data.validation, data.tokenizer) == prompt
+    found = example_prompt(data.validation, data.tokenizer, "plain")
+    assert found == Example(prompt.removeprefix(">"), prompt.startswith(">"))
+    (tmp_path / "tokenizer").mkdir()
+    assert saved_example(tmp_path / "tokenizer") == NO_EXAMPLE
+    save_example(found, tmp_path / "tokenizer")
+    assert saved_example(tmp_path / "tokenizer") == found
 
 
 @pytest.mark.parametrize(

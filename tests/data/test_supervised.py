@@ -19,7 +19,15 @@ from jaxgpt.evaluation.tasks import AnswerScorer, answer_words, questions, word_
 from jaxgpt.evaluation.windows import evaluation_batch
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
-from jaxgpt.text.chat import JINJA, ROW_KINDS, TEMPLATES, row_spans
+from jaxgpt.text.chat import (
+    JINJA,
+    ROW_KINDS,
+    TEMPLATES,
+    TURNS,
+    reply_prompt,
+    row_spans,
+    user_message,
+)
 from jaxgpt.text.tasks import Example, read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer
 from jaxgpt.training.objectives import make_eval_step
@@ -225,6 +233,13 @@ def test_the_saved_template_says_the_same(name):
         part.text for part in TEMPLATES[name]([(m["role"], m["content"]) for m in messages])
     )
     assert whole.startswith(asked)
+    spans = reply_prompt([(m["role"], m["content"]) for m in messages[:3]], name)
+    assert "".join(span.text for span in spans) == asked
+    assert [s[::2] for s in spans] == [s[::2] for s in parts[: len(spans)]], "cut as in training"
+    assert user_message(asked, name) == "Bye" and TURNS[name].before in asked
+    assert user_message(asked + "x", name) == user_message("Bye", name) == ""
+    following = template.render(messages=[*messages, {"role": "user", "content": "x"}])
+    assert f"See you{TURNS[name].stop}" in following
 
 
 @pytest.mark.parametrize(

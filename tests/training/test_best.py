@@ -1,12 +1,20 @@
 """The best checkpoint stays, however often the workdir is opened, and is found by name."""
 
+import dataclasses
 import json
+from unittest.mock import Mock
 
 import jax
 import pytest
+from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.data.show import Example
+from jaxgpt.jobs.train import conclude
 from jaxgpt.system.errors import BadInput
+from jaxgpt.tokenizer.base import ByteTokenizer
+from jaxgpt.training.loop import History, Loop
+from tests.conftest import tiny_config
 
 STATE = {"a": jax.numpy.ones(3)}
 
@@ -113,3 +121,24 @@ def test_the_losses_are_on_disk(tmp_path):
     save(tmp_path, {2: 5.0})
     meta = json.loads((tmp_path / "checkpoints/2/meta/metadata").read_text())
     assert meta == {"tokens": 2, "validation_loss": 5.0}
+
+
+@pytest.mark.parametrize("losses, best", [({2: 1.0, 4: 2.0}, 2), ({2: 2.0, 4: 1.0}, None)])
+def test_the_end_of_a_run_names_the_best(tmp_path, capsys, losses, best):
+    """In what it suggests, where the best is not the last."""
+    save(tmp_path, losses)
+    config = dataclasses.replace(tiny_config(max_seq_len=210), num_steps=4)
+    loop = Mock(
+        spec=Loop,
+        config=config,
+        history=History(validations=list(losses.items())),
+        checkpoints=Checkpoints(tmp_path, read_only=True),
+        last_validation={"step": 4, "loss": losses[4]},
+        data=Mock(tokenizer=ByteTokenizer()),
+    )
+    conclude(0, loop, epath.Path(tmp_path), Example("once upon a", False))
+    said = capsys.readouterr().err
+    flag = " --step=best" if best else ""
+    line = f"jaxgpt.sample --workdir={tmp_path}{flag} --prompt='once upon a' --max_new_tokens=199\n"
+    assert line in said and f"jaxgpt.evaluate --workdir={tmp_path}{flag}\n" in said
+    assert ("(the best checkpoint is 2, loss 1.0000: --step=best)" in said) == bool(best)

@@ -321,7 +321,7 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corp
         "--config.eval_every=2",
     )
     code, _, err = started(command, tmp_path, corpus, "", *args)
-    assert code == 0 and "stopped early; the best validation loss was" in err, err
+    assert code == 0 and "stopped early; the best checkpoint is " in err, err
     assert "jaxgpt.sample --workdir" in err and "/w --step=best --prompt" in err
     losses = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
     found = {row["step"]: row["loss"] for row in losses if row["split"] == "validation"}
@@ -333,7 +333,7 @@ def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corp
     code, _, err = started(command, tmp_path, corpus, "", *args)
     assert code == 0 and f"stopped early after step {max(found)}" in err
     assert (tmp_path / "w/metrics.jsonl").read_text() == before
-    assert "(--step=best)" in err
+    assert err.rstrip().endswith(": --step=best")
     workdir, newest = f"--workdir={tmp_path}/w", max(found)
     code, out, err = command(checkpoint.main, "list", workdir)
     assert [r["step"] for r in json.loads(out) if r["best"]] == [best]

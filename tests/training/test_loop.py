@@ -91,7 +91,7 @@ def test_the_average_is_what_is_validated_and_sampled(loop_of):
     loop, _ = loop_of(1)
     used, figures = [], {"loss": 1.0, "perplexity": 1.0, "bits_per_byte": 1.0}
     loop.evaluate = lambda params, windows: used.append(params) or figures
-    loop.sample = lambda params, seed: used.append(params) or ""
+    loop.sample.side_effect = lambda params, seed: used.append(params) or ""
     for ema in ({"w": 2.0}, {}):
         state = TrainState({"w": 1.0}, (), jnp.int32(3), ema=ema)
         loop._validate(state, 3)
