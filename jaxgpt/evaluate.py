@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
     # JAX is imported from here on: what is wrong with the flags is said at once
     import jax
 
+    from jaxgpt.evaluation.results import add_result
     from jaxgpt.jobs.evaluate import evaluate
     from jaxgpt.processes import hosts
 
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> None:
         for row in evaluate(values, rows):
             if jax.process_index() == 0:
                 print(json.dumps(row), flush=True)
+                on = values.task or values.lm_eval or row["split"]
+                add_result(values.workdir, row, on, values.stride, values.limit)
 
 
 def check_flags(values: flags.FlagValues) -> None:

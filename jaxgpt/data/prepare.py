@@ -59,6 +59,15 @@ class Prepared:
             summary[f"{split.name} tokens"] = len(split.tokens)
             summary[f"{split.name} bytes"] = split.bytes
         summary["vocabulary"] = self.tokenizer.vocab_size
+        if len(self.train.parts) > 1:
+            summary["sources"] = {
+                part.source: {
+                    "weight": float(part.weight),
+                    "train documents": part.documents,
+                    "train tokens": part.end - part.first,
+                }
+                for part in self.train.parts
+            }
         if self.dropped:
             summary["dropped"] = {rule: entry["documents"] for rule, entry in self.dropped.items()}
         if self.masked:

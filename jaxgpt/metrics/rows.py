@@ -29,6 +29,7 @@ METRICS = ROW | {
     "bits_per_byte?": float | None,
 }
 SAMPLES = ROW | {"prompt": str, "text": str}
+EVALUATIONS = "evaluations.jsonl"  # see jaxgpt.evaluation.results
 
 
 def read_rows(path, schema: dict) -> list[dict]:
@@ -144,6 +145,8 @@ class Reporter:
         with self._writing("metrics.jsonl"):
             self.rows = RowFile(self.workdir / "metrics.jsonl", last_step, METRICS)
             self.samples = RowFile(self.workdir / "samples.jsonl", last_step, SAMPLES)
+            if (self.workdir / EVALUATIONS).exists():
+                RowFile(self.workdir / EVALUATIONS, last_step).close()
             appends = not is_object_store(self.workdir)
             self.board = Board(self.workdir / "tensorboard", last_step, appends)
 

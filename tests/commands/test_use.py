@@ -91,6 +91,10 @@ def test_every_checkpoint_and_its_row(command, workdir):
     logged = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     trained = {row["step"]: row["loss"] for row in logged if row["split"] == "validation"}
     assert list(found) == [8, 16, 24]
+    stored = (workdir / "evaluations.jsonl").read_text().splitlines()[-3:]
+    assert [json.loads(line) for line in stored] == [
+        r | {"on": "validation"} for r in found.values()
+    ]
     for step, row in found.items():
         assert row["loss"] == pytest.approx(trained[step], abs=1e-6)
         nats = sum(part["loss"] * part["tokens"] for part in row["sources"].values())
@@ -337,8 +341,11 @@ def test_a_report_stands_alone(command, workdir, tmp_path):
     )
     (data,) = re.findall(r"const RUNS = (.*);\n", text)
     (found,) = json.loads(data)
-    assert [step for step, _ in found["curves"]["loss"]] == list(range(1, 25))
-    assert [step for step, _ in found["curves"]["validation"]] == [8, 16, 24]
+    assert found["train"]["step"] == list(range(1, 25))
+    assert found["validation"]["step"] == [8, 16, 24]
+    sources = found["data"]["sources"].values()
+    assert [part["weight"] for part in sources] == [0.5, 0.5]
+    assert sum(part["train tokens"] for part in sources) == found["data"]["train tokens"]
     assert found["facts"]["step"] == 24 and found["facts"]["best_loss"] < 6
     assert found["data"]["train tokens"] > 1000 and found["environment"]["jax"]
     assert found["config"]["optim.learning_rate"] == 3e-3 and len(found["samples"]) == 2

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from jaxgpt.config.stored import to_json
+from jaxgpt.evaluation.results import add_result
+from jaxgpt.metrics.rows import Reporter
 from jaxgpt.reports.gather import MAX_POINTS, MAX_SAMPLES, gather
 from jaxgpt.system.errors import BadInput
 from tests.conftest import tiny_config
@@ -38,24 +40,69 @@ def test_facts_by_hand(tmp_path):
     assert found["name"] == "w" and found["samples"] == samples
     assert found["facts"] == {
         **dict(step=8, num_steps=10, seconds=16.0, tokens=50),
-        **dict(best_loss=4.0, best_step=4, best_bits_per_byte=12.0),
+        **dict(best_loss=4.0, best_step=4, best_bits_per_byte=12.0, last_loss=4.5, last_step=8),
+        "not_finite": 1,
         "tokens_per_second": 4.0,  # the middle one of 1, 50, 3, 4, 5
     }
-    assert found["curves"]["loss"] == [[s, 9.0 - s / 1000] for s in (1, 2, 3, 4)]
-    assert found["curves"]["validation"] == [[2, 5.0], [4, 4.0], [8, 4.5]]
-    assert found["curves"]["learning_rate"] == [[s, s / 7] for s in (1, 2, 3, 4, 5)]
-    assert found["curves"]["mfu"] == [] and found["config"]["num_steps"] == 10
+    steps = [1, 2, 3, 4, 5]
+    assert found["train"]["step"] == steps and found["train"]["mfu"] == [None] * 5
+    assert found["train"]["loss"] == [*(9.0 - s / 1000 for s in steps[:4]), None]
+    assert found["train"]["learning_rate"] == [s / 7 for s in steps]
+    assert found["validation"] == {
+        **dict(step=[2, 4, 6, 8], tokens=[20, 40, 50, 50], seconds=[4.0, 8.0, 12.0, 16.0]),
+        **dict(loss=[5.0, 4.0, None, 4.5], bits_per_byte=[15.0, 12.0, None, 13.5]),
+    }
+    assert found["bits_per_nat"] == 3.0 and found["config"]["num_steps"] == 10
     assert found["config"]["optim.learning_rate"] == 1e-2
 
 
-def test_long_runs_are_thinned_to_the_last_point(tmp_path):
-    rows = [train(step) for step in range(1, 4 * MAX_POINTS + 2)]
+def test_long_runs_are_thinned_but_not_of_spikes(tmp_path):
+    rows = [train(step) for step in range(1, 40 * MAX_POINTS + 2)]
+    rows[7777] |= {"loss": 99.0, "grad_norm": 2e3}
+    rows[5555] |= {"grad_norm": 1e3}
+    rows[3333] |= {"loss": None}
     samples = [{"step": step, "prompt": "", "text": str(step)} for step in range(200)]
     found = gather(written(tmp_path / "w", rows, samples))
-    steps = [step for step, _ in found["curves"]["loss"]]
-    assert MAX_POINTS / 2 < len(steps) <= MAX_POINTS and steps[-1] == 4 * MAX_POINTS + 1
-    assert len({b - a for a, b in zip(steps, steps[1:], strict=False)}) == 1, "evenly spread"
+    columns = found["train"]
+    points = dict(zip(columns["step"], zip(columns["loss"], columns["grad_norm"])))
+    assert MAX_POINTS / 4 < len(points) <= MAX_POINTS and max(points) == 40 * MAX_POINTS + 1
+    assert points[7778] == (99.0, 2e3) and points[5556][1] == 1e3 and points[3334][0] is None
+    gaps = [b - a for a, b in zip(columns["step"], columns["step"][1:])]
+    assert 0 < min(gaps) and max(gaps) <= 2 * 40 * 4, "spread over the whole run, in order"
     assert len(found["samples"]) <= MAX_SAMPLES and found["samples"][-1]["step"] == 199
+
+
+def test_evaluations_and_what_is_saved_with_checkpoints(tmp_path):
+    folder = written(tmp_path / "w", [train(1)])
+    assert gather(folder)["evaluations"] == [] and gather(folder)["data"] == {}
+    for step, loss, stride in ((2, 3.0, 0), (1, 4.0, 0), (2, 2.5, 64), (2, 3.5, 0)):
+        add_result(folder, {"step": step, "split": "s", "loss": loss}, "s", stride)
+    with open(f"{folder}/evaluations.jsonl", "a") as file:
+        file.write('{"step": 2}\n{"on')  # neither counts
+    found = gather(folder)["evaluations"]
+    kept = [(row["step"], row.get("stride"), row["loss"]) for row in found]
+    assert kept == [(1, None, 4.0), (2, None, 3.5), (2, 64, 2.5)], "the later of two of a kind"
+    for step in (1, 2):
+        meta = tmp_path / f"w/checkpoints/{step}/meta"
+        meta.mkdir(parents=True)
+        (meta / "metadata").write_text(json.dumps({"tokens": 1, "data": {"vocabulary": step}}))
+    assert gather(folder)["data"] == {"vocabulary": 2}
+    (meta / "metadata").write_text("{")
+    assert gather(folder)["data"] == {"vocabulary": 1}, "the newest that can be read"
+
+
+def test_a_run_that_goes_back_forgets_evaluations_after_that(tmp_path):
+    folder = written(tmp_path / "w", [train(1), train(2)])
+    for step in (1, 2):
+        add_result(folder, {"step": step, "split": "s"}, "s")
+    Reporter(folder, 1, True).close()
+    assert [row["step"] for row in gather(folder)["evaluations"]] == [1]
+
+
+def test_an_evaluation_is_kept_by_no_workdir_that_cannot_be_written(tmp_path, capsys):
+    add_result(f"{tmp_path}/not-there", {"step": 1, "split": "s"}, "s")
+    said = capsys.readouterr().err
+    assert "evaluations.jsonl cannot be written" in said and said.count("\n") == 1
 
 
 def test_half_a_row_is_left_out_and_no_row_is_said(tmp_path):

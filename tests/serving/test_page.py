@@ -1,40 +1,12 @@
-"""The two pages in headless Chromium: typing a prompt, and looking at a report."""
+"""The server's page in headless Chromium."""
 
 import pytest
 
-from jaxgpt import report
+from tests.browser import boxes, browser, fits, overlaps, sized  # noqa: F401
 from tests.conftest import wait_until
 from tests.serving.test_serve import start, workdir  # noqa: F401
 
 pytestmark = pytest.mark.browser  # needs chromium, chromedriver and the extra [browser]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
-    yield driver
-    driver.quit()
-
-
-def complaints(browser) -> list[str]:
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-
-
-def sized(browser, width: int) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
-    )
-
-
-def fits(browser) -> bool:
-    return browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_type_a_prompt_and_watch_it_complete(browser, workdir):  # noqa: F811
@@ -53,8 +25,14 @@ def test_type_a_prompt_and_watch_it_complete(browser, workdir):  # noqa: F811
         wait_until(lambda: "60 tokens in" in note.text)
         text = browser.find_element("id", "out").get_property("textContent")
         assert text.startswith("The licence") and len(text) > 20
-        sized(browser, 360)
-        assert fits(browser)
+        for width in (1100, 390, 320):
+            sized(browser, width)
+            assert fits(browser, width)
+            controls = boxes(browser, "h1, textarea, label, button")
+            assert len(controls) == 10 and overlaps(controls) == []
+            assert all(inner >= content for *_, content, inner in boxes(browser, "label, button"))
+            tops = {top for _, _, top, *_ in boxes(browser, "label, button")}
+            assert len(tops) <= (2 if width == 1100 else 3), "as few rows as there is room for"
         field = browser.find_element("id", "max_tokens")
         field.clear()
         field.send_keys("5000")
@@ -64,24 +42,3 @@ def test_type_a_prompt_and_watch_it_complete(browser, workdir):  # noqa: F811
     finally:
         process.terminate()
         process.wait()
-
-
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [360, 1280])
-def test_a_report_draws_and_fits(browser, workdir, command, tmp_path, width, dark):  # noqa: F811
-    out = tmp_path / "report.html"
-    runs = [f"--workdir={workdir}"] * (2 if dark else 1)
-    assert command(report.main, *runs, f"--out={out}")[0] == 0
-    sized(browser, width)
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    browser.get_log("browser")
-    browser.get(f"file://{out}")
-    charts = browser.find_elements("css selector", "figure svg path")
-    assert len(charts) >= 4 and all(
-        path.get_attribute("d").count("L") > 0 or "M" in path.get_attribute("d") for path in charts
-    )
-    assert fits(browser) and complaints(browser) == []
-    assert "learning_rate" in browser.find_element("id", "config").text
-    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (not dark)
