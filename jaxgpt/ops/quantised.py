@@ -78,18 +78,20 @@ class Format:
         """Returns the (values, scales) of w [..., I, O] or [..., V, D]: the code of each weight is
         the nearest. `scales` default to `scales_of(w, axis)`."""
         scales = self.scales_of(w, axis) if scales is None else scales
-        per_group = _last(scales, axis)[..., None]
-        safe = np.where(per_group == 0, 1, per_group)
-        codes = self.codes_of(self._groups(_last(w, axis)) / safe)
+        codes, _ = self.rounded(self._groups(_last(w, axis)), _last(scales, axis)[..., None])
         codes = codes.reshape(*codes.shape[:-2], -1)[..., : w.shape[axis]]
         return self.pack(np.moveaxis(codes, -1, axis), axis), scales
 
-    def codes_of(self, ratio: np.ndarray) -> np.ndarray:
-        """Returns the nearest codes to weights that are given in scales."""
+    def rounded(self, w: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the nearest codes and what they stand for, of weights and the scale of each."""
+        scales = np.asarray(scales, np.float32)
+        ratio = w / np.where(scales == 0, 1, scales)
         if self.kind == "int8":
-            return np.clip(np.rint(ratio), -127, 127).astype(np.int8)
+            codes = np.clip(np.rint(ratio), -127, 127).astype(np.int8)
+            return codes, codes * scales
         levels = LEVELS[self.kind]
-        return np.searchsorted((levels[1:] + levels[:-1]) / 2, ratio).astype(np.uint8)
+        codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, ratio).astype(np.uint8)
+        return codes, levels[codes] * scales
 
     def pack(self, codes: np.ndarray, axis: int) -> np.ndarray:
         """Returns the values that hold these codes."""

@@ -1,36 +1,75 @@
 """Weight-only quantisation: every matrix in 8 or 4 bits (see `ops.quantised`)."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, ShrinkConfig
 from jaxgpt.model.weights import format_of
 from jaxgpt.optim.groups import INPUTS_OUTPUTS
+from jaxgpt.shrinking.calibration import input_moments
+from jaxgpt.shrinking.gptq import gptq
 from jaxgpt.shrinking.source import Source, with_shrink
 from jaxgpt.shrinking.spec import Options
 
+MATRICES = ("kernel", "tokens", "head")  # the last words of their paths
+PARTS = ("values", "scales")  # what is stored of each
+
 
 def quantise(kind: str, source: Source, argument: None, options: Options) -> tuple[Config, dict]:
-    """Returns the config and parameters of the model with its matrices as `kind`."""
+    """Returns the config and parameters of the model with its matrices as `kind`. int4 is
+    calibrated (see `gptq`), unless `options.calibration` is 0."""
     fields = dict(weights=kind, group=options.group, keep=options.keep)
     config = with_shrink(source.config, kind, **fields)
-    return config, _quantised(source.params, config, "head")
+    if kind != "int4" or not options.calibration:
+        return config, _nearest(source.params, config.shrink, "head")
+    return config, _calibrated(source, config.shrink, options.calibration)
 
 
-def _quantised(node: dict, config: Config, owner: str) -> dict:
-    """Returns the parameters `node` of the projection, table or module `owner`, quantised."""
+def _nearest(node: dict, cfg: ShrinkConfig, owner: str) -> dict:
+    """Returns the parameters of the projection, table or module `owner`, each weight rounded to the
+    nearest."""
     done = {}
     for name, child in node.items():
         if isinstance(child, dict):
-            done[name] = _quantised(child, config, name)
-        elif name in ("kernel", "tokens", "head") and (fmt := format_of(config.shrink, owner)):
+            done[name] = _nearest(child, cfg, name)
+        elif name in MATRICES and (fmt := format_of(cfg, owner)):
             matrix, axis = as_matrix(owner, child)
-            values, scales = fmt.quantise(matrix, axis)
-            done[name] = {"values": values, "scales": scales}
+            done[name] = dict(zip(PARTS, fmt.quantise(matrix, axis), strict=True))
         else:
             done[name] = child
     return done
+
+
+def _calibrated(source: Source, cfg: ShrinkConfig, windows: int) -> dict:
+    """Returns the parameters with projections and the head's table rounded by GPTQ, the other
+    tables to the nearest."""
+    done = _nearest(source.params, cfg, "head")
+    kernels = dict(projections(source.params["blocks"]))
+    stored = dict(projections(done["blocks"]))
+    head = "head" if "head" in done else "tokens"
+    for layer, moments in enumerate(input_moments(source, windows)):
+        for owner, moment in moments.items():
+            if not (fmt := format_of(cfg, owner)):
+                continue
+            if owner == "head":
+                parts = gptq(fmt, source.params[head].T, moment)
+                done[head] = {name: a.T for name, a in zip(PARTS, parts, strict=True)}
+                continue
+            matrix, _ = as_matrix(owner, kernels[owner])
+            for name, a in zip(PARTS, gptq(fmt, matrix[layer], moment), strict=True):
+                stored[owner][name][layer] = a
+    return done
+
+
+def projections(node: dict, owner: str = "") -> Iterator[tuple[str, np.ndarray | dict]]:
+    """Yields the (name, kernel) of every projection in the parameters of the blocks."""
+    for name, child in node.items():
+        if name == "kernel":
+            yield owner, child
+        elif isinstance(child, dict):
+            yield from projections(child, name)
 
 
 def as_matrix(owner: str, array: np.ndarray) -> tuple[np.ndarray, int]:

@@ -1,0 +1,100 @@
+"""What goes into each projection on training text: its second moments, a layer at a time."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from jaxgpt.metrics.progress import Bar
+from jaxgpt.model import GPT, ModelSpec
+from jaxgpt.model.layers import Linear
+from jaxgpt.ops.mask import AttentionMask
+from jaxgpt.parallel.fsdp import flat
+from jaxgpt.shrinking.source import Source
+
+
+def input_moments(source: Source, count: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the mean of x x^T over the tokens of `count` windows (rounded up to whole batches) for
+    each layer, by projection: {"query": [I, I], ...}; and at last {"head": [D, D]}, of the hidden
+    states that the head reads. Call it under `jax.set_mesh`.
+
+    In memory are the activations of all windows at one depth, and the moments of one layer. Raises
+    `BadInput` if the training text is shorter than a window.
+    """
+    spec, batch = source.spec, source.config.batch_size
+    sharding = NamedSharding(source.trained.mesh, spec.rules("batch", "seq"))
+    windows = [
+        {name: jax.device_put(a, sharding) for name, a in window.items() if name != "targets"}
+        for window in source.windows(-(-count // batch) * batch, batch)
+    ]
+    rest = jax.tree.map(jnp.asarray, source.params | {"blocks": ()})
+    xs = [_embed(spec, rest, window) for window in windows]
+    tokens = sum(window["inputs"].size for window in windows)
+    period, total = len(spec.bind(rest).layer_windows), spec.model.num_layers * len(windows)
+    with Bar("calibrate", total, "batches") as bar:
+        for i in range(spec.model.num_layers):
+            layer = jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), source.params["blocks"])
+            sums = None
+            for b, window in enumerate(windows):
+                xs[b], found = _through_layer(spec, i % period, rest, layer, xs[b], window)
+                sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
+                bar.advance()
+            yield {name: np.asarray(moment) / tokens for name, moment in sums.items()}
+    yield {"head": sum(np.asarray(_head_moment(spec, rest, x)) for x in xs) / tokens}
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(spec: ModelSpec, rest: dict, window: dict) -> Float[Array, "B T D"]:
+    return spec.bind(rest).embed(window["inputs"], _positions(window))
+
+
+@partial(jax.jit, static_argnums=0)
+def _head_moment(spec: ModelSpec, rest: dict, x: Float[Array, "B T D"]) -> Float[Array, "D D"]:
+    return _moment(spec.bind(rest).final_norm(x))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _through_layer(spec: ModelSpec, kind: int, rest: dict, layer: dict, x, window: dict):
+    """Returns a layer's output and the sums of x x^T of its projections' inputs; `kind` is the
+    layer's place in the pattern of windows."""
+    model = spec.bind(rest)
+    block, sums = _block(model, kind, layer), {}
+    for path, part in nnx.iter_graph(block):
+        if isinstance(part, Linear):
+            part.storage = _Recording(part.storage, path[-1], sums)
+    positions, segments = _positions(window), window.get("segments")
+    mask = AttentionMask(positions, positions, segments, segments)
+    x, _ = block(x, jax.sharding.reshard(mask, spec.rules("batch", "seq")))
+    return jax.sharding.reshard(x, spec.rules("batch", "residual", None)), sums
+
+
+def _block(model: GPT, kind: int, layer: dict):
+    structure = jax.tree.structure(nnx.state(model.blocks))
+    return nnx.merge(model.graphdefs[kind], jax.tree.unflatten(structure, jax.tree.leaves(layer)))
+
+
+class _Recording:
+    """A projection's storage that also adds up what it multiplies, into `sums` under `name`."""
+
+    def __init__(self, storage, name: str, sums: dict):
+        self.storage, self.name, self.sums = storage, name, sums
+
+    def product(self, equation: str, x, kernel, out, rules):
+        self.sums[self.name] = _moment(flat(x, 2, x.ndim))
+        return self.storage.product(equation, x, kernel, out, rules)
+
+
+def _moment(x: Float[Array, "B T I"]) -> Float[Array, "I I"]:
+    x = x.astype(jnp.float32)
+    return jnp.einsum("BTI,BTJ->IJ", x, x, out_sharding=jax.P(None, None))
+
+
+def _positions(window: dict):
+    inputs = window["inputs"]
+    counted = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    return window.get("positions", counted)
