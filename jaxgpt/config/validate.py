@@ -46,6 +46,7 @@ def validate(config: Config) -> Config:
     _check_batch_and_mesh(config)
     _check_data(config)
     _check_warmup(config.optim)
+    _check_shrink(config)
     _check_start(config)
     return config
 
@@ -287,6 +288,15 @@ def parse_layers(text: str) -> list[int]:
             " like 0,2,5"
         )
     return layers
+
+
+def _check_shrink(config: Config) -> None:
+    weights = config.shrink.weights
+    if weights != "float" and not config.lora.rank:
+        raise BadInput(
+            f"shrink.weights={weights!r}: such weights are not trained, only LoRA's additions to"
+            " them (lora.rank); `python -m jaxgpt.shrink` makes them of a trained model"
+        )
 
 
 def parse_patterns(text: str, field: str) -> list[re.Pattern]:

@@ -135,8 +135,20 @@ def tokenizer_spec(path: str) -> str:
     return f"{tokenizer.kind}:{path}"
 
 
+def _check_trainable(config: Config) -> None:
+    path = config.init_from
+    stored = read_config(epath.Path(path)).shrink.weights if is_workdir(path) else "float"
+    if stored != "float" and not config.lora.rank:
+        raise BadInput(
+            f"init_from={path} holds {stored} weights, which are not trained: set lora.rank to"
+            " train additions to them, or start from the run that they were made of"
+        )
+
+
 def check_model(config: Config) -> None:
-    """Raises `BadInput` if the model at `init_from` is another than the config's."""
+    """Raises `BadInput` if the model at `init_from` is another than the config's, or quantised
+    where its weights would be trained."""
+    _check_trainable(config)
     path, mine, taken = config.init_from, config.model, config.init_layers
     theirs, fresh = _taken(config), parse_patterns(config.init_fresh, "init_fresh")
     differing = model_differences(theirs, mine)

@@ -8,20 +8,21 @@ import numpy as np
 from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
-from jaxgpt.config import Config, MeshConfig, ModelConfig
+from jaxgpt.config import Config, LoraConfig, MeshConfig, ModelConfig, ShrinkConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.init_from import is_workdir
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import merge as merge_lora
+from jaxgpt.model.weights import dense
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.trees import leaves_by_path
 
 
 def load_weights(path: str) -> tuple[dict[str, np.ndarray], ModelConfig]:
-    """Returns the parameters of a workdir or a model folder by path, on the host and with LoRA's
-    additions merged, and its model config."""
+    """Returns the parameters of a workdir or a model folder by path, on the host, with LoRA's
+    additions merged and stored matrices as floats, and its model config."""
     if is_workdir(path):
         config = read_config(epath.Path(path))
         checkpoints = Checkpoints(path, read_only=True)
@@ -31,13 +32,22 @@ def load_weights(path: str) -> tuple[dict[str, np.ndarray], ModelConfig]:
             abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
             average = config.optim.ema_decay > 0
             params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
-            params = merge_lora(params, config.lora)
+            _, params = as_floats(config, params)
             return {p: np.asarray(leaf) for p, leaf in leaves_by_path(params).items()}, spec.model
     folder = open_folder(Path(path))
     spec = ModelSpec(Config(model=folder.model), "xla")
     return leaves_by_path(
         read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))
     ), spec.model
+
+
+def as_floats(config: Config, params: dict) -> tuple[Config, dict]:
+    """Returns the same model without LoRA and without small storage: its config, and its parameters
+    on the host, with additions merged and every matrix as floats of its own shape."""
+    bare = dataclasses.replace(config, lora=LoraConfig(), shrink=ShrinkConfig())
+    wanted = jax.eval_shape(ModelSpec(bare, "xla").init, jax.random.key(0))
+    floats = dense(jax.device_get(params), config.shrink, wanted)
+    return bare, merge_lora(floats, config.lora)
 
 
 def put_like(value: np.ndarray, like: jax.Array) -> jax.Array:

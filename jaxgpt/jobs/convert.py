@@ -7,19 +7,20 @@ from pathlib import Path
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import save_weights
-from jaxgpt.config import ComputeConfig, Config, DataConfig, LoraConfig
+from jaxgpt.config import ComputeConfig, Config, DataConfig
 from jaxgpt.config.schema import model_differences
 from jaxgpt.config.stored import to_json
-from jaxgpt.inference.trained import Trained, open_trained
+from jaxgpt.inference.trained import open_trained
 from jaxgpt.interchange.families import family_of
 from jaxgpt.interchange.folder import open_folder
+from jaxgpt.interchange.load import as_floats
 from jaxgpt.interchange.tokenizers import read_tokenizer, write_tokenizer
 from jaxgpt.interchange.weights import read_params, write_params
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.flops import count_parameters
-from jaxgpt.model.lora import merge as merge_lora
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
@@ -70,7 +71,7 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
     family = family_of(cfg)
     with whole_folder(target, "--to") as scratch:
         with jax.set_mesh(trained.mesh):
-            params = merge_lora(trained.params(), trained.config.lora)
+            bare, params = as_floats(trained.config, trained.params())
             write_params(scratch / "model.safetensors", family, params, cfg, dtype)
         end = trained.tokenizer.end_of_text
         ids = {"bos_token_id": end, "eos_token_id": end}
@@ -79,19 +80,20 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
         (scratch / "generation_config.json").write_text(json.dumps(ids, indent=2))
         template = saved_template(epath.Path(workdir) / "tokenizer")
         note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
-        check_export(scratch, trained, params, dtype)
+        check_export(scratch, trained.mesh, bare, params, dtype)
     say(f"exported  step {trained.step} of {workdir} as {family.architecture} into {target}")
     if note:
         say(note)
 
 
-def check_export(folder: Path, trained: Trained, params: dict, dtype: str) -> None:
-    """Reads an exported folder and compares its logits with those of `params`. Raises `BadInput` if
+def check_export(folder: Path, mesh: Mesh, config: Config, params: dict, dtype: str) -> None:
+    """Reads an exported folder and compares its logits with those of `params`, the parameters of
+    `config`. Raises `BadInput` if
     they differ by more than rounding to `dtype` explains."""
     written = open_folder(folder)
-    with jax.set_mesh(trained.mesh):
-        plain = dataclasses.replace(trained.config, lora=LoraConfig())
-        plain.compute = dataclasses.replace(plain.compute, dtype="float32")
+    with jax.set_mesh(mesh):
+        compute = dataclasses.replace(config.compute, dtype="float32")
+        plain = dataclasses.replace(config, compute=compute)
         expected = _probe(ModelSpec(plain, "xla").for_decoding(), params)
         if differing := model_differences(written.model, plain.model, "domain", "parameters"):
             raise BadInput(f"the export does not read back: {', '.join(differing)} differ; refused")

@@ -44,7 +44,7 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
     elif values.task:
         measure = task_measure(trained, values.task.partition(":")[0], rows)
     else:
-        measure = loss_measure(trained, values)
+        measure = loss_measure(trained, values.data, values.split, values.stride)
     steps = [trained.step]
     if values.all_steps:
         steps = trained.checkpoints.whole()
@@ -99,15 +99,16 @@ def new_checkpoints(trained: Trained, every: float) -> Iterator[int]:
             time.sleep(every)
 
 
-def loss_measure(trained: Trained, values: flags.FlagValues) -> Measure:
-    """Returns the function that evaluates parameters on the split that the flags name."""
-    name, config = values.data or values.split, trained.config
-    split = open_split(trained, values.data, values.split)
+def loss_measure(trained: Trained, source: str, split_name: str, stride: int = 0) -> Measure:
+    """Returns the function that evaluates parameters on the whole of `source`, else on the run's
+    own split of that name."""
+    name, config = source or split_name, trained.config
+    split = open_split(trained, source, split_name)
     say_unknown(trained.tokenizer, split, name)
     with jax.set_mesh(trained.mesh):
         eval_step, sharding = make_eval_step(trained.spec), batch_sharding(trained)
     seq_len, batch = config.model.max_seq_len, config.batch_size
-    evaluate_split = Perplexity(eval_step, sharding, split, seq_len, batch, values.stride)
+    evaluate_split = Perplexity(eval_step, sharding, split, seq_len, batch, stride)
 
     def measure(params: dict) -> dict:
         figures = evaluate_split(params)

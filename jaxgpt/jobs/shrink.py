@@ -1,7 +1,6 @@
 """Shrinking a workdir: the method, the new workdir, and both measured."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 from etils import epath
@@ -56,8 +55,7 @@ def shrink(
 def figures_of(trained: Trained, data: str) -> dict:
     """Returns the `bytes` of a workdir's weights, on disk and in memory alike, and its
     `bits_per_byte` as `jaxgpt.evaluate` measures it."""
-    flags = SimpleNamespace(data=data, split="validation", stride=0)
-    measure = loss_measure(trained, flags)
+    measure = loss_measure(trained, data, "validation")
     with jax.set_mesh(trained.mesh):
         params = trained.params()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -1,9 +1,8 @@
 """Parameters, model FLOPs, and how much of the devices' peak they use."""
 
-import jax
-
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops.activations import GATED
+from jaxgpt.system.trees import leaves_by_path
 
 # Dense bf16 FLOP/s of one device by `device_kind`, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -26,10 +25,19 @@ PEAK_FLOPS = {
 
 
 def count_parameters(params: dict, cfg: ModelConfig) -> int:
-    """Returns the number of parameters without the vocabulary's padding rows."""
+    """Returns the number of parameters without the vocabulary's padding rows, however they are
+    stored: scales do not count (see `ops.quantised`)."""
+    leaves = leaves_by_path(params)
     padding = (cfg.padded_vocab_size - cfg.vocab_size) * cfg.embed_dim
     tables = 1 if cfg.tie_embeddings else 2
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) - tables * padding
+    return sum(map(_weights_in, leaves, leaves.values())) - tables * padding
+
+
+def _weights_in(path: str, leaf) -> int:
+    """Returns how many weights an array stands for; a byte of codes holds two."""
+    if path.endswith("/scales"):
+        return 0
+    return leaf.size * (2 if path.endswith("/values") and leaf.dtype == "uint8" else 1)
 
 
 def flops_per_token(cfg: ModelConfig) -> int:

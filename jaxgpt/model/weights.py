@@ -66,7 +66,7 @@ class Quantised(nnx.Module):
             ("values", "scales"), fmt.sizes(inputs), (fmt.dtype, fmt.scale_dtype), strict=True
         ):
             sizes = tuple(size if i == axis % 2 else n for i, n in enumerate(shape))
-            setattr(self, name, constant(0, sizes, spec, dtype))
+            setattr(self, name, constant(0.0, sizes, spec, dtype))
 
     def whole(self) -> dict[str, jax.Array]:
         """Returns values and scales, whole over `fsdp`."""

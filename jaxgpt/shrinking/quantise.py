@@ -23,17 +23,17 @@ def quantise(kind: str, source: Source, argument: None, options: Options) -> tup
     fields = dict(weights=kind, group=options.group, keep=options.keep)
     config = with_shrink(source.config, kind, **fields)
     if kind != "int4" or not options.calibration:
-        return config, _nearest(source.params, config.shrink, "head")
+        return config, nearest(source.params, config.shrink, "head")
     return config, _calibrated(source, config.shrink, options.calibration)
 
 
-def _nearest(node: dict, cfg: ShrinkConfig, owner: str) -> dict:
+def nearest(node: dict, cfg: ShrinkConfig, owner: str) -> dict:
     """Returns the parameters of the projection, table or module `owner`, each weight rounded to the
     nearest."""
     done = {}
     for name, child in node.items():
         if isinstance(child, dict):
-            done[name] = _nearest(child, cfg, name)
+            done[name] = nearest(child, cfg, name)
         elif name in MATRICES and (fmt := format_of(cfg, owner)):
             matrix, axis = as_matrix(owner, child)
             done[name] = dict(zip(PARTS, fmt.quantise(matrix, axis), strict=True))
@@ -45,7 +45,7 @@ def _nearest(node: dict, cfg: ShrinkConfig, owner: str) -> dict:
 def _calibrated(source: Source, cfg: ShrinkConfig, windows: int) -> dict:
     """Returns the parameters with projections and the head's table rounded by GPTQ, the other
     tables to the nearest."""
-    done = _nearest(source.params, cfg, "head")
+    done = nearest(source.params, cfg, "head")
     kernels = dict(projections(source.params["blocks"]))
     stored = dict(projections(done["blocks"]))
     head = "head" if "head" in done else "tokens"
