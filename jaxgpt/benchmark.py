@@ -33,6 +33,9 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--steps={values.steps} must be from 1 to 1000000")
     if values.profile and Path(values.profile).exists() and not Path(values.profile).is_dir():
         raise BadInput(f"--profile={values.profile} is a file, not a folder")
+    from jaxgpt.data.prepare import check_data
+
+    check_data(config.data)
     # JAX is imported only now, so that wrong flags are reported at once
     from jaxgpt.jobs.benchmark import benchmark
 

@@ -9,8 +9,9 @@ compares every file with its checksum and exits with 2 if one differs. The last 
 """
 
 from absl import flags
+from etils import epath
 
-from jaxgpt.checkpointing.choice import BEST, define_step
+from jaxgpt.checkpointing.choice import BEST, check_checkpoints, define_step
 from jaxgpt.cli.flags import parse_action
 from jaxgpt.cli.run import run
 from jaxgpt.system.errors import BadInput
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> None:
     action = parse_action(values, argv, ("list", "show", "verify"), __doc__)
     if not values.workdir:
         raise BadInput("--workdir=DIR is required")
+    check_checkpoints(epath.Path(values.workdir))
     # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.checkpointing.checkpoints import Checkpoints
     from jaxgpt.jobs.checkpoint import ACTIONS

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxgpt.checkpointing.choice import define_step
+from jaxgpt.checkpointing.choice import check_run, define_step
 from jaxgpt.cli.flags import parse_action
 from jaxgpt.cli.run import run
+from jaxgpt.interchange.folder import check_folder
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import path_of
 from jaxgpt.system.stores import is_object_store
@@ -40,13 +41,19 @@ def main(argv: list[str]) -> None:
                 f"--{name}={values[name].value}: convert takes a local folder here; copy it from or"
                 " to the object store"
             )
+    flag = "from" if action == "import" else "to"
+    folder = path_of(values[flag].value, f"--{flag}")
+    if action == "export":
+        check_run(values.workdir, values.step)
+    else:
+        check_folder(folder)
     # JAX is imported only now, so that wrong flags are reported at once
     from jaxgpt.jobs.convert import export_folder, import_folder
 
     if action == "import":
-        import_folder(path_of(values["from"].value, "--from"), Path(values.workdir))
+        import_folder(folder, Path(values.workdir))
     else:
-        export_folder(values.workdir, values.step, path_of(values.to, "--to"), values.dtype)
+        export_folder(values.workdir, values.step, folder, values.dtype)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import json
 
 from absl import flags
 
-from jaxgpt.checkpointing.choice import define_step
+from jaxgpt.checkpointing.choice import check_run, define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
 from jaxgpt.evaluation.benchmarks import BENCHMARKS, read_items
@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
     parse(values, argv, __doc__)
     check_flags(values)
     rows = task_rows(values.task) if values.task else []
+    if not values.watch:  # which waits for them
+        check_run(values.workdir, values.step)
     # JAX is imported from here on: what is wrong with the flags is said at once
     import jax
 

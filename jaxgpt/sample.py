@@ -19,7 +19,7 @@ import dataclasses
 
 from absl import flags
 
-from jaxgpt.checkpointing.choice import define_step
+from jaxgpt.checkpointing.choice import check_run, define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
 from jaxgpt.inference.chat import Chat, open_chat
@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
     rows = read_rows(values.prompt_file, request, chat) if values.prompt_file else []
     if chat and values.prompt:
         request = chat.ask(request)
+    check_run(values.workdir, values.step)
     # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.jobs.sample import sample
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxgpt.checkpointing.choice import define_step
+from jaxgpt.checkpointing.choice import check_run, define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
 from jaxgpt.processes import signals
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
             raise BadInput(f"--{name}={values[name].value} must be from {low} to {high}")
     for module in ("uvicorn", "starlette"):
         require(module, "serve", "jaxgpt.serve")
+    check_run(values.workdir, values.step)
     # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.serving.guard import Guard
 

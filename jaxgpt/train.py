@@ -33,6 +33,10 @@ def main(argv: list[str]) -> int:
     check_flags(values)
     workdir = epath.Path(values.workdir or f"runs/{Path(config_path(argv)).stem}")
     check_writable(workdir)
+    if not (workdir / "checkpoints").exists():  # a run that is there may have its text in the cache
+        from jaxgpt.data.prepare import check_data
+
+        check_data(config.data)
     # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.jobs.train import train
     from jaxgpt.processes import hosts

@@ -11,7 +11,14 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from orbax.checkpoint.path import atomicity
 
-from jaxgpt.checkpointing.choice import BEST, has_stopped_early, loss_in, loss_of, read_meta
+from jaxgpt.checkpointing.choice import (
+    BEST,
+    check_checkpoints,
+    has_stopped_early,
+    loss_in,
+    loss_of,
+    read_meta,
+)
 from jaxgpt.checkpointing.manifest import damage, write_manifest
 from jaxgpt.checkpointing.s3 import use_s3
 from jaxgpt.processes.hosts import is_peer_lost, on_first
@@ -35,8 +42,8 @@ class Checkpoints:
     def __init__(self, workdir, keep: int = 1, keep_every: int = 0, read_only: bool = False):
         check_store(workdir)
         self.folder = absolute(workdir) / "checkpoints"
-        if read_only and not self.folder.exists():
-            raise BadInput(f"{workdir} has no checkpoints; train first")
+        if read_only:
+            check_checkpoints(epath.Path(workdir))
         self.saving: int | None = None  # step of the last save
         self.start_save = self.snapshot = None  # of the save that is running
         self.losses: dict[int, float | None] = {}  # a cache for `loss`

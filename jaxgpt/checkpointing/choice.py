@@ -4,8 +4,12 @@ import math
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
+from jaxgpt.config.stored import read_config
+from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import Damaged, read_json
+from jaxgpt.system.stores import check_store
 
 BEST = "best"
 META = {
@@ -31,6 +35,25 @@ class _StepParser(flags.ArgumentParser):
             return BEST if argument == BEST else int(argument)
         except ValueError:
             raise ValueError(f"expected a checkpoint's step, or {BEST}") from None
+
+
+def check_run(workdir: str, step: int | str | None) -> None:
+    """Raises `BadInput` if `workdir` holds no run, or no checkpoint at `step`. This is quick: the
+    weights are not looked at, and JAX is not imported."""
+    folder = epath.Path(workdir)
+    read_config(folder)
+    check_checkpoints(folder)
+    if isinstance(step, int) and not (folder / "checkpoints" / str(step)).exists():
+        names = [path.name for path in (folder / "checkpoints").iterdir()]
+        steps = sorted(int(name) for name in names if name.isdecimal())
+        raise BadInput(f"{folder}/checkpoints holds no checkpoint {step}, only {steps}")
+
+
+def check_checkpoints(folder: epath.Path) -> None:
+    """Raises `BadInput` if a workdir has no folder of checkpoints."""
+    check_store(folder)
+    if not (folder / "checkpoints").exists():
+        raise BadInput(f"{folder} has no checkpoints; train first")
 
 
 def define_step(

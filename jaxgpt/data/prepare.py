@@ -128,6 +128,13 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     return prepared
 
 
+def check_data(cfg: DataConfig) -> None:
+    """Raises `BadInput` for a source, tokenizer or cleaning step that cannot be used, as `prepare`
+    would; reads no document."""
+    if not cfg.source.startswith("shards:"):
+        find_data(cfg, cache_folder(cfg))
+
+
 def find_data(
     cfg: DataConfig, cache: Path
 ) -> tuple[Tokenizer | None, tuple[Source, ...], tuple[Source, ...]]:

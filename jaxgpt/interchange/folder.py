@@ -72,12 +72,17 @@ def how_to_download(path: Path) -> str:
     return f"a model of the Hugging Face hub is downloaded with: {command}"
 
 
+def check_folder(path: Path) -> None:
+    """Raises `BadInput` if there is no folder at `path`."""
+    if not path.is_dir():
+        raise BadInput(f"{path} is not a folder; {how_to_download(path)}")
+
+
 def open_folder(path: Path) -> Folder:
     """Opens a Hugging Face folder of GPT-2, Llama or Qwen3, or OpenAI's GPT-2 release. Raises
     `BadInput` if it is none of these, if a file is missing or damaged, or if the architecture has a
     part that jaxgpt does not support."""
-    if not path.is_dir():
-        raise BadInput(f"{path} is not a folder; {how_to_download(path)}")
+    check_folder(path)
     if (path / "hparams.json").is_file():
         file = TfCheckpoint(path)
         names = {_openai_name(name): (file, name) for name in file.shapes}

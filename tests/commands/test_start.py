@@ -49,6 +49,14 @@ WRONG = {  # command: arguments, the error
     "serve": (["--workdir={}", "--port=70000"], "--port=70000"),
     "convert": (["import", "--from=s3://bucket/x", "--workdir={}/w"], "takes a local folder"),
     "report": ([], "--workdir=DIR is required"),
+    "train source": (["--config={}/c.py", "--config.data.source=text:{}/x*"], "no file matches"),
+    "benchmark tokenizer": (["--config={}/c.py", "--config.data.tokenizer=x"], "'x' is unknown"),
+    "evaluate run": (["--workdir={}/none"], "holds no run"),
+    "sample run": (["--workdir={}/none"], "holds no run"),
+    "serve run": (["--workdir={}/none"], "holds no run"),
+    "checkpoint run": (["list", "--workdir={}/none"], "has no checkpoints"),
+    "convert run": (["export", "--workdir={}/none", "--to={}/out"], "holds no run"),
+    "convert folder": (["import", "--from={}/none", "--workdir={}/w"], "is not a folder"),
 }
 
 
