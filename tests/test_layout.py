@@ -26,6 +26,7 @@ ROOMS = [
     "serving",
     "evaluation",
     "reports",
+    "distillation",
     "training",
     "shrinking",
     "sweeps",

@@ -266,6 +266,29 @@ class SampleConfig:
 
 
 @dataclasses.dataclass
+class DistillConfig:
+    """What a student learns from a teacher: see `distillation.objective`."""
+
+    # A workdir or a Hugging Face folder; a resumed run may find it elsewhere, but not another one
+    teacher: str = may_change("")
+    temperature: float = number(2.0, 0, opened="(")  # both models' logits are divided by it
+    alpha: float = number(0.5, 0, 1)  # weight of the teacher's part; that of the data's is the rest
+    # forward: KL(teacher || student), reverse: KL(student || teacher)
+    divergence: str = choice("forward", "reverse")
+    hidden_weight: float = number(0.0, 0)  # of the distance between hidden states; 0 = off
+    # So many of the teacher's likeliest tokens are computed once, onto the disk, instead of running
+    # it beside the student; 0 = off
+    top_k: int = number(0, 0, 2**16)
+
+
+@dataclasses.dataclass
+class ObjectivesConfig:
+    """What each objective needs, by its name."""
+
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+
+
+@dataclasses.dataclass
 class Config:
     """A whole run. `batch_size` counts sequences per optimizer step over all devices."""
 
@@ -273,7 +296,8 @@ class Config:
     num_steps: int = may_change(number(1000, 1))
     # Passes over the training part; > 0 sets num_steps
     num_epochs: float = may_change(number(0.0, 0, 1e6))
-    objective: str = choice("causal_lm")  # what training minimises: see `training.objectives`
+    # What training minimises: see `training.objectives`
+    objective: str = choice("causal_lm", "distill")
     init_from: str = ""  # a workdir or a Hugging Face folder to start from
     init_fresh: str = ""  # patterns of paths that are not taken from there: "head"
     # The layers taken from there, where the model has fewer: every_second, or 0,2,5; "" = all
@@ -300,6 +324,7 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    objectives: ObjectivesConfig = dataclasses.field(default_factory=ObjectivesConfig)
 
 
 def fields_of(config) -> dict[str, type]:

@@ -48,6 +48,7 @@ def validate(config: Config) -> Config:
     _check_warmup(config.optim)
     _check_shrink(config)
     _check_start(config)
+    _check_distillation(config)
     return config
 
 
@@ -276,6 +277,24 @@ def _check_start(config: Config) -> None:
         )
     if config.init_layers not in ("", EVERY_SECOND):
         parse_layers(config.init_layers)
+
+
+def _check_distillation(config: Config) -> None:
+    cfg, field = config.objectives.distill, "objectives.distill"
+    if config.objective != "distill":
+        if cfg.teacher:
+            raise BadInput(f"{field}.teacher={cfg.teacher} needs objective=distill")
+        return
+    if not cfg.teacher:
+        raise BadInput(
+            f"objective=distill needs a teacher: --config.{field}.teacher=DIR, a workdir or a"
+            " Hugging Face folder"
+        )
+    if cfg.top_k and cfg.hidden_weight:
+        raise BadInput(
+            f"{field}.hidden_weight={cfg.hidden_weight} with {field}.top_k={cfg.top_k}: the"
+            " teacher's hidden states are not kept on disk; set one of them to 0"
+        )
 
 
 def parse_layers(text: str) -> list[int]:

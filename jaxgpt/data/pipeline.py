@@ -75,9 +75,9 @@ class Stream:
             if not (is_source := source == i).any():
                 continue
             for name, values in reader.read(chunk[is_source]).items():
-                batch.setdefault(name, np.empty((indices.size, values.shape[1]), np.int32))
+                batch.setdefault(name, np.empty((indices.size, *values.shape[1:]), values.dtype))
                 batch[name][is_source] = values
-        return {name: a.reshape(*indices.shape, -1) for name, a in batch.items()}
+        return {name: a.reshape(*indices.shape, *a.shape[1:]) for name, a in batch.items()}
 
     def num_targets(self, k: int) -> int:
         """Returns how many targets batch k has, over all hosts."""
@@ -136,7 +136,7 @@ def device_batches(
             wanted = np.searchsorted(rows, np.arange(shape[1])[index[1]])
             return local[index[0], wanted, index[2]]
 
-        return jax.make_array_from_callback(shape, sharding, shard)
+        return jax.make_array_from_callback((*shape, *local.shape[3:]), sharding, shard)
 
     read_ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     sent: deque[dict[str, jax.Array]] = deque()

@@ -1,5 +1,5 @@
 """What a run takes from `init_from`, a workdir or a model folder, before its weights: the
-architecture and the tokenizer that its config leaves open.
+architecture and the tokenizer that its config leaves open. A student may take its teacher's.
 
     Config(init_from=DIR, model=presets.from_init(), data=DataConfig(tokenizer=""))
 """
@@ -33,11 +33,11 @@ def is_workdir(path: str) -> bool:
     return (epath.Path(path) / "checkpoints").exists()
 
 
-def check_source(path: str) -> None:
+def check_source(path: str, field: str = "init_from") -> None:
     """Raises `BadInput` if there is nothing at `path` to start from."""
     if not is_workdir(path) and not is_model_folder(Path(path)):
         raise BadInput(
-            f"init_from={path} is neither a workdir with checkpoints"
+            f"{field}={path} is neither a workdir with checkpoints"
             f" nor a Hugging Face model folder; {how_to_download(Path(path))}"
         )
 
@@ -87,14 +87,15 @@ def tokenizer_of(path: str) -> Tokenizer | None:
 
 
 def completed(config: Config) -> Config:
-    """Returns a checked copy (see `validate`) in which what was left open is that of `init_from`:
-    the fields of the model that are None and the tokenizer that is "".
+    """Returns a checked copy (see `validate`) in which what was left open is that of `init_from`,
+    or of the teacher where only that is given: the fields of the model that are None and the
+    tokenizer that is "".
 
     Dropout is 0 and the context at most `CONTEXT` unless they are given. The vocabulary is that of
     the model there, with the rows of further special tokens.
 
     Raises:
-      BadInput: if there is no `init_from`, or what is given is not as it is there.
+      BadInput: if there is neither, or what is given is not as it is at `init_from`.
     """
     opened = left_open(config)
     if not opened:
@@ -103,15 +104,19 @@ def completed(config: Config) -> Config:
     for path in opened:
         set_field(config, path, get_field(Config(), path))
     check_fields(config)  # before any file is read
-    if not config.init_from:
+    source, field = config.init_from, "init_from"
+    if config.objective == "distill" and not source:
+        source, field = config.objectives.distill.teacher, "objectives.distill.teacher"
+    if not source:
         raise BadInput(
-            f"--config.init_from=DIR is missing: a workdir or a Hugging Face folder, which has the"
+            f"--config.{field}=DIR is missing: a workdir or a Hugging Face folder, which has the"
             f" {opened[0].partition('.')[0] if len(opened) > 1 else 'tokenizer'} of this config"
         )
-    check_source(config.init_from)
-    theirs, vocab_size = _taken(config), 0  # 0: that of the tokenizer that is given
+    check_source(source, field)
+    theirs = _taken(config) if config.init_from else model_of(source)
+    vocab_size = 0  # 0: that of the tokenizer that is given
     if "data.tokenizer" in opened:
-        config.data.tokenizer = tokenizer_spec(config.init_from)
+        config.data.tokenizer = tokenizer_spec(source)
         tokenizer = make_tokenizer(config.data.tokenizer, (), config.data.special_tokens)
         vocab_size = max(theirs.vocab_size, tokenizer.vocab_size)
     context = min(theirs.max_seq_len, CONTEXT)
@@ -120,7 +125,8 @@ def completed(config: Config) -> Config:
         if f"model.{name}" in opened:
             setattr(config.model, name, value)
     config = validate(config)
-    check_model(config)
+    if config.init_from:
+        check_model(config)
     return config
 
 

@@ -50,7 +50,7 @@ def as_floats(config: Config, params: dict) -> tuple[Config, dict]:
     return bare, merge_lora(floats, config.lora)
 
 
-def put_like(value: np.ndarray, like: jax.Array) -> jax.Array:
+def put_like(value: np.ndarray, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """Returns `value`, which every process holds whole, in the dtype and sharding of `like`."""
     value = value.astype(like.dtype)
     return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])

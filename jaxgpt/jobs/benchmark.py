@@ -41,12 +41,13 @@ def benchmark(
     training = make_training(resolve_vocab(config, data.tokenizer.vocab_size), mesh)
     device, count = mesh.devices.flat[0], mesh.devices.size
     with jax.set_mesh(mesh):
-        check_memory(training.abstract_state(), mesh)
-        stream = training_stream(data.train, training.config)
+        check_memory(training.abstract_state(), mesh, training.abstract_companions())
+        stream = training.companions.taught(training_stream(data.train, training.config), data)
         compiling = time.perf_counter()
-        step = training.compile_step()
+        compiled = training.compile_step()
         compile_seconds = time.perf_counter() - compiling
         say(f"compile   {compile_seconds:.1f}s")
+        step = training.beside_companions(compiled)
         last = 1 + WARM_UP + steps + PROFILED
         batches = device_batches(stream, training.batch_sharding, 0, last)
         state = training.first_state()
@@ -63,7 +64,7 @@ def benchmark(
                 str(where), create_perfetto_trace=bool(folder), profiler_options=options
             ):
                 state, _ = _take(step, state, batches, PROFILED)
-            parts = seconds_by_part(where, Program(step.as_text()))
+            parts = seconds_by_part(where, Program(compiled.as_text()))
         speed = _decode_speed(training, state.params) if decode else None
     rate = _matmul_rate(config.compute.dtype, device)  # of one device: outside the mesh
     model, step_seconds = training.spec.model, seconds["all"]

@@ -39,7 +39,7 @@ from jaxgpt.training.end import forget_end, record_end
 from jaxgpt.training.loop import DIVERGED, Loop, restore_or_init
 from jaxgpt.training.memory import check_memory
 from jaxgpt.training.objectives import make_eval_step
-from jaxgpt.training.setup import Training, make_training, resolve_vocab
+from jaxgpt.training.setup import Training, companions_of, make_training, resolve_vocab
 from jaxgpt.training.warm_start import check_vocabulary
 
 LONG_WARMUP = 0.2  # the share of a run from which on its warm-up is probably a slip
@@ -51,6 +51,7 @@ def train(workdir: epath.Path, config: Config) -> int:
     Everything is checked before anything is written: the config, then the data, then the memory.
     """
     config, changes = adopt(workdir, config)
+    companions_of(config.objective).check(config)
     mesh = make_mesh(config)
     if not config.num_epochs and is_finished(workdir, config):
         return 0
@@ -61,7 +62,7 @@ def train(workdir: epath.Path, config: Config) -> int:
     run = make_training(config, mesh)
     with jax.set_mesh(mesh):
         describe(run, data, workdir)
-        check_memory(run.abstract_state(), mesh)
+        check_memory(run.abstract_state(), mesh, run.abstract_companions())
         hosts.check_same(to_json(config), "the config")
         hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
         stream = training_stream(data.train, config)
@@ -81,6 +82,7 @@ def train(workdir: epath.Path, config: Config) -> int:
                 changed = f" with {'; '.join(changes)}" if changes else ""
                 say(f"resume    from checkpoint {restored}{changed}")
             hosts.on_first(lambda: forget_end(workdir))
+            stream = run.companions.taught(stream, data)
             step = compile_step(run)
             report = Reporter(workdir, restored, jax.process_index() == 0)
             loop = Loop(run, data, stream, evaluate, sample, step, checkpoints, report, history)
@@ -99,6 +101,7 @@ def complete(config: Config, data: Prepared, workdir: epath.Path) -> Config:
         check_shards(config.data, data)  # runs from before keep the shards' own
         if config.init_from:
             check_vocabulary(config, data.tokenizer)
+    companions_of(config.objective).check_tokenizer(config, data.tokenizer)
     return resolve_vocab(resolve_epochs(config, data), data.tokenizer.vocab_size)
 
 
@@ -142,7 +145,7 @@ def compile_step(run: Training) -> Callable:
     began = time.perf_counter()
     step = run.compile_step()
     say(f"compile   the train step took {duration(time.perf_counter() - began)}")
-    return step
+    return run.beside_companions(step)
 
 
 def conclude(code: int, loop: Loop, workdir: epath.Path, example: Example) -> None:

@@ -203,14 +203,13 @@ class ModelSpec:
         return nnx.to_pure_dict(nnx.state(model))
 
     def bind(self, params: dict) -> GPT:
-        """Returns the module that computes with `params`."""
+        """Returns the module that computes with `params`; not with what is beside the model's."""
         model = nnx.eval_shape(
             lambda: GPT(self.config, self.rules, self.kernel, rngs=nnx.Rngs(params=0))
         )
         graphdef, state = nnx.split(model)
-        if isinstance(params["blocks"], tuple):  # see `decoding.split_layers`
-            params = {name: value for name, value in params.items() if name != "blocks"}
-        nnx.replace_by_pure_dict(state, params)
+        own = {n: p for n, p in params.items() if n in state and not isinstance(p, tuple)}
+        nnx.replace_by_pure_dict(state, own)
         return nnx.merge(graphdef, state)
 
     def for_decoding(self) -> "ModelSpec":

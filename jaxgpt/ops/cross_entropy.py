@@ -66,7 +66,7 @@ def _forward(x, table, targets, finish, rules, reader):
 
         def part(carry, numbered):
             high, total, picked = carry
-            logits, ids = _logits(flat, *numbered, finish, rules, reader)[:2]
+            logits, ids = part_logits(flat, *numbered, finish, rules, reader)[:2]
             new_high = jnp.maximum(high, jnp.max(logits, axis=-1))
             total = total * jnp.exp(high - new_high) + jnp.sum(
                 jnp.exp(logits - new_high[:, None]), axis=-1
@@ -76,7 +76,7 @@ def _forward(x, table, targets, finish, rules, reader):
 
         zeros = jnp.zeros(flat.shape[0], jnp.float32)
         (high, total, picked), _ = jax.lax.scan(
-            part, (zeros + LOWEST, zeros, zeros), _parts(table, flat)
+            part, (zeros + LOWEST, zeros, zeros), vocabulary_parts(table, flat)
         )
         highest = jax.lax.pmax(high, "tensor")
         lse = highest + jnp.log(jax.lax.psum(total * jnp.exp(high - highest), "tensor"))
@@ -104,7 +104,7 @@ def _backward(finish, rules, reader, kept, cotangents):
         lse = jnp.where(counted, lse.reshape(-1, 1), jnp.inf)
 
         def part(grad_x, numbered):
-            logits, ids, kernel, pullback = _logits(flat, *numbered, finish, rules, reader)
+            logits, ids, kernel, pullback = part_logits(flat, *numbered, finish, rules, reader)
             p = jnp.exp(logits - lse)
             grad_logits = grad_both * p - jnp.where(ids == target, grad_nats, 0)
             (grad_raw,) = pullback(grad_logits)
@@ -114,7 +114,7 @@ def _backward(finish, rules, reader, kept, cotangents):
             return grad_x + added, grad_kernel
 
         zeros = jnp.zeros(flat.shape, jnp.float32)
-        grad_x, grad_table = jax.lax.scan(part, zeros, _parts(table, flat))
+        grad_x, grad_table = jax.lax.scan(part, zeros, vocabulary_parts(table, flat))
         grad_x = jax.lax.psum(grad_x.astype(x.dtype), "tensor").reshape(x.shape)
         return grad_x, jax.tree.map(lambda g: g.reshape(1, -1, g.shape[-1]), grad_table)
 
@@ -129,7 +129,7 @@ def _backward(finish, rules, reader, kept, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _parts(table, flat):
+def vocabulary_parts(table, flat):
     """Returns what the scans run over: parts of this device's rows, and their first ids."""
     mesh = jax.sharding.get_abstract_mesh()
     rows = jax.tree.leaves(table)[0].shape[0]
@@ -138,7 +138,7 @@ def _parts(table, flat):
     return jax.tree.map(lambda a: a.reshape(count, rows // count, -1), table), first
 
 
-def _logits(flat, part, first, finish, rules, reader):
+def part_logits(flat, part, first, finish, rules, reader):
     """Returns a part's logits [M, V / parts], the ids of its columns, its kernel in the compute
     dtype and whole over `fsdp`, and the pullback of `finish`."""
     kernel = reader.rows(part, flat.dtype, rules.torus)

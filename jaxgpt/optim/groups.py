@@ -12,6 +12,8 @@ from jaxgpt.model.lora import is_addition
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaf_path, leaves_by_path
 
+# Beside the model's parameters: what an objective trains for itself, by its argument's name
+OWN = "objective"
 # The last word of a parameter's path
 MATRICES = ("kernel", "tokens", "head", "lora_in", "lora_out")
 VECTORS = ("bias", "scale", "magnitude")
@@ -59,12 +61,17 @@ def trainable(params: dict, freeze: str, lora_rank: int) -> dict:
 
     def is_trained(path: str) -> bool:
         is_frozen = any(pattern.search(path) for pattern in patterns)
-        return not is_frozen and (not lora_rank or is_addition(path))
+        return not is_frozen and (not lora_rank or is_addition(path) or is_own(path))
 
     mask = by_path(is_trained, params)
     if not any(jax.tree.leaves(mask)):
         raise BadInput(f"optim.freeze={freeze!r} leaves no parameter to train")
     return mask
+
+
+def is_own(path: str) -> bool:
+    """Says whether a parameter is the objective's, not the model's."""
+    return path.startswith(f"{OWN}/")
 
 
 def split(params: dict, mask: dict) -> tuple[dict, dict]:

@@ -143,8 +143,11 @@ def _needed_and_available(message: str, arguments: int, limit: int) -> tuple[int
 
 
 def _arguments(training: Training, state) -> list[dict]:
-    """Returns every array of state and batch, with its bytes on a device, the largest first."""
-    leaves = leaves_by_path({"state": state, "batch": training.abstract_batch()})
+    """Returns every array of state, batch and companions, with its bytes on a device, the largest
+    first."""
+    leaves = leaves_by_path(
+        {"state": state, "batch": training.abstract_batch()} | training.abstract_companions()
+    )
     rows = []
     for path, leaf in leaves.items():
         spec = getattr(leaf.sharding, "spec", None)

@@ -97,6 +97,7 @@ def restore_or_init(
             f"the text of data.source={run.config.data.source} or its tokenizer has changed"
             f" since checkpoint {step}; restore it, or choose another --workdir"
         )
+    run.companions.check_reference(meta.get("companions", {}), step)
     return state, History.from_meta(meta)
 
 
@@ -287,6 +288,7 @@ class Loop:
         meta = {
             **self.history.to_meta(),
             "data_fingerprint": self.data.fingerprint,
+            "companions": self.run.companions.reference,
             "seed": self.config.seed,
             "config": as_stored(self.config),
             "versions": {

@@ -17,14 +17,15 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # a container's; "max" where t
 MEMINFO = Path("/proc/meminfo")
 
 
-def check_memory(state: TrainState, mesh: Mesh) -> None:
-    """Raises `BadInput`, with the bytes, where the abstract `state` alone cannot fit.
+def check_memory(state: TrainState, mesh: Mesh, companions: dict | None = None) -> None:
+    """Raises `BadInput`, with the bytes, where the abstract `state` and the parameters of
+    `companions` alone cannot fit.
 
     That is certain: training needs gradients and activations besides. `plan` counts those too. Call
     it under `jax.set_mesh(mesh)`.
     """
     device, each = mesh.local_devices[0], 0
-    for leaf in jax.tree.leaves(concrete(state)):
+    for leaf in jax.tree.leaves(concrete((state, companions))):
         each += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     there = (device.memory_stats() or {}).get("bytes_limit")
     needed, of = each, f"a {device.device_kind}"

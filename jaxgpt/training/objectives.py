@@ -3,22 +3,23 @@
     (model, micro, key, **companions) -> (sum, count, metrics)
 
 The step minimises the sum over all microbatches divided by the sum of the counts, and logs each
-metric, also a sum, divided in the same way; `loss` is one of them. `companions` are models that are
-not trained (a teacher, a reference), by name. A new objective is a line in `OBJECTIVES`.
+metric, also a sum, divided in the same way; `loss` is one. `companions` is what it asks for:
+models that are not trained, and what is trained for it alone. `OBJECTIVES` lists them all.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxgpt.config import Config
 from jaxgpt.config.schema import IGNORE
+from jaxgpt.distillation.objective import distill
 from jaxgpt.model import GPT, ModelSpec
 
-Batch = dict[str, Int[Array, "A B T"]]  # inputs, targets (packed: segments, positions too)
-Micro = dict[str, Int[Array, "B T"]]  # one of a batch's A microbatches
+Batch = dict[str, Shaped[Array, "A B T ..."]]  # inputs, targets (packed: segments, positions too)
+Micro = dict[str, Shaped[Array, "B T ..."]]  # one of a batch's A microbatches
 
 
 def token_losses(
@@ -49,7 +50,7 @@ def causal_lm(config: Config) -> Callable:
     return objective
 
 
-OBJECTIVES: dict[str, Callable[[Config], Callable]] = {"causal_lm": causal_lm}
+OBJECTIVES: dict[str, Callable[[Config], Callable]] = {"causal_lm": causal_lm, "distill": distill}
 
 
 def make_eval_step(spec: ModelSpec) -> Callable[[dict, Batch], Float[Array, "B T"]]:

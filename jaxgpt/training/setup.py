@@ -6,9 +6,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.config import Config
+from jaxgpt.data.pipeline import Stream
+from jaxgpt.data.prepare import Prepared
+from jaxgpt.distillation.teacher import Teacher
 from jaxgpt.metrics.progress import elapsed
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.gpt import resolve_scan
@@ -18,6 +22,7 @@ from jaxgpt.parallel.mesh import devices_along
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.parallel.torus import torus_of
 from jaxgpt.system.errors import BadInput
+from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.state import TrainState, init_state
 from jaxgpt.training.step import make_train_step
 from jaxgpt.training.warm_start import warm_params
@@ -56,19 +61,68 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Alone:
+    """What an objective needs beside the model: nothing. `Teacher` is an example that needs all."""
+
+    config: Config
+    mesh: Mesh
+    make_spec: Callable[[Config, Mesh], ModelSpec]
+
+    specs = {}  # models that are not trained, by the objective's argument
+    reference = {}  # what a checkpoint says about them
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Raises `BadInput`, before any data is read, if what the objective needs is not there."""
+
+    @staticmethod
+    def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+        """Raises `BadInput` if it does not go with the tokenizer."""
+
+    def check_reference(self, saved: dict, step: int) -> None:
+        """Raises `BadInput` if checkpoint `step` was trained beside something else."""
+
+    def arrays(self) -> dict[str, tuple[int, np.dtype]]:
+        """Returns what a batch has at each position besides: (how many, of which type), by name."""
+        return {}
+
+    def own_parameters(self, spec: ModelSpec) -> dict:
+        """Returns what is trained beside the model `spec`, by the objective's argument."""
+        return {}
+
+    def opened(self) -> dict[str, dict]:
+        """Returns the parameters of `specs`, on the mesh."""
+        return {}
+
+    def taught(self, stream: Stream, data: Prepared) -> Stream:
+        """Returns the stream of batches, with `arrays`."""
+        return stream
+
+
+COMPANIONS = {"distill": Teacher}
+
+
+def companions_of(objective: str) -> type:
+    """Returns the class of what an objective needs beside the model."""
+    return COMPANIONS.get(objective, Alone)
+
+
+@dataclasses.dataclass(frozen=True)
 class Training:
     """What the loop, `plan` and `benchmark` share. Its methods need `jax.set_mesh(mesh)`."""
 
     config: Config
     mesh: Mesh
     spec: ModelSpec
+    companions: Alone | Teacher
 
     @property
     def init(self) -> Callable[[], TrainState]:
         """The function that makes the first state."""
         cfg = self.config
         optimizer = make_optimizer(cfg.optim, cfg.num_steps, self.spec.model)
-        return partial(init_state, self.spec, optimizer, cfg)
+        own = partial(self.companions.own_parameters, self.spec)
+        return partial(init_state, self.spec, optimizer, cfg, own)
 
     def first_state(self) -> TrainState:
         """Returns the first state on the devices: fresh, or from `init_from`."""
@@ -92,16 +146,34 @@ class Training:
         shape = (cfg.grad_accum, cfg.batch_size // cfg.grad_accum, cfg.model.max_seq_len)
         array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
         packed = ("segments", "positions") if cfg.data.pack else ()
-        return dict.fromkeys(("inputs", "targets", *packed), array)
+        more = {
+            name: jax.ShapeDtypeStruct((*shape, count), dtype, sharding=self.batch_sharding)
+            for name, (count, dtype) in self.companions.arrays().items()
+        }
+        return dict.fromkeys(("inputs", "targets", *packed), array) | more
+
+    def abstract_companions(self) -> dict[str, dict]:
+        """Returns the shapes, dtypes and shardings of the companions' parameters."""
+        specs = self.companions.specs
+        return {name: jax.eval_shape(s.init, jax.random.key(0)) for name, s in specs.items()}
 
     def compile_step(self, options: dict | None = None):
-        """Returns the compiled update `(state, batch) -> (state, metrics)`; `options` are XLA's."""
-        step = make_train_step(self.spec, self.config)
-        lowered = step.lower(self.abstract_state(), self.abstract_batch())
+        """Returns the compiled update `(state, batch) -> (state, metrics)`, which takes the
+        companions' parameters too where there are any; `options` are XLA's."""
+        step = make_train_step(self.spec, self.config, self.companions.specs)
+        beside = filter(None, [self.abstract_companions()])
+        lowered = step.lower(self.abstract_state(), self.abstract_batch(), *beside)
         with elapsed("compile   the train step:"):
             return lowered.compile(compiler_options=options)
+
+    def beside_companions(self, step: Callable) -> Callable:
+        """Returns the compiled `step` as `(state, batch) -> (state, metrics)`, the companions'
+        parameters loaded."""
+        beside = list(filter(None, [self.companions.opened()]))
+        return lambda state, batch: step(state, batch, *beside)
 
 
 def make_training(config: Config, mesh: Mesh) -> Training:
     """Returns the parts of a run whose vocabulary is resolved (see `resolve_vocab`)."""
-    return Training(config, mesh, model_spec(config, mesh))
+    companions = companions_of(config.objective)(config, mesh, model_spec)
+    return Training(config, mesh, model_spec(config, mesh), companions)

@@ -1,6 +1,7 @@
 """Everything a training step changes, as a plain pytree."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import optax
 
 from jaxgpt.config import Config
 from jaxgpt.model import ModelSpec
-from jaxgpt.optim.groups import split, trainable
+from jaxgpt.optim.groups import OWN, split, trainable
 from jaxgpt.training import divergence, loss_scale
 
 
@@ -36,14 +37,19 @@ class TrainState:
 
 
 def init_state(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, config: Config, params: Any = None
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    own: Callable[[], dict] = dict,
+    params: Any = None,
 ) -> TrainState:
     """Returns the state before the first step; under `jax.eval_shape`, its shapes and shardings.
 
-    `params` are those to start from, default fresh ones. The optimizer's state holds the trained
-    ones only.
+    `params` are those to start from, default fresh ones; `own` makes those of the objective's own.
+    The optimizer's state holds the trained ones only.
     """
     params = spec.init(jax.random.key(config.seed)) if params is None else params
+    params = params | ({OWN: made} if (made := own()) else {})
     ema = jax.tree.map(to_float32, params) if config.optim.ema_decay else {}
     trained, _ = split(params, trainable(params, config.optim.freeze, spec.config.lora.rank))
     return TrainState(

@@ -8,7 +8,7 @@ import optax
 
 from jaxgpt.config import Config
 from jaxgpt.model import ModelSpec
-from jaxgpt.optim.groups import join, split, trainable
+from jaxgpt.optim.groups import OWN, join, split, trainable
 from jaxgpt.optim.optimizers import at_step, make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.training import loss_scale
@@ -45,8 +45,9 @@ def make_train_step(
 
         def scaled_loss(trained, micro: Micro, key):
             others = {name: companions[name].bind(p) for name, p in (frozen_models or {}).items()}
-            model = spec.bind(join(trained, frozen))
-            total, count, metrics = objective(model, micro, key, **others)
+            params = join(trained, frozen)
+            others |= params.get(OWN, {})
+            total, count, metrics = objective(spec.bind(params), micro, key, **others)
             metrics = jax.tree.map(lambda sum_: sum_ / positions, metrics)
             # A mean over what counts in this microbatch: of a mean over all positions, where few
             # count, float16 would lose the gradients, and of a sum it would overflow

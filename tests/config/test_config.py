@@ -156,6 +156,7 @@ def test_what_a_resumed_run_may_change():
         *("keep_checkpoints", "keep_every"),
         *("compute.attention", "compute.remat", "compute.scan_layers"),
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence_activations"),
+        "objectives.distill.teacher",  # its place; a checkpoint knows which teacher it was
     }
 
 

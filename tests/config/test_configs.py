@@ -36,12 +36,15 @@ def test_it_validates_and_its_train_step_lowers(file, tmp_path):
     if left_open(config):
         model_folder(tmp_path / "hf")
         config.init_from = str(tmp_path / "hf")
+    if config.objective == "distill":
+        config.objectives.distill.teacher = str(tmp_path / "hf")
     config = resolve_vocab(completed(config), 257)
     config = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1))
     with jax.set_mesh(mesh := make_mesh(config, jax.devices()[:4])):
         training = make_training(config, mesh)
-        step = make_train_step(training.spec, config)
-        text = step.lower(training.abstract_state(), training.abstract_batch()).as_text()
+        beside = training.abstract_companions()
+        step = make_train_step(training.spec, config, training.companions.specs)
+        text = step.lower(training.abstract_state(), training.abstract_batch(), beside).as_text()
     assert "sdy.mesh" in text
 
 

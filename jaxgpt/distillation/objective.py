@@ -1,0 +1,101 @@
+"""`objective=distill`: a student learns from the data and from a teacher's view of it.
+
+    alpha * T**2 * KL + (1 - alpha) * cross-entropy + hidden_weight * distance of hidden states
+
+per target (arXiv:1503.02531, section 2). The rows' `loss` and `hard_loss` are the cross-entropy,
+`soft_loss` is T**2 * KL, `hidden_loss` the distance.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxgpt.config import Config
+from jaxgpt.config.schema import IGNORE, DistillConfig
+from jaxgpt.distillation.divergence import Losses, Output, distillation_losses
+from jaxgpt.distillation.top_k import top_k_losses
+from jaxgpt.model import GPT
+from jaxgpt.parallel.rules import AxisRules, rowwise, without_fsdp
+
+
+def distill(config: Config) -> Callable:
+    """Returns the objective. Its companion is the `teacher`, unless the batch brings its likeliest
+    tokens (`top_k`); with `hidden_weight` the `projection` is trained along."""
+    cfg, z_loss = config.objectives.distill, config.optim.z_loss
+    learn = _from_disk if cfg.top_k else _from_teacher
+
+    def objective(model: GPT, micro: dict, key: PRNGKeyArray, **companions):
+        x = hidden(model, micro, key)
+        losses, distance = learn(cfg, model, x, micro, **companions)
+        nats, soft = jnp.sum(losses.nats), jnp.sum(losses.soft)
+        total = cfg.alpha * soft + (1 - cfg.alpha) * nats
+        total = total + z_loss * jnp.sum(jnp.square(losses.lse))
+        metrics = {"loss": nats, "hard_loss": nats, "soft_loss": soft}
+        for name, value in distance.items():
+            total, metrics = total + cfg.hidden_weight * value, metrics | {name: value}
+        return total, jnp.sum(micro["targets"] != IGNORE), metrics
+
+    return objective
+
+
+def hidden(model: GPT, micro: dict, key: PRNGKeyArray | None) -> Float[Array, "B T D"]:
+    """Returns the hidden states of a microbatch; nothing drops without a key."""
+    places = {name: micro.get(name) for name in ("positions", "segments")}
+    return model.hidden(micro["inputs"], dropout_key=key, **places)[0]
+
+
+def output(model: GPT, x: Float[Array, "B T D"]) -> Output:
+    """Returns what the logits of hidden states come from."""
+    table, reader = model.storage.parts(model.tokens if model.head is None else model.head)
+    return Output(x, table, model.finish, reader)
+
+
+def _from_teacher(
+    cfg: DistillConfig,
+    model: GPT,
+    x: Float[Array, "B T D"],
+    micro: dict,
+    teacher: GPT,
+    projection: dict | None = None,
+) -> tuple[Losses, dict]:
+    with jax.named_scope("teacher"):
+        theirs = jax.lax.stop_gradient(hidden(teacher, micro, None))
+    outputs, targets = (output(model, x), output(teacher, theirs)), micro["targets"]
+    with jax.named_scope("loss"):
+        losses = distillation_losses(
+            *outputs, targets, cfg.temperature, cfg.divergence, model.rules
+        )
+    if projection is None:
+        return losses, {}
+    distance = hidden_distance(x, theirs, projection["kernel"], model.rules)
+    return losses, {"hidden_loss": jnp.sum(jnp.where(targets != IGNORE, distance, 0))}
+
+
+def _from_disk(
+    cfg: DistillConfig, model: GPT, x: Float[Array, "B T D"], micro: dict
+) -> tuple[Losses, dict]:
+    with jax.named_scope("loss"):
+        return top_k_losses(output(model, x), micro, cfg, model.rules), {}
+
+
+def hidden_distance(
+    x: Float[Array, "B T D"],
+    theirs: Float[Array, "B T E"],
+    kernel: Float[Array, "D E"],
+    rules: AxisRules,
+) -> Float[Array, "B T"]:
+    """Returns the mean over E of (x kernel - theirs)**2 (arXiv:1909.10351, eq. 8)."""
+    kernel = jax.sharding.reshard(kernel.astype(x.dtype), without_fsdp(kernel))
+    projected = rowwise("MD,DE->ME", x, kernel, rules("batch", "seq", None), jnp.float32)
+    return jnp.mean(jnp.square(projected - theirs.astype(jnp.float32)), axis=-1)
+
+
+def make_projection(
+    key: PRNGKeyArray, width: int, their_width: int, dtype, rules: AxisRules
+) -> dict[str, Float[Array, "D E"]]:
+    """Returns the parameters of `hidden_distance`, drawn from N(0, 1/D)."""
+    init = jax.nn.initializers.normal(width**-0.5)
+    spec = rules("embed", None)
+    return {"kernel": init(key, (width, their_width), jnp.dtype(dtype), out_sharding=spec)}
