@@ -25,6 +25,8 @@ from jaxgpt.cli.run import run
 from jaxgpt.inference.chat import Chat, open_chat
 from jaxgpt.inference.requests import (
     MAX_UINT32,
+    REFUSE,
+    SLIDE,
     GenerationRequest,
     Sampling,
     check_range,
@@ -60,6 +62,13 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_multi_string("stop", [], "end in front of this; repeatable", flag_values=values)
     flags.DEFINE_integer("num_samples", 1, "how many", flag_values=values)
     flags.DEFINE_integer("num_beams", 0, "width of a beam search; 0 = sample", flag_values=values)
+    flags.DEFINE_enum(
+        "beyond_context",
+        REFUSE,
+        [REFUSE, SLIDE],
+        "texts longer than the context; slide: go on from its last half, read anew",
+        flag_values=values,
+    )
     flags.DEFINE_integer("seed", 0, "same seed, same samples", flag_values=values)
     parse(values, argv, __doc__)
     request = read_flags(values)
@@ -95,6 +104,8 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
         raise BadInput("--system goes with --chat")
     if values.num_beams and (values.stream or values.interactive or values.prompt_file):
         raise BadInput("--num_beams goes with --prompt alone: a search has no text until its end")
+    if values.num_beams and values.beyond_context == SLIDE:
+        raise BadInput("--num_beams and --beyond_context=slide do not go together; choose one")
     if values.num_beams and values.num_samples > values.num_beams:
         raise BadInput(
             f"--num_samples={values.num_samples} are more than --num_beams={values.num_beams}"

@@ -69,6 +69,7 @@ class Decoder:
     spec: ModelSpec
     params: dict
     vocab_limit: int
+    slides: bool = False  # texts may grow beyond the context: see `inference.sliding`
 
     @classmethod
     def of(cls, spec: ModelSpec, params: dict, vocab_limit: int) -> "Decoder":
@@ -134,13 +135,13 @@ def check_length(prompt_length: int, new: int, cfg: ModelConfig) -> None:
     if prompt_length > context:
         raise BadInput(
             f"the prompt has {prompt_length} tokens, more than the model's context of"
-            f" {context} (model.max_seq_len); shorten it"
+            f" {context} (model.max_seq_len); shorten it, or ask for --beyond_context=slide"
         )
     if prompt_length + new > context:
         raise BadInput(
             f"a prompt of {prompt_length} tokens and --max_new_tokens={new} exceed the"
             f" model's context of {context} (model.max_seq_len); ask for at most"
-            f" {context - prompt_length} new tokens"
+            f" {context - prompt_length} new tokens, or for --beyond_context=slide"
         )
 
 
@@ -183,8 +184,15 @@ def stream(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields what `generate` returns, `chunk` columns at a time; the device computes the next chunk
     meanwhile."""
-    state, longest = decoder.prefill(prompts, sampling, keys, new), max(map(len, prompts))
-    ended = np.zeros(len(prompts), bool)
+    state = decoder.prefill(prompts, sampling, keys, new)
+    yield from decode_chunks(decoder, state, max(map(len, prompts)), new, end, chunk)
+
+
+def decode_chunks(
+    decoder: Decoder, state: DecodeState, longest: int, new: int, end: int = -1, chunk: int = CHUNK
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields what `stream` yields, from the state after prompts of at most `longest` tokens."""
+    ended = np.zeros(len(state.token), bool)
     previous = None
     for start in range(0, new + chunk, chunk):
         following = None

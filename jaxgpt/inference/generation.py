@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgpt.config import ModelConfig
 from jaxgpt.inference.decode import CHUNK, Decoder, check_length, encode_prompt, sample_keys, stream
 from jaxgpt.inference.requests import GenerationRequest
+from jaxgpt.inference.sliding import slide
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -113,12 +113,14 @@ def encode_request(tokenizer: Tokenizer, request: GenerationRequest) -> np.ndarr
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, requests: Sequence[GenerationRequest], cfg: ModelConfig
+    decoder: Decoder, tokenizer: Tokenizer, requests: Sequence[GenerationRequest]
 ) -> list[np.ndarray]:
-    """Returns the ids of each request's prompt; `check_length` refuses what does not fit."""
+    """Returns the ids of each request's prompt; `check_length` refuses what does not fit, unless
+    the decoder slides."""
     prompts = [encode_request(tokenizer, request) for request in requests]
     for prompt, request in zip(prompts, requests, strict=True):
-        check_length(len(prompt), request.max_new_tokens, cfg)
+        if not decoder.slides:
+            check_length(len(prompt), request.max_new_tokens, decoder.spec.model)
     return prompts
 
 
@@ -131,12 +133,13 @@ def stream_text(
     """Continues all requests in one batch. Yields (index of the request, the text just added, its
     continuation) until all are finished. Raises `BadInput`: before anything is generated, if a
     request does not fit the context."""
-    prompts = encode_prompts(tokenizer, requests, decoder.spec.model)
+    prompts = encode_prompts(decoder, tokenizer, requests)
     texts = [Continuation(tokenizer, *pair) for pair in zip(requests, prompts, strict=True)]
     keys = sample_keys([(request.seed, request.sample_index) for request in requests])
     new = max(request.max_new_tokens for request in requests)
     samplings = [request.sampling for request in requests]
-    for tokens, logprobs in stream(decoder, prompts, new, samplings, keys, chunk=chunk):
+    generate = slide if decoder.slides else stream
+    for tokens, logprobs in generate(decoder, prompts, new, samplings, keys, chunk=chunk):
         for i, text in enumerate(texts):
             if not text.finish_reason:
                 yield i, text.feed(tokens[i].tolist(), logprobs[i].tolist()), text

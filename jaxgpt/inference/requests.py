@@ -12,6 +12,7 @@ from jaxgpt.text.pieces import Span
 
 MAX_TEMPERATURE = 1e6
 MAX_STOP_LENGTH = 1000  # characters
+REFUSE, SLIDE = "refuse", "slide"  # what to do with texts longer than the context
 MAX_UINT32 = 2**32 - 1  # the largest seed, and the largest max_new_tokens
 
 

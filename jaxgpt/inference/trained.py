@@ -11,6 +11,7 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.inference.decode import Decoder
+from jaxgpt.inference.sliding import announce
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.gpt import resolve_scan
 from jaxgpt.ops.attention import choose_kernel
@@ -37,9 +38,10 @@ class Trained:
         average = self.config.optim.ema_decay > 0
         return self.checkpoints.restore_params(self.step, abstract, average)
 
-    def decoder(self) -> Decoder:
-        """Returns the decoder of `params`; call under `jax.set_mesh(mesh)`. Raises `BadInput` if a
-        weight is not a finite number."""
+    def decoder(self, slides: bool = False) -> Decoder:
+        """Returns the decoder of `params`; call under `jax.set_mesh(mesh)`. With `slides` texts may
+        grow beyond the context, which a line says. Raises `BadInput` if a weight is not a finite
+        number, or the context is too short to slide."""
         params = self.params()
         finite = jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
         for path, is_finite in jax.tree.leaves_with_path(jax.device_get(finite)):
@@ -49,7 +51,8 @@ class Trained:
                     f" are not finite ({leaf_path(path)});"
                     " choose another with --step"
                 )
-        return Decoder.of(self.spec, params, self.tokenizer.vocab_size)
+        decoder = Decoder.of(self.spec, params, self.tokenizer.vocab_size)
+        return dataclasses.replace(decoder, slides=slides and announce(self.spec.model))
 
 
 def open_trained(workdir: str, step: int | str | None) -> Trained:

@@ -18,7 +18,7 @@ from jaxgpt.inference.generation import (
     generate_text,
     stream_text,
 )
-from jaxgpt.inference.requests import GenerationRequest
+from jaxgpt.inference.requests import SLIDE, GenerationRequest
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.system.console import say
 from jaxgpt.system.encoding import check_text
@@ -39,7 +39,7 @@ def sample(
     `chat` each line that is typed is a message."""
     trained = open_trained(values.workdir, values.step)
     with jax.set_mesh(trained.mesh):
-        decoder, tokenizer = trained.decoder(), trained.tokenizer
+        decoder, tokenizer = trained.decoder(values.beyond_context == SLIDE), trained.tokenizer
         if values.interactive:
             workdir = trained.checkpoints.folder.parent
             say(f"step {trained.step} of {workdir}: type a line to continue, Ctrl-D ends")
@@ -79,7 +79,7 @@ def print_stream(
     decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest, num_samples: int
 ) -> None:
     """Prints one sample after the other as it is generated."""
-    encode_prompts(tokenizer, [request], decoder.spec.model)  # fails before anything is printed
+    encode_prompts(decoder, tokenizer, [request])  # fails before anything is printed
     for sample in sample_requests(request, num_samples):
         sys.stdout.write("\n---\n" * (sample.sample_index > 0))
         texts = stream_text(decoder, tokenizer, [sample], STREAM_CHUNK)
@@ -116,7 +116,7 @@ def continue_rows(
     pairs = [
         (row, sample) for row, request in rows for sample in sample_requests(request, num_samples)
     ]
-    encode_prompts(tokenizer, [r for _, r in rows], decoder.spec.model)  # fails before any output
+    encode_prompts(decoder, tokenizer, [r for _, r in rows])  # fails before any output
     for start in range(0, len(pairs), BATCH):
         batch = pairs[start : start + BATCH]
         requests = [request for _, request in batch]

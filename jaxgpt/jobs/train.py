@@ -17,6 +17,7 @@ from jaxgpt.data.prepare import Prepared, check_shards, prepare
 from jaxgpt.data.show import NO_EXAMPLE, Example, example_prompt, in_shell, save_example
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.chat import Chat
+from jaxgpt.inference.decode import has_sliding_context
 from jaxgpt.inference.generation import encode_request
 from jaxgpt.inference.requests import GenerationRequest
 from jaxgpt.inference.training_sample import TrainingSample
@@ -169,14 +170,16 @@ def conclude(code: int, loop: Loop, workdir: epath.Path, example: Example) -> No
 
 
 def sample_flags(example: Example, tokenizer: Tokenizer, config: Config) -> str:
-    """Returns the flags with which `sample` continues the example, within the model's context."""
+    """Returns the flags with which `sample` continues the example, also in a short context."""
     flags = f"--prompt={in_shell(example.prompt)}"
     request = GenerationRequest(example.prompt)
     if example.is_chat:
         flags = f"--chat {flags}"
         request = Chat(config.data.chat_template).ask(request)
     room = config.model.max_seq_len - len(encode_request(tokenizer, request))
-    return flags if room >= request.max_new_tokens else f"{flags} --max_new_tokens={max(room, 1)}"
+    if room >= request.max_new_tokens or has_sliding_context(config.model):
+        return flags
+    return f"{flags} --max_new_tokens={room}" if room > 0 else f"{flags} --beyond_context=slide"
 
 
 def say_stopped_early(workdir: epath.Path, step: int, checkpoints: Checkpoints) -> int:

@@ -320,6 +320,24 @@ def test_streaming_stops_beams_and_several(command, workdir):
         assert code == 2 and message in err
 
 
+def test_text_beyond_the_context_is_refused_or_slides(command, workdir):
+    base = (f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=150", "--seed=2")
+    code, out, err = command(sample.main, *base)
+    assert (code, out) == (2, "") and "or for --beyond_context=slide" in err
+    code, out, err = command(sample.main, *base[:1], f"--prompt={'x' * 65}")
+    assert code == 2 and "shorten it, or ask for --beyond_context=slide" in err
+    slide = "--beyond_context=slide"
+    code, out, err = command(sample.main, *base, slide, "--num_samples=2")
+    assert code == 0 and len(out.split("\n---\n")[0]) > 100, err
+    assert "context of 64 tokens goes on from its last 32, read anew" in err
+    code, streamed, _ = command(sample.main, *base, slide, "--num_samples=2", "--stream")
+    assert streamed == out
+    short = command(sample.main, *base, "--max_new_tokens=60")[1]
+    assert out.startswith(short.rstrip("\n\ufffd")), "up to the first cut the same"
+    code, _, err = command(sample.main, *base, slide, "--num_beams=2")
+    assert code == 2 and "--num_beams and --beyond_context=slide do not go together" in err
+
+
 def test_interactive_continues_line_by_line(workdir, tmp_path):
     lines = tmp_path / "lines"
     lines.write_bytes(f"one\n{'x' * 60}\ntwo\n".encode() + b"\xff\xfe\nthree\n")

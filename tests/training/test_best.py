@@ -123,11 +123,18 @@ def test_the_losses_are_on_disk(tmp_path):
     assert meta == {"tokens": 2, "validation_loss": 5.0}
 
 
-@pytest.mark.parametrize("losses, best", [({2: 1.0, 4: 2.0}, 2), ({2: 2.0, 4: 1.0}, None)])
-def test_the_end_of_a_run_names_the_best(tmp_path, capsys, losses, best):
-    """In what it suggests, where the best is not the last."""
+@pytest.mark.parametrize(
+    "losses, best, context, rest",
+    [
+        ({2: 1.0, 4: 2.0}, 2, 210, " --max_new_tokens=199"),
+        ({2: 2.0, 4: 1.0}, None, 211, ""),
+        ({2: 2.0, 4: 1.0}, None, 11, " --beyond_context=slide"),
+    ],
+)
+def test_the_end_of_a_run_names_the_best(tmp_path, capsys, losses, best, context, rest):
+    """In what it suggests, where the best is not the last; and what the context has room for."""
     save(tmp_path, losses)
-    config = dataclasses.replace(tiny_config(max_seq_len=210), num_steps=4)
+    config = dataclasses.replace(tiny_config(max_seq_len=context), num_steps=4)
     loop = Mock(
         spec=Loop,
         config=config,
@@ -139,6 +146,6 @@ def test_the_end_of_a_run_names_the_best(tmp_path, capsys, losses, best):
     conclude(0, loop, epath.Path(tmp_path), Example("once upon a", False))
     said = capsys.readouterr().err
     flag = " --step=best" if best else ""
-    line = f"jaxgpt.sample --workdir={tmp_path}{flag} --prompt='once upon a' --max_new_tokens=199\n"
+    line = f"jaxgpt.sample --workdir={tmp_path}{flag} --prompt='once upon a'{rest}\n"
     assert line in said and f"jaxgpt.evaluate --workdir={tmp_path}{flag}\n" in said
     assert ("(the best checkpoint is 2, loss 1.0000: --step=best)" in said) == bool(best)
