@@ -50,7 +50,10 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
         steps = trained.checkpoints.whole()
     if values.watch:
         steps = new_checkpoints(trained, values.watch_every)
-    for step in steps:
+    for number, step in enumerate(steps, start=1):
+        if values.all_steps or values.watch:
+            of = f" ({number} of {len(steps)})" if values.all_steps else ""
+            say(f"step {step}{of}")
         began = time.perf_counter()
         with jax.set_mesh(trained.mesh):
             figures = measure(dataclasses.replace(trained, step=step).params())
