@@ -89,7 +89,8 @@ def test_extras_are_spelled_as_the_metadata_does():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     known = {name.replace("_", "-") for name in setup["options.extras_require"]}
-    files = [ROOT / "README.md", ROOT / ".ci" / "run", *PACKAGE.rglob("*.py")]
+    files = [*ROOT.glob("*/**/README.md"), ROOT / "README.md", ROOT / ".ci" / "run"]
+    files += PACKAGE.rglob("*.py")
     lists = [found for f in files for found in re.findall(r"\.\[([\w,-]+)\]'", f.read_text())]
     named = {extra for found in lists for extra in found.split(",")}
     for file in PACKAGE.rglob("*.py"):

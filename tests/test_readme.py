@@ -1,4 +1,5 @@
-"""What the README, the launch scripts and the docstrings name: it exists, and is understood."""
+"""What the README and its pages, the launch scripts and the docstrings name: it exists, and is
+understood."""
 
 import dataclasses
 import re
@@ -10,9 +11,13 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.text import sources
 from tests.conftest import ROOT
 
+README = ROOT / "README.md"
+PAGES = [ROOT / room / "README.md" for room in ("configs", "jaxgpt", "launch", "tests")]
+PAGES += (ROOT / "jaxgpt").glob("*/README.md")
 TEXTS = [
-    ROOT / "README.md",
-    *(ROOT / "launch").iterdir(),
+    README,
+    *PAGES,
+    *(file for file in (ROOT / "launch").iterdir() if file not in PAGES),
     *(ROOT / "configs").glob("*.py"),
     *(ROOT / "jaxgpt").glob("*.py"),
 ]
@@ -22,7 +27,7 @@ VALUE = r"('[^']*'|[^\s'`]+(?:'[^']*')?)"  # as a shell takes it: 'text:a b/*', 
 def named(pattern: str) -> list:
     """Every match of `pattern` in the texts, with the file's name."""
     return [
-        pytest.param(found, id=f"{file.name}-{found}")
+        pytest.param(found, id=f"{file.relative_to(ROOT)}-{found}")
         for file in TEXTS
         for found in sorted(set(re.findall(pattern, file.read_text())))
     ]
@@ -33,15 +38,49 @@ def test_files_exist(path):
     assert (ROOT / path).is_file()
 
 
+def anchors(page) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_links_lead_somewhere_and_every_page_is_linked():
+    linked = set()
+    for page in (README, *PAGES):
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.is_file(), f"{link} in {page}"
+            assert not anchor or anchor in anchors(target), f"{link} in {page}"
+            if page == README:
+                linked.add(target)
+    assert linked == set(PAGES)
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 220
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_flags_exist(page):
+    source = "".join(file.read_text() for file in (ROOT / "jaxgpt").rglob("*.py"))
+    known = set(re.findall(r'DEFINE(?:_\w+)?\(\s*(?:\w+\(\), )?"(\w+)"', source)) | {"config"}
+    for line in re.findall(r"^.*\bjaxgpt[. ][a-z]\w+.* --.*$", page.read_text(), re.M):
+        for name in re.findall(r"(?:python -m jaxgpt\.|(?<!\S)jaxgpt )([a-z]\w+)", line):
+            assert (ROOT / "jaxgpt" / f"{name}.py").is_file(), line
+        for command in re.findall(r"python -m jaxgpt\.[^`;&#]*", line):
+            assert set(re.findall(r"--(\w+)", command)) <= known, command
+
+
 def test_the_readme_lists_every_config_and_launch_script():
-    text = (ROOT / "README.md").read_text()
+    text = "".join(page.read_text() for page in (README, *PAGES))
     tables = {
         name
         for row in re.findall(r"^\| (`.*?) \|", text, re.M)
         for name in re.findall(r"`([\w.]+)", row)
     }
     assert tables >= {file.stem for file in (ROOT / "configs").glob("*.py")}
-    whole = {file.name for file in (ROOT / "launch").iterdir()}
+    whole = {file.name for file in (ROOT / "launch").iterdir() if file.suffix != ".md"}
     assert not {name for name in whole if name not in text}
 
 
