@@ -3,8 +3,9 @@
     python -m jaxgpt.convert import --from=HF_DIR --workdir=DIR
     python -m jaxgpt.convert export --workdir=DIR --to=HF_DIR [--step=N|best] [--dtype=float32]
 
-`import` reads GPT-2, Llama and Qwen3 folders (safetensors or pytorch_model.bin) and OpenAI's own
-GPT-2 release, and writes a workdir with one checkpoint, for evaluate, sample, export and init_from.
+`import` reads GPT-2, Llama and Qwen3 folders (safetensors or pytorch_model.bin), also by their name
+on the Hugging Face hub (--from=openai-community/gpt2), and OpenAI's own GPT-2 release. It writes a
+workdir with one checkpoint, for evaluate, sample, export and init_from.
 `export` writes a folder that transformers loads, reads it back and compares logits; a folder that
 does not match is removed.
 """
@@ -16,6 +17,7 @@ from absl import flags
 from jaxgpt.checkpointing.choice import check_run, define_step
 from jaxgpt.cli.flags import parse_action
 from jaxgpt.cli.run import run
+from jaxgpt.hub.models import located
 from jaxgpt.interchange.folder import check_folder
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import path_of
@@ -26,7 +28,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def main(argv: list[str]) -> None:
     values = flags.FlagValues()
-    flags.DEFINE_string("from", "", "import: the folder to read", flag_values=values)
+    flags.DEFINE_string(
+        "from", "", "import: the folder to read, or a name on the hub", flag_values=values
+    )
     flags.DEFINE_string("to", "", "export: the folder to write", flag_values=values)
     flags.DEFINE_string("workdir", "", "the run", flag_values=values)
     define_step(values)
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> None:
     if action == "export":
         check_run(values.workdir, values.step)
     else:
-        check_folder(folder)
+        check_folder(Path(located(str(folder))))
     # JAX is imported only now, so that wrong flags are reported at once
     from jaxgpt.jobs.convert import export_folder, import_folder
 

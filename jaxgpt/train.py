@@ -29,9 +29,10 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_integer("verify_resume", 0, "prove resume over K steps", flag_values=values)
     define_flags(values)
-    config = config_of(parse(values, argv, __doc__))
-    check_flags(values)
+    parse(values, argv, __doc__)
     workdir = epath.Path(values.workdir or f"runs/{Path(config_path(argv)).stem}")
+    config = config_of(values, workdir)
+    check_flags(values)
     check_writable(workdir)
     if not (workdir / "checkpoints").exists():  # a run that is there may have its text in the cache
         from jaxgpt.data.prepare import check_data

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # no test asks the real hub
 
 
 # jaxlib 0.10 compiles in a third of the time where LLVM's IR is made directly; later ones have no

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "jaxgpt"
 ROOMS = [
     "system",
     "config",
+    "hub",
     "processes",
     "metrics",
     "tokenizer",

@@ -7,11 +7,13 @@ import signal
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from jaxgpt.config.migrate import renamed_in
-from jaxgpt.config.schema import Config, fields_of, left_open
+from jaxgpt.config.schema import Config, fields_of, get_field, left_open
 from jaxgpt.config.validate import any_of, check_known, named, validate
+from jaxgpt.hub.names import FIELDS, names_in
 from jaxgpt.system.encoding import check_setting
 from jaxgpt.system.errors import BadInput, described, did_you_mean
 
@@ -84,11 +86,11 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
         raise BadInput(described(e)) from e
 
 
-def config_of(values: flags.FlagValues) -> Config:
+def config_of(values: flags.FlagValues, workdir: epath.Path | None = None) -> Config:
     """Returns the parsed, overridden, checked config, its derived sizes filled in, and what it
     leaves open as `init_from` has it. Raises `BadInput` if `--config` was not given, or see
-    `validate` and `completed`."""
-    config = given_config(values)
+    `validate`, `pin` and `completed`."""
+    config = given_config(values, workdir)
     if left_open(config):
         from jaxgpt.interchange.init_from import completed  # its libraries take 0.2 s to import
 
@@ -96,15 +98,21 @@ def config_of(values: flags.FlagValues) -> Config:
     return validate(config)
 
 
-def given_config(values: flags.FlagValues) -> Config:
+def given_config(values: flags.FlagValues, workdir: epath.Path | None = None) -> Config:
     """Returns the parsed, overridden config as it was given: a size that is to be derived is still
-    0, and what is left to `init_from` None. Raises `BadInput` if `--config` was not given; see also
-    `validate`."""
+    0, and what is left to `init_from` None. Names of the hub get their commit, that of the run in
+    `workdir` if there is one. Raises `BadInput` if `--config` was not given; see also `validate`
+    and `pin`."""
     if values["config"].using_default_value:
         raise BadInput("--config=FILE is required, for example --config=tiny")
     if not left_open(values.config):
         validate(values.config)
-    return copy.deepcopy(values.config)
+    config = copy.deepcopy(values.config)
+    if any(names_in(field, get_field(config, field)) for field in FIELDS):
+        from jaxgpt.cli.pins import pin  # its libraries take 0.5 s to import
+
+        pin(config, workdir)
+    return config
 
 
 def config_path(argv: list[str]) -> str:

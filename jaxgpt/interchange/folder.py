@@ -59,17 +59,11 @@ def is_model_folder(path: Path) -> bool:
     return config.is_file() and "model_type" in read_json(config, dict)
 
 
-def how_to_download(path: Path) -> str:
-    """Says how to download the model that `path` seems to name: GPT-2, or OWNER/NAME."""
-    repository, files, target = "OWNER/NAME", "", "DIR"
-    if match := re.fullmatch("(?:openai-community/)?(gpt2(?:-medium|-large|-xl)?)", str(path)):
-        repository, target = f"openai-community/{match[1]}", match[1]
-        # the repository also holds the weights of other frameworks
-        files = " config.json model.safetensors tokenizer.json"
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and not path.parent.exists():
-        repository, target = str(path), path.name
-    command = f"hf download {repository}{files} --local-dir {target}"
-    return f"a model of the Hugging Face hub is downloaded with: {command}"
+def name_on_hub(path: Path) -> str:
+    """Says, for the end of a message, how a model of the hub is named; guesses GPT-2's."""
+    if re.fullmatch("gpt2(-medium|-large|-xl)?", str(path)):
+        return f"did you mean openai-community/{path}, of the Hugging Face hub?"
+    return "a model of the Hugging Face hub is named OWNER/NAME, like openai-community/gpt2"
 
 
 def check_folder(path: Path) -> None:

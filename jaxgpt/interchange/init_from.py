@@ -1,5 +1,6 @@
-"""What a run takes from `init_from`, a workdir or a model folder, before its weights: the
-architecture and the tokenizer that its config leaves open. A student may take its teacher's.
+"""What a run takes from `init_from`, a workdir or a model folder (also one of the hub), before its
+weights: the architecture and the tokenizer that its config leaves open. A student may take its
+teacher's.
 
     Config(init_from=DIR, model=presets.from_init(), data=DataConfig(tokenizer=""))
 """
@@ -20,7 +21,8 @@ from jaxgpt.config.validate import (
     parse_patterns,
     validate,
 )
-from jaxgpt.interchange.folder import how_to_download, is_model_folder, open_folder
+from jaxgpt.hub.models import located
+from jaxgpt.interchange.folder import is_model_folder, name_on_hub, open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
@@ -30,20 +32,21 @@ CONTEXT = 1024  # TRL's default, where the model has a longer one: Llama 3.2's t
 
 def is_workdir(path: str) -> bool:
     """Says whether `path` is a run's folder, with checkpoints."""
-    return (epath.Path(path) / "checkpoints").exists()
+    return (epath.Path(located(path)) / "checkpoints").exists()
 
 
 def check_source(path: str, field: str = "init_from") -> None:
     """Raises `BadInput` if there is nothing at `path` to start from."""
-    if not is_workdir(path) and not is_model_folder(Path(path)):
+    if not is_workdir(path) and not is_model_folder(Path(located(path))):
         raise BadInput(
             f"{field}={path} is neither a workdir with checkpoints"
-            f" nor a Hugging Face model folder; {how_to_download(Path(path))}"
+            f" nor a Hugging Face model folder; {name_on_hub(Path(path))}"
         )
 
 
 def model_of(path: str) -> ModelConfig:
     """Returns the architecture of a workdir or a model folder, its sizes filled in."""
+    path = located(path)
     return (
         read_config(epath.Path(path)).model if is_workdir(path) else open_folder(Path(path)).model
     )
@@ -80,6 +83,7 @@ def _taken(config: Config) -> ModelConfig:
 
 def tokenizer_of(path: str) -> Tokenizer | None:
     """Returns the tokenizer of a workdir or a model folder, None if it has none."""
+    path = located(path)
     if is_workdir(path):
         return load_tokenizer(epath.Path(path) / "tokenizer")
     files = ("tokenizer.json", "vocab.json", "encoder.json")

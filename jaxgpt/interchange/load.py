@@ -10,6 +10,7 @@ from etils import epath
 from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
 from jaxgpt.config import Config, LoraConfig, MeshConfig, ModelConfig, ShrinkConfig
 from jaxgpt.config.stored import read_config
+from jaxgpt.hub.models import located
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.init_from import is_workdir
 from jaxgpt.interchange.weights import read_params
@@ -23,6 +24,7 @@ from jaxgpt.system.trees import leaves_by_path
 def load_weights(path: str) -> tuple[dict[str, np.ndarray], ModelConfig]:
     """Returns the parameters of a workdir or a model folder by path, on the host, with LoRA's
     additions merged and stored matrices as floats, and its model config."""
+    path = located(path)
     if is_workdir(path):
         config = read_config(epath.Path(path))
         checkpoints = Checkpoints(path, read_only=True)

@@ -13,6 +13,8 @@ from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.config import ComputeConfig, Config, DataConfig
 from jaxgpt.config.schema import model_differences
 from jaxgpt.config.stored import to_json
+from jaxgpt.hub.models import located, pinned_model
+from jaxgpt.hub.names import map_names
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.interchange.families import family_of
 from jaxgpt.interchange.folder import open_folder
@@ -34,10 +36,12 @@ PROBE_TOKENS = 64
 
 
 def import_folder(source: Path, workdir: Path) -> None:
-    """Writes the model in `source` as a new workdir. Raises `BadInput` if `source` cannot be read
-    (see `open_folder`), or `workdir` is not empty."""
-    folder = open_folder(source)
-    tokenizer = read_tokenizer(source)
+    """Writes the model in `source`, a folder or a name on the hub, as a new workdir. Raises
+    `BadInput` if it cannot be read (see `located` and `open_folder`), or `workdir` is not empty."""
+    name = map_names("init_from", str(source), pinned_model)
+    path = Path(located(name))
+    folder = open_folder(path)
+    tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size > folder.model.vocab_size:
         raise BadInput(
             f"the tokenizer in {source} has {tokenizer.vocab_size} tokens, the model only"
@@ -52,11 +56,11 @@ def import_folder(source: Path, workdir: Path) -> None:
         params = read_params(folder, abstract)
         save_tokenizer(tokenizer, scratch / "tokenizer")
         (scratch / "config.json").write_text(to_json(config))
-        meta = {"tokens": 0, "seconds": 0.0, "data_fingerprint": "", "imported": str(source)}
+        meta = {"tokens": 0, "seconds": 0.0, "data_fingerprint": "", "imported": name}
         save_weights(scratch, params, meta)
     say(
         f"imported  {count_parameters(params, config.model):,} parameters of {folder.family.name}"
-        f" from {source} into {workdir}\n"
+        f" from {name} into {workdir}\n"
         f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='Once upon a time'\n"
         f"          python -m jaxgpt.train --config=FILE --config.init_from={workdir}"
     )

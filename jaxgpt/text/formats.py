@@ -59,14 +59,18 @@ def _not_utf8(where: str, e: UnicodeDecodeError, offset: int = 0) -> BadInput:
 
 
 def json_rows(files: list[str]) -> Iterator[tuple[str, int, object]]:
-    """Yields (where, number, value) of every row of JSON: of each line that is not blank or, in a
-    file that begins with `[`, of each element of that one array. `where` is for messages: "a.jsonl,
-    line 3" or "a.json, row 3".
+    """Yields (where, number, value) of every row: of a file of JSON each line that is not blank or,
+    if it begins with `[`, each element of that one array; of a parquet file each row. `where` is
+    for messages: "a.jsonl, line 3" or "a.json, row 3".
 
     Raises `BadInput` if a row is no JSON or longer than `LONGEST`; one is in memory at a time.
     """
     for file in files:
-        yield from _array_rows(file) if _begins_array(file) else _line_rows(file)
+        if file.endswith(".parquet"):
+            rows = enumerate(_parquet_rows(file), start=1)
+            yield from ((f"{file}, row {number}", number, row) for number, row in rows)
+        else:
+            yield from _array_rows(file) if _begins_array(file) else _line_rows(file)
 
 
 def _line_rows(file: str) -> Iterator[tuple[str, int, object]]:
@@ -172,29 +176,47 @@ def read_jsonl(file: str, field: str) -> Iterator[Piece]:
             yield Piece(text, file, number)
 
 
+def read_any(file: str, field: str) -> Iterator[Piece]:
+    """Yields the documents of a parquet, JSON or text file, told by its ending; see the others."""
+    if file.endswith(".parquet"):
+        return read_parquet(file, field)
+    plain = file.removesuffix(".gz").removesuffix(".zst")
+    return read_text(file) if plain.endswith(".txt") else read_jsonl(file, field)
+
+
 def read_parquet(file: str, column: str) -> Iterator[Piece]:
     """Yields the text `column` of each row; nulls and empty texts are skipped."""
+    for number, row in enumerate(_parquet_rows(file, column), start=1):
+        if row[column]:
+            yield Piece(row[column], file, number)
+
+
+def _parquet_rows(file: str, column: str = "") -> Iterator[dict]:
+    """Yields each row, of which only the text `column` is read if one is given."""
     parquet = require("pyarrow.parquet", "data", "reading parquet")
-    row = 0
+    done = 0
     with (
         open_file(file, decompress=False) as stream,
-        as_bad_input(lambda e: f"{file} cannot be read as parquet after row {row}: {e}"),
+        as_bad_input(lambda e: f"{file} cannot be read as parquet after row {done}: {e}"),
     ):
         table = parquet.ParquetFile(stream)
-        names = table.schema_arrow.names
-        if names.count(column) != 1:
-            many = "more than one" if column in names else "no"
-            raise BadInput(
-                f"{file} has {many} column {column!r}: it has {', '.join(names)}; set data.field"
-            )
-        kind = table.schema_arrow.field(column).type
-        if str(kind) not in ("string", "large_string"):
-            raise BadInput(f"column {column!r} of {file} holds {kind}, not text")
-        for batch in table.iter_batches(columns=[column], batch_size=1024):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if text:
-                    yield Piece(text, file, row)
+        if column:
+            _check_column(file, table.schema_arrow, column)
+        for batch in table.iter_batches(columns=[column] if column else None, batch_size=1024):
+            for row in batch.to_pylist():
+                done += 1
+                yield row
+
+
+def _check_column(file: str, schema, column: str) -> None:
+    if schema.names.count(column) != 1:
+        many = "more than one" if column in schema.names else "no"
+        raise BadInput(
+            f"{file} has {many} column {column!r}: it has {', '.join(schema.names)}; set data.field"
+        )
+    kind = schema.field(column).type
+    if str(kind) not in ("string", "large_string"):
+        raise BadInput(f"column {column!r} of {file} holds {kind}, not text")
 
 
 def read_warc(file: str) -> Iterator[Piece]:

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from jaxgpt.config import DataConfig
+from jaxgpt.hub.datasets import dataset_files
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text import formats
 from jaxgpt.text.chat import ChatReader, kind_of
@@ -24,11 +25,11 @@ from jaxgpt.tokenizer import Tokenizer
 
 KINDS = (
     "builtin, text:GLOB, jsonl:GLOB, parquet:GLOB, warc:GLOB, tfds:NAME[/CONFIG], bin:GLOB,"
-    " sft:GLOB, task:sentiment|entailment|questions:GLOB, shards:DIR or a mixture like"
+    " sft:GLOB, task:sentiment|entailment|questions:GLOB, hf:ORG/NAME, shards:DIR or a mixture like"
     " 0.7*text:GLOB,0.3*jsonl:GLOB"
 )
 FILE_HASHES = "digests.json"  # in the cache; see `hash_files`
-NAMES = ("text", "jsonl", "parquet", "warc", "tfds", "bin", "sft", "task", "shards")
+NAMES = ("text", "jsonl", "parquet", "warc", "tfds", "bin", "sft", "task", "hf", "shards")
 KIND_OF = {  # what a file's ending says
     ".json": "jsonl",
     ".jsonl": "jsonl",
@@ -109,6 +110,7 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
         "parquet": partial(formats.read_parquet, column=cfg.field),
         "warc": formats.read_warc,
         "sft": ChatReader(spec, cfg.chat_template),
+        "hf": partial(formats.read_any, field=cfg.field),
     }
     if tokenizer is not None:
         readers["bin"] = partial(
@@ -123,13 +125,22 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
         raise BadInput(f"data source {spec!r} is unknown{hint}")
     is_configured = spec in cfg.source  # and not one that a flag of `evaluate` names
     remedy = f"; name yours with --config.data.source={kind}:FILE" if is_configured else ""
-    files = list_files(spec, argument, remedy)
-
-    def documents() -> Iterator[Piece]:
-        return chain.from_iterable(map(readers[kind], files))
-
+    if kind == "hf" or argument.startswith("hf:"):
+        splits = dataset_files(argument.removeprefix("hf:"), cache)
+    else:
+        splits = (list_files(spec, argument, remedy), [])
     masked = kind in ("sft", "task")
-    return _file_source(spec, f"{kind} {setting}", documents, files, cache, masked)
+
+    def part(files: list[str]) -> Source:
+        documents = partial(_documents, readers[kind], files)
+        return _file_source(spec, f"{kind} {setting}", documents, files, cache, masked)
+
+    train, validation = splits
+    return dataclasses.replace(part(train), validation=part(validation) if validation else None)
+
+
+def _documents(read: Callable[[str], Iterator[Piece]], files: list[str]) -> Iterator[Piece]:
+    return chain.from_iterable(map(read, files))
 
 
 def nearest(spec: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from etils import epath
 
+from jaxgpt.hub.models import located
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import Damaged, path_of, read_json
 from jaxgpt.tokenizer.base import ByteTokenizer, Tokenizer, TrainingText
@@ -82,7 +83,7 @@ def make_tokenizer(
         return SentencePieceTokenizer.train(texts, *size)
     kind, _, path = spec.partition(":")
     if kind in READERS and path:
-        path = path_of(path, "data.tokenizer")
+        path = path_of(located(path, weights=False), "data.tokenizer")
         for folder in (path, path / "tokenizer") if kind == "hf" else ():
             if (folder / KIND_FILE).is_file():  # of a workdir, of any kind
                 return load_tokenizer(folder)

@@ -407,14 +407,12 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(command, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("gpt2", "openai-community/gpt2 config.json model.safetensors tokenizer.json --local-dir"),
-        ("openai-community/gpt2-xl", "openai-community/gpt2-xl config.json"),
-        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
-        ("runs/gpt2", "hf download OWNER/NAME --local-dir DIR"),  # a folder of ours, not a name
-        ("/models/gpt2", "hf download OWNER/NAME --local-dir DIR"),
+        ("gpt2-xl", "did you mean openai-community/gpt2-xl, of the Hugging Face hub?"),
+        ("runs/gpt2", "is named OWNER/NAME"),  # a folder of ours, not a name
+        ("/models/gpt2", "is named OWNER/NAME"),
     ],
 )
-def test_a_model_that_is_not_there_is_said_how_to_download(
+def test_a_folder_that_is_not_there_is_said_how_the_hub_names_it(
     command, tmp_path, monkeypatch, name, says
 ):
     monkeypatch.chdir(tmp_path)

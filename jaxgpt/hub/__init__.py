@@ -1,0 +1,1 @@
+"""Models and datasets of the Hugging Face hub, by name."""
