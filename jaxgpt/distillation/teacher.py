@@ -24,6 +24,7 @@ from jaxgpt.data.prepare import Prepared, cache_folder
 from jaxgpt.distillation.objective import hidden, make_projection, output
 from jaxgpt.distillation.records import Records, TaughtChunks, records_folder
 from jaxgpt.distillation.top_k import most_likely
+from jaxgpt.hub.models import located
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.init_from import check_source, is_workdir, tokenizer_of
 from jaxgpt.interchange.load import load_weights, put_like
@@ -82,7 +83,7 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
 
 def teacher_config(config: Config) -> Config:
     """Returns the teacher's own config, on the run's mesh and batches, with nothing random."""
-    path = config.objectives.distill.teacher
+    path = located(config.objectives.distill.teacher)
     if is_workdir(path):
         theirs = read_config(epath.Path(path))
     else:

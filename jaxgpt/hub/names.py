@@ -17,7 +17,8 @@ MODEL = re.compile(rf"(?P<repo>{PART}/{PART}){REVISION}")
 DATASET = re.compile(
     rf"(?P<repo>{PART}(?:/{PART})?)(?:/(?P<config>[^@#,/\s]+))?(?:#(?P<split>{PART}))?{REVISION}"
 )
-FIELDS = ("init_from", "data.tokenizer", "data.source", "data.validation_source")
+MODELS = ("init_from", "objectives.distill.teacher")
+FIELDS = (*MODELS, "data.tokenizer", "data.source", "data.validation_source")
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -62,7 +63,7 @@ def map_names(field: str, text: str, change: Callable[[Name], Name]) -> str:
     """Returns a config field's `text` with every name of the hub in it changed by `change`."""
     if not isinstance(text, str):
         return text  # `validate` refuses it
-    if field == "init_from":
+    if field in MODELS:
         name = model_name(text)
         return str(change(name)) if name else text
     if field == "data.tokenizer":

@@ -69,7 +69,7 @@ def name_on_hub(path: Path) -> str:
 def check_folder(path: Path) -> None:
     """Raises `BadInput` if there is no folder at `path`."""
     if not path.is_dir():
-        raise BadInput(f"{path} is not a folder; {how_to_download(path)}")
+        raise BadInput(f"{path} is not a folder; {name_on_hub(path)}")
 
 
 def open_folder(path: Path) -> Folder:

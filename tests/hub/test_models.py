@@ -81,7 +81,13 @@ def fine_tune(command, *flags):
     return command(
         *(train.main, f"--config={ROOT}/configs/finetune.py", "--config.init_from=tests/tiny"),
         *("--workdir=w", "--config.data.source=sft:hf:tests/chats", "--config.batch_size=8"),
-        *("--config.model.max_seq_len=24", "--config.num_epochs=0", *flags),
+        *(
+            "--config.model.max_seq_len=24",
+            "--config.num_epochs=0",
+            "--config.mesh.data=1",
+            "--config.sample.max_new_tokens=0",
+            *flags,
+        ),
     )
 
 
