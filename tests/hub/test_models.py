@@ -84,7 +84,6 @@ def fine_tune(command, *flags):
         *(
             "--config.model.max_seq_len=24",
             "--config.num_epochs=0",
-            "--config.mesh.data=1",
             "--config.sample.max_new_tokens=0",
             *flags,
         ),
