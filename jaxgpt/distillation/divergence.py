@@ -64,11 +64,8 @@ class Kind(NamedTuple):
 
 def _specs(kinds: tuple[Kind, Kind], rules: AxisRules) -> tuple:
     """Returns the shardings of (x, table, their_x, their_table, targets)."""
-    hidden, (table, their_table) = (
-        rules("batch", "seq", None),
-        (rules(*k.reader.axes) for k in kinds),
-    )
-    return hidden, table, hidden, their_table, rules("batch", "seq")
+    hidden, tables = rules("batch", "seq", None), [rules(*kind.reader.axes) for kind in kinds]
+    return hidden, tables[0], hidden, tables[1], rules("batch", "seq")
 
 
 class Divergence(NamedTuple):

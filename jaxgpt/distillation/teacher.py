@@ -48,13 +48,15 @@ def check_teacher(config: Config) -> None:
     """
     path = config.objectives.distill.teacher
     check_source(path, FIELD)
+    kind, source = config.data.tokenizer, config.data.source
+    if tokenizer_of(path) is None:
+        say(f"teacher   {path} holds no tokenizer: data.tokenizer={kind} must be the one it knows")
     model, mine = teacher_config(config).model, config.model
     if model.max_seq_len < mine.max_seq_len:
         raise BadInput(
             f"{FIELD}={path} takes {model.max_seq_len:,} tokens at once, fewer than"
             f" model.max_seq_len={mine.max_seq_len:,}"
         )
-    kind, source = config.data.tokenizer, config.data.source
     if not is_trained(kind) and not source.startswith("shards:"):
         check_tokenizer(config, make_tokenizer(kind, (), config.data.special_tokens))
 
@@ -77,8 +79,6 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         )
     if (k := config.objectives.distill.top_k) >= size:
         raise BadInput(f"objectives.distill.top_k={k} must be less than the {size:,} tokens")
-    if theirs is None:
-        say(f"teacher   {path} holds no tokenizer: data.tokenizer={kind} must be the one it knows")
 
 
 def teacher_config(config: Config) -> Config:

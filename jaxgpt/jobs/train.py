@@ -66,6 +66,7 @@ def train(workdir: epath.Path, config: Config) -> int:
         check_memory(run.abstract_state(), mesh, run.abstract_companions())
         hosts.check_same(to_json(config), "the config")
         hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
+        hosts.check_same(str(run.companions.reference), f"what {config.objective} learns from")
         stream = training_stream(data.train, config)
         evaluate = evaluator(run, data)
         example = example_prompt(data.validation, data.tokenizer, config.data.chat_template)

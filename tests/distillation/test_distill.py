@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from jaxgpt import convert, evaluate, train
+from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.config import DistillConfig, ObjectivesConfig
+from jaxgpt.config.stored import to_json
+from jaxgpt.model import ModelSpec
+from jaxgpt.optim.groups import trainable
+from jaxgpt.tokenizer import save_tokenizer
+from jaxgpt.tokenizer.base import ByteTokenizer
 from jaxgpt.training.setup import make_training
 from tests.conftest import mesh_of, random_batch, tiny_config
 
@@ -79,6 +85,13 @@ def test_every_part_of_the_loss_falls(on_one_device):
     assert params["objective"]["projection"]["kernel"].shape == (32, 48)
 
 
+def test_the_projection_is_trained_beside_loras_additions():
+    params = {"objective": {"projection": {"kernel": 0}}, "blocks": {"lora_in": 0, "kernel": 0}}
+    want = {"objective": {"projection": {"kernel": True}}}
+    want |= {"blocks": {"lora_in": True, "kernel": False}}
+    assert trainable(params, "", lora_rank=2) == want
+
+
 def rows_of(workdir) -> list[dict]:
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if row["split"] == "train"]
@@ -109,9 +122,19 @@ def at(command, corpus, folders, monkeypatch):
         return code, err
 
     if not (folders / "teacher").exists():
-        code, err = run("teacher", "model.num_layers=3", "model.max_seq_len=24")
-        assert code == 0, err
+        write_teacher(folders / "teacher")
     return run
+
+
+def write_teacher(folder) -> None:
+    """A workdir of a model that nobody trained."""
+    config = tiny_config(vocab_size=257, num_layers=3, num_heads=2, embed_dim=16)
+    with jax.set_mesh(mesh_of(config)):
+        params = jax.jit(ModelSpec(config, "xla").init)(jax.random.key(5))
+        params = jax.tree.map(lambda a: np.asarray(4 * a), params)
+    save_weights(folder, params, {"tokens": 0, "seconds": 0.0, "data_fingerprint": ""})
+    save_tokenizer(ByteTokenizer(), folder / "tokenizer")
+    (folder / "config.json").write_text(to_json(config))
 
 
 def taught(folders, *flags, teacher="teacher"):
@@ -148,8 +171,6 @@ def test_a_resumed_student_equals_one_that_was_not_killed(at, command, folders, 
     # What it learned with is not needed to use it
     code, out, err = command(evaluate.main, f"--workdir={whole}")
     assert code == 0 and json.loads(out.splitlines()[-1])["loss"] > 0, err
-    code, _, err = command(convert.main, "export", f"--workdir={whole}", f"--to={folders}/{name}")
-    assert code == 0 and "the same logits" in err, err
 
 
 @pytest.mark.parametrize(
@@ -165,6 +186,7 @@ def test_a_resumed_student_equals_one_that_was_not_killed(at, command, folders, 
         ),
         (("model.vocab_size=300",), "has a vocabulary of 257 tokens, the student of 300"),
         (("objectives.distill.teacher=nowhere",), "distill.teacher=nowhere is neither a workdir"),
+        (("objectives.distill.teacher={}/empty",), "checkpoints holds no checkpoint; train first"),
         (("objectives.distill.teacher=",), "objective=distill needs a teacher"),
         (("objective=causal_lm",), "needs objective=distill"),
         (("objectives.distill.top_k=257",), "top_k=257 must be less than the 257 tokens"),
@@ -175,7 +197,11 @@ def test_a_resumed_student_equals_one_that_was_not_killed(at, command, folders, 
     ],
 )
 def test_what_cannot_teach_is_refused(at, folders, flags, message):
-    code, err = at("refused", *taught(folders, *flags))
+    (folders / "empty/checkpoints").mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "tokenizer/tokenizer_kind.json"):
+        (folders / "empty/tokenizer").mkdir(exist_ok=True)
+        shutil.copy(folders / "teacher" / name, folders / "empty" / name)
+    code, err = at("refused", *taught(folders, *(flag.format(folders) for flag in flags)))
     assert code == 2 and message in err.splitlines()[-1], err
     assert not (folders / "refused").exists(), "nothing half-written"
 
@@ -190,7 +216,8 @@ def test_a_config_that_leaves_all_to_the_teacher(at, folders, command):
         "--config.sample.max_new_tokens=1",
     ]
     from_it = (f"--config.init_from={folders}/teacher", "--config.init_layers=every_second")
-    for start, layers in ((from_it, 2), (("--config.model.num_layers=1",), 1)):
+    sizes = "--config.model.num_layers=1", "--config.objectives.distill.hidden_weight=1"
+    for start, layers in ((from_it, 2), (sizes, 1)):
         workdir = folders / f"open-{layers}"
         code, _, err = command(
             train.main, "--config=configs/distill.py", f"--workdir={workdir}", *flags, *start
@@ -198,3 +225,5 @@ def test_a_config_that_leaves_all_to_the_teacher(at, folders, command):
         assert code == 0, err
         model = json.loads((workdir / "config.json").read_text())["model"]
         assert model["num_layers"] == layers and model["embed_dim"] == 16
+    code, _, err = command(convert.main, "export", f"--workdir={workdir}", f"--to={folders}/hf")
+    assert code == 0 and "the same logits" in err, "what it learned with is not exported"

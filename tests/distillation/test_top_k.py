@@ -142,7 +142,7 @@ def test_records_are_whole_or_missing(tmp_path):
 def test_a_chunk_brings_its_own_in_any_batch(tmp_path, monkeypatch, capsys):
     """And what is on disk is not computed again."""
     config = tiny_config((2, 2, 2), vocab_size=257)
-    config.objective, config.num_steps, config.batch_size = "distill", 3, 8
+    config.objective, config.num_steps, config.grad_accum = "distill", 3, 2
     config.objectives = ObjectivesConfig(distill=DistillConfig(teacher="a", top_k=K))
     (tmp_path / "a.txt").write_text("All work and no play makes Jack a dull boy. " * 40)
     data = prepare(DataConfig(source=f"text:{tmp_path}/a.txt"))
@@ -150,7 +150,7 @@ def test_a_chunk_brings_its_own_in_any_batch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teacher_module, "teacher_config", lambda config: theirs)
     tokens = np.asarray(data.train.tokens)
     chunks = ContiguousChunks(tokens, 24)
-    stream = Stream((chunks,), MixtureSchedule((Fraction(1),)), 8, 1, 0, True)
+    stream = Stream((chunks,), MixtureSchedule((Fraction(1),)), 8, 2, 0, True)
     with jax.set_mesh(mesh := mesh_of(config)):
         run = make_training(config, mesh)
         params = jax.jit(run.companions.spec.init)(jax.random.key(3))
@@ -163,12 +163,12 @@ def test_a_chunk_brings_its_own_in_any_batch(tmp_path, monkeypatch, capsys):
         spec, params = run.companions.spec, run.companions.params()
         forward = jax.jit(lambda params, tokens: spec.bind(params)(tokens))
         for batch in batches:
-            logits = np.asarray(forward(params, batch["inputs"][0]), np.float64)[..., :257] / HEAT
+            logits = np.asarray(forward(params, batch["inputs"][1]), np.float64)[..., :257] / HEAT
             logs = logits - logsumexp64(logits)[..., None]
             found = jax.device_get(batch)
-            want = np.take_along_axis(logs, found["teacher_ids"][0], -1)
-            np.testing.assert_allclose(found["teacher_logs"][0], want, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(found["teacher_logs"][0], -np.sort(-logs)[..., :K], 1e-4)
+            want = np.take_along_axis(logs, found["teacher_ids"][1], -1)
+            np.testing.assert_allclose(found["teacher_logs"][1], want, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found["teacher_logs"][1], -np.sort(-logs)[..., :K], 1e-4)
         monkeypatch.setattr(type(run.companions), "_make", None)  # nothing is left to make
         again = make_training(config, mesh).companions.taught(stream, data)
         assert f"{len(chunks)} of {len(chunks)} chunks" in capsys.readouterr().err
