@@ -10,11 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.model.cache import Cache, KeysValues
 from jaxgpt.model.gpt import GPT
+from jaxgpt.model.weights import turned
 
 
 def split_layers(params: dict) -> dict:
-    """Returns `params` with `blocks` as a tuple of each layer's own arrays, as `extend` reads
-    them."""
+    """Returns `params` with `blocks` as a tuple of each layer's own arrays, and the tables as
+    `extend` reads them."""
 
     def layer(stacked, i):
         spec = jax.typeof(stacked).sharding.spec
@@ -22,7 +23,7 @@ def split_layers(params: dict) -> dict:
 
     count = jax.tree.leaves(params["blocks"])[0].shape[0]
     blocks = (jax.tree.map(lambda a, i=i: layer(a, i), params["blocks"]) for i in range(count))
-    return params | {"blocks": tuple(blocks)}
+    return turned(params) | {"blocks": tuple(blocks)}
 
 
 def prefill(
@@ -74,11 +75,7 @@ def _through_layers(model: GPT, layers: Sequence[dict], x, attend: Callable):
 
 
 def next_logits(model: GPT, x: Float[Array, "B D"], table) -> Float[Array, "B V"]:
-    """Returns `logits` of the last position before the final norm. With the table in front
-    XLA's CPU backend reads it twice as fast for a few rows, unless it gets to turn the product
-    around; elsewhere it is the same."""
+    """Returns `logits` of the last position before the final norm."""
     x = model.final_norm(x)
-    rows, spec = model.storage.rows(table, x.dtype), model.rules("vocab", None)
-    logits = jnp.einsum("VD,BD->VB", rows, x, out_sharding=spec, preferred_element_type=jnp.float32)
-    logits = logits if x.shape[0] == 1 else jax.lax.optimization_barrier(logits)
-    return model.finish(logits.T, jnp.arange(rows.shape[0]))
+    logits = model.storage.few_logits(x, table, model.rules(None, "vocab"))
+    return model.finish(logits, jnp.arange(logits.shape[-1]))

@@ -38,7 +38,8 @@ class GPT(nnx.Module):
         self.dropout, self.remat = cfg.dropout, compute.remat
         self.softcap, self.logit_scale = cfg.logit_softcap, 1 / cfg.width_ratio
         self.embed_scale = math.sqrt(cfg.embed_dim) if cfg.scale_embeddings else 1.0
-        self.storage = table_storage(config, "head", (cfg.padded_vocab_size, cfg.embed_dim))
+        shape, axis = (cfg.padded_vocab_size, cfg.embed_dim), -1 if rules.split_batch else -2
+        self.storage = table_storage(config, "head", shape, axis)
         drawn = rngs, rules("vocab", "embed"), INIT_STD
         self.tokens = self.storage.make(*drawn)
         self.head = None if cfg.tie_embeddings else self.storage.make(*drawn)

@@ -7,7 +7,7 @@ the parameters and computes with them; it holds none itself.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config, ShrinkConfig
+from jaxgpt.ops import few_rows
 from jaxgpt.ops.cross_entropy import FLOATS, Reader
 from jaxgpt.ops.matmul import PLAIN
 from jaxgpt.ops.quantised import Format
@@ -109,8 +110,12 @@ class QuantisedKernel:
     def product(self, equation: str, x, kernel: Quantised, out: P, rules: AxisRules):
         """Returns einsum(equation, x, kernel), [B, T, ...], of sharding `out`; the gradient is that
         of x alone."""
-        x = flat(x, 2, x.ndim)
-        y = rowwise("MI,IO->MO", x, self._matrix(kernel, x.dtype), P(*out[:3]))
+        x, whole, out_rows = flat(x, 2, x.ndim), kernel.whole(), P(*out[:3])
+
+        def as_floats(x, **whole):
+            return rowwise("MI,IO->MO", x, self._matrix(**whole, dtype=x.dtype), out_rows)
+
+        y = in_few_bits(self.format, x, whole, out_rows, as_floats)
         return jax.lax.reshape(
             y, (*y.shape[:2], *self.shape.sizes[self.shape.inputs :]), out_sharding=out
         )
@@ -118,16 +123,42 @@ class QuantisedKernel:
     def dense(self, kernel: Quantised, dtype) -> jax.Array:
         """Returns the kernel in its own shape, as floats, whole over `fsdp`."""
         spec = P(*(None if axis == "fsdp" else axis for axis in self.shape.spec))
-        matrix = self._matrix(kernel, dtype)
+        matrix = self._matrix(**kernel.whole(), dtype=dtype)
         return jax.lax.reshape(matrix, self.shape.sizes, out_sharding=spec)
 
-    def _matrix(self, kernel: Quantised, dtype) -> Float[Array, "I O"]:
+    def _matrix(self, values, scales, dtype) -> Float[Array, "I O"]:
         """Returns the weights as one matrix, whole over `fsdp`, split over `tensor` as x is."""
         inputs, _ = self.shape.matrix
-        matrix = self.format.dequantise(**kernel.whole(), axis=-2, inputs=inputs, dtype=dtype)
+        matrix = self.format.dequantise(values, scales, axis=-2, inputs=inputs, dtype=dtype)
         spec = self.shape.spec[0], self.shape.spec[self.shape.inputs]
         spec = P(*(None if axis == "fsdp" else axis for axis in spec))
         return jax.lax.stop_gradient(jax.sharding.reshard(matrix, spec))
+
+
+def in_few_bits(
+    fmt: Format, x: Float[Array, "B T I"], whole: dict[str, jax.Array], out: P, as_floats: Callable
+) -> Float[Array, "B T O"]:
+    """Returns x w, of sharding `out`, of a matrix w whose inputs come first: by `ops.few_rows` for
+    the few rows of decoding on one CPU, else `as_floats(x, **whole)`."""
+    # With x, or XLA would make floats of the weights once, in front of the loop over tokens
+    x, whole = jax.lax.optimization_barrier((x, jax.lax.stop_gradient(whole)))
+    names, rows = list(whole), math.prod(x.shape[:-1])
+    alone = jax.sharding.get_abstract_mesh().size == 1
+    if not (alone and rows <= few_rows.MOST_ROWS and few_rows.block_size(fmt, x.shape[-1])):
+        return as_floats(x, **whole)
+
+    def multiply(x, *arrays):
+        y = few_rows.multiply(fmt, x.reshape(rows, -1), **dict(zip(names, arrays, strict=True)))
+        return y.reshape(*x.shape[:-1], -1)
+
+    def on_cpu(*arrays):
+        run = jax.shard_map(multiply, in_specs=(P(),) * len(arrays), out_specs=P())
+        return jax.sharding.reshard(run(*jax.sharding.reshard(arrays, P())), out)
+
+    def elsewhere(x, *arrays):
+        return as_floats(x, **dict(zip(names, arrays, strict=True)))
+
+    return jax.lax.platform_dependent(x, *whole.values(), cpu=on_cpu, default=elsewhere)
 
 
 def kernel_storage(config: Config, name: str, shape: Shape) -> FloatKernel | QuantisedKernel:
@@ -168,6 +199,19 @@ class FloatTable:
         """Returns the table as a product reads it, from `whole`."""
         return whole.astype(dtype)
 
+    def few_logits(self, x: Float[Array, "B D"], whole, out: P) -> Float[Array, "B V"]:
+        """Returns x times the table in float32, of sharding `out`. With the table in front XLA's
+        CPU backend reads it twice as fast for a few rows, unless it gets to turn the product
+        around; elsewhere it is the same."""
+        y = jnp.einsum(
+            "VD,BD->VB",
+            self.rows(whole, x.dtype),
+            x,
+            out_sharding=P(*reversed(out)),
+            preferred_element_type=jnp.float32,
+        )
+        return (y if x.shape[0] == 1 else jax.lax.optimization_barrier(y)).T
+
     def parts(self, table: nnx.Param) -> tuple[jax.Array, Reader]:
         """Returns what `ops.cross_entropy` reads part by part, and how."""
         return table[...], FLOATS
@@ -175,46 +219,84 @@ class FloatTable:
 
 @dataclasses.dataclass(frozen=True)
 class QuantisedTable:
-    """A table [V, D] in few bits, a scale for each row or each group within it; not trained."""
+    """A table [V, D] in few bits, a scale for each row or each group within it; not trained.
+
+    `axis` says where its inputs D are. As a table is stored they come last, so that whole rows are
+    looked up; for decoding, which multiplies it for each token, they come first (see `turned`).
+    """
 
     shape: tuple[int, int]
     format: Format
+    axis: int = -1
 
     def make(self, rngs: nnx.Rngs, spec: P, std: float) -> Quantised:
         """Returns a table of zeros: it is only ever made to be replaced."""
-        return Quantised(self.format, self.shape, spec, axis=-1)
+        shape, spec = (self.shape, spec) if self.axis == -1 else (self.shape[::-1], spec[::-1])
+        return Quantised(self.format, shape, P(*spec), self.axis)
 
     def lookup(self, table: Quantised, rows: Int[Array, "B T"], dtype, out: P):
         """Returns the rows of these numbers, [B, T, D], of sharding `out`."""
-        small = P(*out[:2], None)
-        picked = {name: a.at[rows].get(out_sharding=small) for name, a in table.whole().items()}
-        return jax.sharding.reshard(self.rows(picked, dtype), out)
+
+        def pick(a):
+            if self.axis == -1:
+                return a.at[rows].get(out_sharding=P(*out[:2], None))
+            return jnp.moveaxis(a.at[:, rows].get(out_sharding=P(None, *out[:2])), 0, -1)
+
+        picked = jax.tree.map(pick, table.whole())
+        return jax.sharding.reshard(self._floats(picked, -1, dtype), out)
 
     def whole(self, table: Quantised, dtype) -> dict[str, jax.Array]:
         """Returns what `rows` reads, whole over `fsdp`."""
         return table.whole()
 
-    def rows(self, whole: dict[str, jax.Array], dtype) -> Float[Array, "*V D"]:
-        """Returns the table, or rows of it, as floats."""
-        rows = self.format.dequantise(**whole, axis=-1, inputs=self.shape[1], dtype=dtype)
-        return jax.lax.stop_gradient(rows)
+    def rows(self, whole: dict[str, jax.Array], dtype) -> Float[Array, "V D"]:
+        """Returns the table as floats."""
+        floats = self._floats(whole, self.axis, dtype)
+        return floats if self.axis == -1 else floats.T
+
+    def few_logits(self, x: Float[Array, "B D"], whole: dict, out: P) -> Float[Array, "B V"]:
+        """Returns x times the table in float32, of sharding `out`."""
+
+        def as_floats(x, **whole):
+            rows = self.rows(whole, x.dtype)
+            return jnp.einsum("BTD,VD->BTV", x, rows, out_sharding=rows_out)
+
+        rows_out = P(None, *out)
+        return in_few_bits(self.format, x[None], whole, rows_out, as_floats)[0].astype(jnp.float32)
 
     def parts(self, table: Quantised) -> tuple[dict[str, jax.Array], Reader]:
         """Returns what `ops.cross_entropy` reads part by part, and how."""
         return table.whole(), Reader(("vocab", None), self._read, _no_gradient)
 
     def _read(self, part: dict, dtype, torus) -> Float[Array, "v D"]:
-        return self.rows(part, dtype)
+        return self._floats(part, -1, dtype)
+
+    def _floats(self, whole: dict, axis: int, dtype) -> Float[Array, "..."]:
+        floats = self.format.dequantise(**whole, axis=axis, inputs=self.shape[1], dtype=dtype)
+        return jax.lax.stop_gradient(floats)
+
+
+def turned(params: dict) -> dict:
+    """Returns the parameters with the inputs of quantised tables in front, as decoding reads
+    them."""
+    tables = {name: params[name] for name in ("tokens", "head") if name in params}
+    tables = {name: table for name, table in tables.items() if isinstance(table, dict)}
+    return params | jax.tree.map(lambda a: a.T, tables)
 
 
 def _no_gradient(grad, torus) -> None:
     return None
 
 
-def table_storage(config: Config, name: str, shape: tuple) -> FloatTable | QuantisedTable:
-    """Returns how the table `name`, "head" or "positions", is stored."""
+def table_storage(
+    config: Config, name: str, shape: tuple, axis: int = -1
+) -> FloatTable | QuantisedTable:
+    """Returns how the table `name`, "head" or "positions", is stored; `axis`, see
+    `QuantisedTable`."""
     fmt = format_of(config.shrink, name)
-    return QuantisedTable(shape, fmt) if fmt else FloatTable(shape, config.compute.param_dtype)
+    if fmt:
+        return QuantisedTable(shape, fmt, axis)
+    return FloatTable(shape, config.compute.param_dtype)
 
 
 def dense(params: dict, cfg: ShrinkConfig, wanted: dict) -> dict:

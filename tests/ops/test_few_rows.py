@@ -1,0 +1,83 @@
+"""Products that read few bits, against NumPy in float64, and what they keep in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt.model.weights import QuantisedTable, in_few_bits
+from jaxgpt.ops import few_rows
+from jaxgpt.ops.quantised import Format
+from tests.conftest import mesh_of, tiny_config
+from tests.ops.test_quantised import back
+
+FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 32)]
+
+
+def problem(fmt: Format, inputs: int, outputs: int, rows: int):
+    """x, the stored matrix, and their product."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((rows, inputs)).astype(np.float32)
+    values, scales = fmt.quantise(rng.standard_normal((inputs, outputs)), -2)
+    want = np.float64(x) @ np.float64(back(fmt, values, scales, -2, inputs))
+    return x, {"values": values, "scales": scales}, want
+
+
+@pytest.mark.parametrize("kind, group", FORMATS)
+def test_it_is_the_product_with_the_weights_that_are_meant(kind, group):
+    fmt = Format(kind, group)
+    x, stored, want = problem(fmt, inputs=192, outputs=40, rows=2)
+    got = jax.jit(lambda x, stored: few_rows.multiply(fmt, x, **stored))(x, stored)
+    np.testing.assert_allclose(got, want, atol=6e-5)  # float32 sums of 192 products up to 30
+
+
+def test_it_sums_whole_blocks_or_does_not_apply():
+    assert few_rows.block_size(Format("int8"), 100) == 25
+    assert few_rows.block_size(Format("int4"), 100) == 20  # whole bytes
+    assert few_rows.block_size(Format("int4", 64), 192) == 64
+    for fmt, inputs in (
+        (Format("int8"), 101),
+        (Format("int4", 32), 100),
+        (Format("int4"), 15),
+        (Format("nf4", 32), 96),
+    ):
+        assert few_rows.block_size(fmt, inputs) == 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_loop_over_tokens_keeps_no_floats_of_the_weights(kind):
+    """XLA would compute what no step changes once, in front of the loop."""
+    fmt, (rows, width) = Format(kind, 32), (1, 512)
+    x, stored, _ = problem(fmt, width, width, rows)
+
+    def tokens(x, stored):
+        def token(x, _):
+            y = in_few_bits(fmt, x[None], stored, P(None, None, None), lambda x, **_: x)[0]
+            return y / jnp.max(jnp.abs(y)), None
+
+        return jax.lax.scan(token, x, length=4)
+
+    with jax.set_mesh(mesh_of(tiny_config())):
+        program = jax.jit(tokens).lower(x, stored).compile()
+    assert program.memory_analysis().temp_size_in_bytes < width * width * 4 / 2
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_a_table_for_decoding_is_the_table(rows):
+    """Its logits and its rows, for as few rows as decoding has and for more."""
+    fmt, shape = Format("int4", 32), (96, 64)
+    rng = np.random.default_rng(6)
+    values, scales = fmt.quantise(rng.standard_normal(shape), -1)
+    weights = np.float64(back(fmt, values, scales, -1, shape[1]))
+    x = jnp.asarray(rng.standard_normal((rows, shape[1])), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, shape[0], (1, rows)))
+    with jax.set_mesh(mesh_of(tiny_config())):
+        storage = QuantisedTable(shape, fmt, -2)
+        table = storage.make(nnx.Rngs(0), P(None, None), 0.0)
+        table.values[...], table.scales[...] = jnp.asarray(values.T), jnp.asarray(scales.T)
+        logits = storage.few_logits(x, storage.whole(table, "float32"), P(None, None))
+        looked_up = storage.lookup(table, ids, jnp.float32, P(None, None, None))
+    np.testing.assert_allclose(logits, np.float64(x) @ weights.T, atol=2e-5)
+    np.testing.assert_allclose(looked_up[0], weights[ids[0]], rtol=1e-6)
