@@ -18,6 +18,7 @@ from etils import epath
 
 from jaxgpt.cli.flags import config_of, config_path, define_config_flag, parse
 from jaxgpt.cli.run import run
+from jaxgpt.metrics.trackers import check_trackers
 from jaxgpt.processes.flags import check_flags, define_flags
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.stores import check_store_writable, is_object_store
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
     config = config_of(values, workdir)
     check_flags(values)
     check_writable(workdir)
+    check_trackers(config.track, workdir)
     if not (workdir / "checkpoints").exists():  # a run that is there may have its text in the cache
         from jaxgpt.data.prepare import check_data
 

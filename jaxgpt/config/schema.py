@@ -316,6 +316,7 @@ class Config:
     # The newest; the best and every `keep_every`-th stay besides
     keep_checkpoints: int = may_change(number(3, 1))
     keep_every: int = may_change(number(0, 0))
+    track: str = may_change("")  # wandb, mlflow or both: experiment trackers that get the rows too
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)

@@ -30,6 +30,7 @@ from jaxgpt.system.errors import BadInput
 CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 EVERY_SECOND = "every_second"
+TRACKERS = ("wandb", "mlflow")
 MOST_PARAMETERS = 10**14  # no machine holds them: a slip of the pen
 
 
@@ -45,6 +46,7 @@ def validate(config: Config) -> Config:
     config.model = check_model(config)
     _check_batch_and_mesh(config)
     _check_data(config)
+    parse_track(config.track)
     _check_warmup(config.optim)
     _check_shrink(config)
     _check_start(config)
@@ -316,6 +318,14 @@ def _check_shrink(config: Config) -> None:
             f"shrink.weights={weights!r}: such weights are not trained, only LoRA's additions to"
             " them (lora.rank); `python -m jaxgpt.shrink` makes them of a trained model"
         )
+
+
+def parse_track(track: str) -> list[str]:
+    """Returns the names in `track`. Raises `BadInput` if one is no tracker."""
+    names = [name.strip() for name in track.split(",") if name.strip()]
+    if unknown := sorted(set(names) - set(TRACKERS)):
+        raise BadInput(f"track={track!r}: {unknown[0]!r} is none of {', '.join(TRACKERS)}")
+    return list(dict.fromkeys(names))
 
 
 def parse_patterns(text: str, field: str) -> list[re.Pattern]:

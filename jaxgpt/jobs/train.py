@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import jax
 from etils import epath
@@ -24,6 +25,7 @@ from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.interchange.init_from import check_model, check_source
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
+from jaxgpt.metrics.trackers import Trackers, open_trackers
 from jaxgpt.model.flops import count_parameters
 from jaxgpt.optim.groups import split, trainable
 from jaxgpt.optim.schedules import warmup_steps
@@ -85,10 +87,11 @@ def train(workdir: epath.Path, config: Config) -> int:
                 say(f"resume    from checkpoint {restored}{changed}")
             hosts.on_first(lambda: forget_end(workdir))
             stream = run.companions.taught(stream, data)
+            trackers = trackers_of(config, workdir, bool(restored))
             step = compile_step(run)
-            report = Reporter(workdir, restored, jax.process_index() == 0)
+            report = Reporter(workdir, restored, jax.process_index() == 0, trackers)
             loop = Loop(run, data, stream, evaluate, sample, step, checkpoints, report, history)
-            code = loop(state)
+            code = tracked(trackers, partial(loop, state))
             report.close()
             if jax.process_index() == 0:
                 conclude(code, loop, workdir, example)
@@ -140,6 +143,27 @@ def write_setup(
         save_example(example, workdir / "tokenizer")
     hosts.on_first(lambda: write_whole(workdir / "config.json", to_json(config)))
     check_shared(workdir)
+
+
+def trackers_of(config: Config, workdir: epath.Path, is_resumed: bool) -> Trackers:
+    """Returns the run's experiment trackers, which only the first process has."""
+    opened = [Trackers()]
+
+    def open_() -> None:
+        opened[0] = open_trackers(config, workdir, is_resumed)
+
+    hosts.on_first(open_)
+    return opened[0]
+
+
+def tracked(trackers: Trackers, loop: Callable[[], int]) -> int:
+    """Returns the exit code of `loop`, which the trackers are told; 1 for an error."""
+    code = 1
+    try:
+        code = loop()
+    finally:
+        trackers.close(code)
+    return code
 
 
 def compile_step(run: Training) -> Callable:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from jaxgpt.metrics.board import Board
+from jaxgpt.metrics.trackers import Trackers
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import parse_json, write_whole
@@ -120,13 +121,15 @@ class RowFile:
 
 
 class Reporter:
-    """Writes a run's rows to disk and TensorBoard; does nothing on processes other than the first.
+    """Writes a run's rows to disk, TensorBoard and `trackers`; does nothing on processes other than
+    the first.
 
     Every method raises `BadInput` if the disk is full or not writable.
     """
 
-    def __init__(self, workdir, last_step: int, is_first_process: bool):
+    def __init__(self, workdir, last_step: int, is_first_process: bool, trackers=None):
         self.active, self.workdir = is_first_process, epath.Path(workdir)
+        self.trackers = trackers or Trackers()
         self._open(last_step)
 
     @contextlib.contextmanager
@@ -156,9 +159,14 @@ class Reporter:
             return
         with self._writing("metrics.jsonl"):
             self.rows.write(row)
-            for name, value in row.items():
-                if name not in NOT_PLOTTED and value is not None:
-                    self.board.scalar(f"{row['split']}/{name}", float(value), row["step"])
+            numbers = {
+                name: float(value)
+                for name, value in row.items()
+                if name not in NOT_PLOTTED and value is not None
+            }
+            for name, value in numbers.items():
+                self.board.scalar(f"{row['split']}/{name}", value, row["step"])
+        self.trackers.metrics(row["split"], row["step"], numbers)
 
     def sample(self, row: dict) -> None:
         """Writes a row of `samples.jsonl`: step, prompt, text."""
@@ -167,6 +175,7 @@ class Reporter:
         with self._writing("samples.jsonl"):
             self.samples.write(row)
             self.board.text("sample", f"```\n{row['prompt']}{row['text']}\n```", row["step"])
+        self.trackers.sample(row["step"], row["prompt"] + row["text"])
 
     def sync(self) -> None:
         """Makes all rows so far durable; called before each checkpoint is saved."""

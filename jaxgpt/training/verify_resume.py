@@ -15,6 +15,7 @@ from jaxgpt.system.errors import BadInput
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens")
 OURS = ("--verify_resume", "--workdir")
 FIXED = {"log_every": 1, "eval_every": 0, "sample_every": 0, "num_epochs": 0, "early_stop": 0}
+FIXED |= {"track": ""}
 
 
 def verify_resume(argv: list[str], steps: int) -> dict:
