@@ -153,7 +153,7 @@ def test_what_a_resumed_run_may_change():
     assert {path for path, field in leaves_of().items() if field.metadata.get("may_change")} == {
         *("num_steps", "num_epochs", "early_stop", "grad_accum", "max_bad_steps", "max_rollbacks"),
         *("log_every", "eval_every", "sample_every", "checkpoint_every"),
-        *("keep_checkpoints", "keep_every"),
+        *("keep_checkpoints", "keep_every", "track"),
         *("compute.attention", "compute.remat", "compute.scan_layers"),
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence_activations"),
         "objectives.distill.teacher",  # its place; a checkpoint knows which teacher it was

@@ -52,7 +52,8 @@ def in_format_1(config: Config) -> str:
     for old, new in RENAMED.items():
         nested["model"][old.removeprefix("model.")] = get_field(config, new)
     nested["model"]["scan_layers"] = config.compute.scan_layers == "true"
-    for later in ("format", "compute", "lora", "shrink", "objective", "objectives", "init_layers"):
+    later_ones = ("format", "compute", "lora", "shrink", "objective", "objectives", "init_layers")
+    for later in (*later_ones, "track"):
         del nested[later]
     del nested["optim"]["warmup_fraction"]
     return json.dumps(nested, indent=2) + "\n"
