@@ -21,6 +21,7 @@ from jaxgpt.cli.run import run
 from jaxgpt.config import Config
 from jaxgpt.config.schema import INT32
 from jaxgpt.data.prepare import Prepared, cache_folder, check_shards, prepare
+from jaxgpt.metrics.progress import Bar
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.contamination import contamination
@@ -98,8 +99,10 @@ def compare(config: Config, data: Prepared, source: str) -> dict:
 def training_documents(data: Prepared) -> Iterator[str]:
     """Yields the training part's documents, decoded."""
     tokens = data.train.tokens
-    for start, end in itertools.pairwise([*data.train.starts.tolist(), len(tokens)]):
-        yield data.tokenizer.decode(tokens[start + 1 : end])
+    with Bar("against  ", len(tokens), "tokens") as bar:
+        for start, end in itertools.pairwise([*data.train.starts.tolist(), len(tokens)]):
+            yield data.tokenizer.decode(tokens[start + 1 : end])
+            bar.advance(end - start)
 
 
 if __name__ == "__main__":

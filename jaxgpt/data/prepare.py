@@ -17,7 +17,7 @@ from jaxgpt.data.remote import fetch, publish
 from jaxgpt.data.shards import Split, read_meta, read_splits
 from jaxgpt.data.split import hold_out, measure
 from jaxgpt.data.tokenize import write_splits
-from jaxgpt.metrics.progress import Bar
+from jaxgpt.metrics.progress import Bar, elapsed
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import Damaged, path_of
@@ -288,7 +288,8 @@ def _write_corpus(
             TrainingText(partial(_texts, s.documents), s.num_bytes, float(s.weight))
             for s in splits["train"]
         ]
-        tokenizer = make_tokenizer(cfg.tokenizer, texts, cfg.special_tokens)
+        with elapsed(f"data      training {cfg.tokenizer}:"):
+            tokenizer = make_tokenizer(cfg.tokenizer, texts, cfg.special_tokens)
     _write_shards(scratch, splits, tokenizer, key, report)
 
 

@@ -65,10 +65,13 @@ def write_params(file: Path, family: Family, params: dict, cfg: ModelConfig, dty
     }
 
     def read(name: str) -> np.ndarray:
-        return tensors[name].rule.to_theirs(tensors[name].arrays(ours))
+        array = tensors[name].rule.to_theirs(tensors[name].arrays(ours))
+        bar.advance(array.nbytes)
+        return array
 
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    write_safetensors(file, shapes, np.dtype(dtype), read)
+    with Bar("export   ", sum(leaf.nbytes for leaf in ours.values())) as bar:
+        write_safetensors(file, shapes, np.dtype(dtype), read)
 
 
 @dataclasses.dataclass(frozen=True)
