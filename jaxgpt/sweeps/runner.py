@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,6 +14,7 @@ from etils import epath
 
 from jaxgpt.config import Config
 from jaxgpt.config.stored import check_resume, read_config
+from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import METRICS, read_rows
 from jaxgpt.sweeps.grid import Choice, apply_choice, name_of
 from jaxgpt.system.console import say
@@ -49,7 +51,8 @@ def run_rung(
     for device in range(jobs):
         devices.put(device)
     folder.mkdir(parents=True, exist_ok=True)
-    children, losses = Children(), []
+    children, losses, ended = Children(), [], []
+    began = time.monotonic()
 
     def run(numbered: tuple[int, Choice]) -> Outcome:
         number, choice = numbered
@@ -68,6 +71,10 @@ def run_rung(
             best = min([outcome.loss, *losses])
             losses.append(outcome.loss)
             text = f"validation loss {outcome.loss:.4f} (best so far {best:.4f})"
+        ended.append(choice)
+        if left := len(choices) - len(ended):
+            each = (time.monotonic() - began) / len(ended)
+            text += f" | {len(ended)} done, {left} to go, eta {duration(each * left)}"
         if not children.stopped:
             say(f"{number:>3}/{len(choices)}  {name_of(choice)}  {text}")
         return outcome

@@ -209,6 +209,12 @@ def sweeps(command, config_file, tmp_path, monkeypatch):
 def test_a_loss_is_taken_again_only_from_a_run_of_the_same_config(sweeps):
     code, rows, err, started = sweeps(GRID)
     assert (code, started) == (0, 3), err
+    lines = [line for line in err.splitlines() if "best so far" in line]
+    assert [line.partition(", eta")[0][-17:] for line in lines[:2]] == [
+        "| 1 done, 2 to go",
+        "| 2 done, 1 to go",
+    ]
+    assert len(lines) == 3 and "to go" not in lines[2]
     assert [row["loss"] for row in rows] == [1e-4, 1e-3, 1e-2]
     assert sweeps(GRID)[3] == 0, "all three have ended"
     assert sweeps(GRID, "--config.eval_every=3")[3] == 3, "what may change on resume: train says"
