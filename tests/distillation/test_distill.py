@@ -79,8 +79,8 @@ def test_a_mesh_equals_one_device(monkeypatch, on_one_device, shape):
 def test_every_part_of_the_loss_falls(on_one_device):
     """On one batch, also what a teacher of noise says can be learnt."""
     rows, params = on_one_device
-    for name in ("soft_loss", "hidden_loss"):
-        assert rows[-1][name] < rows[0][name], name
+    assert rows[-1]["soft_loss"] < rows[0]["soft_loss"]
+    assert rows[-1]["hidden_loss"] < 0.85 * rows[0]["hidden_loss"], "0.74; without weight 0.98"
     assert all(row["hard_loss"] == row["loss"] for row in rows)
     assert params["objective"]["projection"]["kernel"].shape == (32, 48)
 
