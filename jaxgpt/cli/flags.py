@@ -91,7 +91,7 @@ def config_of(values: flags.FlagValues, workdir: epath.Path | None = None) -> Co
     leaves open as `init_from` has it. Raises `BadInput` if `--config` was not given, or see
     `validate`, `pin` and `completed`."""
     config = given_config(values, workdir)
-    if left_open(config):
+    if left_open(config) or getattr(config, "init_from", ""):
         from jaxgpt.interchange.init_from import completed  # its libraries take 0.2 s to import
 
         return completed(config)

@@ -175,12 +175,20 @@ class LoraConfig:
 
 @dataclasses.dataclass
 class ShrinkConfig:
-    """What `shrink` made of the model. Such a run is not trained on, but for LoRA's additions."""
+    """What `shrink` made of the model, and pruning while training."""
 
     weights: str = choice("float", "int8", "int4", "nf4")
     group: int = number(0, 0, 2**16)  # inputs that share a scale; 0 = all of an output's
     keep: str = ""  # what stays float: lora's targets, head (with the embeddings), positions
     done: str = ""  # the methods, in order: "heads:0.25 svd:64 int8"
+    ranks: str = ""  # projections that are two factors of a lower rank: "query=64,up=96"
+    # Weights of projections that are 0 stay so; auto: where those of init_from were pruned
+    zeros: str = choice("auto", "keep", "free")
+    # Pruning while training: the share of each projection's weights that are 0 at the end
+    sparsity: float = number(0.0, 0, 1, ")")
+    prune_from: int = number(1, 1)  # the first step that prunes
+    prune_to: int = number(0, 0)  # the step at which `sparsity` is reached; 0 = 0.8 * num_steps
+    prune_every: int = number(100, 1)
 
 
 @dataclasses.dataclass

@@ -51,6 +51,7 @@ def validate(config: Config) -> Config:
     _check_shrink(config)
     _check_start(config)
     _check_distillation(config)
+    _check_pruning(config)
     return config
 
 
@@ -326,6 +327,43 @@ def parse_track(track: str) -> list[str]:
     if unknown := sorted(set(names) - set(TRACKERS)):
         raise BadInput(f"track={track!r}: {unknown[0]!r} is none of {', '.join(TRACKERS)}")
     return list(dict.fromkeys(names))
+
+
+def parse_ranks(text: str) -> dict[str, int]:
+    """Returns {projection: rank} of `shrink.ranks`, "query=64,up=96". Raises `BadInput` where that
+    is something else."""
+    parts = [part for part in text.split(",") if part]
+    for part in parts:
+        if not re.fullmatch(f"({'|'.join(LORA_TARGETS)})=[1-9][0-9]{{0,6}}", part):
+            raise BadInput(f"shrink.ranks: {part!r} is not PROJECTION=RANK, for example up=96")
+    return {name: int(rank) for name, _, rank in (part.partition("=") for part in parts)}
+
+
+def _check_pruning(config: Config) -> None:
+    shrink, last = config.shrink, config.shrink.prune_to
+    if config.lora.rank and (shrink.zeros == "keep" or shrink.sparsity):
+        name = "sparsity" if shrink.sparsity else "zeros='keep'"
+        raise BadInput(
+            f"shrink.{name} with lora.rank={config.lora.rank}: LoRA's additions would fill the"
+            " zeros; set lora.rank=0 or shrink.zeros=free"
+        )
+    if parse_ranks(shrink.ranks) and config.lora.rank:
+        raise BadInput(
+            f"shrink.ranks={shrink.ranks!r} with lora.rank={config.lora.rank}: the factors are"
+            " small and trained themselves; set lora.rank=0"
+        )
+    if not shrink.sparsity:
+        return
+    if last and not shrink.prune_from < last <= config.num_steps:
+        raise BadInput(
+            f"shrink.prune_to={last} must lie after shrink.prune_from={shrink.prune_from} and not"
+            f" after num_steps={config.num_steps}"
+        )
+    if config.optim.ema_decay:
+        raise BadInput(
+            f"shrink.sparsity={shrink.sparsity} with optim.ema_decay={config.optim.ema_decay}: the"
+            " average of a weight that is pruned does not become 0; set optim.ema_decay=0"
+        )
 
 
 def parse_patterns(text: str, field: str) -> list[re.Pattern]:

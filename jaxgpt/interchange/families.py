@@ -73,14 +73,22 @@ class Family:
     schema: dict
     prefix: str
     ignored: tuple[str, ...]
+    equal_heads: bool = False  # no key heads apart, and all heads together as wide as the embedding
 
     def differences(self, cfg: ModelConfig) -> list[str]:
         """Returns what keeps `cfg` from being of this family: `model.norm='rmsnorm'`, ..."""
-        return [
+        different = [
             f"model.{field}={getattr(cfg, field)!r}"
             for field, allowed in self.exact.items()
             if getattr(cfg, field) not in allowed
         ]
+        heads, width = (cfg.num_heads, cfg.num_kv_heads), cfg.num_heads * cfg.head_dim
+        if self.equal_heads and (heads[0] != heads[1] or width != cfg.embed_dim):
+            different.append(
+                f"model.num_heads={heads[0]}, num_kv_heads={heads[1]} of head_dim={cfg.head_dim}"
+                f" in embed_dim={cfg.embed_dim}"
+            )
+        return different
 
     def rules_of(self, paths) -> list[Rule]:
         """Returns the rules for a model with these parameters: biases and a head are optional.
@@ -175,6 +183,7 @@ GPT2 = Family(
     schema=_schema(GPT2_FIELDS) | {"n_ctx?": int, "activation_function?": str},
     prefix="transformer.",
     ignored=(".attn.bias", ".attn.masked_bias"),
+    equal_heads=True,
 )
 
 LLAMA_FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)

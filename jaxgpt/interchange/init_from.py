@@ -16,6 +16,7 @@ from jaxgpt.config.schema import get_field, left_open, model_differences, set_fi
 from jaxgpt.config.stored import read_config
 from jaxgpt.config.validate import (
     EVERY_SECOND,
+    changed,
     check_fields,
     parse_layers,
     parse_patterns,
@@ -103,7 +104,7 @@ def completed(config: Config) -> Config:
     """
     opened = left_open(config)
     if not opened:
-        return validate(config)
+        return _inheriting(validate(config))
     config = copy.deepcopy(config)
     for path in opened:
         set_field(config, path, get_field(Config(), path))
@@ -128,10 +129,25 @@ def completed(config: Config) -> Config:
     for name, value in (vars(theirs) | chosen).items():
         if f"model.{name}" in opened:
             setattr(config.model, name, value)
-    config = validate(config)
+    config = _inheriting(validate(config))
     if config.init_from:
         check_model(config)
     return config
+
+
+def _inheriting(config: Config) -> Config:
+    """Returns a checked config that goes on where `shrink` left the weights to start from: what was
+    done, the ranks of factors and, where they were pruned and `shrink.zeros` is auto, the zeros."""
+    if not config.init_from or not is_workdir(config.init_from):
+        return config
+    mine, theirs = config.shrink, read_config(epath.Path(config.init_from)).shrink
+    is_pruned = theirs.zeros == "keep" or theirs.sparsity > 0
+    values = {
+        "shrink.done": mine.done or theirs.done,
+        "shrink.ranks": mine.ranks or theirs.ranks,
+        "shrink.zeros": "keep" if mine.zeros == "auto" and is_pruned else mine.zeros,
+    }
+    return changed(config, values)
 
 
 def tokenizer_spec(path: str) -> str:

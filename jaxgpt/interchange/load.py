@@ -21,9 +21,10 @@ from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.trees import leaves_by_path
 
 
-def load_weights(path: str) -> tuple[dict[str, np.ndarray], ModelConfig]:
+def load_weights(path: str, ranks: str = "") -> tuple[dict[str, np.ndarray], ModelConfig]:
     """Returns the parameters of a workdir or a model folder by path, on the host, with LoRA's
-    additions merged and stored matrices as floats, and its model config."""
+    additions merged and stored matrices as floats, and its model config. What is two factors there
+    stays so if `ranks` (as in `shrink.ranks`) are the same."""
     path = located(path)
     if is_workdir(path):
         config = read_config(epath.Path(path))
@@ -34,7 +35,7 @@ def load_weights(path: str) -> tuple[dict[str, np.ndarray], ModelConfig]:
             abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
             average = config.optim.ema_decay > 0
             params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
-            _, params = as_floats(config, params)
+            _, params = as_floats(config, params, ranks)
             return {p: np.asarray(leaf) for p, leaf in leaves_by_path(params).items()}, spec.model
     folder = open_folder(Path(path))
     spec = ModelSpec(Config(model=folder.model), "xla")
@@ -43,10 +44,12 @@ def load_weights(path: str) -> tuple[dict[str, np.ndarray], ModelConfig]:
     ), spec.model
 
 
-def as_floats(config: Config, params: dict) -> tuple[Config, dict]:
+def as_floats(config: Config, params: dict, ranks: str = "") -> tuple[Config, dict]:
     """Returns the same model without LoRA and without small storage: its config, and its parameters
-    on the host, with additions merged and every matrix as floats of its own shape."""
-    bare = dataclasses.replace(config, lora=LoraConfig(), shrink=ShrinkConfig())
+    on the host, with additions merged and every matrix as floats of its own shape, or as two
+    factors where `ranks` has them."""
+    ranks = ranks if ranks == config.shrink.ranks else ""
+    bare = dataclasses.replace(config, lora=LoraConfig(), shrink=ShrinkConfig(ranks=ranks))
     wanted = jax.eval_shape(ModelSpec(bare, "xla").init, jax.random.key(0))
     floats = dense(jax.device_get(params), config.shrink, wanted)
     return bare, merge_lora(floats, config.lora)

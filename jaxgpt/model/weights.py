@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config, ShrinkConfig
+from jaxgpt.config.validate import parse_ranks
 from jaxgpt.ops import few_rows
 from jaxgpt.ops.cross_entropy import FLOATS, Reader
 from jaxgpt.ops.matmul import PLAIN
@@ -53,6 +54,12 @@ class Shape(NamedTuple):
     def matrix(self) -> tuple[int, int]:
         """The numbers of inputs and outputs."""
         return math.prod(self.sizes[: self.inputs]), math.prod(self.sizes[self.inputs :])
+
+    def factors(self, rank: int) -> tuple["Shape", "Shape"]:
+        """The shapes of two factors [inputs, R] and [R, outputs]."""
+        n, sizes, spec = self.inputs, self.sizes, self.spec
+        first = Shape((*sizes[:n], rank), n, P(*spec[:n], None))
+        return first, Shape((rank, *sizes[n:]), 1, P(None, *spec[n:]))
 
 
 class Quantised(nnx.Module):
@@ -161,8 +168,51 @@ def in_few_bits(
     return jax.lax.platform_dependent(x, *whole.values(), cpu=on_cpu, default=elsewhere)
 
 
-def kernel_storage(config: Config, name: str, shape: Shape) -> FloatKernel | QuantisedKernel:
-    """Returns how the projection `name` stores its kernel."""
+class Factors(nnx.Module):
+    """The parameters of the two factors."""
+
+    def __init__(self, factor_in, factor_out):
+        self.factor_in, self.factor_out = factor_in, factor_out
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankKernel:
+    """A projection's kernel as the product of two of rank R, which are smaller than it."""
+
+    rank: int
+    first: FloatKernel | QuantisedKernel  # of [inputs, R]
+    second: FloatKernel | QuantisedKernel  # of [R, outputs]
+
+    def make(self, rngs: nnx.Rngs, std: float) -> Factors:
+        """Returns two factors drawn such that their product has weights of this std."""
+        each = (std / self.rank**0.5) ** 0.5
+        return Factors(self.first.make(rngs, each), self.second.make(rngs, each))
+
+    def product(self, equation: str, x, kernel: Factors, out: P, rules: AxisRules):
+        """Returns einsum(equation, x, kernel), see `parallel.fsdp.product`, by two products."""
+        inputs, result = equation.split("->")
+        rows, letters = inputs.split(",")
+        into = f"{rows},{letters[: len(rows) - 1]}R->MR"
+        low = self.first.product(into, x, kernel.factor_in, P(out[0], out[1], None), rules)
+        outof = f"MR,R{result[1:]}->{result}"
+        return self.second.product(outof, low, kernel.factor_out, out, rules)
+
+    def dense(self, kernel: Factors) -> jax.Array:
+        """Returns the kernel in its own shape, as floats."""
+        first, second = self.first.dense(kernel.factor_in), self.second.dense(kernel.factor_out)
+        spec = P(*jax.typeof(first).sharding.spec[:-1], *jax.typeof(second).sharding.spec[1:])
+        return jnp.tensordot(first, second, 1, out_sharding=spec)
+
+
+def kernel_storage(config: Config, name: str, shape: Shape):
+    """Returns how the projection `name` stores its kernel: a `LowRankKernel` of two or, of one
+    piece, a `FloatKernel` or a `QuantisedKernel`."""
+    if rank := parse_ranks(config.shrink.ranks).get(name, 0):
+        return LowRankKernel(rank, *(_of_one(config, name, part) for part in shape.factors(rank)))
+    return _of_one(config, name, shape)
+
+
+def _of_one(config: Config, name: str, shape: Shape) -> FloatKernel | QuantisedKernel:
     fmt = format_of(config.shrink, name)
     return QuantisedKernel(shape, fmt) if fmt else FloatKernel(shape, config.compute.param_dtype)
 
@@ -308,7 +358,7 @@ def dense(params: dict, cfg: ShrinkConfig, wanted: dict) -> dict:
         for name, child in node.items():
             want = like.get(name)
             if isinstance(want, dict):
-                done[name] = convert(child, want, name)
+                done[name] = convert(child, want, owner if name == "kernel" else name)
             elif isinstance(child, dict):
                 done[name] = _dense_leaf(child, cfg, owner, want.shape)
             else:
@@ -320,9 +370,23 @@ def dense(params: dict, cfg: ShrinkConfig, wanted: dict) -> dict:
 
 def _dense_leaf(stored: dict, cfg: ShrinkConfig, owner: str, shape: tuple) -> np.ndarray:
     """Returns the matrix of a projection or table `owner` in its own shape."""
+    if "factor_in" in stored:
+        return _product_of_factors(stored, cfg, owner, shape)
     arrays = {name: jnp.asarray(a) for name, a in jax.device_get(stored).items()}
     fmt, is_table = format_of(cfg, owner), owner in ("head", "positions")
     outputs = arrays["values"].shape[-1]
     axis, inputs = (-1, shape[1]) if is_table else (-2, math.prod(shape[1:]) // outputs)
     matrix = fmt.dequantise(**arrays, axis=axis, inputs=inputs, dtype=jnp.float32)
     return np.asarray(matrix).reshape(shape)
+
+
+def _product_of_factors(stored: dict, cfg: ShrinkConfig, owner: str, shape: tuple) -> np.ndarray:
+    layers, rank, last = shape[0], parse_ranks(cfg.ranks)[owner], stored["factor_out"]
+    outputs = math.prod((last["values"] if isinstance(last, dict) else last).shape[2:])
+    sizes = (layers, math.prod(shape[1:]) // outputs, rank), (layers, rank, outputs)
+    first, second = (
+        _dense_leaf(part, cfg, owner, size) if isinstance(part, dict) else part
+        for part, size in zip((stored["factor_in"], last), sizes, strict=True)
+    )
+    first, second = (np.asarray(a, np.float32) for a in (first, second))
+    return (first.reshape(sizes[0]) @ second.reshape(sizes[1])).reshape(shape)

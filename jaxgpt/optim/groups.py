@@ -15,7 +15,7 @@ from jaxgpt.system.trees import leaf_path, leaves_by_path
 # Beside the model's parameters: what an objective trains for itself, by its argument's name
 OWN = "objective"
 # The last word of a parameter's path
-MATRICES = ("kernel", "tokens", "head", "lora_in", "lora_out")
+MATRICES = ("kernel", "tokens", "head", "lora_in", "lora_out", "factor_in", "factor_out")
 VECTORS = ("bias", "scale", "magnitude")
 
 # Kernel axes: layer first, then inputs, then outputs (see the einsums in `model`).
@@ -28,6 +28,18 @@ INPUTS_OUTPUTS = {
     "up": ((1,), (2,)),
     "down": ((1,), (2,)),
 }
+
+
+def inputs_outputs(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns which axes of the stacked kernel or factor (see `model.weights`) at `path` are
+    inputs and which outputs; the rank is the one's output and the other's input."""
+    *_, owner, _ = path.removesuffix("/factor_in").removesuffix("/factor_out").split("/")
+    inputs, outputs = INPUTS_OUTPUTS[owner]
+    if path.endswith("/factor_in"):
+        return inputs, (inputs[-1] + 1,)
+    if path.endswith("/factor_out"):
+        return (1,), tuple(range(2, 2 + len(outputs)))
+    return inputs, outputs
 
 
 def by_path(choose: Callable[[str], object], params: dict) -> dict:
@@ -95,12 +107,12 @@ def as_matrices(blocks: dict) -> dict:
     """
 
     def flat(path: tuple, leaf):
-        *_, layer, name = leaf_path(path).split("/")
+        name = leaf_path(path).split("/")[-1]
         layers, shape = leaf.shape[0], leaf.shape[1:]
         if name in VECTORS:
             return leaf.reshape(layers, -1)
         inputs = {"lora_in": len(shape) - 1, "lora_out": 1}.get(name)
-        inputs = inputs or len(INPUTS_OUTPUTS[layer][0])
+        inputs = inputs or len(inputs_outputs(leaf_path(path))[0])
         return leaf.reshape(layers, math.prod(shape[:inputs]), math.prod(shape[inputs:]))
 
     return jax.tree_util.tree_map_with_path(flat, blocks)
@@ -108,7 +120,8 @@ def as_matrices(blocks: dict) -> dict:
 
 def is_hidden_matrix(path: str) -> bool:
     """Says whether a parameter is a matrix between hidden layers: what Muon and muP treat apart."""
-    return path.startswith("blocks/") and path.endswith("/kernel")
+    words = path.split("/")
+    return words[0] == "blocks" and words[-1] in ("kernel", "factor_in", "factor_out")
 
 
 def parse_multipliers(text: str) -> list[tuple[re.Pattern, float]]:

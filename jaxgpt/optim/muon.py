@@ -8,14 +8,14 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxgpt.config import OptimConfig
-from jaxgpt.optim.groups import INPUTS_OUTPUTS, by_path, is_hidden_matrix
+from jaxgpt.optim.groups import by_path, inputs_outputs, is_hidden_matrix
 
 ADAM_RMS = 0.2  # of an AdamW update: Muon scaled to it shares AdamW's rate (arXiv:2502.16982, 2.2)
 
 
 def dimension_numbers(params: dict) -> dict:
     """Returns which axes of each hidden matrix are inputs and which outputs; layers are a batch."""
-    return by_path(lambda path: MuonDimensionNumbers(*INPUTS_OUTPUTS[path.split("/")[-2]]), params)
+    return by_path(lambda path: MuonDimensionNumbers(*inputs_outputs(path)), params)
 
 
 def to_adam_size(updates: dict, params: dict) -> dict:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import jax
 import optax
 
-from jaxgpt.config import ModelConfig, OptimConfig
+from jaxgpt.config import ModelConfig, OptimConfig, ShrinkConfig
 from jaxgpt.optim.groups import as_matrices, by_path, decay_mask, lr_factors
 from jaxgpt.optim.muon import muon_direction
 from jaxgpt.optim.schedules import make_schedule
+from jaxgpt.optim.sparsity import sparsity
 
 
 def adamw(cfg: OptimConfig) -> optax.GradientTransformation:
@@ -71,10 +72,11 @@ DIRECTIONS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
 
 
 def make_optimizer(
-    cfg: OptimConfig, num_steps: int, model: ModelConfig
+    cfg: OptimConfig, num_steps: int, model: ModelConfig, shrink: ShrinkConfig | None = None
 ) -> optax.GradientTransformation:
     """Returns: clip by global norm; the direction of `optim.name`; decoupled weight decay on
-    matrices; learning-rate factors by path; the schedule. Raises `BadInput` on the first use, if a
+    matrices; learning-rate factors by path; the schedule; what keeps zeros.
+    Raises `BadInput` on the first use, if a
     pattern of `optim.lr_multipliers` matches nothing."""
     parts = [
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
@@ -83,7 +85,8 @@ def make_optimizer(
     ]
     if cfg.lr_multipliers or model.mup_base_width:
         parts.append(_by_factor(cfg.lr_multipliers, model))
-    return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(cfg, num_steps)))
+    parts.append(optax.scale_by_learning_rate(make_schedule(cfg, num_steps)))
+    return optax.chain(*parts, *sparsity(shrink or ShrinkConfig(), num_steps))
 
 
 def at_step(opt_state: optax.OptState, step) -> optax.OptState:

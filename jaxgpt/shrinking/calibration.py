@@ -26,15 +26,26 @@ def input_moments(source: Source, count: int) -> Iterator[dict[str, np.ndarray]]
     In memory are the activations of all windows at one depth, and the moments of one layer. Raises
     `BadInput` if the training text is shorter than a window.
     """
+    rest, tokens = _without_blocks(source), 0
+    for xs, sums in through_layers(source, count):
+        tokens = sum(x.shape[0] * x.shape[1] for x in xs)
+        if sums:
+            yield {name: np.asarray(moment) / tokens for name, moment in sums.items()}
+    yield {"head": sum(np.asarray(_head_moment(source.spec, rest, x)) for x in xs) / tokens}
+
+
+def through_layers(source: Source, count: int) -> Iterator[tuple[list[jax.Array], dict]]:
+    """Yields the hidden states of every batch of windows before the first layer, with {}, and then
+    after each layer, with the sums of x x^T of its projections' inputs."""
     spec, batch = source.spec, source.config.batch_size
     sharding = NamedSharding(source.trained.mesh, spec.rules("batch", "seq"))
     windows = [
         {name: jax.device_put(a, sharding) for name, a in window.items() if name != "targets"}
         for window in source.windows(-(-count // batch) * batch, batch)
     ]
-    rest = jax.tree.map(jnp.asarray, source.params | {"blocks": ()})
+    rest = _without_blocks(source)
     xs = [_embed(spec, rest, window) for window in windows]
-    tokens = sum(window["inputs"].size for window in windows)
+    yield list(xs), {}
     period, total = len(spec.bind(rest).layer_windows), spec.model.num_layers * len(windows)
     with Bar("calibrate", total, "batches") as bar:
         for i in range(spec.model.num_layers):
@@ -44,8 +55,11 @@ def input_moments(source: Source, count: int) -> Iterator[dict[str, np.ndarray]]
                 xs[b], found = _through_layer(spec, i % period, rest, layer, xs[b], window)
                 sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
                 bar.advance()
-            yield {name: np.asarray(moment) / tokens for name, moment in sums.items()}
-    yield {"head": sum(np.asarray(_head_moment(spec, rest, x)) for x in xs) / tokens}
+            yield list(xs), sums
+
+
+def _without_blocks(source: Source) -> dict:
+    return jax.tree.map(jnp.asarray, source.params | {"blocks": ()})
 
 
 @partial(jax.jit, static_argnums=0)

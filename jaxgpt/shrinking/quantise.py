@@ -13,7 +13,7 @@ from jaxgpt.shrinking.gptq import gptq
 from jaxgpt.shrinking.source import Source, with_shrink
 from jaxgpt.shrinking.spec import Options
 
-MATRICES = ("kernel", "tokens", "head")  # the last words of their paths
+MATRICES = ("kernel", "factor_in", "factor_out", "tokens", "head")  # the last words of their paths
 PARTS = ("values", "scales")  # what is stored of each
 
 
@@ -33,9 +33,9 @@ def nearest(node: dict, cfg: ShrinkConfig, owner: str) -> dict:
     done = {}
     for name, child in node.items():
         if isinstance(child, dict):
-            done[name] = nearest(child, cfg, name)
+            done[name] = nearest(child, cfg, owner if name == "kernel" else name)
         elif name in MATRICES and (fmt := format_of(cfg, owner)):
-            matrix, axis = as_matrix(owner, child)
+            matrix, axis = as_matrix(owner, child, name)
             done[name] = dict(zip(PARTS, fmt.quantise(matrix, axis), strict=True))
         else:
             done[name] = child
@@ -57,6 +57,8 @@ def _calibrated(source: Source, cfg: ShrinkConfig, windows: int) -> dict:
                 parts = gptq(fmt, source.params[head].T, moment)
                 done[head] = {name: a.T for name, a in zip(PARTS, parts, strict=True)}
                 continue
+            if isinstance(kernels[owner], dict):  # two factors: rounded to the nearest
+                continue
             matrix, _ = as_matrix(owner, kernels[owner])
             for name, a in zip(PARTS, gptq(fmt, matrix[layer], moment), strict=True):
                 stored[owner][name][layer] = a
@@ -72,10 +74,24 @@ def projections(node: dict, owner: str = "") -> Iterator[tuple[str, np.ndarray |
             yield from projections(child, name)
 
 
-def as_matrix(owner: str, array: np.ndarray) -> tuple[np.ndarray, int]:
-    """Returns a table [V, D], or stacked kernels as [L, I, O], and the axis of the inputs."""
+def with_kernels(params: dict, kernels: dict) -> dict:
+    """Returns the parameters with these in place of the projections' kernels, by name."""
+
+    def replaced(node: dict, owner: str) -> dict:
+        new = {
+            name: replaced(child, name) if isinstance(child, dict) else child
+            for name, child in node.items()
+        }
+        return new | {"kernel": kernels[owner]} if owner in kernels else new
+
+    return params | {"blocks": replaced(params["blocks"], "")}
+
+
+def as_matrix(owner: str, array: np.ndarray, name: str = "kernel") -> tuple[np.ndarray, int]:
+    """Returns a table [V, D], or stacked kernels or factors as [L, I, O], and the axis of the
+    inputs."""
     if owner not in INPUTS_OUTPUTS:
         return array, -1
-    inputs, _ = INPUTS_OUTPUTS[owner]
-    size = math.prod(array.shape[axis] for axis in inputs)
-    return array.reshape(len(array), size, -1), -2
+    first_output = {"factor_in": array.ndim - 1, "factor_out": 2}.get(name)
+    first_output = first_output or INPUTS_OUTPUTS[owner][1][0]
+    return array.reshape(len(array), math.prod(array.shape[1:first_output]), -1), -2

@@ -40,6 +40,11 @@ class Source:
         params = merge_lora(self.trained.params(), self.trained.config.lora)
         return jax.tree.map(np.asarray, jax.device_get(params))
 
+    def calibration(self, count: int) -> int:
+        """Returns `count`, or 0 where there is no text: neither `data` nor the run's own."""
+        meta = self.trained.checkpoints.meta(self.trained.step)
+        return count if self.data or "imported" not in meta else 0
+
     def windows(self, count: int, batch: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields `count` windows of the training text in the order of training, so many in a batch:
         `inputs` and `targets` [rows, T] (packed: `segments` and `positions` too). Raises `BadInput`

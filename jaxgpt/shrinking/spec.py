@@ -28,9 +28,12 @@ class Method(NamedTuple):
 
 KINDS = {
     "heads": Method(1, True, float, Range(0, 1, "()"), "the share of heads and MLP columns"),
+    "layers": Method(1, True, float, Range(0, 1, "()"), "the share of layers"),
     "prune": Method(2, True, float, Range(0, 1, "()"), "the share of zeros"),
     "prune24": Method(2),
-    "svd": Method(3, False, int, Range(1, 2**16), "the rank of each projection"),
+    "svd": Method(
+        3, False, float, Range(0, 2**16, "("), "the rank of each projection, or below 1 its energy"
+    ),
     "int8": Method(4),
     "int4": Method(4),
     "nf4": Method(4),
@@ -46,6 +49,7 @@ class Options:
     keep: str
     calibration: int
     data: str = ""
+    targets: str = ""  # of svd: lora's targets; all where it is empty
 
 
 def parse_method(text: str) -> tuple[str, float | int | None]:
@@ -66,6 +70,8 @@ def parse_method(text: str) -> tuple[str, float | int | None]:
         raise BadInput(f"--method={text}: write {name}:NUMBER, {method.what}") from None
     if not method.range.holds(number):
         raise BadInput(f"--method={text}: {method.what} must be {method.range}")
+    if name == "svd" and number > 1 and number % 1:
+        raise BadInput(f"--method={text}: a rank is a whole number, a share of energy below 1")
     return name, number
 
 
@@ -82,7 +88,9 @@ def check_order(done: str, name: str, workdir: str) -> None:
             )
 
 
-def parse_options(name: str, group: int | None, keep: str, calibration: int, data: str) -> Options:
+def parse_options(
+    name: str, group: int | None, keep: str, calibration: int, data: str, targets: str
+) -> Options:
     """Returns the checked flags of the method `name`. Raises `BadInput`."""
     if group is None:
         group = 0 if name == "int8" else 32
@@ -90,6 +98,10 @@ def parse_options(name: str, group: int | None, keep: str, calibration: int, dat
         raise BadInput(f"--group={group} must be one of {', '.join(map(str, GROUPS))}")
     if unknown := set(filter(None, keep.split(","))) - set(KEEP):
         raise BadInput(f"--keep={keep}: {sorted(unknown)[0]!r} is none of {', '.join(KEEP)}")
+    if unknown := set(filter(None, targets.split(","))) - set(LORA_TARGETS):
+        raise BadInput(
+            f"--targets={targets}: {sorted(unknown)[0]!r} is none of {', '.join(LORA_TARGETS)}"
+        )
     if calibration < 0:
         raise BadInput(f"--calibration={calibration} must be at least 0")
-    return Options(group, keep, calibration, data)
+    return Options(group, keep, calibration, data, targets)

@@ -120,7 +120,7 @@ class Training:
     def init(self) -> Callable[[], TrainState]:
         """The function that makes the first state."""
         cfg = self.config
-        optimizer = make_optimizer(cfg.optim, cfg.num_steps, self.spec.model)
+        optimizer = make_optimizer(cfg.optim, cfg.num_steps, self.spec.model, cfg.shrink)
         own = partial(self.companions.own_parameters, self.spec)
         return partial(init_state, self.spec, optimizer, cfg, own)
 

@@ -33,8 +33,8 @@ def shrunk(trained_run, tmp_path_factory):
     def get(command, method: str, *flags: str):
         if (method, *flags) not in made:
             out = tmp_path_factory.mktemp("shrunk") / "b"
-            given = f"--workdir={trained_run}", f"--out={out}", f"--method={method}", *flags
-            code, text, err = command(shrink.main, *given)
+            given = f"--workdir={trained_run}", f"--out={out}", f"--method={method}", "--nospeed"
+            code, text, err = command(shrink.main, *given, *flags)
             assert code == 0, err
             made[method, *flags] = out, json.loads(text.splitlines()[-1])
         return made[method, *flags]
