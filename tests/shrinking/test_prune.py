@@ -108,7 +108,9 @@ def test_heads_layers_and_ranks_go_through_every_command(shrunk, command, tmp_pa
     config = read_config(epath.Path(small))
     assert config.shrink.done == "heads:0.25 layers:0.5 svd:8 int8"
     assert (config.model.num_heads, config.model.mlp_dim, config.model.num_layers) == (3, 96, 1)
-    code, out, err = command(sample.main, f"--workdir={small}", "--prompt=The ", "--max_new_tokens=9")
+    code, out, err = command(
+        sample.main, f"--workdir={small}", "--prompt=The ", "--max_new_tokens=9"
+    )
     assert code == 0 and out.startswith("The "), err
     code, _, err = tune(command, tmp_path, ranks, "--config.num_steps=3")
     assert code == 0, err
