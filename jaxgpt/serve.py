@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from jaxgpt.checkpointing.choice import check_run, define_step
 from jaxgpt.cli.flags import parse
@@ -66,12 +67,16 @@ def serve(values: flags.FlagValues, guard, listening: socket.socket) -> None:
     import jax
     import uvicorn
 
+    from jaxgpt.data.show import saved_example
+    from jaxgpt.inference.chat import find_chat
     from jaxgpt.inference.trained import open_trained
     from jaxgpt.serving.app import make_app
     from jaxgpt.serving.batcher import Batcher
     from jaxgpt.serving.connections import Server, connection_class, most_connections
 
     trained = open_trained(values.workdir, values.step)
+    chat = find_chat(values.workdir)
+    example = saved_example(epath.Path(values.workdir) / "tokenizer")
     with jax.set_mesh(trained.mesh):
         decoder = trained.decoder()
     batcher = Batcher(decoder, trained.mesh, trained.tokenizer, values.slots, values.max_waiting)
@@ -81,7 +86,7 @@ def serve(values: flags.FlagValues, guard, listening: socket.socket) -> None:
     name = values.name or Path(values.workdir).resolve().name
     say(f"serving   {name}, step {trained.step}, at http://{host}:{port}/ (Ctrl-C ends)")
     config = uvicorn.Config(
-        make_app(batcher, name, guard, REQUEST_TIMEOUT),
+        make_app(batcher, name, guard, REQUEST_TIMEOUT, example, chat),
         http=connection_class(most_connections(), REQUEST_TIMEOUT),
         ws="none",
         log_level="error",

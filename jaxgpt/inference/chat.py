@@ -18,6 +18,11 @@ class Chat:
     template: str
     system: str = ""
 
+    @property
+    def stop(self) -> str:
+        """The text that ends a reply, where end-of-text does not."""
+        return TURNS[self.template].stop
+
     def ask(self, request: GenerationRequest, messages: Messages = ()) -> GenerationRequest:
         """Returns `request` for the reply to `messages`, by default to its prompt, which a user
         says; it ends where the template ends a reply."""
@@ -26,21 +31,26 @@ class Chat:
             messages = [("system", self.system), *messages]
         spans = tuple(reply_prompt(messages, self.template))
         prompt = "".join(span.text for span in spans)
-        stop = (*request.stop, TURNS[self.template].stop)
+        stop = (*request.stop, self.stop)
         return dataclasses.replace(request, prompt=prompt, spans=spans, stop=stop)
 
 
-def open_chat(workdir: str, system: str = "") -> Chat:
-    """Returns the chat of the run in `workdir`. Raises `BadInput` if there is no run, or it has
-    not learnt from prompts with responses."""
+def find_chat(workdir: str, system: str = "") -> Chat | None:
+    """Returns the chat of the run in `workdir`, None if it has not learnt from prompts with
+    responses. Raises `BadInput` if there is no run."""
     folder = epath.Path(workdir)
     template = read_config(folder).data.chat_template
-    if not saved_template(folder / "tokenizer"):
-        raise BadInput(
-            f"{workdir} has no chat template, as it was not trained on prompts with responses"
-            " (data.source=sft:FILE); ask without --chat"
-        )
-    return Chat(template, system)
+    return Chat(template, system) if saved_template(folder / "tokenizer") else None
+
+
+def open_chat(workdir: str, system: str = "") -> Chat:
+    """Returns what `find_chat` finds. Raises `BadInput` if that is none."""
+    if chat := find_chat(workdir, system):
+        return chat
+    raise BadInput(
+        f"{workdir} has no chat template, as it was not trained on prompts with responses"
+        " (data.source=sft:FILE); ask without --chat"
+    )
 
 
 def reply(pieces: Iterable[str]) -> Iterator[str]:

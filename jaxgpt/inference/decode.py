@@ -127,21 +127,22 @@ def has_sliding_context(cfg: ModelConfig) -> bool:
     return cfg.position in ("rope", "none") and all(layer_windows(cfg))
 
 
-def check_length(prompt_length: int, new: int, cfg: ModelConfig) -> None:
-    """Raises `BadInput` if the prompt and `new` tokens exceed a context that does not slide."""
+def check_length(prompt_length: int, new: int, cfg: ModelConfig, remedy: str = "") -> None:
+    """Raises `BadInput`, with a `remedy`, if the prompt and `new` tokens exceed a context that does
+    not slide."""
     context = cfg.max_seq_len
     if has_sliding_context(cfg):
         return
     if prompt_length > context:
         raise BadInput(
             f"the prompt has {prompt_length} tokens, more than the model's context of"
-            f" {context} (model.max_seq_len); shorten it, or ask for --beyond_context=slide"
+            f" {context} (model.max_seq_len); shorten it{remedy}"
         )
     if prompt_length + new > context:
         raise BadInput(
             f"a prompt of {prompt_length} tokens and --max_new_tokens={new} exceed the"
             f" model's context of {context} (model.max_seq_len); ask for at most"
-            f" {context - prompt_length} new tokens, or for --beyond_context=slide"
+            f" {context - prompt_length} new tokens{remedy}"
         )
 
 

@@ -120,7 +120,8 @@ def encode_prompts(
     prompts = [encode_request(tokenizer, request) for request in requests]
     for prompt, request in zip(prompts, requests, strict=True):
         if not decoder.slides:
-            check_length(len(prompt), request.max_new_tokens, decoder.spec.model)
+            remedy = ", or use --beyond_context=slide"
+            check_length(len(prompt), request.max_new_tokens, decoder.spec.model, remedy)
     return prompts
 
 

@@ -1,6 +1,7 @@
 """The HTTP interface: /v1/completions as OpenAI's, /v1/models, /healthz, and a page to try it."""
 
 import asyncio
+import html
 import json
 import secrets
 import time
@@ -13,9 +14,11 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from jaxgpt.data.show import NO_EXAMPLE, Example
+from jaxgpt.inference.chat import Chat
 from jaxgpt.inference.generation import Continuation, TokenLogprob
 from jaxgpt.serving.batcher import Batcher, Busy, Group, Job
 from jaxgpt.serving.guard import Guard
@@ -36,9 +39,24 @@ SHUTTING_DOWN = "the server is shutting down"
 PAGE = Path(__file__).with_name("page.html")
 
 
-def make_app(batcher: Batcher, model: str, guard: Guard, seconds: float = 30) -> Starlette:
+def page(example: Example) -> str:
+    """Returns the page to try a run, with the example as its first prompt."""
+    chat, prompt = json.dumps(example.is_chat), html.escape(example.prompt)
+    return PAGE.read_text("utf-8").replace("<!--CHAT-->", chat).replace("<!--PROMPT-->", prompt)
+
+
+def make_app(
+    batcher: Batcher,
+    model: str,
+    guard: Guard,
+    seconds: float = 30,
+    example: Example = NO_EXAMPLE,
+    chat: Chat | None = None,
+) -> Starlette:
     """Returns the ASGI application that answers from `batcher`, under the name `model`, the
-    requests that `guard` lets in. A request's body must be complete within `seconds`."""
+    requests that `guard` lets in. A request's body must be complete within `seconds`. `chat` is the
+    run's, if it has one."""
+    first_page = page(example)
     entry = {"id": model, "object": "model", "created": 0, "owned_by": "jaxgpt"}
 
     async def completions(request: Request) -> Response:
@@ -48,7 +66,7 @@ def make_app(batcher: Batcher, model: str, guard: Guard, seconds: float = 30) ->
         except TimeoutError as e:
             raise ApiError(408, f"the body was not whole after {seconds:g} seconds") from e
         parsed = await asyncio.to_thread(  # tokenizing a long prompt must not block other requests
-            parse_body, body, model, batcher.tokenizer, batcher.decoder.spec.model
+            parse_body, body, model, batcher.tokenizer, batcher.decoder.spec.model, chat
         )
         completion = Completion(batcher, parsed, model)
         if parsed.stream:
@@ -70,7 +88,7 @@ def make_app(batcher: Batcher, model: str, guard: Guard, seconds: float = 30) ->
 
     return Starlette(
         routes=[
-            Route("/", lambda request: FileResponse(PAGE)),
+            Route("/", lambda request: HTMLResponse(first_page)),
             Route("/healthz", health),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),

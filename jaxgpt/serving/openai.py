@@ -12,8 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.inference.decode import NUM_TOP, Logprobs, check_length, encode_prompt
-from jaxgpt.inference.generation import Continuation, TokenLogprob
+from jaxgpt.inference.chat import Chat
+from jaxgpt.inference.decode import NUM_TOP, Logprobs, check_length
+from jaxgpt.inference.generation import Continuation, TokenLogprob, encode_request
 from jaxgpt.inference.requests import GenerationRequest, Sampling, parse_request
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
@@ -31,7 +32,7 @@ UNSUPPORTED = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, 
 SAMPLING_FIELDS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"}
 FIELDS = SAMPLING_FIELDS | set(UNSUPPORTED)
 FIELDS |= {"model", "prompt", "max_tokens", "n", "best_of", "logprobs", "echo", "user"}
-FIELDS |= {"stream", "stream_options"}
+FIELDS |= {"stream", "stream_options", "chat"}
 
 
 class ApiError(HTTPException):
@@ -72,9 +73,10 @@ class CompletionRequest:
 
 
 def parse_body(
-    body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig
+    body: object, model: str, tokenizer: Tokenizer, cfg: ModelConfig, chat: Chat | None = None
 ) -> CompletionRequest:
-    """Returns what a completions body asks for. Raises `ApiError`: 400 or 404, naming the field."""
+    """Returns what a completions body asks for. Our field `chat` says that each prompt is a message
+    to reply to in the template of `chat`. Raises `ApiError`: 400 or 404, naming the field."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     if unknown := sorted(set(body) - FIELDS):
@@ -89,7 +91,11 @@ def parse_body(
     n = _integer(body, "n", 1, 1, MAX_CHOICES)
     if _integer(body, "best_of", n, 1, MAX_CHOICES) != n:
         raise ApiError(400, "best_of is not supported but for the value of n", param="best_of")
-    prompts = _parse_prompts(body.get("prompt", ""), tokenizer)
+    if not _boolean(body, "chat"):
+        chat = None
+    elif chat is None:
+        raise ApiError(400, "this model has no chat template", param="chat")
+    prompts = _parse_prompts(body.get("prompt", ""), tokenizer, chat)
     if len(prompts) * n > MAX_CHOICES:
         message = f"{len(prompts)} prompts times n={n} are more than {MAX_CHOICES} choices"
         raise ApiError(400, message)
@@ -98,7 +104,7 @@ def parse_body(
         raise ApiError(400, "stream_options must be an object", param="stream_options")
     return CompletionRequest(
         choices=[
-            (ids, dataclasses.replace(_parse_choice(body, ids, text, cfg), sample_index=i))
+            (ids, dataclasses.replace(_parse_choice(body, ids, text, cfg, chat), sample_index=i))
             for ids, text in prompts
             for i in range(n)
         ],
@@ -109,7 +115,9 @@ def parse_body(
     )
 
 
-def _parse_choice(body: dict, prompt: np.ndarray, text: str, cfg: ModelConfig) -> GenerationRequest:
+def _parse_choice(
+    body: dict, prompt: np.ndarray, text: str, cfg: ModelConfig, chat: Chat | None
+) -> GenerationRequest:
     """Returns the generation request for one of the body's prompts, given as ids and as text."""
     row = {name: body[name] for name in SAMPLING_FIELDS & set(body)}
     if "max_tokens" in body:
@@ -133,26 +141,34 @@ def _parse_choice(body: dict, prompt: np.ndarray, text: str, cfg: ModelConfig) -
     except BadInput as e:
         message = str(e).replace("--max_new_tokens", "max_tokens")
         raise ApiError(400, message, "context_length_exceeded") from e
-    return request
+    return dataclasses.replace(request, stop=(*request.stop, chat.stop)) if chat else request
 
 
-def _parse_prompts(given: object, tokenizer: Tokenizer) -> list[tuple[np.ndarray, str]]:
+def _parse_prompts(
+    given: object, tokenizer: Tokenizer, chat: Chat | None
+) -> list[tuple[np.ndarray, str]]:
     """Returns ids and text of each prompt: `given` is a string, ids, or a list of either."""
     if isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int):
         given = [given]
     if not isinstance(given, list) or not given or len(given) > MAX_CHOICES:
         message = f"prompt must be text, tokens, or a list of 1 to {MAX_CHOICES} of either"
         raise ApiError(400, message, param="prompt")
-    return [_parse_prompt(prompt, tokenizer) for prompt in given]
+    return [_parse_prompt(prompt, tokenizer, chat) for prompt in given]
 
 
-def _parse_prompt(prompt: object, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+def _parse_prompt(
+    prompt: object, tokenizer: Tokenizer, chat: Chat | None
+) -> tuple[np.ndarray, str]:
     if isinstance(prompt, str):
         try:
             check_text(prompt, "a prompt")
         except BadInput as e:
             raise ApiError(400, f"not valid text: {e}", param="prompt") from e
-        return encode_prompt(tokenizer, prompt), prompt
+        asked = GenerationRequest(prompt)
+        asked = chat.ask(asked) if chat else asked
+        return encode_request(tokenizer, asked), asked.prompt
+    if chat:
+        raise ApiError(400, "a message of a chat must be text", param="prompt")
     if not isinstance(prompt, list) or not prompt or any(type(i) is not int for i in prompt):
         raise ApiError(400, "a prompt is neither text nor tokens", param="prompt")
     if not all(0 <= i < tokenizer.vocab_size for i in prompt):

@@ -323,9 +323,9 @@ def test_streaming_stops_beams_and_several(command, workdir):
 def test_text_beyond_the_context_is_refused_or_slides(command, workdir):
     base = (f"--workdir={workdir}", "--prompt=the ", "--max_new_tokens=150", "--seed=2")
     code, out, err = command(sample.main, *base)
-    assert (code, out) == (2, "") and "or for --beyond_context=slide" in err
+    assert (code, out) == (2, "") and "new tokens, or use --beyond_context=slide" in err
     code, out, err = command(sample.main, *base[:1], f"--prompt={'x' * 65}")
-    assert code == 2 and "shorten it, or ask for --beyond_context=slide" in err
+    assert code == 2 and "shorten it, or use --beyond_context=slide" in err
     slide = "--beyond_context=slide"
     code, out, err = command(sample.main, *base, slide, "--num_samples=2")
     assert code == 0 and len(out.split("\n---\n")[0]) > 100, err

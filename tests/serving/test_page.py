@@ -15,6 +15,7 @@ def test_type_a_prompt_and_watch_it_complete(browser, workdir):  # noqa: F811
         browser.get(address)
         wait_until(lambda: browser.find_element("id", "model").text == "run")
         box, note = browser.find_element("id", "prompt"), browser.find_element("id", "note")
+        assert box.get_property("value") == saved_example(workdir / "tokenizer").prompt != ""
         box.clear()
         box.send_keys("The licence")
         for name, value in (("max_tokens", "60"), ("temperature", "0")):

@@ -1,6 +1,7 @@
 """The server as its users see it: OpenAI's own client, a crowd, bad requests, a shutdown."""
 
 import asyncio
+import html
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from jaxgpt import serve
+from jaxgpt.data.show import saved_example
 from tests.conftest import CORPUS, PATIENCE, wait_until, xla_flags
 from tests.processes.forks import Python
 from tests.processes.processes import finish
@@ -110,6 +112,13 @@ def test_it_says_what_sample_says(client, workdir, command):
         "--temperature=0",
     )
     assert code == 0 and out == f"The licence{greedy.choices[0].text}\n", err
+
+
+def test_its_page_starts_with_the_run_s_own_text(server, workdir):
+    prompt = saved_example(workdir / "tokenizer").prompt
+    assert len(prompt.split()) == 3 and prompt in CORPUS
+    with urllib.request.urlopen(server, timeout=PATIENCE) as answer:
+        assert f">\n{html.escape(prompt)}</textarea>" in answer.read().decode()
 
 
 def test_choices_logprobs_echo_stop_and_tokens(client):
