@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxgpt.data.show import saved_example
 from tests.browser import boxes, browser, fits, overlaps, sized  # noqa: F401
 from tests.conftest import wait_until
 from tests.serving.test_serve import start, workdir  # noqa: F401
