@@ -34,11 +34,14 @@ def pinned_model(name: Name) -> Name:
 
 @cache
 def _folder(name: Name, weights: bool) -> Path:
-    folder = snapshot(name, "model", SETTINGS)
-    if weights:
-        say(f"hub       model {name.at(folder.name)}")
-        for files in (WEIGHTS, PICKLED):
-            folder = snapshot(name.at(folder.name), "model", (*SETTINGS, *files))
-            if any(folder.glob("*.safetensors")):
-                break
+    if not name.is_pinned:
+        folder = snapshot(name, "model", SETTINGS)
+        return _folder(name.at(folder.name), weights)
+    if not weights:
+        return snapshot(name, "model", SETTINGS)
+    say(f"hub       model {name}")
+    for files in (WEIGHTS, PICKLED):
+        folder = snapshot(name, "model", (*SETTINGS, *files))
+        if any(folder.glob("*.safetensors")):
+            break
     return folder

@@ -49,6 +49,7 @@ def test_a_model_is_imported_by_its_name(hub, command, tmp_path):
     for source, workdir in (("tests/tiny", "w"), (tmp_path / "0", "local")):
         code, _, err = command(convert.main, "import", f"--from={source}", f"--workdir={workdir}")
         assert code == 0 and f" into {workdir}\n" in err, err
+        assert err.count("hub       model") == (source == "tests/tiny"), "said once"
     assert hub.downloads() == {"config.json", "model.safetensors", "vocab.json", "merges.txt"}
     one, two = (Checkpoints(tmp_path / w, read_only=True) for w in ("w", "local"))
     assert one.meta(0)["imported"] == f"tests/tiny@{commit}"
