@@ -15,8 +15,8 @@ training text; prune and svd with --calibration=0 look at the weights alone. Tra
 --config.init_from=B: zeros stay zero and factors stay factors.
 
 int8 has a scale for each output of a projection, int4 and nf4 for each --group of its inputs.
-Embeddings and head are quantised too, unless --keep=head. int4 is calibrated on --calibration
-windows of the run's training text; 0 rounds each weight to the nearest.
+Embeddings and head are quantised too, unless --keep=head. Rounding is calibrated (GPTQ) on
+--calibration windows of the run's training text; 0 rounds each weight to the nearest.
 
 Methods compose in this order: layers and heads, prune, svd, then one of int8, int4, nf4; between
 them the model may be trained. B/shrink.html shows size, bits per byte and speed (unless --nospeed)
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("group", None, "inputs a scale: 0 (all), 32, 64, 128", flag_values=values)
     flags.DEFINE_string("keep", "", "what stays float, for example head", flag_values=values)
     flags.DEFINE_string("targets", "", "what svd factorises; default: all", flag_values=values)
-    flags.DEFINE_integer("calibration", 128, "windows; 0 = none", flag_values=values)
+    flags.DEFINE_integer("calibration", 32, "windows of text; 0 = none", flag_values=values)
     flags.DEFINE_string("data", "", "text for a run without its own", flag_values=values)
     flags.DEFINE_list("beside", [], "workdirs whose rows the table shows", flag_values=values)
     flags.DEFINE_bool("speed", True, "measure tokens per second", flag_values=values)

@@ -18,11 +18,11 @@ PARTS = ("values", "scales")  # what is stored of each
 
 
 def quantise(kind: str, source: Source, argument: None, options: Options) -> tuple[Config, dict]:
-    """Returns the config and parameters of the model with its matrices as `kind`. int4 is
-    calibrated (see `gptq`), unless `options.calibration` is 0."""
+    """Returns the config and parameters of the model with its matrices as `kind`, rounded by GPTQ
+    on windows of training text (see `gptq`), or, for none, to the nearest."""
     fields = dict(weights=kind, group=options.group, keep=options.keep)
     config = with_shrink(source.config, kind, **fields)
-    if kind != "int4" or not options.calibration:
+    if not options.calibration:
         return config, nearest(source.params, config.shrink, "head")
     return config, _calibrated(source, config.shrink, options.calibration)
 

@@ -22,6 +22,7 @@ from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.training.objectives import make_eval_step
 from tests.conftest import config_flag, mesh_of, random_batch, tiny_config
 
+KEPT = "--keep=head,positions,up", "--calibration=0"
 KEYS = ["method", "bytes_before", "bytes_after", "bits_per_byte_before", "bits_per_byte_after"]
 
 
@@ -69,7 +70,7 @@ def test_the_row_says_what_is_there(method, most, shrunk, trained_run, command):
 
 
 def test_each_matrix_is_nearly_what_it_was_and_the_rest_exactly(shrunk, trained_run, command):
-    out, _ = shrunk(command, "nf4", "--group=64")
+    out, _ = shrunk(command, "nf4", "--group=64", "--calibration=0")
     stored, before, after = leaves_by_path(params_of(out)), floats_of(trained_run), floats_of(out)
     assert before.keys() == after.keys()
     quantised = {path for path in before if f"{path}/values" in stored}
@@ -83,7 +84,7 @@ def test_each_matrix_is_nearly_what_it_was_and_the_rest_exactly(shrunk, trained_
 
 
 def test_what_is_kept_stays_float(shrunk, trained_run, command):
-    out, _ = shrunk(command, "int8", "--keep=head,positions,up")
+    out, _ = shrunk(command, "int8", *KEPT)
     stored, before = leaves_by_path(params_of(out)), leaves_by_path(params_of(trained_run))
     kept = {path for path in before if path in stored and path.endswith(("kernel", "tokens"))}
     assert kept == {"tokens", "positions/kernel", "blocks/mlp/up/kernel"}
@@ -180,7 +181,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(flags, says, trained_run, comm
 
 
 def test_nothing_is_overwritten_and_the_order_is_kept(shrunk, trained_run, command, tmp_path):
-    out, _ = shrunk(command, "int8", "--keep=head,positions,up")
+    out, _ = shrunk(command, "int8", *KEPT)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     code, _, err = command(shrink.main, f"--workdir={trained_run}", f"--out={out}", "--method=int8")
     assert code == 2 and f"{out} exists already; choose another --out" in err
@@ -194,7 +195,7 @@ def test_nothing_is_overwritten_and_the_order_is_kept(shrunk, trained_run, comma
 
 
 def test_quantised_weights_are_not_trained(shrunk, command, tmp_path):
-    out, _ = shrunk(command, "int8", "--keep=head,positions,up")
+    out, _ = shrunk(command, "int8", *KEPT)
     flag, workdir = config_flag(tmp_path), f"--workdir={tmp_path}/w"
     code, _, err = command(train.main, flag, workdir, "--config.shrink.weights=int8")
     assert code == 2 and "shrink.weights='int8': such weights are not trained" in err
