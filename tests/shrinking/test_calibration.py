@@ -1,0 +1,32 @@
+"""The moments that calibration measures, against the model's own forward pass and NumPy."""
+
+import jax
+import numpy as np
+
+from jaxgpt.inference.trained import open_trained
+from jaxgpt.shrinking.calibration import input_moments
+from jaxgpt.shrinking.source import Source
+
+
+def mean_outer(x) -> np.ndarray:
+    x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    return x.T @ x / len(x)
+
+
+def test_moments_are_of_what_each_product_reads(trained_run):
+    trained = open_trained(str(trained_run), None)
+    with jax.set_mesh(trained.mesh):
+        source = Source(trained)
+        *layers, last = input_moments(source, 16)
+        windows = np.concatenate([w["inputs"] for w in source.windows(16, 8)])
+        hidden = jax.jit(lambda p: source.spec.bind(p).hidden(windows)[0])(trained.params())
+    np.testing.assert_allclose(last["head"], mean_outer(hidden), rtol=1e-4, atol=1e-5)
+    sizes = dict(query=32, key=32, value=32, out=32, up=32, down=128)
+    assert [{name: len(m) for name, m in layer.items()} for layer in layers] == [sizes, sizes]
+    params = source.params
+    x = params["tokens"][windows] + params["positions"]["kernel"]
+    norm = jax.tree.map(lambda a: a[0], params["blocks"]["attention_norm"])
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    want = mean_outer(x * norm["scale"] + norm["bias"])
+    np.testing.assert_allclose(layers[0]["query"], want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(layers[0]["value"], layers[0]["query"])
