@@ -48,6 +48,8 @@ WRONG = {  # command: arguments, the error
     "checkpoint": (["list"], "--workdir=DIR is required"),
     "serve": (["--workdir={}", "--port=70000"], "--port=70000"),
     "convert": (["import", "--from=s3://bucket/x", "--workdir={}/w"], "takes a local folder"),
+    "shrink": (["--workdir={}", "--out={}/b", "--method=int9"], "did you mean int8?"),
+    "shrink run": (["--workdir={}/none", "--out={}/b", "--method=int8"], "holds no run"),
     "report": ([], "--workdir=DIR is required"),
     "train source": (["--config={}/c.py", "--config.data.source=text:{}/x*"], "no file matches"),
     "benchmark tokenizer": (["--config={}/c.py", "--config.data.tokenizer=x"], "'x' is unknown"),
