@@ -19,7 +19,8 @@ def test_moments_are_of_what_each_product_reads(trained_run):
         source = Source(trained)
         *layers, last = input_moments(source, 16)
         windows = np.concatenate([w["inputs"] for w in source.windows(16, 8)])
-        hidden = jax.jit(lambda p: source.spec.bind(p).hidden(windows)[0])(trained.params())
+        forward = jax.jit(lambda p, tokens: source.spec.bind(p).hidden(tokens)[0])
+        hidden = forward(trained.params(), windows)
     np.testing.assert_allclose(last["head"], mean_outer(hidden), rtol=1e-4, atol=1e-5)
     sizes = dict(query=32, key=32, value=32, out=32, up=32, down=128)
     assert [{name: len(m) for name, m in layer.items()} for layer in layers] == [sizes, sizes]
