@@ -211,6 +211,10 @@ def test_without_the_hub_the_same_files_or_none(hub, texts, tmp_path, monkeypatc
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     forget()
     test = dataset_files("tests/texts#test", tmp_path)
+    forget()
+    count = len(hub.requests)
+    assert dataset_files(f"tests/texts#test@{texts}", tmp_path) == test
+    assert len(hub.requests) == count, "the files of a commit never change"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     forget()
     assert dataset_files("tests/texts#test", tmp_path) == test
