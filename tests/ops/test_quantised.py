@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.ops.quantised import LEVELS, NF4, Format
+from jaxgpt.ops.quantised import LARGEST, LEVELS, NF4, Format
 from tests.conftest import mesh_of, tiny_config
 from tests.ops.test_ops import normal
 
@@ -50,6 +50,7 @@ def test_no_weight_is_further_than_half_a_step_from_its_own(kind, group, axis, s
     got = back(fmt, values, scales, axis, shape[axis])
     assert got.shape == w.shape
     steps = spread(scales, group, axis, shape[axis])
+    assert np.all(np.abs(w) <= steps * LARGEST[kind] * (1 + 1e-6)), "clipped"
     assert np.all(np.abs(got - w) <= steps * REACH[kind] * (1 + 1e-5))
     assert np.all(got[w == 0] == 0)  # pruned weights stay zero
 
