@@ -319,6 +319,12 @@ def _check_shrink(config: Config) -> None:
             f"shrink.weights={weights!r}: such weights are not trained, only LoRA's additions to"
             " them (lora.rank); `python -m jaxgpt.shrink` makes them of a trained model"
         )
+    for field, value in (
+        ("lora.dora", config.lora.dora),
+        ("optim.ema_decay", config.optim.ema_decay),
+    ):
+        if weights != "float" and value:
+            raise BadInput(f"{field}={value}: not with {weights} weights; leave it out")
 
 
 def parse_track(track: str) -> list[str]:

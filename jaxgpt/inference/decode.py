@@ -28,6 +28,8 @@ CACHE_BLOCK = 64  # a cache's slots are a multiple of this, so that few shapes a
 PROMPT_BLOCK = 16  # padded prompts are a multiple of this
 CHUNK = 20  # tokens generated between two returns to the host
 NUM_TOP = 5  # alternatives that are reported for each token
+# Weights in few bits are read a third faster in whole AVX-512 registers than in XLA's usual halves
+CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 
 
 class DecodeState(NamedTuple):
@@ -244,7 +246,7 @@ def _prefill(
     return DecodeState(cache, last, lengths - 1, seen, keys, sampling)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5, compiler_options=CPU_OPTIONS)
 def _decode(spec: ModelSpec, count: int, span: int, vocab_limit: int, params, state, with_top):
     model = spec.bind(params)
     table, cache = model.table(), first_slots(state.cache, span)

@@ -102,10 +102,9 @@ def completed(config: Config) -> Config:
     Raises:
       BadInput: if there is neither, or what is given is not as it is at `init_from`.
     """
-    opened = left_open(config)
+    opened, config = left_open(config), copy.deepcopy(config)
     if not opened:
-        return _inheriting(validate(config))
-    config = copy.deepcopy(config)
+        return _as_stored(_inheriting(validate(config)))
     for path in opened:
         set_field(config, path, get_field(Config(), path))
     check_fields(config)  # before any file is read
@@ -129,7 +128,7 @@ def completed(config: Config) -> Config:
     for name, value in (vars(theirs) | chosen).items():
         if f"model.{name}" in opened:
             setattr(config.model, name, value)
-    config = _inheriting(validate(config))
+    config = _as_stored(_inheriting(validate(config)))
     if config.init_from:
         check_model(config)
     return config
@@ -159,6 +158,16 @@ def tokenizer_spec(path: str) -> str:
             f"init_from={path} holds no tokenizer: set data.tokenizer to the one it knows"
         )
     return f"{tokenizer.kind}:{path}"
+
+
+def _as_stored(config: Config) -> Config:
+    """Returns `config` with the weights stored as at `init_from`, where LoRA trains additions to
+    them and leaves them as they are (QLoRA, arXiv:2305.14314)."""
+    if config.lora.rank and config.init_from and is_workdir(config.init_from):
+        theirs = read_config(epath.Path(located(config.init_from))).shrink
+        form = ("weights", "group", "keep") if theirs.weights != "float" else ()
+        config = changed(config, {f"shrink.{name}": getattr(theirs, name) for name in form})
+    return config
 
 
 def _check_trainable(config: Config) -> None:

@@ -1,6 +1,7 @@
 """The weights of a workdir or a model folder, for a run that starts or learns from them."""
 
 import dataclasses
+import operator
 from pathlib import Path
 
 import jax
@@ -18,13 +19,17 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.model.lora import merge as merge_lora
 from jaxgpt.model.weights import dense
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 
 
-def load_weights(path: str, ranks: str = "") -> tuple[dict[str, np.ndarray], ModelConfig]:
-    """Returns the parameters of a workdir or a model folder by path, on the host, with LoRA's
-    additions merged and stored matrices as floats, and its model config. What is two factors there
-    stays so if `ranks` (as in `shrink.ranks`) are the same."""
+def load_weights(
+    path: str, stored: ShrinkConfig | None = None
+) -> tuple[dict[str, np.ndarray], ModelConfig]:
+    """Returns the parameters of a workdir or a model folder by path, on the host, and its model
+    config. LoRA's additions are merged and every matrix is made floats, unless it is `stored` like
+    that there; what is two factors there stays so if `stored.ranks` are the same. Raises `BadInput`
+    if additions would have to be merged into few bits."""
     path = located(path)
     if is_workdir(path):
         config = read_config(epath.Path(path))
@@ -35,7 +40,14 @@ def load_weights(path: str, ranks: str = "") -> tuple[dict[str, np.ndarray], Mod
             abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
             average = config.optim.ema_decay > 0
             params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
-            _, params = as_floats(config, params, ranks)
+            form = operator.attrgetter("weights", "group", "keep", "ranks")
+            if not stored or stored.weights == "float" or form(stored) != form(config.shrink):
+                _, params = as_floats(config, params, stored.ranks if stored else "")
+            elif config.lora.rank:
+                raise BadInput(
+                    f"init_from={path} holds additions to {stored.weights} weights, which cannot be"
+                    " merged into them: resume that run, or start from what it started from"
+                )
             return {p: np.asarray(leaf) for p, leaf in leaves_by_path(params).items()}, spec.model
     folder = open_folder(Path(path))
     spec = ModelSpec(Config(model=folder.model), "xla")

@@ -152,7 +152,8 @@ def in_few_bits(
     names, rows = list(whole), math.prod(x.shape[:-1])
     alone = jax.sharding.get_abstract_mesh().size == 1
     if not (alone and rows <= few_rows.MOST_ROWS and few_rows.block_size(fmt, x.shape[-1])):
-        return as_floats(x, **whole)
+        # Made again in the backward pass: kept, the floats would be as large as the model
+        return jax.checkpoint(as_floats)(x, **whole)
 
     def multiply(x, *arrays):
         y = few_rows.multiply(fmt, x.reshape(rows, -1), **dict(zip(names, arrays, strict=True)))

@@ -49,7 +49,7 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
       BadInput: naming the fields or the first array that do not fit.
     """
     check_model(config)
-    source, theirs = load_weights(config.init_from, config.shrink.ranks)
+    source, theirs = load_weights(config.init_from, config.shrink)
     layers = chosen_layers(config, theirs.num_layers)
     if len(layers) < theirs.num_layers:
         source = {p: a[layers] if p.startswith("blocks/") else a for p, a in source.items()}
