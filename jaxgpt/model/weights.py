@@ -146,14 +146,15 @@ def in_few_bits(
     fmt: Format, x: Float[Array, "B T I"], whole: dict[str, jax.Array], out: P, as_floats: Callable
 ) -> Float[Array, "B T O"]:
     """Returns x w, of sharding `out`, of a matrix w whose inputs come first: by `ops.few_rows` for
-    the few rows of decoding on one CPU, else `as_floats(x, **whole)`."""
-    # With x, or XLA would make floats of the weights once, in front of the loop over tokens
-    x, whole = jax.lax.optimization_barrier((x, jax.lax.stop_gradient(whole)))
+    decoding one sequence on one CPU, else `as_floats(x, **whole)`."""
+    whole = jax.lax.stop_gradient(whole)
     names, rows = list(whole), math.prod(x.shape[:-1])
     alone = jax.sharding.get_abstract_mesh().size == 1
     if not (alone and rows <= few_rows.MOST_ROWS and few_rows.block_size(fmt, x.shape[-1])):
         # Made again in the backward pass: kept, the floats would be as large as the model
         return jax.checkpoint(as_floats)(x, **whole)
+    # With x, or XLA would make floats of the weights once, in front of the loop over tokens
+    x, whole = jax.lax.optimization_barrier((x, whole))
 
     def multiply(x, *arrays):
         y = few_rows.multiply(fmt, x.reshape(rows, -1), **dict(zip(names, arrays, strict=True)))

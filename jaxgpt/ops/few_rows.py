@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Integer
 
 from jaxgpt.ops.quantised import Format
 
-MOST_ROWS = 4  # from there on, writing the floats out once takes no longer
+MOST_ROWS = 1  # each row is a program of its own, which takes its time to compile
 BLOCK = 32  # inputs summed in one expression: a register holds x for each
 SMALLEST_BLOCK = 8
 ZERO = {
