@@ -142,12 +142,9 @@ def taught(folders, *flags, teacher="teacher"):
     return ("objective=distill", f"objectives.distill.teacher={folders / teacher}", *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "flag",
-    [
-        "objectives.distill.hidden_weight=0.1",
-        pytest.param("objectives.distill.top_k=4", marks=pytest.mark.slow),
-    ],
+    "flag", ["objectives.distill.hidden_weight=0.1", "objectives.distill.top_k=4"]
 )
 def test_a_resumed_student_equals_one_that_was_not_killed(at, command, folders, flag):
     """Also with the same teacher elsewhere; another one is refused."""

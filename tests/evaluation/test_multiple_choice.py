@@ -85,13 +85,13 @@ def test_items_to_the_character(tmp_path, task, row, prompt, choices, right):
 
 NOT_ROWS = {
     "hellaswag": [
-        *({}, [], 1, None, "x", SWAG | {"ctx_a": None}, SWAG | {"ctx_b": 1}, SWAG | {"label": ""}),
+        *({}, 1, None, "x", SWAG | {"ctx_a": None}, SWAG | {"ctx_b": 1}, SWAG | {"label": ""}),
         *(SWAG | {"label": label} for label in ("x", None, -1, 3, [], 10**400, "9" * 5000)),
         *(SWAG | {"endings": ends} for ends in (None, 1, [], [1], [None, "b", "c"], {"a": 1})),
         *(SWAG | {"activity_label": bad} for bad in (None, 1, "\ud800")),
     ],
     "arc": [
-        *({}, [], 1, None, "x", ARC | {"question": None}, ARC | {"question": {"stem": 1}}),
+        *({}, 1, None, "x", ARC | {"question": None}, ARC | {"question": {"stem": 1}}),
         *(ARC | {"answerKey": key} for key in (None, "D", 1, [], {})),
         *(ARC | {"choices": bad} for bad in (None, [], {}, [1], {"text": ["a"]}, "ab")),
         ARC | {"choices": {"text": [None, "b"], "label": ["A", "B"]}},
@@ -99,7 +99,7 @@ NOT_ROWS = {
         ARC | {"question": "\udfff"},
     ],
     "lambada": [
-        *({}, [], 1, None, "x"),
+        *({}, 1, None, "x"),
         *({"text": bad} for bad in (None, 1, [], "", "one", "a \ud800")),
     ],
 }
@@ -110,6 +110,13 @@ def test_what_is_no_row_is_refused(tmp_path, task):
     for row in NOT_ROWS[task]:
         with pytest.raises(BadInput, match="rows.jsonl, line 1"):
             read_items(task, [written(tmp_path, [row])])
+
+
+def test_an_array_s_elements_are_rows(tmp_path):
+    for rows, said in (([[]], "rows.jsonl, row 1"), ([SWAG, 1], "rows.jsonl, row 2")):
+        with pytest.raises(BadInput, match=said):
+            read_items("hellaswag", [written(tmp_path, [rows])])
+    assert len(read_items("hellaswag", [written(tmp_path, [[SWAG, SWAG]])])) == 2
 
 
 def test_a_row_without_its_context_is_named(tmp_path):

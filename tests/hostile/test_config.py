@@ -168,8 +168,8 @@ FILES = [
 VALUES = [
     Case(f"value: {line[:60]}", ["--config=c.py"], {"c.py": FILE.format(line)}, says, exits=(2,))
     for line, says in [
-        ("c.layers = 3", "did you mean model.num_layers"),
-        ("c.model.layers = 3", "did you mean model.num_layers"),
+        ("c.layers = 3", "or model.num_layers"),
+        ("c.model.layers = 3", "or model.num_layers"),
         ("c.optim.lr = 3", "optim.learning_rate"),
         ("c.nonsense = 3", "unknown config field nonsense"),
         ("c.model = None", "model must be a ModelConfig, not NoneType"),

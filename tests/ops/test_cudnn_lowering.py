@@ -5,6 +5,7 @@ What cuDNN computes is checked on a GPU only; this holds that our call, inside `
 window it asks cuDNN for is the reference's.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 
 from jaxgpt.model import ModelSpec
 from jaxgpt.ops.mask import AttentionMask
-from jaxgpt.training.setup import Training
+from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of, tiny_config
 
@@ -37,7 +38,8 @@ def test_the_train_step_lowers_for_cuda(shape, pack, monkeypatch):
     )
     config.data.pack = pack
     with jax.set_mesh(mesh := mesh_of(config)):
-        training = Training(config, mesh, ModelSpec(config, "cudnn"))
+        training = make_training(config, mesh)
+        training = dataclasses.replace(training, spec=ModelSpec(config, "cudnn"))
         step = make_train_step(training.spec, config)
         traced = step.trace(training.abstract_state(), training.abstract_batch())
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

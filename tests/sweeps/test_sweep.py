@@ -117,6 +117,7 @@ def start(config_file, workdir, *args):
     return Python("-m", "jaxgpt.sweep", *argv, *args, cwd=ROOT, env=env)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_finishes_with_the_same_table(config_file, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     table, err = (process := start(config_file, whole)).communicate()

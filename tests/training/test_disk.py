@@ -70,6 +70,7 @@ def goes_on(run, tmp_path, workdir="w", **kw) -> str:
     return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [7_000, 30_000])
 def test_files_that_may_not_grow(run, tmp_path, command, limit):
     """What a full disk does, on any machine: the smaller limit meets the rows, the other a save."""
@@ -106,6 +107,7 @@ FULL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action, options", FULL)
 def test_a_disk_too_small(tmp_path, action, options):
     """One line, within 20 s of the fault; Orbax's threads would hold the process for 300 s. Then
