@@ -59,7 +59,10 @@ def test_the_launcher_is_the_module_and_the_command_that_is_installed(tmp_path):
         (["trian", "--config=tiny"], "unknown command trian; did you mean train?"),
         (["xyz"], f"unknown command xyz; choose {', '.join(commands())}"),
         (["--config=tiny"], "say which command"),
-        (["train", "--config=nope"], "config file nope does not exist; by name there are distill, finetune"),
+        (
+            ["train", "--config=nope"],
+            "config file nope does not exist; by name there are distill, finetune",
+        ),
         (["train", "--config=tyny"], "config file tyny does not exist; did you mean tiny?"),
         (["train", "--config=configs/tiny.py"], "does not exist; did you mean tiny?"),
         (["train", "--config=tiny", "--config.num_steps=0"], "num_steps=0"),
