@@ -36,6 +36,7 @@ ALPACA = (
 ALPACA_WITH_INPUT = ALPACA.replace(
     "task.", "task, paired with an input that provides further context."
 )
+ALPACA_INPUT = "\n\n### Input:\n"  # between instruction and input, which are one message
 START, END = "<|im_start|>", "<|im_end|>"  # special tokens of the chatml template
 TEMPLATE_FILE = "chat_template.jinja"
 JINJA = {
@@ -50,9 +51,12 @@ JINJA = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "alpaca": (
-        "{% if messages[0]['role'] != 'system' %}{{ '"
+        "{% if messages[0]['role'] != 'system' %}"
+        "{% if '\\n\\n### Input:\\n' in messages[0]['content'] %}{{ '"
+        + ALPACA_WITH_INPUT
+        + "' }}{% else %}{{ '"
         + ALPACA
-        + "\\n\\n' }}{% endif %}{% for m in messages %}"
+        + "' }}{% endif %}{{ '\\n\\n' }}{% endif %}{% for m in messages %}"
         "{% if m['role'] == 'user' %}{{ '### Instruction:\\n' }}"
         "{% elif m['role'] == 'assistant' %}{{ '### Response:' }}{% endif %}{{ m['content'] }}"
         "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
@@ -138,13 +142,9 @@ def _completion(row: dict, template: str) -> list[Span]:
 def _alpaca(row: dict, template: str) -> list[Span]:
     row = row | {"input": row["input"] if row.get("input") is not None else ""}
     instruction, given, output = _texts(row, "instruction", "input", "output")
-    turns = [("user", instruction), ("assistant", output)]
-    if given and template == "alpaca":
-        user = ("user", f"{instruction}\n\n### Input:\n{given}")
-        turns = [("system", ALPACA_WITH_INPUT), user, ("assistant", output)]
-    elif given:
-        turns[0] = ("user", f"{instruction}\n{given}")
-    return TEMPLATES[template](turns)
+    if given:
+        instruction += (ALPACA_INPUT if template == "alpaca" else "\n") + given
+    return TEMPLATES[template]([("user", instruction), ("assistant", output)])
 
 
 ROW_KINDS = {
@@ -203,7 +203,8 @@ def _chatml(messages: Messages) -> list[Span]:
 
 def _alpaca_text(messages: Messages) -> list[Span]:
     if messages[:1] and messages[0][0] != "system":
-        messages = [("system", ALPACA), *messages]
+        has_input = ALPACA_INPUT in messages[0][1]
+        messages = [("system", ALPACA_WITH_INPUT if has_input else ALPACA), *messages]
     headings = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:"}
     spans = []
     for number, (role, content) in enumerate(messages, start=1):

@@ -242,6 +242,16 @@ def test_the_saved_template_says_the_same(name):
     assert f"See you{TURNS[name].stop}" in following
 
 
+@pytest.mark.parametrize("text", [ALPACA_TEXT, ALPACA_TEXT_WITHOUT])
+def test_what_alpaca_s_rows_taught_is_asked_for_in_the_same_words(text):
+    prompt = text.removesuffix("Bonjour")
+    message = user_message(prompt, "alpaca")
+    assert "".join(span.text for span in reply_prompt([("user", message)], "alpaca")) == prompt
+    template = jinja2.Environment().from_string(JINJA["alpaca"])
+    messages = [{"role": "user", "content": message}]
+    assert template.render(messages=messages, add_generation_prompt=True) == prompt
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
