@@ -142,9 +142,10 @@ def page(runs: list[dict]) -> str:
     data = json.dumps(runs, ensure_ascii=False).replace("<", "\\u003c")
     title = ", ".join(run["name"] for run in runs)
     escaped = title.replace("&", "&amp;").replace("<", "&lt;")
-    style, script = (
-        TEMPLATE.with_suffix(ending).read_text(encoding="utf-8") for ending in (".css", ".js")
+    style, elements, script = (
+        TEMPLATE.with_name(name).read_text(encoding="utf-8")
+        for name in ("report.css", "elements.js", "report.js")
     )
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("/*RUNS*/")
     head = head.replace("/*STYLE*/", style).replace("<!--TITLE-->", escaped)
-    return head + data + tail.replace("/*SCRIPT*/", script)
+    return head + data + tail.replace("/*SCRIPT*/", elements + script)

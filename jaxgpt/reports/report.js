@@ -1,23 +1,11 @@
 // Draws RUNS: see `gather` in gather.py for what a run holds.
-const COLOURS = ["#2f6fde", "#d9622b", "#2a9d6f", "#a855c7", "#c9a227", "#d6336c", "#12a5b8", "#7c7f88"];
 const MANY = RUNS.length > 1;
 const RATIOS = RUNS.map(run => run.bits_per_nat).filter(Boolean);
 // of one tokenizer on one text, a nat per token is always as many bits per byte
 const COMPARABLE = RATIOS.every(ratio => Math.abs(ratio / RATIOS[0] - 1) < 1e-3);
 const view = { x: "step", log: false };
 
-const $ = id => document.getElementById(id);
-const SVG = new Set(["svg", "path", "line", "text", "circle", "title"]);
-function add(parent, tag, props = {}, ...children) {
-  const node = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(props)) node.setAttribute(name, value);
-  node.append(...children);
-  parent?.append(node);
-  return node;
-}
 const clipped = (text, props = {}) => add(null, "span", { class: "clip", title: text, ...props }, text);
-const colourOf = i => COLOURS[i % COLOURS.length];
-const dot = i => add(null, "i", { class: "dot", style: `background:${colourOf(i)}` });
 
 // ---- numbers
 

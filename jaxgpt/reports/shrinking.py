@@ -10,6 +10,7 @@ from jaxgpt.system.files import Missing, read_json, write_whole
 
 TEMPLATE = Path(__file__).with_name("shrink.html")
 STYLE = Path(__file__).with_name("report.css")
+ELEMENTS = Path(__file__).with_name("elements.js")
 # What a row holds; `zeros` is the share of the projections' weights that are 0
 ROW = {
     **{"workdir": str, "method": str, "command": str, "bytes_on_disk": int, "resident_bytes": int},
@@ -40,5 +41,6 @@ def page(rows: list[dict]) -> str:
     data = json.dumps(rows, ensure_ascii=False).replace("<", "\\u003c")
     title = Path(rows[0]["workdir"]).name.replace("&", "&amp;").replace("<", "&lt;")
     text = TEMPLATE.read_text(encoding="utf-8").replace("<!--TITLE-->", title)
-    text = text.replace("/*STYLE*/", STYLE.read_text(encoding="utf-8"))
+    for place, file in (("/*STYLE*/", STYLE), ("/*ELEMENTS*/", ELEMENTS)):
+        text = text.replace(place, file.read_text(encoding="utf-8"))
     return text.replace("/*ROWS*/", data)
