@@ -31,3 +31,25 @@ def test_moments_are_of_what_each_product_reads(trained_run):
     want = mean_outer(x * norm["scale"] + norm["bias"])
     np.testing.assert_allclose(layers[0]["query"], want, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(layers[0]["value"], layers[0]["query"])
+
+
+class Packed(Source):
+    """A source whose windows hold two documents each."""
+
+    def windows(self, count, batch):
+        for window in super().windows(count, batch):
+            at = np.broadcast_to(np.arange(window["inputs"].shape[1]), window["inputs"].shape)
+            half = at.shape[1] // 2
+            yield window | {"segments": np.int32(at >= half), "positions": np.int32(at % half)}
+
+
+def test_documents_packed_into_a_window_do_not_see_each_other(trained_run):
+    trained = open_trained(str(trained_run), None)
+    with jax.set_mesh(trained.mesh):
+        source = Packed(trained)
+        *_, last = input_moments(source, 8)
+        (window,) = source.windows(8, 8)
+        places = {name: window[name] for name in ("positions", "segments")}
+        forward = jax.jit(lambda p, ids, where: source.spec.bind(p).hidden(ids, **where)[0])
+        hidden = forward(trained.params(), window["inputs"], places)
+    np.testing.assert_allclose(last["head"], mean_outer(hidden), rtol=1e-4, atol=1e-5)

@@ -10,8 +10,10 @@ from etils import epath
 from jaxgpt import convert, evaluate, sample, shrink, train
 from jaxgpt.config.stored import read_config
 from jaxgpt.inference.trained import open_trained
+from jaxgpt.shrinking.calibration import input_moments
 from jaxgpt.shrinking.masks import keep_two_of_four
 from jaxgpt.shrinking.quantise import as_matrix, projections
+from jaxgpt.shrinking.source import Source
 from tests.conftest import CORPUS, config_flag
 
 
@@ -85,6 +87,14 @@ def test_pruning_by_magnitude_and_by_inputs_differ(shrunk, command, trained_run)
         np.testing.assert_allclose(share, np.round(0.3 * matrices.shape[1]) / matrices.shape[1])
         assert np.any((wanda[owner] == 0) != (plain[owner] == 0))
         np.testing.assert_array_equal(wanda[owner], kernel * (wanda[owner] != 0))
+    trained = open_trained(str(trained_run), None)
+    with jax.set_mesh(trained.mesh):
+        first, *_ = input_moments(Source(trained), 8)
+    for owner, moment in first.items():  # arXiv:2306.11695, eq. 1: |W| times its input's norm
+        matrix, kept = as_matrix(owner, whole[owner])[0][0], as_matrix(owner, wanda[owner])[0][0]
+        score = np.abs(matrix) * np.sqrt(np.diag(moment))[:, None]
+        removed = np.where(kept == 0, score, 0).max(0)
+        assert np.all(removed <= np.where(kept == 0, np.inf, score).min(0)), owner
 
 
 @pytest.mark.slow
