@@ -20,6 +20,7 @@ from jaxgpt.cli.flags import config_of, define_config_flag, parse
 from jaxgpt.cli.run import run
 from jaxgpt.config import Config
 from jaxgpt.config.schema import differing
+from jaxgpt.planning.topology import check_topology
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.programs import keep_no_programs
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     config = config_of(parse(values, argv, __doc__))
     if not 0 <= values.price < float("inf"):
         raise BadInput(f"--price={values.price} must be a number of dollars, at least 0")
+    check_topology(values.topology)
     # JAX is imported only now, so that wrong flags are reported at once
     from jaxgpt.planning.estimate import make_plan
     from jaxgpt.planning.hardware import devices_of, use_compilers_alone

@@ -11,6 +11,7 @@ from jax.experimental import topologies
 
 from jaxgpt.model.flops import PEAK_FLOPS
 from jaxgpt.planning.gpus import GIB, GPUS, describe_gpus
+from jaxgpt.planning.topology import check_topology
 from jaxgpt.system.accelerators import allow_libtpu
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
@@ -87,16 +88,11 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
         device = jax.devices()[0]
         limit = (device.memory_stats() or {}).get("bytes_limit")
         return jax.devices(), local_chip(device.device_kind, limit)
+    check_topology(topology)
     name, _, shape = topology.partition(":")
     if name in GPUS and (sizes := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", shape or "1")):
         with quiet():
             return describe_gpus(name, int(sizes[1] or 1), int(sizes[2])), gpu_chip(name)
-    if name not in TPUS or not re.fullmatch(r"\d+(x\d+){0,2}", shape):
-        raise BadInput(
-            f"--topology={topology} is not GENERATION:SHAPE of TPUs, as in v5e:2x4 or v5p:2x2x2"
-            f" ({', '.join(TPUS)}), nor GPUs as in h200, h200:8 or, hosts x GPUs, h200:2x8"
-            f" ({', '.join(GPUS)})"
-        )
     allow_libtpu()
     require("libtpu", "plan", "jaxgpt.plan")
     try:

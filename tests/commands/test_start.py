@@ -28,6 +28,7 @@ WRONG = {  # command: arguments, the error
     "train workdir": (["--config={}/c.py", "--workdir={}/c.py/w"], "is a file, not a folder"),
     "train process": (["--config={}/c.py", "--process_id=1"], "need --coordinator=HOST:PORT"),
     "plan": (["--config={}/c.py", "--config.model.num_layers=0"], "model.num_layers=0"),
+    "plan topology": (["--config={}/c.py", "--topology=v9:2x4"], "v9:2x4 is not GENERATION:SHAPE"),
     "plan price": (["--config={}/c.py", "--price=-1"], "--price=-1.0 must be"),
     "benchmark": (["--config={}/c.py", "--steps=0"], "--steps=0"),
     "benchmark profile": (["--config={}/c.py", "--profile={}/c.py"], "is a file, not a folder"),

@@ -16,7 +16,7 @@ from jaxgpt.cli.flags import load_file
 from jaxgpt.config import Config
 from jaxgpt.config.validate import validate
 from jaxgpt.model.flops import flops_per_token
-from jaxgpt.planning import estimate, hardware
+from jaxgpt.planning import estimate, hardware, topology
 from jaxgpt.planning.hardware import TPUS, Chip, gpu_chip, local_chip
 from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
 from jaxgpt.system.errors import BadInput
@@ -339,3 +339,7 @@ def test_fsdp_on_described_gpus():
     assert 1.5 * whole < rows["all-gather"]["bytes"] < 2.1 * whole, "forward and backward"
     assert 0.9 * whole < rows["reduce-scatter"]["bytes"] < 1.1 * whole
     assert rows.get("all-reduce", {"bytes": 0})["bytes"] < 0.01 * whole
+
+
+def test_every_name_has_a_chip():
+    assert set(topology.TPUS) == set(hardware.TPUS) and set(topology.GPUS) == set(hardware.GPUS)
