@@ -104,7 +104,7 @@ def encode_request(tokenizer: Tokenizer, request: GenerationRequest) -> np.ndarr
     behind an end-of-text. Raises `BadInput` if the tokenizer lacks a special token."""
     if not request.spans:
         return encode_prompt(tokenizer, request.prompt)
-    special = getattr(tokenizer, "special", {})
+    special = tokenizer.special
     for text in (span.text for span in request.spans if span.special):
         if text not in special:
             raise BadInput(f"the tokenizer has no special token {text}, which the template needs")

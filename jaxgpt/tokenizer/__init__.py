@@ -3,6 +3,7 @@
 from jaxgpt.tokenizer.base import Tokenizer
 from jaxgpt.tokenizer.incremental import IncrementalDetokenizer, decode_prompt
 from jaxgpt.tokenizer.load import load_tokenizer, make_tokenizer, save_tokenizer
+from jaxgpt.tokenizer.special import special_id
 
 __all__ = [
     "IncrementalDetokenizer",
@@ -11,4 +12,5 @@ __all__ = [
     "load_tokenizer",
     "make_tokenizer",
     "save_tokenizer",
+    "special_id",
 ]

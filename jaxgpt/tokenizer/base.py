@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -27,6 +28,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_text: int  # the id in front of each document
     cuttable: bool  # encode(a + b) == encode(a) + encode(b) where `text.pieces.cut_at` cuts
+    special: Mapping[str, int] = MappingProxyType({})  # ids of special tokens, by name
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32; never `end_of_text`, whatever the text says."""

@@ -51,6 +51,7 @@ class HfTokenizer(Tokenizer):
         special = {i: token.content for i, token in added.items() if token.special}
         special.pop(_unknown_id(self.fast.model), None)  # plain text may contain unknown tokens
         special[end_of_text] = self.fast.id_to_token(end_of_text) or ""
+        self.special = {name: i for i, name in special.items() if name}
         self.special_ids = np.array(sorted(special), np.int32)
         names = sorted(filter(None, special.values()), key=len, reverse=True)
         splits = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names]

@@ -99,7 +99,7 @@ def add_special_tokens(tokenizer: Tokenizer, names: list[str]) -> SpecialTokens:
     """Returns `tokenizer` with those of `names` that it does not have after its own."""
     if not isinstance(tokenizer, SpecialTokens):
         return SpecialTokens(tokenizer, names)
-    new = [name for name in names if name.strip() not in tokenizer.special]
+    new = [name for name in names if name.strip() not in tokenizer.names]
     return SpecialTokens(tokenizer.base, [*tokenizer.names, *new])
 
 

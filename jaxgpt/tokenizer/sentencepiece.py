@@ -29,11 +29,11 @@ class SentencePieceTokenizer(Tokenizer):
             self.processor = sentencepiece.SentencePieceProcessor()
             self.processor.LoadFromSerializedProto(model)
             self.vocab_size = self.processor.vocab_size()
-            for i in range(self.vocab_size):
-                self.processor.id_to_piece(i)
+            pieces = [self.processor.id_to_piece(i) for i in range(self.vocab_size)]
         except (RuntimeError, ValueError) as e:  # ValueError: a piece that is not UTF-8
             raise BadInput(f"{where} is not a SentencePiece model") from e
         self.model = model
+        self.special = {p: i for i, p in enumerate(pieces) if self.processor.is_control(i)}
         special = (self.processor.bos_id(), self.processor.eos_id())
         self.end_of_text = next((i for i in special if i >= 0), -1)
         self.cuttable = all(

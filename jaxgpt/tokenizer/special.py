@@ -25,7 +25,8 @@ class SpecialTokens(Tokenizer):
                 f"data.special_tokens={','.join(names)}: give different names, none empty"
             )
         self.base, self.names, self.kind = base, names, base.kind
-        self.special = {name: base.vocab_size + i for i, name in enumerate(names)}
+        own = {name: base.vocab_size + i for i, name in enumerate(names)}
+        self.special = dict(base.special) | own
         self.vocab_size = base.vocab_size + len(names)
         self.end_of_text, self.cuttable = base.end_of_text, base.cuttable
 
@@ -58,3 +59,14 @@ class SpecialTokens(Tokenizer):
     def save(self, folder: os.PathLike) -> None:
         self.base.save(folder)
         (folder / SPECIAL_FILE).write_text(json.dumps(self.names))
+
+
+def special_id(tokenizer: Tokenizer, purpose: str, *names: str) -> int:
+    """Returns the id of the first of `names` (spellings of one special token, say `[MASK]` and
+    `<mask>`) that the tokenizer has. Raises `BadInput` if it has none: `purpose` needs it."""
+    if found := [tokenizer.special[name] for name in names if name in tokenizer.special]:
+        return found[0]
+    raise BadInput(
+        f"{purpose} needs the special token {names[0]}, which the tokenizer lacks: train with"
+        f" --config.data.special_tokens='{names[0]}'"
+    )

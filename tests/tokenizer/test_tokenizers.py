@@ -18,7 +18,7 @@ from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.tokenizer.hf import HfTokenizer
 from jaxgpt.tokenizer.load import check_spec, describes, vocabulary_size
-from jaxgpt.tokenizer.special import SpecialTokens
+from jaxgpt.tokenizer.special import SpecialTokens, special_id
 from tests.conftest import CORPUS
 
 
@@ -138,7 +138,8 @@ def test_the_tokenizer_of_a_workdir(made, kind, tmp_path):
         found = make_tokenizer(spec, special_tokens=names)
         assert (found.kind, found.end_of_text) == (made[kind].kind, made[kind].end_of_text)
         np.testing.assert_array_equal(found.encode(CORPUS), expected)
-        assert getattr(found, "special", {}) == {n: size + i for i, n in enumerate(known)}
+        own = {n: size + i for i, n in enumerate(known)}
+        assert dict(found.special) == dict(made[kind].special) | own
         assert vocabulary_size(spec, names) == found.vocab_size == size + len(known)
         assert describes(spec, names, found)
 
@@ -269,7 +270,8 @@ def test_special_tokens_have_ids_of_their_own(made, tmp_path):
     tokenizer = make_tokenizer(f"sentencepiece:{path}", special_tokens="<|user|>,<|end|>")
     assert tokenizer.vocab_size == plain.vocab_size + 2
     assert max(tokenizer.encode("<|user|> says <|end|>")) < plain.vocab_size
-    assert tokenizer.special == {"<|user|>": plain.vocab_size, "<|end|>": plain.vocab_size + 1}
+    own = {"<|user|>": plain.vocab_size, "<|end|>": plain.vocab_size + 1}
+    assert tokenizer.special == {"<|endoftext|>": plain.end_of_text} | own
     marked = [plain.vocab_size, *plain.encode("hello"), plain.vocab_size + 1]
     assert tokenizer.decode(marked) == "<|user|>hello<|end|>"
     save_tokenizer(tokenizer, tmp_path / "saved")
@@ -277,6 +279,17 @@ def test_special_tokens_have_ids_of_their_own(made, tmp_path):
     assert again.special == tokenizer.special and again.decode(marked) == tokenizer.decode(marked)
     with pytest.raises(BadInput, match="give different names"):
         make_tokenizer("byte", special_tokens="<a>,<a>")
+
+
+def test_a_special_token_is_found_under_any_of_its_names(made):
+    fast = FastTokenizer(models.WordLevel({"a": 0, "</s>": 1, "<mask>": 2, "<unk>": 3}, "<unk>"))
+    fast.add_special_tokens(["</s>", "<mask>", "<unk>"])
+    theirs = HfTokenizer(fast.to_str(), 1, "x")
+    assert special_id(theirs, "filling", "[MASK]", "<mask>") == 2
+    assert special_id(SpecialTokens(theirs, ["[MASK]"]), "filling", "[MASK]", "<mask>") == 4
+    assert special_id(SpecialTokens(theirs, ["<b>"]), "filling", "[MASK]", "<mask>") == 2
+    with pytest.raises(BadInput, match=r"filling needs the special token \[MASK\].*_tokens="):
+        special_id(made["gpt2"], "filling", "[MASK]", "<mask>")
 
 
 def test_the_sample_to_train_on_is_bounded_and_fair(monkeypatch):
