@@ -13,7 +13,9 @@ def check_installed() -> None:
     require("rouge_score.rouge_scorer", "metrics", "ROUGE")
 
 
-def overlap_scores(predicted: Sequence[str], references: Sequence[str]) -> dict[str, float | int | str]:
+def overlap_scores(
+    predicted: Sequence[str], references: Sequence[str]
+) -> dict[str, float | int | str]:
     """Returns `examples`, `exact_match` (0 to 1), `bleu` and `chrf` (0 to 100, over the whole set),
     `rouge1`, `rouge2` and `rougeL` (0 to 1, means of each text's F1).
 
@@ -31,7 +33,9 @@ def overlap_scores(predicted: Sequence[str], references: Sequence[str]) -> dict[
     )
 
 
-def bleu_scores(predicted: Sequence[str], references: Sequence[str]) -> dict[str, float | int | str]:
+def bleu_scores(
+    predicted: Sequence[str], references: Sequence[str]
+) -> dict[str, float | int | str]:
     """Returns `bleu`, `chrf` and `bleu_by` of `overlap_scores`."""
     metrics = require("sacrebleu", "metrics", "BLEU and chrF").metrics
     bleu, chrf = metrics.BLEU(), metrics.CHRF()
