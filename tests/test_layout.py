@@ -17,6 +17,7 @@ ROOMS = [
     "text",
     "parallel",
     "ops",
+    "parameters",
     "model",
     "data",
     "optim",

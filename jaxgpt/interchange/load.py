@@ -16,9 +16,9 @@ from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.init_from import is_workdir
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.lora import merge as merge_lora
-from jaxgpt.model.weights import dense
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.parameters.lora import merge as merge_lora
+from jaxgpt.parameters.weights import dense
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 

@@ -16,8 +16,8 @@ from jaxgpt.data.pipeline import device_batches, training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.inference.decode import Decoder, generate
 from jaxgpt.inference.samplers import Sampling
-from jaxgpt.model.flops import PEAK_FLOPS, flops_per_token
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.parameters.flops import PEAK_FLOPS, flops_per_token
 from jaxgpt.planning.profile import PARTS, seconds_by_part
 from jaxgpt.planning.program import Program
 from jaxgpt.system.console import say

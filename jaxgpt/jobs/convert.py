@@ -22,8 +22,8 @@ from jaxgpt.interchange.load import as_floats
 from jaxgpt.interchange.tokenizers import read_tokenizer, write_tokenizer
 from jaxgpt.interchange.weights import read_params, write_params
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.flops import count_parameters
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import whole_folder

@@ -26,10 +26,10 @@ from jaxgpt.interchange.init_from import check_model, check_source
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.metrics.trackers import Trackers, open_trackers
-from jaxgpt.model.flops import count_parameters
 from jaxgpt.optim.groups import split, trainable
 from jaxgpt.optim.schedules import warmup_steps
 from jaxgpt.parallel.mesh import AXES, make_mesh
+from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.processes import hosts
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput

@@ -1,5 +1,6 @@
 """The GPT."""
 
-from jaxgpt.model.gpt import GPT, ModelSpec
+from jaxgpt.model.gpt import GPT
+from jaxgpt.model.spec import ModelSpec
 
 __all__ = ["GPT", "ModelSpec"]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.model.cache import Cache, KeysValues
 from jaxgpt.model.gpt import GPT
-from jaxgpt.model.weights import turned
+from jaxgpt.parameters.weights import turned
 
 
 def split_layers(params: dict) -> dict:

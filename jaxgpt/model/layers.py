@@ -7,11 +7,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.model import lora
-from jaxgpt.model.weights import Shape, constant, kernel_storage
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
 from jaxgpt.ops.norm import layer_norm, rms_norm
 from jaxgpt.parallel.rules import AxisRules, weight
+from jaxgpt.parameters import lora
+from jaxgpt.parameters.weights import Shape, constant, kernel_storage
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings
 

@@ -5,9 +5,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config
 from jaxgpt.model.layers import INIT_STD
-from jaxgpt.model.weights import table_storage
 from jaxgpt.ops.rope import sinusoids
 from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parameters.weights import table_storage
 
 
 class LearnedPositions(nnx.Module):

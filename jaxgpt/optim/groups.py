@@ -8,7 +8,7 @@ import jax
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.config.validate import parse_patterns
-from jaxgpt.model.lora import is_addition
+from jaxgpt.parameters.lora import is_addition
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaf_path, leaves_by_path
 
@@ -31,7 +31,7 @@ INPUTS_OUTPUTS = {
 
 
 def inputs_outputs(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns which axes of the stacked kernel or factor (see `model.weights`) at `path` are
+    """Returns which axes of the stacked kernel or factor (see `parameters.weights`) at `path` are
     inputs and which outputs; the rank is the one's output and the other's input."""
     *_, owner, _ = path.removesuffix("/factor_in").removesuffix("/factor_out").split("/")
     inputs, outputs = INPUTS_OUTPUTS[owner]

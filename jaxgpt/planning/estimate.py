@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxgpt.config import Config
 from jaxgpt.config.schema import BATCH_AXES, SPLIT_BY
-from jaxgpt.model.flops import count_parameters, flops_per_token
 from jaxgpt.model.gpt import layer_windows
 from jaxgpt.parallel.mesh import AXES, make_mesh
+from jaxgpt.parameters.flops import count_parameters, flops_per_token
 from jaxgpt.planning.hardware import Chip, quiet
 from jaxgpt.planning.program import VMEM, Collective, Program
 from jaxgpt.system.errors import BadInput

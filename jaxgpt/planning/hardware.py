@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
-from jaxgpt.model.flops import PEAK_FLOPS
+from jaxgpt.parameters.flops import PEAK_FLOPS
 from jaxgpt.planning.gpus import GIB, GPUS, describe_gpus
 from jaxgpt.planning.topology import check_topology
 from jaxgpt.system.accelerators import allow_libtpu

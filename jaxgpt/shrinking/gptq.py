@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxgpt.ops.quantised import Format
+from jaxgpt.parameters.quantised import Format
 
 BLOCK = 128  # inputs whose changes are applied to the rest at once
 DAMP = 0.01  # of H's mean diagonal, added to it: the paper's

@@ -1,4 +1,4 @@
-"""Weight-only quantisation: every matrix in 8 or 4 bits (see `ops.quantised`)."""
+"""Weight-only quantisation: every matrix in 8 or 4 bits (see `parameters.quantised`)."""
 
 import math
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxgpt.config import Config, ShrinkConfig
-from jaxgpt.model.weights import format_of
 from jaxgpt.optim.groups import INPUTS_OUTPUTS
+from jaxgpt.parameters.weights import format_of
 from jaxgpt.shrinking.calibration import input_moments
 from jaxgpt.shrinking.gptq import gptq
 from jaxgpt.shrinking.source import Source, with_shrink

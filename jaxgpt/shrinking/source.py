@@ -12,7 +12,7 @@ from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
 from jaxgpt.inference.trained import Trained
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.lora import merge as merge_lora
+from jaxgpt.parameters.lora import merge as merge_lora
 
 
 @dataclasses.dataclass(frozen=True)

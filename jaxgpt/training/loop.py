@@ -27,7 +27,7 @@ from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
-from jaxgpt.model.flops import mfu
+from jaxgpt.parameters.flops import mfu
 from jaxgpt.processes import hosts
 from jaxgpt.processes.stop import StopRequest
 from jaxgpt.system.console import say

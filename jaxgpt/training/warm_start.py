@@ -11,7 +11,7 @@ from jaxgpt.config.validate import parse_patterns
 from jaxgpt.interchange.init_from import check_model, chosen_layers, tokenizer_of
 from jaxgpt.interchange.load import load_weights, put_like
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.lora import column_norms, is_addition
+from jaxgpt.parameters.lora import column_norms, is_addition
 from jaxgpt.processes import hosts
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput

@@ -10,8 +10,8 @@ from jaxgpt.config import Config, MeshConfig
 from jaxgpt.config.schema import left_open
 from jaxgpt.config.validate import validate
 from jaxgpt.interchange.init_from import completed
-from jaxgpt.model.flops import count_parameters
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.training.setup import make_training, resolve_vocab
 from jaxgpt.training.step import make_train_step
 from tests.conftest import ROOT

@@ -9,8 +9,8 @@ from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import fields_of, get_field, set_field
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import Cache, empty_cache, write_recent
-from jaxgpt.model.flops import count_parameters
 from jaxgpt.model.gpt import resolve_scan
+from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.training.objectives import token_losses
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step

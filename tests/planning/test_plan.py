@@ -15,7 +15,7 @@ from jaxgpt import plan
 from jaxgpt.cli.flags import load_file
 from jaxgpt.config import Config
 from jaxgpt.config.validate import validate
-from jaxgpt.model.flops import flops_per_token
+from jaxgpt.parameters.flops import flops_per_token
 from jaxgpt.planning import estimate, hardware, topology
 from jaxgpt.planning.hardware import TPUS, Chip, gpu_chip, local_chip
 from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from jaxgpt.ops.quantised import Format
+from jaxgpt.parameters.quantised import Format
 from jaxgpt.shrinking.gptq import DAMP, best_scales, gptq
-from tests.ops.test_quantised import back
+from tests.parameters.test_quantised import back
 
 
 def problem(inputs=40, outputs=6, tokens=200):

@@ -14,9 +14,9 @@ from jaxgpt.config import LoraConfig, ShrinkConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.lora import is_addition
-from jaxgpt.model.weights import dense
 from jaxgpt.optim.groups import join, split, trainable
+from jaxgpt.parameters.lora import is_addition
+from jaxgpt.parameters.weights import dense
 from jaxgpt.shrinking.quantise import nearest
 from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.training.objectives import causal_lm

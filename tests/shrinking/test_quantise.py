@@ -16,7 +16,7 @@ from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.interchange.load import as_floats
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.flops import count_parameters
+from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.shrinking.quantise import nearest
 from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.training.objectives import make_eval_step

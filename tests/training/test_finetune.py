@@ -17,8 +17,8 @@ from jaxgpt.interchange.init_from import check_model
 from jaxgpt.interchange.tokenizers import write_tokenizer
 from jaxgpt.jobs import train as train_job
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.lora import merge as merge_lora
 from jaxgpt.optim.groups import join, split, trainable
+from jaxgpt.parameters.lora import merge as merge_lora
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.tokenizer import make_tokenizer, save_tokenizer

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.ops.quantised import LARGEST, LEVELS, NF4, Format
+from jaxgpt.parameters.quantised import LARGEST, LEVELS, NF4, Format
 from tests.conftest import mesh_of, tiny_config
 from tests.ops.test_ops import normal
 

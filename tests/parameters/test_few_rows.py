@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.model.weights import QuantisedTable, in_few_bits
-from jaxgpt.ops import few_rows
-from jaxgpt.ops.quantised import Format
+from jaxgpt.parameters import few_rows
+from jaxgpt.parameters.quantised import Format
+from jaxgpt.parameters.weights import QuantisedTable, in_few_bits
 from tests.conftest import mesh_of, tiny_config
-from tests.ops.test_quantised import back
+from tests.parameters.test_quantised import back
 
 FORMATS = [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 32)]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from jaxgpt.ops.quantised import Format
+from jaxgpt.parameters.quantised import Format
 
 MOST_ROWS = 1  # each row is a program of its own, which takes its time to compile
 BLOCK = 32  # inputs summed in one expression: a register holds x for each
@@ -35,7 +35,8 @@ def block_size(fmt: Format, inputs: int) -> int:
 def multiply(
     fmt: Format, x: Float[Array, "M I"], values: Integer[Array, "_ O"], scales: Float[Array, "_ O"]
 ) -> Float[Array, "M O"]:
-    """Returns x w in x's dtype, of a matrix w whose inputs come first (see `ops.quantised`)."""
+    """Returns x w in x's dtype, of a matrix w whose inputs come first; see
+    `parameters.quantised`."""
     rows = [_multiply_row(fmt, row, values, scales) for row in x.astype(jnp.float32)]
     return jnp.stack(rows).astype(x.dtype)
 

@@ -26,7 +26,7 @@ PEAK_FLOPS = {
 
 def count_parameters(params: dict, cfg: ModelConfig) -> int:
     """Returns the number of parameters without the vocabulary's padding rows, however they are
-    stored: scales do not count (see `ops.quantised`)."""
+    stored: scales do not count (see `parameters.quantised`)."""
     leaves = leaves_by_path(params)
     padding = (cfg.padded_vocab_size - cfg.vocab_size) * cfg.embed_dim
     tables = 1 if cfg.tie_embeddings else 2

@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config, ShrinkConfig
 from jaxgpt.config.validate import parse_ranks
-from jaxgpt.ops import few_rows
 from jaxgpt.ops.cross_entropy import FLOATS, Reader
 from jaxgpt.ops.matmul import PLAIN
-from jaxgpt.ops.quantised import Format
 from jaxgpt.parallel.fsdp import flat, product
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight, without_fsdp
+from jaxgpt.parameters import few_rows
+from jaxgpt.parameters.quantised import Format
 
 POSITIONS_FORMAT = Format("int8")  # a small table; in four bits it would cost more than it saves
 
@@ -63,7 +63,7 @@ class Shape(NamedTuple):
 
 
 class Quantised(nnx.Module):
-    """The parameters of a matrix in few bits: see `ops.quantised`."""
+    """The parameters of a matrix in few bits: see `parameters.quantised`."""
 
     def __init__(self, fmt: Format, shape: tuple, spec: P, axis: int):
         inputs, mesh = shape[axis], jax.sharding.get_abstract_mesh().shape
@@ -145,8 +145,8 @@ class QuantisedKernel:
 def in_few_bits(
     fmt: Format, x: Float[Array, "B T I"], whole: dict[str, jax.Array], out: P, as_floats: Callable
 ) -> Float[Array, "B T O"]:
-    """Returns x w, of sharding `out`, of a matrix w whose inputs come first: by `ops.few_rows` for
-    decoding one sequence on one CPU, else `as_floats(x, **whole)`."""
+    """Returns x w, of sharding `out`, of a matrix w whose inputs come first: by
+    `parameters.few_rows` for decoding one sequence on one CPU, else `as_floats(x, **whole)`."""
     whole = jax.lax.stop_gradient(whole)
     names, rows = list(whole), math.prod(x.shape[:-1])
     alone = jax.sharding.get_abstract_mesh().size == 1
