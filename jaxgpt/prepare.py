@@ -19,8 +19,8 @@ from absl import flags
 from jaxgpt.cli.flags import config_of, define_config_flag, parse
 from jaxgpt.cli.run import run
 from jaxgpt.config import Config
-from jaxgpt.config.schema import INT32
-from jaxgpt.data.prepare import Prepared, cache_folder, check_shards, prepare
+from jaxgpt.config.fields import INT32
+from jaxgpt.data.prepare import Prepared, cache_folder, check_shards
 from jaxgpt.metrics.progress import Bar
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
@@ -40,23 +40,20 @@ def main(argv: list[str]) -> None:
     if values.show is not None and not 0 <= values.show < INT32:
         raise BadInput(f"--show={values.show}: batches count from 0 (batch k trains step k + 1)")
     # JAX is imported from here on: what is wrong with the flags is said at once
-    from jaxgpt.data.pipeline import training_stream
     from jaxgpt.data.show import show_batch
+    from jaxgpt.training.objectives import companions_of
 
-    data = prepare(config.data, values.out)
+    companions = companions_of(config.objective)
+    data = companions.prepare(config, values.out)
     check_shards(config.data, data)
     if values.explain:
         explain(data)
     if config.data.pack or values.show is not None:
-        stream = training_stream(data.train, config)  # writes the plan of packing
+        stream = companions.stream(config, data)  # writes the plan of packing
     if values.show is not None:
         for line in show_batch(stream, data, values.show):
             print(line)
-    splits = (data.train, data.validation)
-    counts = {
-        "documents": sum(split.documents for split in splits),
-        "tokens": sum(len(split.tokens) for split in splits),
-        "bytes": sum(split.bytes for split in splits),
+    counts = data.counts | {
         "dropped": {rule: entry["documents"] for rule, entry in data.dropped.items()},
         "vocab_size": data.tokenizer.vocab_size,
         "cache": values.out or str(data.folder),

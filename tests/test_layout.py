@@ -28,6 +28,7 @@ ROOMS = [
     "serving",
     "evaluation",
     "reports",
+    "objectives",
     "distillation",
     "training",
     "shrinking",

@@ -1,93 +1,12 @@
-"""The fields of a run: plain dataclasses, with every derived size as a property.
-
-A field's metadata says what it may hold (`range`, or a tuple of `choices`), which `validate`
-checks; whether a run may be resumed with another value (`may_change`); and, of the model's, what
-another value `changes` and which other field it `needs` to have an effect.
-"""
+"""The fields of a run: plain dataclasses, with every derived size as a property."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
+
+from jaxgpt.config.fields import Axis, axis, changes, choice, may_change, needs, number
 
 VOCAB_MULTIPLE = 128  # TPU lane width; also divisible by any usual tensor axis
-INT32 = 2**31 - 1  # steps, tokens and ids are counted in int32 on the devices
 IGNORE = -1  # the target of a position that has none
-FLOAT32 = 3.4e38  # above it a float32 is infinite
-
-
-class Range(NamedTuple):
-    """The numbers from `low` to `high`, without either end if it is `open`ed: "(", ")" or "()"."""
-
-    low: int | float
-    high: int | float
-    opened: str = ""
-
-    def holds(self, value: int | float) -> bool:
-        """Says whether `value` lies inside; NaN never does."""
-        above = value > self.low if "(" in self.opened else value >= self.low
-        return above and (value < self.high if ")" in self.opened else value <= self.high)
-
-    def __str__(self) -> str:
-        low = f"above {self.low}" if "(" in self.opened else f"at least {self.low}"
-        if self.high == FLOAT32:
-            return f"{low} and finite"
-        return f"{low} and {'below' if ')' in self.opened else 'at most'} {self.high}"
-
-
-ANY_INT, ANY_FLOAT = Range(-INT32, INT32), Range(-FLOAT32, FLOAT32)
-
-
-def number(default, low: int | float, high: int | float | None = None, opened: str = ""):
-    """Returns a field for numbers from `low` to `high` (default: what an int32 or a float32
-    holds)."""
-    high = high if high is not None else INT32 if type(default) is int else FLOAT32
-    return dataclasses.field(default=default, metadata={"range": Range(low, high, opened)})
-
-
-def choice(default: str, *others: str):
-    """Returns a field for `default` or one of `others`."""
-    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
-
-
-def may_change(field):
-    """Returns a field, or one of this default, that a resumed run may have another value of."""
-    return _with(field, may_change=True)
-
-
-def changes(what: str, field):
-    """Returns a model's field, or one of this default, that does not change the function that the
-    parameters stand for, but its "domain" (which ids and positions it takes), the "parameters" (how
-    many arrays hold it) or the "training"."""
-    return _with(field, changes=what)
-
-
-def needs(name: str, *values, field):
-    """Returns a model's field, or one of this default, without effect unless the field `name` has
-    one of `values`."""
-    return _with(field, needs=(name, values))
-
-
-class Axis(NamedTuple):
-    """What the devices along a mesh axis split: the batch or not, and which logical axes of the
-    parameters (see `parallel.rules`)."""
-
-    batch: bool
-    logical: tuple[str, ...]
-
-    @property
-    def replicates(self) -> bool:
-        """Whether its devices hold equal parameters, whose gradients are summed over them."""
-        return self.batch and not self.logical
-
-
-def axis(default: int, *logical: str, batch: bool = False):
-    """Returns the field of a mesh axis."""
-    return _with(default, may_change=True, axis=Axis(batch, logical))
-
-
-def _with(field, **metadata):
-    if not isinstance(field, dataclasses.Field):
-        field = dataclasses.field(default=field)
-    return dataclasses.field(default=field.default, metadata=field.metadata | metadata)
 
 
 @dataclasses.dataclass
@@ -290,10 +209,89 @@ class DistillConfig:
 
 
 @dataclasses.dataclass
+class MaskedLmConfig:
+    """Which tokens an encoder has to guess (BERT, arXiv:1810.04805, section 3.1)."""
+
+    rate: float = number(0.15, 0, 1, "()")  # the share of the tokens that are to be guessed
+    mask_share: float = number(0.8, 0, 1)  # of those: replaced by [MASK]
+    random_share: float = number(0.1, 0, 1)  # replaced by a random token; the rest stay
+    whole_words: bool = False  # all tokens of a word or none
+
+
+@dataclasses.dataclass
+class SpanCorruptionConfig:
+    """Which spans a sentinel stands for (T5, arXiv:1910.10683, section 3.1.4)."""
+
+    density: float = number(0.15, 0, 1, "()")  # the share of the tokens that are in spans
+    mean_length: float = number(3.0, 1)  # of a span
+
+
+@dataclasses.dataclass
+class FillInTheMiddleConfig:
+    """How many documents are turned (arXiv:2207.14255)."""
+
+    rate: float = number(0.5, 0, 1)  # the share of the documents; the others stay as they are
+    spm_rate: float = number(0.5, 0, 1)  # of those: the suffix in front of the prefix
+
+
+@dataclasses.dataclass
+class Seq2SeqConfig:
+    """The fields of a row."""
+
+    source_field: str = "source"
+    target_field: str = "target"
+    prompt: str = ""  # stands in front of every source: "translate English to German: "
+
+
+@dataclasses.dataclass
+class ClassificationConfig:
+    """The fields of a row, and the head."""
+
+    text_field: str = "text"
+    pair_field: str = ""  # of a second text; "" = there is none
+    label_field: str = "label"
+    labels: str = ""  # names, comma-separated; "" = those of the training part, sorted
+    # The state that stands for the text; auto: the first of an encoder, else the last
+    pooling: str = choice("auto", "first", "last", "mean")
+    class_weights: str = ""  # of the loss: "balanced", or a number for each label; "" = equal
+
+
+@dataclasses.dataclass
+class TokenClassificationConfig:
+    """The fields of a row: two lists of one length."""
+
+    words_field: str = "words"
+    labels_field: str = "labels"
+    labels: str = ""  # as for classification
+    class_weights: str = ""
+
+
+@dataclasses.dataclass
+class SpanQaConfig:
+    """The fields of a row, as SQuAD has them (arXiv:1606.05250)."""
+
+    question_field: str = "question"
+    context_field: str = "context"
+    answers_field: str = "answers"
+
+
+@dataclasses.dataclass
 class ObjectivesConfig:
     """What each objective needs, by its name."""
 
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    masked_lm: MaskedLmConfig = dataclasses.field(default_factory=MaskedLmConfig)
+    masked_lm_nsp: MaskedLmConfig = dataclasses.field(default_factory=MaskedLmConfig)
+    span_corruption: SpanCorruptionConfig = dataclasses.field(default_factory=SpanCorruptionConfig)
+    fill_in_the_middle: FillInTheMiddleConfig = dataclasses.field(
+        default_factory=FillInTheMiddleConfig
+    )
+    seq2seq: Seq2SeqConfig = dataclasses.field(default_factory=Seq2SeqConfig)
+    classification: ClassificationConfig = dataclasses.field(default_factory=ClassificationConfig)
+    token_classification: TokenClassificationConfig = dataclasses.field(
+        default_factory=TokenClassificationConfig
+    )
+    span_qa: SpanQaConfig = dataclasses.field(default_factory=SpanQaConfig)
 
 
 @dataclasses.dataclass

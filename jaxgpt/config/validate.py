@@ -8,10 +8,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from jaxgpt.config.fields import ANY_FLOAT, ANY_INT
 from jaxgpt.config.migrate import RENAMED
 from jaxgpt.config.schema import (
-    ANY_FLOAT,
-    ANY_INT,
     BATCH_AXES,
     MESH_AXES,
     SPLIT_BY,

@@ -126,17 +126,18 @@ def device_batches(
 
     `sharding` is that of an array [grad_accum, batch, seq_len].
     """
-    shape = (stream.grad_accum, stream.batch_size // stream.grad_accum, stream.sources[0].seq_len)
-    rows = _local_rows(sharding, shape)
+    shape = stream.grad_accum, stream.batch_size // stream.grad_accum
+    rows = _local_rows(sharding, (*shape, stream.sources[0].seq_len))
     steps = grain.MapDataset.range(start + 1, stop + 1)
     batches = steps.map(lambda step: stream.batch(batch_of(int(step)), rows))
 
     def to_devices(local: np.ndarray) -> jax.Array:
         def shard(index):
             wanted = np.searchsorted(rows, np.arange(shape[1])[index[1]])
-            return local[index[0], wanted, index[2]]
+            return local[(index[0], wanted, *index[2:])]
 
-        return jax.make_array_from_callback((*shape, *local.shape[3:]), sharding, shard)
+        whole, spec = (*shape, *local.shape[2:]), of_array(sharding, local.ndim)
+        return jax.make_array_from_callback(whole, spec, shard)
 
     read_ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     sent: deque[dict[str, jax.Array]] = deque()
@@ -145,6 +146,11 @@ def device_batches(
         if len(sent) > ON_DEVICE:
             yield sent.popleft()
     yield from sent
+
+
+def of_array(sharding: NamedSharding, ndim: int) -> NamedSharding:
+    """Returns the sharding of a batch's array of `ndim` axes, from that of [A, B, T]."""
+    return NamedSharding(sharding.mesh, jax.P(*sharding.spec[:ndim]))
 
 
 def _local_rows(sharding: NamedSharding, shape: tuple) -> np.ndarray:

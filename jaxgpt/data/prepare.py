@@ -51,6 +51,20 @@ class Prepared:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How much there is of it, over both splits."""
+        splits = self.train, self.validation
+        return {
+            "documents": sum(split.documents for split in splits),
+            "tokens": sum(len(split.tokens) for split in splits),
+            "bytes": sum(split.bytes for split in splits),
+        }
+
+    def __str__(self) -> str:
+        train, validation = len(self.train.tokens), len(self.validation.tokens)
+        return f"{train:,} train and {validation:,} validation tokens"
+
+    @property
     def summary(self) -> dict:
         """Its sizes, and what cleaning did, as JSON."""
         summary = {}

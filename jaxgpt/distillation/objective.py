@@ -17,6 +17,7 @@ from jaxgpt.config.schema import IGNORE, DistillConfig
 from jaxgpt.distillation.divergence import Losses, Output, distillation_losses
 from jaxgpt.distillation.top_k import top_k_losses
 from jaxgpt.model import GPT
+from jaxgpt.objectives.language import hidden
 from jaxgpt.parallel.rules import AxisRules, rowwise, without_fsdp
 
 
@@ -38,12 +39,6 @@ def distill(config: Config) -> Callable:
         return total, jnp.sum(micro["targets"] != IGNORE), metrics
 
     return objective
-
-
-def hidden(model: GPT, micro: dict, key: PRNGKeyArray | None) -> Float[Array, "B T D"]:
-    """Returns the hidden states of a microbatch; nothing drops without a key."""
-    places = {name: micro.get(name) for name in ("positions", "segments")}
-    return model.hidden(micro["inputs"], dropout_key=key, **places)[0]
 
 
 def output(model: GPT, x: Float[Array, "B T D"]) -> Output:

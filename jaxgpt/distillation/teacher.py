@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import concrete
 from jaxgpt.config import ComputeConfig, Config, LoraConfig, ShrinkConfig
@@ -21,7 +19,7 @@ from jaxgpt.config.validate import check_divisible
 from jaxgpt.data.chunks import Chunks
 from jaxgpt.data.pipeline import Stream
 from jaxgpt.data.prepare import Prepared, cache_folder
-from jaxgpt.distillation.objective import hidden, make_projection, output
+from jaxgpt.distillation.objective import make_projection, output
 from jaxgpt.distillation.records import Records, TaughtChunks, records_folder
 from jaxgpt.distillation.top_k import most_likely
 from jaxgpt.hub.models import located
@@ -30,6 +28,8 @@ from jaxgpt.interchange.init_from import check_source, is_workdir, tokenizer_of
 from jaxgpt.interchange.load import load_weights, put_like
 from jaxgpt.metrics.progress import Bar
 from jaxgpt.model import ModelSpec
+from jaxgpt.objectives.companions import INT32, Companions
+from jaxgpt.objectives.language import hidden
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import locked
@@ -104,15 +104,8 @@ def teacher_config(config: Config) -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Teacher:
-    """What `distill` needs beside the student (see `training.setup.Alone`).
-
-    `make_spec(config, mesh)` makes a model's spec for the mesh of the run.
-    """
-
-    config: Config
-    mesh: Mesh
-    make_spec: Callable[[Config, Mesh], ModelSpec]
+class Teacher(Companions):
+    """What `distill` needs beside the student."""
 
     check = staticmethod(check_teacher)
     check_tokenizer = staticmethod(check_tokenizer)
@@ -138,11 +131,12 @@ class Teacher:
         """The models that the step takes beside the trained one, by name."""
         return {} if self.config.objectives.distill.top_k else {"teacher": self.spec}
 
-    def arrays(self) -> dict[str, tuple[int, np.dtype]]:
-        """Returns what a batch has at each position besides: (how many, of which type), by name."""
-        if not (k := self.config.objectives.distill.top_k):
-            return {}
-        return {"teacher_ids": (k, np.dtype("int32")), "teacher_logs": (k, np.dtype("float32"))}
+    def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Returns those of running text, with `top_k` also the teacher's at each position."""
+        arrays, k = super().batch_arrays(), self.config.objectives.distill.top_k
+        shape = (self.config.model.max_seq_len, k)
+        more = {"teacher_ids": (shape, INT32), "teacher_logs": (shape, np.dtype("float32"))}
+        return arrays | (more if k else {})
 
     def own_parameters(self, spec: ModelSpec) -> dict:
         """Returns what is trained beside the model `spec`, by the objective's argument."""

@@ -20,7 +20,7 @@ MAX_PENDING = 2  # batches that are computed while the host reads an earlier one
 class Perplexity:
     """Evaluates parameters on a split by windows `stride` tokens apart (0: not overlapping).
 
-    `eval_step` gives the nats of each target (`training.objectives.make_eval_step`); they are
+    `eval_step` gives the nats of each target (`objectives.language.make_eval_step`); they are
     summed in float64 on the host, so that the result does not depend on the batch size or the mesh.
     A smaller stride gives each target more context, at seq_len / stride times the work.
     """

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import Config
-from jaxgpt.data.pipeline import device_batches, training_stream
-from jaxgpt.data.prepare import prepare
+from jaxgpt.data.pipeline import device_batches
 from jaxgpt.inference.decode import Decoder, generate
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.parallel.mesh import make_mesh
@@ -37,12 +36,13 @@ def benchmark(
     """
     keep_no_programs()  # what is compiled is timed
     mesh = make_mesh(config)
-    data = prepare(config.data)
+    data = companions_of(config.objective).prepare(config)
     training = make_training(resolve_vocab(config, data.tokenizer.vocab_size), mesh)
     device, count = mesh.devices.flat[0], mesh.devices.size
     with jax.set_mesh(mesh):
         check_memory(training.abstract_state(), mesh, training.abstract_companions())
-        stream = training.companions.taught(training_stream(data.train, training.config), data)
+        stream = training.companions.stream(training.config, data)
+        stream = training.companions.taught(stream, data)
         compiling = time.perf_counter()
         compiled = training.compile_step()
         compile_seconds = time.perf_counter() - compiling

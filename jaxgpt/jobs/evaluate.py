@@ -9,28 +9,24 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from jax.sharding import NamedSharding
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config.stored import read_config
-from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
-from jaxgpt.data.shards import Split
 from jaxgpt.evaluation.benchmarks import BENCHMARKS
 from jaxgpt.evaluation.multiple_choice import last_words, multiple_choice
-from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.evaluation.tasks import AnswerScorer, classification, document_start, questions
 from jaxgpt.inference.decode import Decoder, generate, tokens_before
 from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.trained import Trained, open_trained
+from jaxgpt.objectives.language import make_eval_step
+from jaxgpt.objectives.text import Measure, batch_sharding
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
-from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.training.end import read_end
-from jaxgpt.training.objectives import make_eval_step
+from jaxgpt.training.objectives import companions_of
 
 MAX_ANSWER = 32  # tokens of the answer to a question
-Measure = Callable[[dict], dict]  # parameters -> figures
 
 
 def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
@@ -44,7 +40,8 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
     elif values.task:
         measure = task_measure(trained, values.task.partition(":")[0], rows)
     else:
-        measure = loss_measure(trained, values.data, values.split, values.stride)
+        companions = companions_of(trained.config.objective)
+        measure = companions.measure(trained, values.data, values.split, values.stride)
     steps = [trained.step]
     if values.all_steps:
         steps = trained.checkpoints.whole()
@@ -100,51 +97,6 @@ def new_checkpoints(trained: Trained, every: float) -> Iterator[int]:
             return
         if not new:
             time.sleep(every)
-
-
-def loss_measure(trained: Trained, source: str, split_name: str, stride: int = 0) -> Measure:
-    """Returns the function that evaluates parameters on the whole of `source`, else on the run's
-    own split of that name."""
-    name, config = source or split_name, trained.config
-    split = open_split(trained, source, split_name)
-    say_unknown(trained.tokenizer, split, name)
-    with jax.set_mesh(trained.mesh):
-        eval_step, sharding = make_eval_step(trained.spec), batch_sharding(trained)
-    seq_len, batch = config.model.max_seq_len, config.batch_size
-    evaluate_split = Perplexity(eval_step, sharding, split, seq_len, batch, stride)
-
-    def measure(params: dict) -> dict:
-        figures = evaluate_split(params)
-        say(
-            f"{name}: loss {figures['loss']:.4f} nats/token,"
-            f" perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.4f} bits/byte"
-        )
-        for source, row in figures.get("sources", {}).items():
-            say(
-                f"  {source}: loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f},"
-                f" {row['tokens']:,} tokens"
-            )
-        return {"split": name} | figures
-
-    return measure
-
-
-def say_unknown(tokenizer: Tokenizer, split: Split, name: str) -> None:
-    """Says how many characters of a split a character model does not know."""
-    base = getattr(tokenizer, "base", tokenizer)  # without its special tokens
-    if base.kind != "char":
-        return
-    if count := np.count_nonzero(split.tokens == base.unknown):
-        characters = len(split.tokens) - split.documents
-        say(
-            f"unknown   {count:,} of {characters:,} characters of {name} are none of the model's"
-            f" {len(base.characters):,}: all of them are one token, which it has not learnt"
-        )
-
-
-def batch_sharding(trained: Trained) -> NamedSharding:
-    """Returns the sharding of an evaluation's batches."""
-    return NamedSharding(trained.mesh, trained.spec.rules(None, "batch", "seq"))
 
 
 def task_measure(trained: Trained, name: str, rows: list) -> Measure:
@@ -219,21 +171,3 @@ def greedy_line(trained: Trained, params: dict) -> Callable[[str], str]:
         return tokenizer.decode(continue_tokens(tokenizer.encode(prompt), count)).split("\n")[0]
 
     return answer
-
-
-def open_split(trained: Trained, source: str, split: str) -> Split:
-    """Returns the tokens to evaluate on: the whole of `source`, else the run's own `split`. Raises
-    `BadInput` if the source is unusable, or the run's own text has changed since training."""
-    data = trained.config.data
-    if source:
-        return prepare_whole(source, data, trained.tokenizer, cache_folder(data))
-    meta = trained.checkpoints.meta(trained.step)
-    if "imported" in meta:
-        raise BadInput("imported weights have no text of their own; name some with --data=SOURCE")
-    prepared = prepare(data)
-    if prepared.fingerprint != meta["data_fingerprint"]:
-        raise BadInput(
-            f"the text or tokenizer of data.source={data.source} has changed since training;"
-            " name what to evaluate on with --data=SOURCE"
-        )
-    return prepared.train if split == "train" else prepared.validation

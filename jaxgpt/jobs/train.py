@@ -11,17 +11,14 @@ from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config
-from jaxgpt.config.schema import INT32
+from jaxgpt.config.fields import INT32
 from jaxgpt.config.stored import check_resume, read_config, to_json
-from jaxgpt.data.pipeline import training_stream
-from jaxgpt.data.prepare import Prepared, check_shards, prepare
-from jaxgpt.data.show import NO_EXAMPLE, Example, example_prompt, in_shell, save_example
-from jaxgpt.evaluation.perplexity import Perplexity
+from jaxgpt.data.prepare import Prepared, check_shards
+from jaxgpt.data.show import Example, in_shell, save_example
 from jaxgpt.inference.chat import Chat
 from jaxgpt.inference.decode import has_sliding_context
 from jaxgpt.inference.generation import encode_request
 from jaxgpt.inference.requests import GenerationRequest
-from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.interchange.init_from import check_model, check_source
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
@@ -35,14 +32,13 @@ from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import locked, write_whole
 from jaxgpt.system.stores import is_object_store, read_bytes
-from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.load import fingerprint
 from jaxgpt.training.end import forget_end, record_end
 from jaxgpt.training.loop import DIVERGED, Loop, restore_or_init
 from jaxgpt.training.memory import check_memory
-from jaxgpt.training.objectives import make_eval_step
-from jaxgpt.training.setup import Training, companions_of, make_training, resolve_vocab
+from jaxgpt.training.objectives import companions_of
+from jaxgpt.training.setup import Training, make_training, resolve_vocab
 from jaxgpt.training.warm_start import check_vocabulary
 
 LONG_WARMUP = 0.2  # the share of a run from which on its warm-up is probably a slip
@@ -58,7 +54,7 @@ def train(workdir: epath.Path, config: Config) -> int:
     mesh = make_mesh(config)
     if not config.num_epochs and is_finished(workdir, config):
         return 0
-    data = prepare(config.data)
+    data = companions_of(config.objective).prepare(config)
     config = complete(config, data, workdir)
     if config.num_epochs and is_finished(workdir, config):
         return 0
@@ -69,10 +65,9 @@ def train(workdir: epath.Path, config: Config) -> int:
         hosts.check_same(to_json(config), "the config")
         hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
         hosts.check_same(str(run.companions.reference), f"what {config.objective} learns from")
-        stream = training_stream(data.train, config)
-        evaluate = evaluator(run, data)
-        example = example_prompt(data.validation, data.tokenizer, config.data.chat_template)
-        sample = training_sample(run, data, example)
+        stream, example = run.companions.stream(config, data), run.companions.example(config, data)
+        evaluate = run.companions.evaluator(run.spec, run.batch_sharding, data)
+        sample = run.companions.training_sample(run.spec, data, example)
         with only_trainer(workdir):
             checkpoints = Checkpoints(workdir, config.keep_checkpoints, config.keep_every)
             state, history = restore_or_init(run, data, checkpoints)
@@ -110,26 +105,6 @@ def complete(config: Config, data: Prepared, workdir: epath.Path) -> Config:
     return resolve_vocab(resolve_epochs(config, data), data.tokenizer.vocab_size)
 
 
-def evaluator(run: Training, data: Prepared) -> Perplexity:
-    """Returns what validates while training."""
-    config = run.config
-    return Perplexity(
-        make_eval_step(run.spec),
-        run.batch_sharding,
-        data.validation,
-        config.model.max_seq_len,
-        config.batch_size // config.grad_accum,
-    )
-
-
-def training_sample(run: Training, data: Prepared, example: Example) -> TrainingSample:
-    """Returns what samples while training: of prompts with responses, without a `sample.prompt`,
-    from a prompt of the run's own."""
-    own = example if data.validation.mask is not None else NO_EXAMPLE
-    config = run.config
-    return TrainingSample(run.spec, data.tokenizer, config.sample, own, config.data.chat_template)
-
-
 def write_setup(
     workdir: epath.Path, config: Config, data: Prepared, example: Example, is_new: bool
 ) -> None:
@@ -138,8 +113,7 @@ def write_setup(
         check_tokenizer(workdir, data)
     elif jax.process_index() == 0:
         save_tokenizer(data.tokenizer, workdir / "tokenizer")
-        if data.train.mask is not None:
-            save_template(config.data.chat_template, workdir / "tokenizer")
+        companions_of(config.objective).save(config, data, workdir / "tokenizer")
         save_example(example, workdir / "tokenizer")
     hosts.on_first(lambda: write_whole(workdir / "config.json", to_json(config)))
     check_shared(workdir)
@@ -279,11 +253,15 @@ def resolve_epochs(config: Config, data: Prepared) -> Config:
     """Returns `config` with `num_steps` set by `num_epochs`, where that is given."""
     if not config.num_epochs:
         return config
-    chunks = sum(len(source) for source in training_stream(data.train, config).sources)
-    steps = max(1, round(config.num_epochs * chunks / config.batch_size))
+    steps = max(1, round(config.num_epochs * chunks_of(config, data) / config.batch_size))
     if steps > INT32:
         raise BadInput(f"num_epochs={config.num_epochs} is {steps:,} steps, more than {INT32:,}")
     return dataclasses.replace(config, num_steps=steps)
+
+
+def chunks_of(config: Config, data: Prepared) -> int:
+    """Returns how many rows of batches an epoch has."""
+    return sum(map(len, companions_of(config.objective).stream(config, data).sources))
 
 
 def is_finished(workdir: epath.Path, config: Config) -> bool:
@@ -347,7 +325,7 @@ def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
     config, devices = training.config, training.mesh.devices
     model = config.model
     params = training.abstract_state().params
-    epochs = config.num_steps * config.batch_size * model.max_seq_len / len(data.train.tokens)
+    epochs = config.num_steps * config.batch_size / chunks_of(config, data)
     kind = devices.flat[0].device_kind
     shape = " x ".join(f"{axis} {training.mesh.shape[axis]}" for axis in AXES)
     say(
@@ -357,8 +335,7 @@ def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
         f" {model.num_layers} layers,"
         f" {model.num_heads} heads, width {model.embed_dim}, context {model.max_seq_len};"
         f" {config.compute.dtype}, attention {training.spec.kernel}, remat {config.compute.remat}\n"
-        f"data      {len(data.train.tokens):,} train and {len(data.validation.tokens):,}"
-        f" validation tokens of {data.tokenizer.vocab_size:,} kinds, from {data.folder}\n"
+        f"data      {data} of {data.tokenizer.vocab_size:,} kinds, from {data.folder}\n"
         f"plan      {config.num_steps:,} steps of {config.batch_size} x {model.max_seq_len} tokens"
         f" ({epochs:.2f} epochs) into {workdir}"
     )

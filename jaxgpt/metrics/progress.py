@@ -21,6 +21,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
+# What every validation row has; an objective may have figures besides
+VALIDATION = ("step", "split", "loss", "perplexity", "bits_per_byte", "seconds")
+
+
 def train_line(row: dict, num_steps: int, eta_seconds: float) -> str:
     """Returns the progress line of a train row."""
     parts = [
@@ -38,11 +42,16 @@ def validation_line(row: dict, num_steps: int) -> str:
     """Returns the progress line of a validation row."""
     if row["loss"] is None:
         return f"{_step(row, num_steps)} | validation loss not finite"
-    return (
-        f"{_step(row, num_steps)} | validation loss {row['loss']:.4f}"
-        f" | perplexity {row['perplexity']:.2f} | {row['bits_per_byte']:.4f} bits/byte"
-        f" | {duration(row['seconds'])}"
-    )
+    parts = [_step(row, num_steps), f"validation loss {row['loss']:.4f}"]
+    if row["perplexity"] is not None:
+        parts.append(f"perplexity {row['perplexity']:.2f}")
+    if row["bits_per_byte"] is not None:
+        parts.append(f"{row['bits_per_byte']:.4f} bits/byte")
+    more = {
+        name: value for name, value in row.items() if name not in VALIDATION and value is not None
+    }
+    parts += [f"{name.replace('_', ' ')} {value:.4f}" for name, value in more.items()]
+    return " | ".join([*parts, duration(row["seconds"])])
 
 
 def _step(row: dict, num_steps: int) -> str:

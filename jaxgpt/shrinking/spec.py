@@ -8,7 +8,7 @@ done.
 import dataclasses
 from typing import NamedTuple
 
-from jaxgpt.config.schema import Range
+from jaxgpt.config.fields import Range
 from jaxgpt.config.validate import LORA_TARGETS
 from jaxgpt.system.errors import BadInput, did_you_mean
 

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.model import ModelSpec
+from jaxgpt.objectives.language import token_losses
 from jaxgpt.shrinking.calibration import through_layers
 from jaxgpt.shrinking.source import Source
 from jaxgpt.system.errors import BadInput
-from jaxgpt.training.objectives import token_losses
 
 Window = dict[str, Int[np.ndarray, "1 T"]]  # inputs and targets (packed: segments, positions)
 

@@ -23,7 +23,6 @@ from jaxgpt.config import Config
 from jaxgpt.config.stored import as_stored
 from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.prepare import Prepared
-from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
@@ -108,7 +107,7 @@ class Loop:
     run: Training
     data: Prepared
     stream: Stream
-    evaluate: Perplexity
+    evaluate: Callable  # both: see `objectives.companions`
     sample: TrainingSample
     train_step: Callable
     checkpoints: Checkpoints
@@ -268,7 +267,7 @@ class Loop:
         windows = self.config.eval_batches * self.config.batch_size  # whatever grad_accum is
         figures = self.evaluate(state.best_params, windows)
         row = {"step": step, "split": "validation"}
-        row |= {name: _finite(figures[name]) for name in ("loss", "perplexity", "bits_per_byte")}
+        row |= {name: _finite(v) for name, v in figures.items() if isinstance(v, float | None)}
         row["seconds"] = self.history.training_seconds()
         self.report.metrics(row)
         self.last_validation = row
@@ -333,9 +332,9 @@ def environment(mesh: Mesh) -> dict:
     }
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | None) -> float | None:
     """JSON knows no NaN and no infinity: they become null."""
-    return value if math.isfinite(value) else None
+    return None if value is None or not math.isfinite(value) else value
 
 
 def _due(step: int, every: int) -> bool:

@@ -5,24 +5,21 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.config import Config
-from jaxgpt.data.pipeline import Stream
-from jaxgpt.data.prepare import Prepared
-from jaxgpt.distillation.teacher import Teacher
+from jaxgpt.data.pipeline import of_array
 from jaxgpt.metrics.progress import elapsed
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.gpt import resolve_scan
+from jaxgpt.objectives.companions import Companions
 from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.parallel.mesh import devices_along
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.parallel.torus import torus_of
 from jaxgpt.system.errors import BadInput
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.training.objectives import companions_of
 from jaxgpt.training.state import TrainState, init_state
 from jaxgpt.training.step import make_train_step
 from jaxgpt.training.warm_start import warm_params
@@ -61,60 +58,13 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Alone:
-    """What an objective needs beside the model: nothing. `Teacher` is an example that needs all."""
-
-    config: Config
-    mesh: Mesh
-    make_spec: Callable[[Config, Mesh], ModelSpec]
-
-    specs = {}  # models that are not trained, by the objective's argument
-    reference = {}  # what a checkpoint says about them
-
-    @staticmethod
-    def check(config: Config) -> None:
-        """Raises `BadInput`, before any data is read, if what the objective needs is not there."""
-
-    @staticmethod
-    def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-        """Raises `BadInput` if it does not go with the tokenizer."""
-
-    def check_reference(self, saved: dict, step: int) -> None:
-        """Raises `BadInput` if checkpoint `step` was trained beside something else."""
-
-    def arrays(self) -> dict[str, tuple[int, np.dtype]]:
-        """Returns what a batch has at each position besides: (how many, of which type), by name."""
-        return {}
-
-    def own_parameters(self, spec: ModelSpec) -> dict:
-        """Returns what is trained beside the model `spec`, by the objective's argument."""
-        return {}
-
-    def opened(self) -> dict[str, dict]:
-        """Returns the parameters of `specs`, on the mesh."""
-        return {}
-
-    def taught(self, stream: Stream, data: Prepared) -> Stream:
-        """Returns the stream of batches, with `arrays`."""
-        return stream
-
-
-COMPANIONS = {"distill": Teacher}
-
-
-def companions_of(objective: str) -> type:
-    """Returns the class of what an objective needs beside the model."""
-    return COMPANIONS.get(objective, Alone)
-
-
-@dataclasses.dataclass(frozen=True)
 class Training:
     """What the loop, `plan` and `benchmark` share. Its methods need `jax.set_mesh(mesh)`."""
 
     config: Config
     mesh: Mesh
     spec: ModelSpec
-    companions: Alone | Teacher
+    companions: Companions
 
     @property
     def init(self) -> Callable[[], TrainState]:
@@ -137,20 +87,19 @@ class Training:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """The sharding of a batch's arrays [grad_accum, batch, seq_len]."""
+        """The sharding of a batch's arrays [grad_accum, batch, seq_len]; see `of_array`."""
         return NamedSharding(self.mesh, self.spec.rules(None, "batch", "seq"))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns a batch's shapes, dtypes and shardings."""
         cfg = self.config
-        shape = (cfg.grad_accum, cfg.batch_size // cfg.grad_accum, cfg.model.max_seq_len)
-        array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
-        packed = ("segments", "positions") if cfg.data.pack else ()
-        more = {
-            name: jax.ShapeDtypeStruct((*shape, count), dtype, sharding=self.batch_sharding)
-            for name, (count, dtype) in self.companions.arrays().items()
+        rows = cfg.grad_accum, cfg.batch_size // cfg.grad_accum
+        return {
+            name: jax.ShapeDtypeStruct(
+                (*rows, *rest), dtype, sharding=of_array(self.batch_sharding, 2 + len(rest))
+            )
+            for name, (rest, dtype) in self.companions.batch_arrays().items()
         }
-        return dict.fromkeys(("inputs", "targets", *packed), array) | more
 
     def abstract_companions(self) -> dict[str, dict]:
         """Returns the shapes, dtypes and shardings of the companions' parameters."""

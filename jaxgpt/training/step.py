@@ -8,12 +8,13 @@ import optax
 
 from jaxgpt.config import Config
 from jaxgpt.model import ModelSpec
+from jaxgpt.objectives.language import Batch, Micro
 from jaxgpt.optim.groups import OWN, join, split, trainable
 from jaxgpt.optim.optimizers import at_step, make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.training import loss_scale
 from jaxgpt.training.divergence import count_bad
-from jaxgpt.training.objectives import OBJECTIVES, Batch, Micro
+from jaxgpt.training.objectives import OBJECTIVES
 from jaxgpt.training.state import TrainState, to_float32
 
 
@@ -27,7 +28,7 @@ def make_train_step(
 
     The gradient is that of the mean over all targets of all microbatches, so that `grad_accum`
     changes memory and nothing else. Metrics are scalars on the device: the objective's own (`loss`
-    is one, see `training.objectives`), `grad_norm` (before clipping), `learning_rate` (that of the
+    is one, see `objectives.language`), `grad_norm` (before clipping), `learning_rate` (that of the
     update), `in_a_row` and `skipped` (bad steps, see `training.divergence`).
     """
     optimizer = make_optimizer(config.optim, config.num_steps, spec.model, config.shrink)

@@ -18,6 +18,7 @@ from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluation.tasks import AnswerScorer, answer_words, questions, word_f1
 from jaxgpt.evaluation.windows import evaluation_batch
 from jaxgpt.model import ModelSpec
+from jaxgpt.objectives.language import make_eval_step
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.chat import (
     JINJA,
@@ -30,7 +31,6 @@ from jaxgpt.text.chat import (
 )
 from jaxgpt.text.tasks import Example, read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer
-from jaxgpt.training.objectives import make_eval_step
 from jaxgpt.training.setup import make_training
 from tests.conftest import config_flag, mesh_of, tiny_config
 

@@ -15,6 +15,7 @@ from jaxgpt.evaluation.benchmarks import Item, read_items
 from jaxgpt.evaluation.multiple_choice import last_words, multiple_choice, token_pair
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.jobs import evaluate as job
+from jaxgpt.objectives.text import batch_sharding
 from jaxgpt.system.errors import BadInput
 from jaxgpt.text.tasks import read_examples
 from jaxgpt.tokenizer.base import ByteTokenizer
@@ -199,7 +200,7 @@ def test_every_task_s_prompt_begins_as_its_training_does(command, tmp_path, monk
         return np.zeros((8, 96), np.float32)
 
     with jax.set_mesh(trained.mesh):
-        sharding = job.batch_sharding(trained)
+        sharding = batch_sharding(trained)
         choices = tasks.AnswerScorer(losses, sharding, trained.tokenizer, 96, 8)
         encode = trained.tokenizer.encode
         choices.scores({}, [(encode(example.prompt), encode(" c"))])

@@ -14,11 +14,11 @@ from jaxgpt.data.prepare import prepare_whole
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.interchange.safetensors import SafetensorsFile
-from jaxgpt.jobs import evaluate as job
 from jaxgpt.jobs.convert import import_folder
+from jaxgpt.objectives.language import make_eval_step
+from jaxgpt.objectives.text import batch_sharding
 from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
-from jaxgpt.training.objectives import make_eval_step
 from tests.conftest import CORPUS
 from tests.interchange.test_import_export import model_folder
 
@@ -161,7 +161,7 @@ def test_every_split_by_every_stride(run, source):
     with jax.set_mesh(trained.mesh):
         params, step = trained.params(), make_eval_step(trained.spec)
         for stride, batch in ((0, 8), (CONTEXT, 16), (7, 8), (1, 8), (CONTEXT - 1, 8)):
-            sharding = job.batch_sharding(trained)
+            sharding = batch_sharding(trained)
             found = Perplexity(step, sharding, split, CONTEXT, batch, stride)(params)
             total, count, size, sources = by_hand(SPLITS[source], nats, stride or CONTEXT)
             assert (found["tokens"], found["bytes"]) == (count, size), stride
@@ -187,7 +187,7 @@ def test_the_first_windows_alone(run):
     split = prepare_whole(f"text:{folder}/a.txt", DataConfig(), trained.tokenizer, folder / "cache")
     with jax.set_mesh(trained.mesh):
         measure = Perplexity(
-            make_eval_step(trained.spec), job.batch_sharding(trained), split, CONTEXT, 8
+            make_eval_step(trained.spec), batch_sharding(trained), split, CONTEXT, 8
         )
         found = measure(trained.params(), max_windows=9)
     ids, _ = stream(ONE)

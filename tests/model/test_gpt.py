@@ -11,7 +11,7 @@ from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import Cache, empty_cache, write_recent
 from jaxgpt.model.gpt import resolve_scan
 from jaxgpt.parameters.flops import count_parameters
-from jaxgpt.training.objectives import token_losses
+from jaxgpt.objectives.language import token_losses
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of, random_batch, tiny_config

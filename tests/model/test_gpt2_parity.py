@@ -10,9 +10,9 @@ import pytest
 
 from jaxgpt.config import Config, MeshConfig, ModelConfig, OptimConfig
 from jaxgpt.model import ModelSpec
+from jaxgpt.objectives.language import token_losses
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.training.divergence import counters
-from jaxgpt.training.objectives import token_losses
 from jaxgpt.training.state import TrainState
 from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of

@@ -10,7 +10,7 @@ import pytest
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model import ModelSpec
-from jaxgpt.training.objectives import token_losses
+from jaxgpt.objectives.language import token_losses
 from tests.conftest import mesh_of, tiny_config
 from tests.golden import llama_torch as torch_side
 from tests.model.test_gpt2_parity import assert_gradients_agree, named

@@ -14,12 +14,12 @@ from jaxgpt.config import LoraConfig, ShrinkConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.model import ModelSpec
+from jaxgpt.objectives.language import causal_lm
 from jaxgpt.optim.groups import join, split, trainable
 from jaxgpt.parameters.lora import is_addition
 from jaxgpt.parameters.weights import dense
 from jaxgpt.shrinking.quantise import nearest
 from jaxgpt.system.trees import leaves_by_path
-from jaxgpt.training.objectives import causal_lm
 from tests.conftest import config_flag, mesh_of, random_batch, tiny_config
 
 NF4 = ShrinkConfig(weights="nf4", group=32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.model import ModelSpec
+from jaxgpt.objectives.language import make_eval_step
 from jaxgpt.shrinking.quantise import projections, with_kernels
 from jaxgpt.shrinking.structure import (
     gate_importance,
@@ -15,7 +16,6 @@ from jaxgpt.shrinking.structure import (
     without_heads_and_columns,
     without_layers,
 )
-from jaxgpt.training.objectives import make_eval_step
 from tests.conftest import mesh_of, random_batch, tiny_config
 
 GROUPED = dict(num_kv_heads=2, position="rope", activation="swiglu", qk_norm=True)

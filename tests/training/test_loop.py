@@ -16,7 +16,6 @@ from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.training_sample import TrainingSample
-from jaxgpt.jobs.train import evaluator
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.training.loop import Loop
 from jaxgpt.training.setup import make_training, resolve_vocab
@@ -64,7 +63,8 @@ def loop_of(corpus):
         config.mesh.data = 1
         config = resolve_vocab(config, prepared.tokenizer.vocab_size)
         training = make_training(config, mesh_of(config))
-        stream, evaluate = (training_stream(prepared.train, config), evaluator(training, prepared))
+        stream = training_stream(prepared.train, config)
+        evaluate = training.companions.evaluator(training.spec, training.batch_sharding, prepared)
         rest = (Mock(spec=kind) for kind in (TrainingSample, Callable, Checkpoints, Reporter))
         loop = Loop(training, prepared, stream, evaluate, *rest)
         loop.report = Rows()

@@ -10,7 +10,8 @@ import pytest
 
 from jaxgpt import train
 from jaxgpt.config.schema import IGNORE
-from jaxgpt.training.objectives import OBJECTIVES, token_losses
+from jaxgpt.objectives.language import token_losses
+from jaxgpt.training.objectives import OBJECTIVES
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of, random_batch, tiny_config
