@@ -10,8 +10,8 @@ from jaxgpt.config.schema import fields_of, get_field, set_field
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import Cache, empty_cache, write_recent
 from jaxgpt.model.gpt import resolve_scan
-from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.objectives.language import token_losses
+from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step
 from tests.conftest import mesh_of, random_batch, tiny_config

@@ -16,8 +16,8 @@ from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.interchange.load import as_floats
 from jaxgpt.model import ModelSpec
-from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.objectives.language import make_eval_step
+from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.shrinking.quantise import nearest
 from jaxgpt.system.trees import leaves_by_path
 from tests.conftest import config_flag, mesh_of, random_batch, tiny_config
