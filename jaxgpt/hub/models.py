@@ -11,6 +11,7 @@ from jaxgpt.system.console import say
 SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.txt", "spiece.model"),
 )
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")

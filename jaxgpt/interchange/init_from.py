@@ -87,7 +87,7 @@ def tokenizer_of(path: str) -> Tokenizer | None:
     path = located(path)
     if is_workdir(path):
         return load_tokenizer(epath.Path(path) / "tokenizer")
-    files = ("tokenizer.json", "vocab.json", "encoder.json")
+    files = ("tokenizer.json", "vocab.json", "encoder.json", "vocab.txt", "spiece.model")
     return read_tokenizer(Path(path)) if any((Path(path) / f).exists() for f in files) else None
 
 

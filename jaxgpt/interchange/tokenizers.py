@@ -20,15 +20,20 @@ TOKENIZER = {"model?": dict | None, "pre_tokenizer?": dict | None, "added_tokens
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Returns the tokenizer of a model folder.
 
-    It is a `Gpt2Tokenizer` where the files are of GPT-2's kind, else an `HfTokenizer`.
+    It is a `Gpt2Tokenizer` where the files are of GPT-2's kind, else an `HfTokenizer`: of a
+    tokenizer.json, or of BERT's, RoBERTa's or T5's own files.
 
     Raises:
       BadInput: if there is no tokenizer, or it cannot be read.
     """
-    file = folder / "tokenizer.json"
-    if file.is_file() and not _is_gpt2(file):
-        return HfTokenizer.open(folder)
-    return Gpt2Tokenizer.open(folder)
+    file, vocab = folder / "tokenizer.json", folder / "vocab.json"
+    if file.is_file():
+        is_gpt2 = _is_gpt2(file)
+    elif vocab.is_file():
+        is_gpt2 = "<mask>" not in read_json(vocab, dict)
+    else:
+        is_gpt2 = not any((folder / name).is_file() for name in ("vocab.txt", "spiece.model"))
+    return (Gpt2Tokenizer if is_gpt2 else HfTokenizer).open(folder)
 
 
 def _is_gpt2(file: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -9,6 +10,22 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not a whole character
+ROLES = {  # what a special token serves as, and its usual names, the one to suggest first
+    "mask": ("[MASK]", "<mask>"),
+    "cls": ("[CLS]", "<s>"),  # in front of a text that an encoder reads
+    "sep": ("[SEP]", "</s>"),  # after it, and between two
+    "pad": ("[PAD]", "<pad>"),
+    "bos": ("<s>",),
+    "eos": ("</s>",),
+    "fim_prefix": ("<|fim_prefix|>", "<fim_prefix>"),
+    "fim_suffix": ("<|fim_suffix|>", "<fim_suffix>"),
+    "fim_middle": ("<|fim_middle|>", "<fim_middle>"),
+    # These three are known only where a model folder says so
+    "decoder_start": (),  # what a decoder reads before its first token
+    "forced_bos": (),  # BART: the first token that a decoder must generate
+    "forced_eos": (),  # BART: the token it must generate last, at the longest length
+}
+FIRST, SECOND = -1, -2  # the texts in a frame of special tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +46,7 @@ class Tokenizer(Protocol):
     end_of_text: int  # the id in front of each document
     cuttable: bool  # encode(a + b) == encode(a) + encode(b) where `text.pieces.cut_at` cuts
     special: Mapping[str, int] = MappingProxyType({})  # ids of special tokens, by name
+    roles: Mapping[str, int] = MappingProxyType({})  # what a model folder says of ROLES
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32; never `end_of_text`, whatever the text says."""
@@ -36,6 +54,26 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns `encode` of each text, on all cores where that is faster."""
         return [self.encode(text) for text in texts]
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        """Returns `encode`, but names of special tokens in the text are those tokens: `[MASK]`."""
+        return encode_around(text, self.special, self.encode)
+
+    def role(self, name: str) -> int | None:
+        """Returns the id of the special token that serves as `name`, one of `ROLES`, None if there
+        is none. Where nothing else ends or starts a decoder's text, `end_of_text` does."""
+        usual = [self.special[n] for n in ROLES[name] if n in self.special]
+        if name in self.roles or usual:
+            return self.roles.get(name, *usual[:1])
+        return self.end_of_text if name in ("eos", "decoder_start") else None
+
+    def frame(self, is_pair: bool) -> list[tuple[int, int]]:
+        """Returns the (id, type) of each token that a model expects around one text or two, with
+        FIRST and SECOND in the texts' places: BERT's frame, as far as there are such tokens."""
+        cls, sep = self.role("cls"), self.role("sep")
+        sep = self.end_of_text if sep is None else sep
+        start = [] if cls is None else [(cls, 0)]
+        return [*start, (FIRST, 0), (sep, 0)] + is_pair * [(SECOND, 1), (sep, 1)]
 
     def decode(self, ids: Iterable) -> str:
         """Returns the text of `ids`; broken UTF-8 becomes U+FFFD. `end_of_text` and ids that are
@@ -51,6 +89,16 @@ class Tokenizer(Protocol):
 
     def save(self, folder: os.PathLike) -> None:
         """Writes the files that `open(folder)`, a class method, reads."""
+
+
+def encode_around(
+    text: str, special: Mapping[str, int], encode: Callable[[str], np.ndarray]
+) -> np.ndarray:
+    """Returns the ids of `text`: of the names in `special` theirs, of what is between `encode`'s."""
+    longest_first = sorted(special, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if special else [text]
+    ids = [[special[p]] if p in special else encode(p) for p in parts if p]
+    return np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
 
 
 def text_ids(ids: Iterable, tokenizer: Tokenizer) -> list[int]:

@@ -95,11 +95,14 @@ def make_tokenizer(
     )
 
 
-def add_special_tokens(tokenizer: Tokenizer, names: list[str]) -> SpecialTokens:
+def add_special_tokens(tokenizer: Tokenizer, names: list[str]) -> Tokenizer:
     """Returns `tokenizer` with those of `names` that it does not have after its own."""
+    SpecialTokens(tokenizer, names)  # raises what is wrong with the names
+    new = [name for name in names if name.strip() not in tokenizer.special]
+    if not new:
+        return tokenizer
     if not isinstance(tokenizer, SpecialTokens):
-        return SpecialTokens(tokenizer, names)
-    new = [name for name in names if name.strip() not in tokenizer.names]
+        return SpecialTokens(tokenizer, new)
     return SpecialTokens(tokenizer.base, [*tokenizer.names, *new])
 
 

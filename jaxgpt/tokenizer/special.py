@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxgpt.system.errors import BadInput
-from jaxgpt.tokenizer.base import Tokenizer
+from jaxgpt.tokenizer.base import Tokenizer, encode_around
 
 SPECIAL_FILE = "special_tokens.json"
 
@@ -25,8 +25,8 @@ class SpecialTokens(Tokenizer):
                 f"data.special_tokens={','.join(names)}: give different names, none empty"
             )
         self.base, self.names, self.kind = base, names, base.kind
-        own = {name: base.vocab_size + i for i, name in enumerate(names)}
-        self.special = dict(base.special) | own
+        self.own = {name: base.vocab_size + i for i, name in enumerate(names)}
+        self.special, self.roles = dict(base.special) | self.own, base.roles
         self.vocab_size = base.vocab_size + len(names)
         self.end_of_text, self.cuttable = base.end_of_text, base.cuttable
 
@@ -35,6 +35,13 @@ class SpecialTokens(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self.base.encode_batch(texts)
+
+    def encode_with_special(self, text: str) -> np.ndarray:
+        return encode_around(text, self.own, self.base.encode_with_special)
+
+    def frame(self, is_pair: bool) -> list[tuple[int, int]]:
+        named = {"[CLS]", "[SEP]"} & set(self.names)
+        return super().frame(is_pair) if named else self.base.frame(is_pair)
 
     def decode(self, ids: Iterable) -> str:
         text, plain = [], []
