@@ -31,7 +31,9 @@ class HfTokenizer(Tokenizer):
     kind = "hf"
     cuttable = False  # where its pattern lets a text be cut is not known
 
-    def __init__(self, text: str, end_of_text: int, where: str, roles: dict[str, int] | None = None):
+    def __init__(
+        self, text: str, end_of_text: int, where: str, roles: dict[str, int] | None = None
+    ):
         with as_bad_input(lambda e: f"{where} is not a tokenizer: {e}"):
             self.fast = FastTokenizer.from_str(text)
         self.fast.encode_special_tokens = True
