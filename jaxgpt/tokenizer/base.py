@@ -94,7 +94,7 @@ class Tokenizer(Protocol):
 def encode_around(
     text: str, special: Mapping[str, int], encode: Callable[[str], np.ndarray]
 ) -> np.ndarray:
-    """Returns the ids of `text`: of the names in `special` theirs, of what is between `encode`'s."""
+    """Returns the ids of `text`: a name in `special` has its id, what is between `encode`'s."""
     longest_first = sorted(special, key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if special else [text]
     ids = [[special[p]] if p in special else encode(p) for p in parts if p]

@@ -47,8 +47,9 @@ def built(folder: Path) -> FastTokenizer | None:
     """Returns the tokenizer whose vocabulary the folder holds in other files than a tokenizer.json:
     `vocab.txt`, `spiece.model`, or RoBERTa's `vocab.json` and `merges.txt`; None if in none."""
     for name, build in (("vocab.txt", _bert), ("spiece.model", _t5), ("vocab.json", _roberta)):
-        if (folder / name).is_file():
-            with as_bad_input(lambda e: f"{folder / name} is not a vocabulary: {e}"):
+        file = folder / name
+        if file.is_file():
+            with as_bad_input(lambda e, file=file: f"{file} is not a vocabulary: {e}"):
                 return build(folder)
     return None
 
