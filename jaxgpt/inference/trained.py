@@ -1,6 +1,7 @@
 """A trained model, opened from its workdir."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxgpt.inference.sliding import announce
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.gpt import resolve_scan
 from jaxgpt.ops.attention import choose_kernel
+from jaxgpt.optim.groups import OWN
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaf_path
@@ -32,9 +34,11 @@ class Trained:
     checkpoints: Checkpoints
     step: int
 
-    def params(self) -> dict:
-        """Returns the parameters on `mesh`; call under `jax.set_mesh(mesh)`."""
+    def params(self, own: Callable[[], dict] | None = None) -> dict:
+        """Returns the parameters on `mesh`; call under `jax.set_mesh(mesh)`. `own` makes those that
+        the objective trains beside the model's, which are then returned too, under `OWN`."""
         abstract = jax.eval_shape(self.spec.init, jax.random.key(0))
+        abstract |= {OWN: jax.eval_shape(own)} if own else {}
         average = self.config.optim.ema_decay > 0
         return self.checkpoints.restore_params(self.step, abstract, average)
 

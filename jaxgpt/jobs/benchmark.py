@@ -36,7 +36,9 @@ def benchmark(
     """
     keep_no_programs()  # what is compiled is timed
     mesh = make_mesh(config)
-    data = companions_of(config.objective).prepare(config)
+    companions = companions_of(config.objective)
+    data = companions.prepare(config)
+    config = companions.completed(config, data)
     training = make_training(resolve_vocab(config, data.tokenizer.vocab_size), mesh)
     device, count = mesh.devices.flat[0], mesh.devices.size
     with jax.set_mesh(mesh):

@@ -35,12 +35,13 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
     if values.watch:
         wait_for_first(values.workdir, values.watch_every)
     trained = open_trained(values.workdir, values.step)
+    companions, parameters = companions_of(trained.config.objective), Trained.params
     if values.lm_eval:
         measure = harness_measure(trained, values.lm_eval.split(","), values.limit)
     elif values.task:
         measure = task_measure(trained, values.task.partition(":")[0], rows)
     else:
-        companions = companions_of(trained.config.objective)
+        parameters = companions.trained_parameters
         measure = companions.measure(trained, values.data, values.split, values.stride)
     steps = [trained.step]
     if values.all_steps:
@@ -53,7 +54,7 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
             say(f"step {step}{of}")
         began = time.perf_counter()
         with jax.set_mesh(trained.mesh):
-            figures = measure(dataclasses.replace(trained, step=step).params())
+            figures = measure(parameters(dataclasses.replace(trained, step=step)))
         yield {"step": step} | figures | {"seconds": time.perf_counter() - began}
 
 

@@ -94,14 +94,15 @@ def train(workdir: epath.Path, config: Config) -> int:
 
 
 def complete(config: Config, data: Prepared, workdir: epath.Path) -> Config:
-    """Returns `config` with what follows from the data: `num_steps` of `num_epochs`, and the
-    vocabulary's size.
-    """
+    """Returns `config` with what follows from the data: `num_steps` of `num_epochs`, the
+    vocabulary's size, and the objective's (labels)."""
     if not (workdir / "config.json").exists():
         check_shards(config.data, data)  # runs from before keep the shards' own
         if config.init_from:
             check_vocabulary(config, data.tokenizer)
-    companions_of(config.objective).check_tokenizer(config, data.tokenizer)
+    companions = companions_of(config.objective)
+    companions.check_tokenizer(config, data.tokenizer)
+    config = companions.completed(config, data)
     return resolve_vocab(resolve_epochs(config, data), data.tokenizer.vocab_size)
 
 
@@ -246,6 +247,7 @@ def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
         )
     old = read_config(workdir)
     config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
+    config = companions_of(config.objective).adopted(config, old)
     return config, check_resume(old, config, workdir)
 
 

@@ -58,6 +58,18 @@ class Companions:
         return prepare(config.data, out)
 
     @staticmethod
+    def completed(config: Config, data: Prepared) -> Config:
+        """Returns `config` with those of the objective's fields filled in that follow from the
+        data. Raises `BadInput` if the data do not fit the config."""
+        return config
+
+    @staticmethod
+    def adopted(config: Config, old: Config) -> Config:
+        """Returns the `config` of a run that is resumed with the fields that `completed` filled in
+        of the `old` one."""
+        return config
+
+    @staticmethod
     def stream(config: Config, data: Prepared) -> Stream:
         """Returns the training batches. Raises `BadInput` if there is too little data for one."""
         return training_stream(data.train, config)
@@ -108,6 +120,11 @@ class Companions:
         own = example if data.validation.mask is not None else NO_EXAMPLE
         template = self.config.data.chat_template
         return TrainingSample(spec, data.tokenizer, self.config.sample, own, template)
+
+    @staticmethod
+    def trained_parameters(trained: Trained) -> dict:
+        """Returns the parameters that `measure` takes; call it under `jax.set_mesh`."""
+        return trained.params()
 
     @staticmethod
     def measure(trained: Trained, source: str, split: str, stride: int = 0) -> Measure:
