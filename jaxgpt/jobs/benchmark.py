@@ -22,6 +22,7 @@ from jaxgpt.planning.program import Program
 from jaxgpt.system.console import say
 from jaxgpt.system.programs import keep_no_programs
 from jaxgpt.training.memory import check_memory
+from jaxgpt.training.objectives import companions_of
 from jaxgpt.training.setup import Training, make_training, resolve_vocab
 
 WARM_UP, PROFILED = 2, 3  # steps before the timed ones, and after them

@@ -9,7 +9,7 @@ from etils import epath
 from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.config.stored import to_json
 from jaxgpt.inference.trained import Trained, open_trained
-from jaxgpt.jobs.evaluate import loss_measure
+from jaxgpt.objectives.text import loss_measure
 from jaxgpt.reports.shrinking import read_rows, write_rows
 from jaxgpt.shrinking.measure import BATCHES, bytes_in, decode_speeds, share_of_zeros
 from jaxgpt.shrinking.methods import METHODS
