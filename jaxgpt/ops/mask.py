@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Bool, Int
 
+from jaxgpt.ops.sparse.patterns import Lsh, Pattern
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -13,11 +15,12 @@ class Reach:
     """The part of a mask that is known when a program is compiled.
 
     `causal`: keys up to the query's own position; else later ones too. `window` > 0: only keys less
-    than so many positions away.
+    than so many positions away. `pattern`: only keys that it lets a query see.
     """
 
     causal: bool = True
     window: int = 0
+    pattern: Pattern | Lsh | None = None
 
 
 class AttentionMask(NamedTuple):
@@ -39,9 +42,10 @@ class AttentionMask(NamedTuple):
     prefix: Int[Array, "B"] | None = None
     reach: Reach = Reach()
 
-    def within(self, window: int) -> "AttentionMask":
-        """Returns the same mask with another window; 0: none."""
-        return self._replace(reach=dataclasses.replace(self.reach, window=window))
+    def within(self, window: int, pattern: Pattern | Lsh | None = None) -> "AttentionMask":
+        """Returns the same mask with another window (0: none) and pattern."""
+        reach = dataclasses.replace(self.reach, window=window, pattern=pattern)
+        return self._replace(reach=reach)
 
     def part(self, queries: slice, keys: slice) -> "AttentionMask":
         """Returns the mask of some of the queries and some of the keys."""
@@ -56,6 +60,8 @@ class AttentionMask(NamedTuple):
         seen = kv <= q if self.reach.causal else kv == kv
         if self.reach.window:
             seen &= (kv > q - self.reach.window) & (kv < q + self.reach.window)
+        if self.reach.pattern:
+            seen &= self.reach.pattern.visible(q, kv)
         if self.prefix is not None:
             seen |= kv < self.prefix[:, None, None]
         if self.q_segments is not None:

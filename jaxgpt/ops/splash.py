@@ -74,10 +74,33 @@ def _kernel(length: int, heads: int, reach: Reach, interpret: bool):
     )
 
 
+class PatternMask(masks._ComputableMask):
+    """The mask of a pattern (`ops.sparse`), computed in the kernel; nothing of it is stored."""
+
+    def __init__(self, length: int, reach: Reach):
+        def visible(q, k):
+            seen = reach.pattern.visible(q, k)
+            return seen & (k <= q) if reach.causal else seen
+
+        super().__init__((length, length), visible)
+        self.reach = reach
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, PatternMask) and (self.shape, self.reach) == (
+            other.shape,
+            other.reach,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.reach))
+
+
 @functools.lru_cache
 def _mask(length: int, heads: int, reach: Reach) -> masks.MultiHeadMask:
     shape, back = (length, length), reach.window - 1
-    if reach.window:
+    if reach.pattern:
+        mask = PatternMask(length, reach)
+    elif reach.window:
         mask = masks.LocalMask(shape, (back, 0 if reach.causal else back), 0)
     else:
         mask = masks.CausalMask(shape) if reach.causal else masks.FullMask(shape)
