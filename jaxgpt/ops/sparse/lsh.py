@@ -1,10 +1,11 @@
 """LSH attention (Reformer, arXiv:2001.04451, section 2): queries read the keys most like them.
 
 Queries and keys are the same vectors, keys of unit length. Each round hashes them by the nearest of
-some random directions and their opposites (arXiv:1509.02897), sorts them by hash, and cuts them into
-chunks; a query reads the keys of its chunk and of the one before. The softmax runs over the union
-of what the rounds find: a key found in N of them counts 1/N in each (appendix A). T tokens make
-2T / chunk buckets, so that a bucket fills half a chunk on average; the sort is by segment first.
+some random directions and their opposites (arXiv:1509.02897), sorts them by hash, and cuts them
+into chunks; a query reads the keys of its chunk and of the one before. The softmax runs over the
+union of what the rounds find: a key found in N of them counts 1/N in each (appendix A). T tokens
+make 2T / chunk buckets, so that a bucket fills half a chunk on average; the sort is by segment
+first.
 
 The directions are fixed and the same in all heads and layers: a run is still a function of its
 seed, whatever the mesh.
@@ -86,9 +87,8 @@ def sorted_by_hash(
     q: Float[Array, "B N T H"], segments: Int[Array, "B T"], pattern: Lsh
 ) -> tuple[Int[Array, "B R N T"], Int[Array, "B R N T"]]:
     """Returns each round's tokens in order of segment and hash, and each token's rank in it."""
-    (b, n, t, _), rounds = q.shape, pattern.rounds
-    found = hashes(q, t, pattern).transpose(0, 3, 1, 2)
-    tokens = jnp.broadcast_to(jnp.arange(t), found.shape)
+    found = hashes(q, q.shape[2], pattern).transpose(0, 3, 1, 2)
+    tokens = jnp.broadcast_to(jnp.arange(q.shape[2]), found.shape)
     segments = jnp.broadcast_to(segments[:, None, None], found.shape)
     order = jax.lax.sort((segments, found, tokens), num_keys=2, is_stable=True)[2]
     return order, jnp.argsort(order, axis=-1)
