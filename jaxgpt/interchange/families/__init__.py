@@ -1,0 +1,23 @@
+"""The architectures of Hugging Face's that jaxgpt can also express, a file each."""
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.interchange.families.family import Family, Rule
+from jaxgpt.interchange.families.gpt2 import GPT2
+from jaxgpt.interchange.families.llama import LLAMA, QWEN3
+from jaxgpt.system.errors import BadInput
+
+__all__ = ["FAMILIES", "GPT2", "Family", "Rule", "family_of"]
+
+FAMILIES = {family.name: family for family in (GPT2, LLAMA, QWEN3)}
+
+
+def family_of(cfg: ModelConfig) -> Family:
+    """Returns the family that computes exactly what a model of this config does. Raises `BadInput`
+    if there is none; it names the fields in which the nearest family differs."""
+    nearest = min(FAMILIES.values(), key=lambda family: len(family.differences(cfg)))
+    if differences := nearest.differences(cfg):
+        raise BadInput(
+            "no Hugging Face architecture computes exactly what this model does: the nearest,"
+            f" {nearest.name}, does not support {', '.join(differences)}"
+        )
+    return nearest

@@ -1,0 +1,122 @@
+"""What a family of model folders is: their config fields and tensors, and ours."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.system.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One tensor of theirs and the parameters of ours that it contains.
+
+    `theirs` may contain {layer}. Several of ours are concatenated along the output axis.
+    `transposed`: theirs is [out, in] where ours is [in, out].
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool
+
+    def to_theirs(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """Returns their tensor, made of our arrays (of one layer)."""
+        matrices = [a.reshape(_matrix_shape(p, a.shape)) for p, a in zip(self.ours, arrays)]
+        joined = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=-1)
+        return joined.T if self.transposed else joined
+
+    def shape(self, shapes: list[tuple]) -> tuple:
+        """Returns their tensor's shape, from our shapes (of one layer)."""
+        matrices = [_matrix_shape(path, shape) for path, shape in zip(self.ours, shapes)]
+        joined = (*matrices[0][:-1], sum(shape[-1] for shape in matrices))
+        return joined[::-1] if self.transposed else joined
+
+    def to_ours(self, tensor: np.ndarray, shapes: list[tuple]) -> list[np.ndarray]:
+        """Returns our arrays, in `shapes`, from their tensor; the inverse of `to_theirs`."""
+        tensor = tensor.T if self.transposed else tensor
+        widths = [_matrix_shape(path, shape)[-1] for path, shape in zip(self.ours, shapes)]
+        matrices = np.split(tensor, np.cumsum(widths)[:-1], axis=-1)
+        return [matrix.reshape(shape) for matrix, shape in zip(matrices, shapes)]
+
+
+def _matrix_shape(path: str, shape: tuple) -> tuple:
+    """Returns a kernel's shape as [in, out], a bias's or scale's as [out], a table's unchanged."""
+    if path in ("tokens", "head", "positions/kernel"):
+        return shape
+    if not path.endswith("/kernel"):
+        return (math.prod(shape),)
+    inputs = 2 if path.endswith("out/kernel") else 1
+    return (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An architecture of Hugging Face's that jaxgpt can also express.
+
+    `exact` lists the values our fields must have for the two to compute the same; `model_config`
+    and `hf_config` translate the other fields, `schema` describes what `model_config` reads (see
+    `system.files.parse_json`). Their tensors' names may start with `prefix`; tensors whose names
+    end with one of `ignored` are skipped.
+    """
+
+    name: str
+    architecture: str
+    exact: dict[str, tuple]
+    rules: tuple[Rule, ...]
+    model_config: Callable[[dict], ModelConfig]
+    hf_config: Callable[[ModelConfig], dict]
+    schema: dict
+    prefix: str
+    ignored: tuple[str, ...]
+    equal_heads: bool = False  # no key heads apart, and all heads together as wide as the embedding
+
+    def differences(self, cfg: ModelConfig) -> list[str]:
+        """Returns what keeps `cfg` from being of this family: `model.norm='rmsnorm'`, ..."""
+        different = [
+            f"model.{field}={getattr(cfg, field)!r}"
+            for field, allowed in self.exact.items()
+            if getattr(cfg, field) not in allowed
+        ]
+        heads, width = (cfg.num_heads, cfg.num_kv_heads), cfg.num_heads * cfg.head_dim
+        if self.equal_heads and (heads[0] != heads[1] or width != cfg.embed_dim):
+            different.append(
+                f"model.num_heads={heads[0]}, num_kv_heads={heads[1]} of head_dim={cfg.head_dim}"
+                f" in embed_dim={cfg.embed_dim}"
+            )
+        return different
+
+    def rules_of(self, paths) -> list[Rule]:
+        """Returns the rules for a model with these parameters: biases and a head are optional.
+        Raises `BadInput` if this family has no tensor for a parameter."""
+        rules = [rule for rule in self.rules if set(rule.ours) <= set(paths)]
+        if missing := set(paths) - {path for rule in rules for path in rule.ours}:
+            raise BadInput(f"{self.name} has no tensor for {', '.join(sorted(missing))}")
+        return rules
+
+
+def rules_from(tensors: dict[str, str], transposed: bool) -> tuple[Rule, ...]:
+    """Returns the rules of a table from their names to ours; `transposed`: kernels [out, in]."""
+    return tuple(
+        Rule(theirs, tuple(ours.split()), transposed and ours.endswith("/kernel"))
+        for theirs, ours in tensors.items()
+    )
+
+
+def schema_of(fields: dict[str, str]) -> dict:
+    """Returns the types of their config's fields, which are those of ours; null: not given."""
+    kinds = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+    return {f"{theirs}?": kinds[ours] | None for theirs, ours in fields.items()}
+
+
+COMMON = dict(norm_position=("pre",), window=(0,), logit_softcap=(0.0,), mup_base_width=(0,))
+COMMON |= dict(scale_embeddings=(False,))
+
+
+def require(hf: dict, fixed: dict) -> None:
+    """Raises `BadInput` if a field of their config has another value than the one in `fixed`."""
+    for key, value in fixed.items():
+        if key in hf and hf[key] != value:
+            raise BadInput(f"config.json: {key}={hf[key]!r} is not supported, only {value!r}")
