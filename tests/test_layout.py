@@ -30,6 +30,7 @@ ROOMS = [
     "reports",
     "objectives",
     "distillation",
+    "denoising",
     "training",
     "shrinking",
     "sweeps",

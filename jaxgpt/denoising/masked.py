@@ -36,11 +36,7 @@ class Masking(NamedTuple):
 
 
 def choose(
-    allowed: np.ndarray,
-    rate: float,
-    seed: int,
-    rows: np.ndarray,
-    starts: np.ndarray | None = None,
+    allowed: np.ndarray, rate: float, seed: int, rows: np.ndarray, starts: np.ndarray | None = None
 ) -> np.ndarray:
     """Returns which tokens are chosen: of each row's `allowed` [n, T] the share `rate`, rounded up
     or down at random so that it is `rate` on average; bool [n, T].
@@ -61,7 +57,7 @@ def choose(
     taken = _fill(np.take_along_axis(sizes, order, 1).astype(np.int64), wanted)
     is_taken = np.zeros_like(taken)
     np.put_along_axis(is_taken, order, taken, axis=1)
-    return allowed & is_taken.ravel()[flat].reshape(count, length)
+    return is_taken.ravel()[flat].reshape(count, length)
 
 
 def _fill(sizes: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt.denoising.draws import uniforms
+from jaxgpt.denoising.words import Words, words_of
 from jaxgpt.tokenizer.base import Tokenizer
-from jaxgpt.tokenizer.words import Words, words_of
 
 MARKERS = 3
 LONGEST_WORD = 16  # tokens on either side of a cut: beyond, what stands there is no word

@@ -77,7 +77,9 @@ def window(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, room: in
     """Returns `lengths` tokens from `starts` on, 0 behind them; int32 [n, room]."""
     place = np.arange(room)
     inside = place < lengths[:, None]
-    return np.where(inside, tokens[np.where(inside, starts[:, None] + place, 0)], 0).astype(np.int32)
+    return np.where(inside, tokens[np.where(inside, starts[:, None] + place, 0)], 0).astype(
+        np.int32
+    )
 
 
 class Frame(NamedTuple):

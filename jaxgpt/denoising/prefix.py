@@ -7,9 +7,7 @@ from jaxgpt.config.schema import IGNORE
 from jaxgpt.denoising.draws import integers
 
 
-def split_rows(
-    arrays: dict[str, np.ndarray], seed: int, rows: np.ndarray
-) -> dict[str, np.ndarray]:
+def split_rows(arrays: dict[str, np.ndarray], seed: int, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Returns a decoder's `arrays` (`inputs`, `targets` [n, T], ...) with `prefix` [n], the length
     of each row's prefix, and no targets inside it. Every length from 1 to all tokens but one is as
     likely; the prefix's last token predicts the first after it."""

@@ -6,8 +6,10 @@ import pytest
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.denoising.draws import integers, ranks, uniforms
 from jaxgpt.denoising.masked import Masking, choose, mask_tokens
+from jaxgpt.denoising.words import words_of
 from jaxgpt.tokenizer import make_tokenizer
-from jaxgpt.tokenizer.words import words_of
+from jaxgpt.tokenizer.base import TrainingText
+from tests.conftest import CORPUS
 
 VOCABULARY, MASK, SPECIAL = 1000, 1000, 7  # 7 stands for a special token in the middle
 ROWS = np.arange(10_000)
@@ -56,6 +58,8 @@ def test_whatever_the_shares(rows):
     assert near(chosen.sum() / allowed.sum(), 0.3)
     assert near((inputs[chosen] == MASK).mean(), 0.5)
     assert near((inputs[chosen] == tokens[chosen]).mean(), 0.25)
+    short = choose(np.ones((len(ROWS), 12), bool), 0.3, 0, ROWS)  # 3.6 tokens
+    assert near(short.mean(), 0.3) and set(short.sum(1)) == {3, 4}
 
 
 def test_a_row_is_drawn_alike_in_any_company(rows):
@@ -87,18 +91,21 @@ def test_draws_are_uniform_and_independent():
     assert (abs(np.unique(first, return_counts=True)[1] - 10_000) < 500).all()  # six orders
 
 
-def spelled(text: str, spec: str = "byte") -> tuple[np.ndarray, list[str]]:
-    tokenizer = make_tokenizer(spec)
+def words_in(text: str, spec: str) -> list[str]:
+    tokenizer = make_tokenizer(spec, [TrainingText(lambda: [CORPUS], len(CORPUS))])
     ids = tokenizer.encode(text)
     starts = words_of(tokenizer).starts(ids)
-    pieces = np.split(ids, np.nonzero(starts)[0])[1:]
-    return ids, [tokenizer.decode(piece) for piece in pieces]
+    return [tokenizer.decode(piece) for piece in np.split(ids, np.nonzero(starts)[0])[1:]]
 
 
 def test_words_are_runs_of_letters():
-    """Whatever the tokenizer: letters, digits and `_` together; other characters by themselves."""
-    ids, words = spelled("a_b2 = café(x)\n")
-    assert words == ["a_b2", " ", "=", " ", "café", "(", "x", ")", "\n"]
+    """Whatever the tokenizer: letters, digits and `_` together, with the space in front where that
+    is a token's; other characters by themselves."""
+    text = "the_b2 = café(x)\n"
+    assert words_in(text, "byte") == ["the_b2", " ", "=", " ", "café", "(", "x", ")", "\n"]
+    words = words_in(text + "you may reproduce and distribute copies of it", "sentencepiece:400")
+    assert words[-6:-2] == [" and", " distribute", " copies", " of"]
+    assert words[0] == "the_b2" and "café" in [word.strip() for word in words]
 
 
 def bert_takes(sizes: list[int], order: list[int], wanted: int) -> set[int]:

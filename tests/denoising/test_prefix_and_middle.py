@@ -7,9 +7,9 @@ import pytest
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.denoising.middle import Middle, cut, move_middles
 from jaxgpt.denoising.prefix import split_rows
+from jaxgpt.denoising.words import words_of
 from jaxgpt.tokenizer import make_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
-from jaxgpt.tokenizer.words import words_of
 from tests.conftest import CORPUS
 
 NAMES = "<|fim_prefix|>,<|fim_suffix|>,<|fim_middle|>"
@@ -30,7 +30,7 @@ def test_a_prefix_of_any_length_and_no_target_inside():
     for some, most in ((slice(0, None, 2), 10), (slice(1, None, 2), 12)):
         counts = np.bincount(prefix[some], minlength=13)[1 : most + 1]
         assert counts.sum() == 10_000 and abs(counts * most / 10_000 - 1).max() < 0.16
-    assert (split_rows({k: v[5:6] for k, v in arrays.items()}, 0, rows[5:6])["prefix"] == prefix[5])
+    assert split_rows({k: v[5:6] for k, v in arrays.items()}, 0, rows[5:6])["prefix"] == prefix[5]
 
 
 @pytest.fixture(scope="module", params=["byte", "sentencepiece:400"])

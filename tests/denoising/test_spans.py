@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxgpt.denoising.spans import corrupt_spans, longest, noise_mask
+from jaxgpt.denoising.spans import corrupt_spans, lengths_of, longest, noise_mask
 
 ROWS = np.arange(2000)
 SENTINELS, END = np.arange(5000, 5100), 4999
@@ -54,6 +54,14 @@ def test_spans_are_as_long_and_as_many_as_said():
         assert abs((sizes == size).mean() - share) < 0.01 * share + 0.003
     places = noise[:, 50:-50].mean(0)  # anywhere alike; a standard deviation is 0.008
     assert abs(places - 0.15).max() < 0.04
+
+
+def test_every_way_to_cut_is_as_likely():
+    """Of five noise and five other tokens, each in two parts: 4 x 4 masks."""
+    lengths = lengths_of(10, 0.5, 2.5)
+    assert lengths[:3] == (10, 5, 2)
+    masks, counts = np.unique(noise_mask(lengths, 0, np.arange(16_000)), axis=0, return_counts=True)
+    assert len(masks) == 16 and abs(counts - 1000).max() < 150
 
 
 def test_a_row_comes_back_from_sources_and_targets():
