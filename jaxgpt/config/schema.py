@@ -7,6 +7,7 @@ from jaxgpt.config.fields import Axis, axis, changes, choice, may_change, needs,
 
 VOCAB_MULTIPLE = 128  # TPU lane width; also divisible by any usual tensor axis
 IGNORE = -1  # the target of a position that has none
+SPARSE = ("longformer", "strided", "axial", "bigbird", "lsh")  # attention that is not full
 
 
 @dataclasses.dataclass
@@ -45,6 +46,19 @@ class ModelConfig:
     window: int = number(0, 0)  # attend to the last so many tokens; 0 = all
     # With a window: every so many-th layer attends to all; 0 = none
     full_attention_every: int = number(0, 0)
+    # Which keys a query sees: see `ops.sparse.patterns`
+    attention_pattern: str = choice("full", *SPARSE)
+    # Tokens: the window, the stride, a row, a block or a chunk, in the order of `attention_pattern`
+    sparse_block: int = needs("attention_pattern", *SPARSE, field=number(128, 1, 2**24))
+    dilation: int = needs(
+        "attention_pattern", "longformer", field=number(1, 1, 2**24)
+    )  # of the window
+    # The first tokens, which every token sees, and which see all later ones that they may
+    global_tokens: int = needs(
+        "attention_pattern", "longformer", "bigbird", field=number(1, 0, 2**24)
+    )
+    random_blocks: int = needs("attention_pattern", "bigbird", field=number(2, 0, 2**10))
+    hash_rounds: int = needs("attention_pattern", "lsh", field=number(2, 1, 2**6))
     logit_softcap: float = number(0.0, 0)  # c * tanh(logits / c); 0 = off
     # muP: the embed_dim at which the learning rate was tuned; 0 = off
     mup_base_width: int = number(0, 0, 2**20)

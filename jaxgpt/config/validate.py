@@ -23,6 +23,7 @@ from jaxgpt.config.schema import (
     leaves_of,
     set_field,
 )
+from jaxgpt.config.sparse import check_sparse
 from jaxgpt.system.encoding import check_setting
 from jaxgpt.system.errors import BadInput
 
@@ -177,6 +178,7 @@ def check_model(config: Config) -> ModelConfig:
             f"model.full_attention_every={every} needs a model.window and must divide"
             f" model.num_layers={model.num_layers}"
         )
+    check_sparse(config, model)
     if model.mup_base_width and config.optim.name not in ("adamw", "lion"):
         raise BadInput(
             f"model.mup_base_width with optim.name={config.optim.name!r}: its learning-rate rule"

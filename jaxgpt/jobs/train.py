@@ -330,13 +330,17 @@ def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
     epochs = config.num_steps * config.batch_size / chunks_of(config, data)
     kind = devices.flat[0].device_kind
     shape = " x ".join(f"{axis} {training.mesh.shape[axis]}" for axis in AXES)
+    kernel = training.spec.kernel
+    attention = (
+        kernel if model.attention_pattern == "full" else f"{model.attention_pattern} ({kernel})"
+    )
     say(
         f"devices   {devices.size} x {kind}, {jax.process_count()} process(es), mesh {shape},"
         f" jax {jax.__version__}\n"
         f"model     {count_parameters(params, model):,} parameters{trained_share(config, params)}:"
         f" {model.num_layers} layers,"
         f" {model.num_heads} heads, width {model.embed_dim}, context {model.max_seq_len};"
-        f" {config.compute.dtype}, attention {training.spec.kernel}, remat {config.compute.remat}\n"
+        f" {config.compute.dtype}, attention {attention}, remat {config.compute.remat}\n"
         f"data      {data} of {data.tokenizer.vocab_size:,} kinds, from {data.folder}\n"
         f"plan      {config.num_steps:,} steps of {config.batch_size} x {model.max_seq_len} tokens"
         f" ({epochs:.2f} epochs) into {workdir}"

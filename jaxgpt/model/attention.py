@@ -13,6 +13,9 @@ from jaxgpt.ops.attention import KERNELS, default_scale, sharded
 from jaxgpt.ops.cached_attention import sharded_cached
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.ops.rope import rope_frequencies, rotate
+from jaxgpt.ops.sparse.kernels import sparse_kernel
+from jaxgpt.ops.sparse.lsh import unit_length
+from jaxgpt.ops.sparse.patterns import patterns_of
 from jaxgpt.parallel.rules import AxisRules
 
 
@@ -30,19 +33,22 @@ class Attention(nnx.Module):
         cfg = config.model
         self.rules, self.dropout, self.num_heads = rules, cfg.dropout, cfg.num_heads
         self.window, scale = window, default_scale(cfg.head_dim, cfg.mup_base_width > 0)
-        self.attend = sharded(KERNELS[kernel], rules, scale=scale)
-        self.attend_cached = sharded_cached(rules, scale=scale, window=window)
+        self.patterns = either, causal = patterns_of(cfg)
+        attend = KERNELS[kernel] if either is None else sparse_kernel(kernel, either)
+        self.attend = sharded(attend, rules, scale=scale)
+        self.attend_cached = sharded_cached(rules, scale=scale, window=window, pattern=causal)
         self.attend_dropping = sharded(KERNELS["xla"], rules, scale=scale, dropout=cfg.dropout)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
         self.query = Linear("query", "MD,DNH->MNH", config, rules, **shared)
-        self.key = Linear("key", "MD,DKH->MKH", config, rules, **shared)
+        has_keys = cfg.attention_pattern != "lsh"  # which has queries for keys
+        self.key = Linear("key", "MD,DKH->MKH", config, rules, **shared) if has_keys else None
         self.value = Linear("value", "MD,DKH->MKH", config, rules, **shared)
         self.out = Linear(
             "out", "MNH,NHD->MD", config, rules, bias=cfg.bias, std=residual_std(cfg), rngs=rngs
         )
         norm = NORMS[cfg.norm]
         self.query_norm = norm(config, cfg.head_dim) if cfg.qk_norm else _identity
-        self.key_norm = norm(config, cfg.head_dim) if cfg.qk_norm else _identity
+        self.key_norm = norm(config, cfg.head_dim) if cfg.qk_norm and has_keys else _identity
         self.rotate = _make_rotation(cfg) if cfg.position == "rope" else _identity
 
     def __call__(
@@ -50,7 +56,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the attended x; with a `key`, dropout drops attention weights."""
         q, k, v = self._heads(x, mask.q_positions)
-        mask = mask.within(self.window)
+        mask = mask.within(self.window, self.patterns[mask.reach.causal])
         with jax.named_scope("attention"):
             if key is None or self.dropout == 0:
                 attended = self.attend(q, k, v, mask)
@@ -63,7 +69,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Returns the attended x of a text's start, and its keys and values for a cache."""
         q, k, v = self._heads(x, positions)
-        mask = AttentionMask(positions, positions).within(self.window)
+        mask = AttentionMask(positions, positions).within(self.window, self.patterns[True])
         out = self.out(self.attend(q, k, v, mask))
         return out, KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
@@ -86,8 +92,9 @@ class Attention(nnx.Module):
 
     def _heads(self, x, positions):
         q = self.rotate(self.query_norm(self.query(x)), positions)
-        k = self.rotate(self.key_norm(self.key(x)), positions)
-        return q, k, self.value(x)
+        if self.key is None:
+            return q, unit_length(q), self.value(x)
+        return q, self.rotate(self.key_norm(self.key(x)), positions), self.value(x)
 
     def _dropout_mask(self, x, key):
         """Which attention weights dropout keeps, drawn here so that no mesh can change them."""

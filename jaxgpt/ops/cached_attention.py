@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.ops.mask import AttentionMask, Reach
+from jaxgpt.ops.sparse.patterns import Lsh, Pattern
 from jaxgpt.parallel.rules import AxisRules
 
 
@@ -19,13 +20,15 @@ def cached_attention(
     *,
     scale: float,
     window: int = 0,
+    pattern: Pattern | Lsh | None = None,
 ) -> Float[Array, "B N H"]:
     """Returns `ops.attention.xla_attention`, causal, of one query a row over several parts of a
     cache, each its (keys, values, positions)."""
     (b, n, h), heads = q.shape, parts[0][0].shape[1]
+    reach = Reach(window=window, pattern=pattern)
     q, scores = q.reshape(b, heads, n // heads, h), []
     for k, _, positions in parts:
-        mask = AttentionMask(position[:, None], positions, reach=Reach(window=window))
+        mask = AttentionMask(position[:, None], positions, reach=reach)
         visible = mask.visible()[:, None]
         score = jnp.einsum("BKGH,BKSH->BKGS", q, k, preferred_element_type=jnp.float32) * scale
         scores.append(jnp.where(visible, score, jnp.finfo(jnp.float32).min))

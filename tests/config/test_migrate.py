@@ -52,6 +52,8 @@ def in_format_1(config: Config) -> str:
     for old, new in RENAMED.items():
         nested["model"][old.removeprefix("model.")] = get_field(config, new)
     nested["model"]["scan_layers"] = config.compute.scan_layers == "true"
+    known = json.loads(FORMAT_1)["model"]
+    nested["model"] = {name: value for name, value in nested["model"].items() if name in known}
     later_ones = ("format", "compute", "lora", "shrink", "objective", "objectives", "init_layers")
     for later in (*later_ones, "track"):
         del nested[later]

@@ -1,5 +1,7 @@
 """What must hold of the model itself."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cache import Cache, empty_cache, write_recent
 from jaxgpt.model.gpt import resolve_scan
 from jaxgpt.objectives.language import token_losses
+from jaxgpt.ops.sparse.patterns import patterns_of
 from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.training.setup import make_training
 from jaxgpt.training.step import make_train_step
@@ -145,6 +148,10 @@ VARIANTS = {
         position="sinusoidal", norm_position="post", activation="relu", scale_embeddings=True
     ),
     "bare": dict(position="none", activation="geglu", logit_softcap=5.0, mup_base_width=16),
+    "bigbird": dict(attention_pattern="bigbird", sparse_block=3, random_blocks=1),
+    "lsh": dict(
+        attention_pattern="lsh", sparse_block=24
+    ),  # one chunk: what is hashed is all that is read
 }
 
 
@@ -246,6 +253,14 @@ GPT2_CHANGES = {
     "logit_softcap": 30.0,
     "mup_base_width": 16,
     "dropout": 0.1,
+    "attention_pattern": "strided",
+}
+SPARSE_CHANGES = {
+    "longformer": {"sparse_block": 5, "global_tokens": 2, "dilation": 2},
+    "strided": {"sparse_block": 5},
+    "axial": {"sparse_block": 6},
+    "bigbird": {"sparse_block": 5, "global_tokens": 2, "random_blocks": 3},
+    "lsh": {"sparse_block": 5, "hash_rounds": 3},
 }
 COMPUTE_CHANGES = {
     "dtype": "bfloat16",
@@ -306,6 +321,16 @@ OPTIM_CHANGES = {
 }
 
 
+@pytest.mark.parametrize("attention", SPARSE_CHANGES)
+def test_every_field_of_a_pattern_changes_what_is_seen(attention):
+    model = ModelConfig(max_seq_len=24, attention_pattern=attention, sparse_block=4)
+    for name, value in SPARSE_CHANGES[attention].items():
+        for one, other in zip(
+            patterns_of(model), patterns_of(dataclasses.replace(model, **{name: value}))
+        ):
+            assert one != other, name
+
+
 @pytest.mark.parametrize("base", [gpt2, modern])
 def test_no_field_is_read_by_nobody(base):
     """Perturbing any model or optimizer field changes the train step's program."""
@@ -342,4 +367,5 @@ def test_no_field_is_read_by_nobody(base):
     group, rest = ("compute", COMPUTE_CHANGES) if base is modern else ("lora", LORA_CHANGES)
     named = {f"model.{n}" for n in other} | {f"{group}.{n}" for n in rest}
     named |= {"compute.attention", "optim.decay_fraction"}
+    named |= {f"model.{n}" for changes in SPARSE_CHANGES.values() for n in changes}
     assert untouched <= named, f"no test perturbs {untouched - named}"

@@ -70,7 +70,7 @@ def gathered_attention(
 def check_no_prefix(mask: AttentionMask) -> None:
     """Raises `BadInput` if a mask has a prefix, in which the patterns do not hold."""
     if mask.prefix is not None:
-        raise BadInput("sparse attention has no prefix: set model.attention=full")
+        raise BadInput("sparse attention has no prefix: set model.attention_pattern=full")
 
 
 def places(mask: AttentionMask) -> tuple[Int[Array, "B 2 T"], Int[Array, "B 2 S"]]:

@@ -202,32 +202,31 @@ def _global(count: int, causal: bool) -> tuple[tuple[Part, ...], int]:
 
 
 def _longformer(cfg: ModelConfig, causal: bool) -> Pattern:
-    seen, first = _global(cfg.sparse.global_tokens, causal)
-    return Pattern((Window(cfg.sparse.window, cfg.sparse.dilation), *seen), first)
+    seen, first = _global(cfg.global_tokens, causal)
+    return Pattern((Window(cfg.sparse_block, cfg.dilation), *seen), first)
 
 
 def _strided(cfg: ModelConfig, causal: bool) -> Pattern:
-    return Pattern((Window(cfg.sparse.stride), Column(cfg.sparse.stride)))
+    return Pattern((Window(cfg.sparse_block), Column(cfg.sparse_block)))
 
 
 def _axial(cfg: ModelConfig, causal: bool) -> Pattern:
-    return Pattern((Row(cfg.sparse.columns), Column(cfg.sparse.columns)))
+    return Pattern((Row(cfg.sparse_block), Column(cfg.sparse_block)))
 
 
 def _bigbird(cfg: ModelConfig, causal: bool) -> Pattern:
-    seen, first = _global(cfg.sparse.global_tokens, causal)
-    block, count = cfg.sparse.block, cfg.sparse.random_blocks
+    seen, first = _global(cfg.global_tokens, causal)
+    block, count = cfg.sparse_block, cfg.random_blocks
     blocks = math.ceil(cfg.max_seq_len / block)
     drawn = (Random(block, count, blocks, causal),) if count else ()
     return Pattern((Neighbours(block), *seen, *drawn), first)
 
 
 def _lsh(cfg: ModelConfig, causal: bool) -> Lsh:
-    return Lsh(cfg.sparse.chunk, cfg.sparse.hash_rounds)
+    return Lsh(cfg.sparse_block, cfg.hash_rounds)
 
 
-PATTERNS: dict[str, Callable[[ModelConfig, bool], Pattern | Lsh | None]] = {
-    "full": lambda cfg, causal: None,
+PATTERNS: dict[str, Callable[[ModelConfig, bool], Pattern | Lsh]] = {
     "longformer": _longformer,
     "strided": _strided,
     "axial": _axial,
@@ -236,6 +235,8 @@ PATTERNS: dict[str, Callable[[ModelConfig, bool], Pattern | Lsh | None]] = {
 }
 
 
-def pattern_of(cfg: ModelConfig, causal: bool) -> Pattern | Lsh | None:
-    """Returns the pattern that `model.attention` names; None: every key."""
-    return PATTERNS[cfg.attention](cfg, causal)
+def patterns_of(cfg: ModelConfig) -> tuple[Pattern | Lsh | None, Pattern | Lsh | None]:
+    """Returns the patterns of all-to-all and of causal attention; None: every key."""
+    if cfg.attention_pattern == "full":
+        return None, None
+    return PATTERNS[cfg.attention_pattern](cfg, False), PATTERNS[cfg.attention_pattern](cfg, True)
