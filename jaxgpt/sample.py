@@ -9,7 +9,8 @@ Stdout is the prompt and its continuation, nothing else; several samples are sep
 `finish_reason`, `tokens` and `logprobs` (the model's own, of each token generated) as one line of
 JSON; the row's own max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed and
 stop override the flags. --interactive continues what you type, line by line. --num_beams=K searches
-for the likeliest continuation instead of sampling.
+for the likeliest continuation instead of sampling; --length_penalty=P ranks what it finds by
+log-probability / (number of tokens) ** P.
 
 --chat takes each prompt as a user's message, puts it into the template that the run was trained
 with, and prints the reply alone. A row may then have `messages` in place of a prompt.
@@ -38,6 +39,7 @@ from jaxgpt.text.chat import chat_messages
 from jaxgpt.text.files import list_files
 from jaxgpt.text.formats import json_rows
 
+MAX_LENGTH_PENALTY = 10
 MAX_SAMPLES = 1024  # of one prompt, which are generated in one batch
 
 
@@ -62,6 +64,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_multi_string("stop", [], "end in front of this; repeatable", flag_values=values)
     flags.DEFINE_integer("num_samples", 1, "how many", flag_values=values)
     flags.DEFINE_integer("num_beams", 0, "width of a beam search; 0 = sample", flag_values=values)
+    flags.DEFINE_float("length_penalty", 1.0, "of --num_beams; larger: longer", flag_values=values)
     flags.DEFINE_enum(
         "beyond_context",
         REFUSE,
@@ -109,6 +112,13 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
     if values.num_beams and values.num_samples > values.num_beams:
         raise BadInput(
             f"--num_samples={values.num_samples} are more than --num_beams={values.num_beams}"
+        )
+    if values["length_penalty"].present and not values.num_beams:
+        raise BadInput("--length_penalty goes with --num_beams: samples are not ranked")
+    if not abs(values.length_penalty) <= MAX_LENGTH_PENALTY:
+        raise BadInput(
+            f"--length_penalty={values.length_penalty} must be from -{MAX_LENGTH_PENALTY} to"
+            f" {MAX_LENGTH_PENALTY}"
         )
     if "" in values.stop:
         raise BadInput("--stop must not be empty")

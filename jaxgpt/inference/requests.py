@@ -42,6 +42,15 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class BeamSettings:
+    """A beam search (see `inference.beam`): how many beams, the power of a text's length by which
+    its log-probability is divided, and whether to stop as soon as so many texts are finished."""
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+@dataclasses.dataclass(frozen=True)
 class GenerationRequest:
     """A prompt to continue. Samples of the same seed differ by their `sample_index`. `spans` are
     those of a chat's prompt, some of them special tokens; `prompt` is then their text."""

@@ -18,7 +18,7 @@ from jaxgpt.inference.generation import (
     generate_text,
     stream_text,
 )
-from jaxgpt.inference.requests import SLIDE, GenerationRequest
+from jaxgpt.inference.requests import SLIDE, BeamSettings, GenerationRequest
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.system.console import say
 from jaxgpt.system.encoding import check_text
@@ -47,7 +47,8 @@ def sample(
         elif values.prompt_file:
             continue_rows(decoder, tokenizer, rows, values.num_samples)
         elif values.num_beams:
-            texts = search(decoder, tokenizer, request, values.num_beams)
+            beams = BeamSettings(values.num_beams, values.length_penalty)
+            texts = search(decoder, tokenizer, request, beams)
             print_samples(request, texts[: values.num_samples])
         elif values.stream:
             print_stream(decoder, tokenizer, request, values.num_samples)
@@ -130,12 +131,12 @@ def continue_rows(
 
 
 def search(
-    decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest, num_beams: int
+    decoder: Decoder, tokenizer: Tokenizer, request: GenerationRequest, beams: BeamSettings
 ) -> list[str]:
     """Returns the continuations that a beam search finds, best first."""
     prompt, end = encode_request(tokenizer, request), tokenizer.end_of_text
     texts = []
-    for tokens, score in beam_search(decoder, prompt, request.max_new_tokens, num_beams, end):
+    for tokens, score in beam_search(decoder, prompt, request.max_new_tokens, beams, end):
         text = Continuation(tokenizer, request, prompt)
         text.feed([*tokens.tolist(), end], [score] * (len(tokens) + 1))
         texts.append(text.text)

@@ -310,9 +310,13 @@ def test_streaming_stops_beams_and_several(command, workdir):
     assert command(sample.main, *base, "--num_beams=1")[1] == greedy
     code, out, err = command(sample.main, *base, "--num_beams=4", "--num_samples=2")
     assert code == 0 and out.count("the ") >= 2, err
+    code, one, err = command(sample.main, *base, "--num_beams=4", "--length_penalty=0")
+    assert code == 0 and out.startswith(one.removesuffix("\n")), "all texts are of one length"
     for flags, message in (
         (["--num_beams=2", "--num_samples=3"], "are more than --num_beams=2"),
         (["--num_beams=2", "--stream"], "--num_beams goes with --prompt alone"),
+        (["--length_penalty=2"], "--length_penalty goes with --num_beams"),
+        (["--num_beams=2", "--length_penalty=nan"], "--length_penalty=nan must be from -10 to 10"),
         (["--interactive"], "--prompt and --interactive do not go together"),
         (["--stop="], "--stop must not be empty"),
     ):

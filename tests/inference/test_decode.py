@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.inference.beam import beam_search
+from jaxgpt.inference.beam import SearchLimits, beam_search, hypotheses, search
 from jaxgpt.inference.decode import (
     Decoder,
     check_length,
@@ -16,8 +16,9 @@ from jaxgpt.inference.decode import (
     stream,
     tokens_before,
 )
-from jaxgpt.inference.requests import Sampling
+from jaxgpt.inference.requests import BeamSettings, Sampling
 from jaxgpt.model import ModelSpec
+from jaxgpt.model.cache import Cache
 from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, tiny_config
 from tests.model.test_gpt import VARIANTS
@@ -148,7 +149,7 @@ def test_lengths_and_ends():
 
 
 def all_continuations(forward, prompt, new, vocab, end):
-    """Every continuation's score by brute force: {tokens: score}."""
+    """Every continuation's log-probability by brute force: {tokens: log-probability}."""
     open_, done = {(): 0.0}, {}
     for _ in range(new):
         grown = {}
@@ -159,7 +160,7 @@ def all_continuations(forward, prompt, new, vocab, end):
             ):
                 (done if token == end else grown)[(*tokens, token)] = total + score
         open_ = grown
-    return {t: total / len(t) for t, total in (done | open_).items()}
+    return done | open_
 
 
 def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all():
@@ -168,15 +169,49 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all():
     with jax.set_mesh(mesh_of(config)):
         decoder, forward = model_of(config, 6)
         every = all_continuations(forward, prompt, 3, vocab, end)
-        found = beam_search(decoder, prompt, 3, 85, end)  # all leaves, ended ones included
-        assert len(every) == len(found) == 85
-        ranked = sorted(every.items(), key=lambda pair: -pair[1])
-        np.testing.assert_allclose([s for _, s in found], [s for _, s in ranked], atol=1e-4)
-        best = [t for t in ranked[0][0] if t != end]
-        assert found[0][0].tolist() == best
-        narrow = beam_search(decoder, prompt, 3, 1, end)
-        greedy = tokens_before(generate(decoder, [prompt], 3, GREEDY)[0][0], end)
-        assert narrow[0][0].tolist() == greedy.tolist(), "one beam is greedy"
+        for penalty in (0.0, 1.0, 3.0):  # all leaves, ended ones included
+            found = beam_search(decoder, prompt, 3, BeamSettings(85, penalty), end)
+            assert len(every) == len(found) == 85
+            scores = {tokens: total / len(tokens) ** penalty for tokens, total in every.items()}
+            ranked = sorted(scores.items(), key=lambda pair: -pair[1])
+            np.testing.assert_allclose([s for _, s in found], [s for _, s in ranked], atol=1e-4)
+            assert found[0][0].tolist() == [t for t in ranked[0][0] if t != end]
+        greedy = generate(decoder, [prompt], 3, GREEDY)[0][0]
+        for end in range(vocab):
+            narrow = beam_search(decoder, prompt, 3, BeamSettings(1, 3.0), end)
+            expected = tokens_before(greedy, end).tolist()
+            assert narrow[0][0].tolist() == expected, "one beam is greedy"
+
+
+def test_a_search_stops_where_no_beam_would_be_better_if_it_ended_now():
+    """Worked out by hand, for 2 beams and 8 tokens. After "c" the text goes on with c for ever at
+    almost no cost: such a text would be ranked first at last. The search beside it is longer."""
+    end, a, b, c = range(4)
+    p = np.full((4, 4), 1e-9)
+    p[b] = 0.45, 0.47, 0.06, 0.02  # every text begins behind a b
+    p[a] = 0.92, 0.02, 0.01, 0.05
+    p[c, c] = 0.99
+    tables = np.log([p, np.where(np.arange(4) == end, 1e-20, p)]).astype(np.float32)
+
+    def extend(token, recent, at):
+        return jnp.asarray(tables)[jnp.arange(4) // 2, token], recent
+
+    def found(penalty, early=False, counted=0):
+        limits = SearchLimits.of(BeamSettings(2, penalty, early), 8, end, counted)
+        recent = Cache((), jnp.zeros((4, 8), jnp.int32))
+        first, second = hypotheses(search(extend, jnp.full(4, b), recent, 2, limits, 4), end)
+        assert [len(tokens) for tokens, _ in second] == [8, 8]
+        return [tokens.tolist() for tokens, _ in first], [score for _, score in first]
+
+    with jax.set_mesh(mesh_of(tiny_config())):
+        texts, scores = found(2.0)  # the likeliest beam is "ba": log(0.0282) / 4 < log(0.45)
+        assert texts == [[a], []]
+        np.testing.assert_allclose(scores, [np.log(0.4324) / 4, np.log(0.45)], rtol=1e-5)
+        texts, scores = found(2.0, counted=3)
+        assert texts == [[a], []]
+        np.testing.assert_allclose(scores, [np.log(0.4324) / 25, np.log(0.45) / 16], rtol=1e-5)
+        assert found(4.0)[0][0] == [a, *[c] * 7], "log(0.0282) / 16 > log(0.45): it goes on"
+        assert found(4.0, early=True)[0] == [[a], []]
 
 
 def test_a_key_makes_no_program_of_its_own(monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 
 from jaxgpt.config import Config
 from jaxgpt.inference.beam import beam_search
-from jaxgpt.inference.decode import Decoder, generate
-from jaxgpt.inference.requests import Sampling
+from jaxgpt.inference.decode import Decoder, generate, tokens_before
+from jaxgpt.inference.requests import BeamSettings, Sampling
 from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
@@ -41,7 +41,7 @@ def prompts_of(batch: int) -> list[np.ndarray]:
 
 
 def their_tokens(
-    model, prompts: list[np.ndarray], new: int, **how
+    model, prompts: list[np.ndarray], new: int, end: int | None = None, **how
 ) -> tuple[np.ndarray, np.ndarray]:
     """The new tokens and the best beams' scores; prompts are padded on the left."""
     import torch
@@ -56,7 +56,7 @@ def their_tokens(
         max_new_tokens=new,
         do_sample=False,
         pad_token_id=0,
-        eos_token_id=None,
+        eos_token_id=end,
         return_dict_in_generate=True,
         output_scores=True,
         **how,
@@ -90,9 +90,30 @@ def test_beam_search_finds_their_beams(both, beams):
     theirs, decoder = both
     for prompt in prompts_of(3):
         with jax.set_mesh(mesh_of(tiny_config())):
-            found = beam_search(decoder, prompt, 20, beams, end=-1)
+            found = beam_search(decoder, prompt, 20, BeamSettings(beams), end=-1)
         want, scores = their_tokens(
             theirs, [prompt], 20, num_beams=beams, num_return_sequences=beams
         )
         np.testing.assert_array_equal([tokens for tokens, _ in found], want)
         np.testing.assert_allclose([score for _, score in found], scores, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "early"), [(0.0, False), (1.0, False), (2.5, False), (-1.0, False), (1.0, True)]
+)
+def test_finished_beams_leave_the_search_and_are_ranked_as_theirs(both, penalty, early):
+    theirs, decoder = both
+    prompts, unequal = prompts_of(2), 0
+    with jax.set_mesh(mesh_of(tiny_config())):
+        tokens, _ = generate(decoder, prompts, 20, Sampling(0.0))
+        cases = [(p, int(row[i])) for p, row in zip(prompts, tokens) for i in (1, 3, 5, 9)]
+        for prompt, end in cases:
+            found = beam_search(decoder, prompt, 20, BeamSettings(4, penalty, early), end)
+            how = dict(num_beams=4, num_return_sequences=4)
+            how |= dict(length_penalty=penalty, early_stopping=early)
+            want, scores = their_tokens(theirs, [prompt], 20, end, **how)
+            for (ours, score), row, wanted in zip(found, want, scores, strict=True):
+                np.testing.assert_array_equal(ours, tokens_before(row, end))
+                np.testing.assert_allclose(score, wanted, rtol=1e-5, atol=1e-4)
+            unequal += len({len(ours) for ours, _ in found}) > 1
+    assert unequal or penalty > 1, "some beams ended earlier than others"

@@ -8,7 +8,7 @@ from jaxgpt.config import SampleConfig
 from jaxgpt.inference.beam import beam_search
 from jaxgpt.inference.decode import Decoder, generate
 from jaxgpt.inference.generation import generate_text
-from jaxgpt.inference.requests import GenerationRequest, Sampling
+from jaxgpt.inference.requests import BeamSettings, GenerationRequest, Sampling
 from jaxgpt.model import ModelSpec
 from jaxgpt.tokenizer import make_tokenizer
 from tests.conftest import mesh_of, tiny_config
@@ -51,7 +51,8 @@ def test_the_scores_are_the_model_s_own(model):
 
 def test_beams(model):
     decoder = Decoder.of(*model, BYTES.vocab_size)
-    for tokens, _ in beam_search(decoder, np.array([5], np.int32), 8, 4, BYTES.end_of_text):
+    prompt, end = np.array([5], np.int32), BYTES.end_of_text
+    for tokens, _ in beam_search(decoder, prompt, 8, BeamSettings(4), end):
         assert len(tokens) == 0 or tokens.max() < 257
 
 
