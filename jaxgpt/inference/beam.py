@@ -66,9 +66,7 @@ class SearchLimits(NamedTuple):
     counted: Int[Array, ""] | int
 
     @classmethod
-    def of(
-        cls, settings: BeamSettings, new: int, end: int, counted: int = 0
-    ) -> "SearchLimits":
+    def of(cls, settings: BeamSettings, new: int, end: int, counted: int = 0) -> "SearchLimits":
         """Returns the limits of a search for at most `new` tokens."""
         penalty = float(settings.length_penalty)
         return cls(new, end, penalty, settings.early_stopping, counted)

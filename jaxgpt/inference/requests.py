@@ -50,6 +50,7 @@ class BeamSettings:
     length_penalty: float = 1.0
     early_stopping: bool = False
 
+
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
     """A prompt to continue. Samples of the same seed differ by their `sample_index`. `spans` are
