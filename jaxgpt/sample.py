@@ -12,6 +12,9 @@ stop override the flags. --interactive continues what you type, line by line. --
 for the likeliest continuation instead of sampling; --length_penalty=P ranks what it finds by
 log-probability / (number of tokens) ** P.
 
+--suffix=TEXT asks for the text between the prompt and it, of a model trained with
+objective=fill_in_the_middle.
+
 --chat takes each prompt as a user's message, puts it into the template that the run was trained
 with, and prints the reply alone. A row may then have `messages` in place of a prompt.
 """
@@ -48,6 +51,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     define_step(values)
     flags.DEFINE_string("prompt", "", "text to continue", flag_values=values)
+    flags.DEFINE_string("suffix", "", "text that is to follow", flag_values=values)
     flags.DEFINE_string("prompt_file", "", "rows of JSON with a prompt each", flag_values=values)
     flags.DEFINE_bool("interactive", False, "continue what is typed", flag_values=values)
     flags.DEFINE_bool("chat", False, "prompts are messages to reply to", flag_values=values)
@@ -103,6 +107,9 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
         check_range(f"--{name}", values[name].value, low, high)
     if values.chat and not given:
         raise BadInput("--chat needs a message: --prompt=TEXT, --prompt_file=F or --interactive")
+    if values.suffix and (values.chat or values.beyond_context == SLIDE):
+        other = "--chat" if values.chat else "--beyond_context=slide"
+        raise BadInput(f"--suffix and {other} do not go together; choose one")
     if values.system and not values.chat:
         raise BadInput("--system goes with --chat")
     if values.num_beams and (values.stream or values.interactive or values.prompt_file):
@@ -126,7 +133,12 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
     sampling = Sampling(*(values[field.name].value for field in dataclasses.fields(Sampling)))
     sampling.check()
     return GenerationRequest(
-        values.prompt, values.max_new_tokens, sampling, values.seed, stop=tuple(values.stop)
+        values.prompt,
+        values.max_new_tokens,
+        sampling,
+        values.seed,
+        stop=tuple(values.stop),
+        suffix=values.suffix,
     )
 
 

@@ -13,6 +13,7 @@ from jaxgpt.inference.requests import GenerationRequest
 from jaxgpt.inference.sliding import slide
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxgpt.tokenizer.base import ROLES
 
 Top = Sequence[tuple[int, float]]  # (id, log-probability), the likeliest first
 
@@ -102,6 +103,8 @@ class Continuation:
 def encode_request(tokenizer: Tokenizer, request: GenerationRequest) -> np.ndarray:
     """Returns the ids of a request's prompt. A chat's are those of training: each span by itself,
     behind an end-of-text. Raises `BadInput` if the tokenizer lacks a special token."""
+    if request.suffix:
+        return with_suffix(tokenizer, tokenizer.encode(request.prompt), request.suffix)
     if not request.spans:
         return encode_prompt(tokenizer, request.prompt)
     special = tokenizer.special
@@ -110,6 +113,22 @@ def encode_request(tokenizer: Tokenizer, request: GenerationRequest) -> np.ndarr
             raise BadInput(f"the tokenizer has no special token {text}, which the template needs")
     ids = [[special[s.text]] if s.special else tokenizer.encode(s.text) for s in request.spans]
     return np.concatenate([[tokenizer.end_of_text], *ids]).astype(np.int32)
+
+
+def with_suffix(tokenizer: Tokenizer, prompt: np.ndarray, suffix: str) -> np.ndarray:
+    """Returns the ids of a prompt that asks for the text between `prompt` and `suffix`, as a model
+    trained to fill in the middle reads them (arXiv:2207.14255, PSM): end-of-text, prefix mark,
+    prompt, suffix mark, suffix, middle mark. Raises `BadInput` if the tokenizer lacks the marks."""
+    roles = ("fim_prefix", "fim_suffix", "fim_middle")
+    if lacking := [ROLES[role][0] for role in roles if tokenizer.role(role) is None]:
+        names = ",".join(ROLES[role][0] for role in roles)
+        raise BadInput(
+            f"a suffix needs the special token {lacking[0]}, which the tokenizer lacks: train with"
+            f" --config.objective=fill_in_the_middle --config.data.special_tokens='{names}'"
+        )
+    before, behind, middle = ([tokenizer.role(role)] for role in roles)
+    parts = [tokenizer.end_of_text], before, prompt, behind, tokenizer.encode(suffix), middle
+    return np.concatenate(parts).astype(np.int32)
 
 
 def encode_prompts(

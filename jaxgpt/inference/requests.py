@@ -53,8 +53,9 @@ class BeamSettings:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt to continue. Samples of the same seed differ by their `sample_index`. `spans` are
-    those of a chat's prompt, some of them special tokens; `prompt` is then their text."""
+    """A prompt to continue; with a `suffix`, up to that: the text between the two is generated.
+    Samples of the same seed differ by their `sample_index`. `spans` are those of a chat's prompt,
+    some of them special tokens; `prompt` is then their text."""
 
     prompt: str
     max_new_tokens: int = 200
@@ -63,6 +64,7 @@ class GenerationRequest:
     sample_index: int = 0
     stop: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()
+    suffix: str = ""
 
     @property
     def is_chat(self) -> bool:
@@ -77,7 +79,7 @@ def parse_request(
     `default`; other fields are ignored. Raises `BadInput` if a field is missing, ill-typed or out
     of range; the message starts with `where`."""
     sampling_kinds = {field.name: field.type for field in dataclasses.fields(Sampling)}
-    kinds = {"prompt": str, "max_new_tokens": int, "seed": int, "stop": str | list}
+    kinds = {"prompt": str, "suffix": str, "max_new_tokens": int, "seed": int, "stop": str | list}
     kinds |= {name: kind | int for name, kind in sampling_kinds.items()}
     if "prompt" not in row:
         raise BadInput(f"{where} has no field 'prompt'")
@@ -85,7 +87,8 @@ def parse_request(
     for name, value in given.items():
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
             raise BadInput(f"{where}: {name}={reprlib.repr(value)} is not of the right type")
-    check_text(given["prompt"], f"{where}: prompt")
+    for name in ("prompt", "suffix"):
+        check_text(given.get(name, ""), f"{where}: {name}")
     stop = given.pop("stop", default.stop)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     check_stops(stop, f"{where}: stop")

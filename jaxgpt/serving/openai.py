@@ -14,7 +14,12 @@ from starlette.responses import Response
 from jaxgpt.config import ModelConfig
 from jaxgpt.inference.chat import Chat
 from jaxgpt.inference.decode import NUM_TOP, Logprobs, check_length
-from jaxgpt.inference.generation import Continuation, TokenLogprob, encode_request
+from jaxgpt.inference.generation import (
+    Continuation,
+    TokenLogprob,
+    encode_request,
+    with_suffix,
+)
 from jaxgpt.inference.requests import GenerationRequest, Sampling, parse_request
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
@@ -28,11 +33,11 @@ NOT_FINITE = "the model's probabilities are not numbers"
 MAX_CHOICES = 16  # prompts times n
 MAX_STOPS = 4
 # Fields of OpenAI's that may only have the value that has no effect.
-UNSUPPORTED = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""}
+UNSUPPORTED = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
 SAMPLING_FIELDS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"}
 FIELDS = SAMPLING_FIELDS | set(UNSUPPORTED)
 FIELDS |= {"model", "prompt", "max_tokens", "n", "best_of", "logprobs", "echo", "user"}
-FIELDS |= {"stream", "stream_options", "chat"}
+FIELDS |= {"stream", "stream_options", "chat", "suffix"}
 
 
 class ApiError(HTTPException):
@@ -95,7 +100,11 @@ def parse_body(
         chat = None
     elif chat is None:
         raise ApiError(400, "this model has no chat template", param="chat")
-    prompts = _parse_prompts(body.get("prompt", ""), tokenizer, chat)
+    try:
+        suffix = _parse_suffix(body)
+        prompts = _parse_prompts(body.get("prompt", ""), tokenizer, chat, suffix)
+    except BadInput as e:
+        raise ApiError(400, str(e), param="suffix") from e
     if len(prompts) * n > MAX_CHOICES:
         message = f"{len(prompts)} prompts times n={n} are more than {MAX_CHOICES} choices"
         raise ApiError(400, message)
@@ -145,26 +154,27 @@ def _parse_choice(
 
 
 def _parse_prompts(
-    given: object, tokenizer: Tokenizer, chat: Chat | None
+    given: object, tokenizer: Tokenizer, chat: Chat | None, suffix: str
 ) -> list[tuple[np.ndarray, str]]:
-    """Returns ids and text of each prompt: `given` is a string, ids, or a list of either."""
+    """Returns ids and text of each prompt: `given` is a string, ids, or a list of either. With a
+    `suffix` the ids ask for the text up to it; raises `BadInput` if the tokenizer has no marks."""
     if isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int):
         given = [given]
     if not isinstance(given, list) or not given or len(given) > MAX_CHOICES:
         message = f"prompt must be text, tokens, or a list of 1 to {MAX_CHOICES} of either"
         raise ApiError(400, message, param="prompt")
-    return [_parse_prompt(prompt, tokenizer, chat) for prompt in given]
+    return [_parse_prompt(prompt, tokenizer, chat, suffix) for prompt in given]
 
 
 def _parse_prompt(
-    prompt: object, tokenizer: Tokenizer, chat: Chat | None
+    prompt: object, tokenizer: Tokenizer, chat: Chat | None, suffix: str
 ) -> tuple[np.ndarray, str]:
     if isinstance(prompt, str):
         try:
             check_text(prompt, "a prompt")
         except BadInput as e:
             raise ApiError(400, f"not valid text: {e}", param="prompt") from e
-        asked = GenerationRequest(prompt)
+        asked = GenerationRequest(prompt, suffix=suffix)
         asked = chat.ask(asked) if chat else asked
         return encode_request(tokenizer, asked), asked.prompt
     if chat:
@@ -175,7 +185,18 @@ def _parse_prompt(
         message = f"a token is not one of 0 .. {tokenizer.vocab_size - 1}"
         raise ApiError(400, message, param="prompt")
     ids = np.array(prompt, np.int32)
-    return ids, decode_prompt(tokenizer, ids)
+    text = decode_prompt(tokenizer, ids)
+    return with_suffix(tokenizer, ids, suffix) if suffix else ids, text
+
+
+def _parse_suffix(body: dict) -> str:
+    suffix = body.get("suffix", "")
+    if not isinstance(suffix, str):
+        raise ApiError(400, "suffix must be text", param="suffix")
+    for name in ("chat", "echo"):
+        if suffix and body.get(name):
+            raise ApiError(400, f"suffix and {name} do not go together", param="suffix")
+    return check_text(suffix, "suffix")
 
 
 def _integer(body: dict, name: str, default: int, low: int, high: int) -> int:

@@ -319,6 +319,8 @@ def test_streaming_stops_beams_and_several(command, workdir):
         (["--num_beams=2", "--length_penalty=nan"], "--length_penalty=nan must be from -10 to 10"),
         (["--interactive"], "--prompt and --interactive do not go together"),
         (["--stop="], "--stop must not be empty"),
+        (["--suffix=x"], "token <|fim_prefix|>, which the tokenizer lacks: train with --config.ob"),
+        (["--suffix=x", "--chat"], "--suffix and --chat do not go together"),
     ):
         code, _, err = command(sample.main, *base, *flags)
         assert code == 2 and message in err

@@ -7,8 +7,10 @@ import pytest
 
 from jaxgpt.data.show import NO_EXAMPLE, Example
 from jaxgpt.inference.chat import Chat
+from jaxgpt.inference.generation import Continuation
 from jaxgpt.serving.app import page
 from jaxgpt.serving.openai import ApiError, parse_body
+from jaxgpt.tokenizer import make_tokenizer
 from jaxgpt.tokenizer.base import ByteTokenizer
 from jaxgpt.tokenizer.special import SpecialTokens
 from tests.conftest import tiny_config
@@ -39,6 +41,31 @@ def test_a_message_becomes_the_prompt_of_training():
         with pytest.raises(ApiError, match=says) as e:
             parse(body, chat)
         assert e.value.status_code == 400 and "slide" not in e.value.detail
+
+
+def test_a_suffix_asks_for_the_text_in_front_of_it():
+    """Bytes, end-of-text 256, then the marks of prefix, suffix and middle in their order."""
+    names = "<|fim_prefix|>,<|fim_suffix|>,<|fim_middle|>"
+    tokenizer = make_tokenizer("byte", special_tokens=names)
+    cfg = tiny_config(max_seq_len=64).model
+    for prompt, text in (("ab", "ab"), ("", ""), ([97, 98], "ab")):
+        body = {"prompt": prompt, "suffix": "<|fim_middle|>", "max_tokens": 3}
+        ((ids, request),) = parse_body(body, "m", tokenizer, cfg).choices
+        assert ids.tolist() == [256, 257, *text.encode(), 258, *b"<|fim_middle|>", 259]
+        growing = Continuation(tokenizer, request, ids)
+        growing.feed([*b"xyz"], [0.0] * 3)
+        assert growing.text == "xyz" and growing.details[0].offset == len(text)
+    plain = make_tokenizer("byte", special_tokens="<|fim_prefix|>,<|fim_middle|>")
+    for body, tokens, says in (
+        ({"suffix": "x"}, plain, r"token <\|fim_suffix\|>, which the tokenizer lacks: train with"),
+        ({"suffix": 3}, tokenizer, "suffix must be text"),
+        ({"suffix": "\ud800"}, tokenizer, "suffix holds half a surrogate pair"),
+        ({"suffix": "x", "echo": True}, tokenizer, "suffix and echo do not go together"),
+        ({"suffix": "x" * 59}, tokenizer, "context of 64"),
+    ):
+        with pytest.raises(ApiError, match=says) as e:
+            parse_body({"prompt": "a", "max_tokens": 9} | body, "m", tokens, cfg)
+        assert e.value.status_code == 400
 
 
 @pytest.mark.parametrize("prompt", ["\n</textarea><b>&amp;", "<!--CHAT-->", "Say c€"])
