@@ -14,12 +14,7 @@ from starlette.responses import Response
 from jaxgpt.config import ModelConfig
 from jaxgpt.inference.chat import Chat
 from jaxgpt.inference.decode import NUM_TOP, Logprobs, check_length
-from jaxgpt.inference.generation import (
-    Continuation,
-    TokenLogprob,
-    encode_request,
-    with_suffix,
-)
+from jaxgpt.inference.generation import Continuation, TokenLogprob, encode_request, with_suffix
 from jaxgpt.inference.requests import GenerationRequest, Sampling, parse_request
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
