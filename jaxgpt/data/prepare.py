@@ -14,13 +14,13 @@ from jaxgpt.config import DataConfig
 from jaxgpt.data import shards
 from jaxgpt.data.cache import load_or_write
 from jaxgpt.data.remote import fetch, publish
-from jaxgpt.data.shards import Split, read_meta, read_splits
+from jaxgpt.data.shards import Split, read_splits
 from jaxgpt.data.split import hold_out, measure
 from jaxgpt.data.tokenize import write_splits
 from jaxgpt.metrics.progress import Bar, elapsed
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import Damaged, path_of
+from jaxgpt.system.files import Damaged, path_of, read_json
 from jaxgpt.system.stores import is_object_store
 from jaxgpt.text.cleaning import Report, clean_documents, cleaning_identity, make_steps
 from jaxgpt.text.files import file_stamp, is_young
@@ -118,7 +118,7 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
     _ask_about_kinds((*sources, *validation))
 
     def make_key() -> str:
-        return _hash(
+        return hash_of(
             str(shards.FORMAT),
             *[f"{s.weight} {_identity(s)}" for s in sources],
             *[f"validation {s.identity()}" for s in validation],
@@ -133,7 +133,7 @@ def prepare(cfg: DataConfig, out: str = "") -> Prepared:
 
     write = partial(_write_corpus, cfg, sources, validation, tokenizer, key)
     to_cache = not out or is_object_store(out)
-    folder = cache / key.value if to_cache else _out_folder(out, key.value)
+    folder = cache / key.value if to_cache else out_folder(out, key.value)
     if not to_cache and folder.exists():
         return open_prepared(folder)
     prepared = load_or_write(folder, cache / "locks", write, read_prepared)
@@ -192,14 +192,14 @@ class CacheKey:
             raise BadInput("the text changed while it was read; run the command again")
 
 
-def _out_folder(out: str, key: str) -> Path:
+def out_folder(out: str, key: str) -> Path:
     """Returns the folder that --out names, which is not there (an empty one is removed) or holds
     this corpus."""
     folder = path_of(out, "--out")
     if folder.name in ("", ".."):  # ., / and the like
         folder = folder.resolve()
     if (folder / shards.META).exists():
-        if read_meta(folder)["key"] != key:
+        if read_json(folder / shards.META, {"key": str})["key"] != key:
             raise BadInput(f"{folder} already holds another prepared corpus; choose another --out")
     elif folder.exists():
         if not folder.is_dir() or folder.samefile(".") or any(folder.iterdir()):
@@ -254,7 +254,7 @@ def prepare_whole(source: str, cfg: DataConfig, tokenizer: Tokenizer, cache: Pat
 
     def make_key() -> str:
         identities = [source.identity() for source in sources]
-        return _hash(str(shards.FORMAT), *identities, "whole", fingerprint(tokenizer))
+        return hash_of(str(shards.FORMAT), *identities, "whole", fingerprint(tokenizer))
 
     key = CacheKey(sources, make_key)
 
@@ -382,5 +382,6 @@ def _identity(source: Source) -> str:
     return source.identity() + own
 
 
-def _hash(*parts: str) -> str:
+def hash_of(*parts: str) -> str:
+    """Returns a hash of some texts and their order."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -201,18 +201,18 @@ def _checksum(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def read_meta(folder: Path) -> dict:
-    """Returns the folder's meta.json. Raises `BadInput` if `folder` is not a prepared corpus, of
-    another format, or damaged."""
+def read_meta(folder: Path, number: int = FORMAT, schema: dict = SCHEMA) -> dict:
+    """Returns the folder's meta.json, of this format and schema. Raises `BadInput` if `folder` is
+    not a prepared corpus, of another format, or damaged."""
     try:
         meta = read_json(folder / META, {"format": object})
     except Missing as e:
         raise BadInput(
             f"{folder} holds no token shards (no {META}); write some with jaxgpt.prepare --out"
         ) from e
-    if meta["format"] != FORMAT:
-        raise BadInput(f"{folder} has shard format {meta['format']}, not {FORMAT}; prepare again")
-    meta = read_json(folder / META, SCHEMA)
+    if meta["format"] != number:
+        raise BadInput(f"{folder} has shard format {meta['format']}, not {number}; prepare again")
+    meta = read_json(folder / META, schema)
     checksum = meta.pop("checksum", None)
     if checksum != _checksum(meta) and (checksum or "masked" in meta):  # older files have neither
         raise Damaged(folder / META, "its checksum differs")

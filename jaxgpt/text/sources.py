@@ -61,19 +61,24 @@ class Source:
 
 
 def open_sources(
-    source: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None = None
+    source: str,
+    cfg: DataConfig,
+    cache: Path,
+    tokenizer: Tokenizer | None = None,
+    open_one: Callable[..., Source] | None = None,
 ) -> tuple[Source, ...]:
     """Returns the sources of a mixture, else the one source; weights add up to 1.
 
     `cfg` gives field, data_dir and chat_template. `tokenizer` is the one that made the tokens of
-    `bin:` files, which are not tokenized again.
+    `bin:` files, which are not tokenized again. `open_one` opens each of them (default: as text).
 
     Raises:
       BadInput: now, if a source is unknown, no file matches or a library is missing; while
         reading, if a file is damaged or lacks the field (file and line are named).
     """
+    open_one = open_one or _open
     if not re.match(WEIGHT, source):
-        return (_open(source, cfg, cache, tokenizer),)
+        return (open_one(source, cfg, cache, tokenizer),)
     terms = [term.strip().partition("*") for term in re.split(rf",(?={WEIGHT})", source)]
     try:
         weights = [Fraction(weight) for weight, _, _ in terms]
@@ -81,7 +86,7 @@ def open_sources(
         raise BadInput(f"data source {source}: a weight is no number: {e}") from e
     if min(weights) <= 0:
         raise BadInput(f"data source {source}: weights must be above 0")
-    sources = [_open(spec, cfg, cache, tokenizer) for _, _, spec in terms]
+    sources = [open_one(spec, cfg, cache, tokenizer) for _, _, spec in terms]
     return tuple(
         dataclasses.replace(opened, weight=weight / sum(weights))
         for opened, weight in zip(sources, weights, strict=True)
@@ -94,7 +99,7 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
         return Source(spec, formats.read_builtin, _hash_of_builtin)
     if kind == "tfds" and argument:
         train, *validation = (
-            _file_source(spec, f"tfds {cfg.field}", documents, files, cache)
+            file_source(spec, f"tfds {cfg.field}", documents, files, cache)
             for documents, files in open_tfds(argument, cfg.field, cfg.data_dir)
         )
         return dataclasses.replace(train, validation=validation[0] if validation else None)
@@ -133,7 +138,7 @@ def _open(spec: str, cfg: DataConfig, cache: Path, tokenizer: Tokenizer | None) 
 
     def part(files: list[str]) -> Source:
         documents = partial(_documents, readers[kind], files)
-        return _file_source(spec, f"{kind} {setting}", documents, files, cache, masked)
+        return file_source(spec, f"{kind} {setting}", documents, files, cache, masked)
 
     train, validation = splits
     return dataclasses.replace(part(train), validation=part(validation) if validation else None)
@@ -170,9 +175,10 @@ def kind_of_file(path: str, ending: str) -> str:
     return kind
 
 
-def _file_source(
+def file_source(
     spec: str, settings: str, documents: Documents, files: list[str], cache: Path, masked=False
 ) -> Source:
+    """Returns the source of some files, which are read by `documents` with `settings`."""
     return Source(
         spec,
         documents,

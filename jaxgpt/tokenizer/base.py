@@ -87,6 +87,23 @@ class Tokenizer(Protocol):
         """Returns the UTF-8 of one id in the middle of a text; it may be part of a character."""
         return self.decode([token, token])[len(self.decode([token])) :].encode()
 
+    def offsets(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """Returns from which to which character of `text` each of its `ids` reaches, int32 [n, 2]:
+        of a part of a character, that character. Raises `BadInput` if the tokenizer changes the
+        text, so that nothing says where its tokens are."""
+        of_id = {int(i): self.token_bytes(int(i)) for i in np.unique(ids)}
+        pieces = [of_id[int(i)] for i in ids]
+        joined, wanted = b"".join(pieces), text.encode()
+        added = joined == b" " + wanted  # some models write a space in front of the text
+        if joined != wanted and not added:
+            raise BadInput(f"the tokenizer ({self.kind}) does not say where its tokens are in text")
+        character = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64) - added
+        starts = np.concatenate([[0], ends[:-1]])
+        last = np.maximum(len(wanted) - 1, 0)
+        spans = [character[np.clip(starts, 0, last)], character[np.clip(ends - 1, 0, last)] + 1]
+        return np.stack(spans, axis=1).astype(np.int32) if len(ids) else np.zeros((0, 2), np.int32)
+
     def save(self, folder: os.PathLike) -> None:
         """Writes the files that `open(folder)`, a class method, reads."""
 

@@ -44,6 +44,9 @@ class CharTokenizer(Tokenizer):
     def decode_stable(self, ids: Iterable) -> str:
         return self.decode(ids)
 
+    def offsets(self, text: str, ids: np.ndarray) -> np.ndarray:
+        return np.stack([np.arange(len(ids)), np.arange(1, len(ids) + 1)], axis=1).astype(np.int32)
+
     def save(self, folder: os.PathLike) -> None:
         (folder / VOCAB_FILE).write_text(json.dumps(self.characters))
 

@@ -126,6 +126,12 @@ class HfTokenizer(Tokenizer):
             return bytes_of_piece(self.fast.id_to_token(token) or "")
         return super().token_bytes(token)
 
+    def offsets(self, text: str, ids: np.ndarray) -> np.ndarray:
+        encoding = self.fast.encode(text, add_special_tokens=False)
+        if not np.array_equal(encoding.ids, ids):  # names of special tokens in the text
+            return super().offsets(text, ids)
+        return np.array(encoding.offsets, np.int32).reshape(-1, 2)
+
     def save(self, folder: os.PathLike) -> None:
         (folder / FILE).write_bytes(self.text.encode())
         settings = {"end_of_text": self.end_of_text} | ({"roles": self.roles} if self.roles else {})

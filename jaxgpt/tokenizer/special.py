@@ -63,6 +63,9 @@ class SpecialTokens(Tokenizer):
             return self.base.token_bytes(token)
         return self.names[token - self.base.vocab_size].encode()
 
+    def offsets(self, text: str, ids: np.ndarray) -> np.ndarray:
+        return self.base.offsets(text, ids)
+
     def save(self, folder: os.PathLike) -> None:
         self.base.save(folder)
         (folder / SPECIAL_FILE).write_text(json.dumps(self.names))

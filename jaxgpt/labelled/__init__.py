@@ -1,0 +1,1 @@
+"""Objectives on labelled rows: seq2seq, classes of texts and of words, spans that answer."""

@@ -1,0 +1,184 @@
+"""How well a trained model does on labelled rows: classes, words' classes, answers, targets."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxgpt.config import Config
+from jaxgpt.config.schema import IGNORE
+from jaxgpt.data.pipeline import of_array
+from jaxgpt.evaluation.classes import class_scores, confusion_matrix
+from jaxgpt.evaluation.spans import span_scores
+from jaxgpt.labelled.examples import Arrays, RowChunks, RowTask
+from jaxgpt.labelled.heads import class_logits, class_losses, span_logits, span_losses, token_logits
+from jaxgpt.labelled.labels import ids_of
+from jaxgpt.labelled.span_qa import best_span
+from jaxgpt.labelled.store import RowSplit
+from jaxgpt.metrics.progress import Bar
+from jaxgpt.model import ModelSpec
+from jaxgpt.objectives.language import make_eval_step
+from jaxgpt.optim.groups import OWN
+
+MAX_PENDING = 2  # batches that are computed while the host reads an earlier one's results
+Step = Callable[[dict, dict], tuple]  # (parameters, batch) -> arrays [B, ...]
+
+
+class RowEvaluator:
+    """`(parameters, rows at most; 0: all) -> figures` of a split; `batch` rows go at once."""
+
+    def __init__(
+        self, spec: ModelSpec, sharding: NamedSharding, task: RowTask, split: RowSplit, batch: int
+    ):
+        self.task, self.split, self.batch, self.sharding = task, split, batch, sharding
+        self.label_ids = ids_of(split.labels, task.names) if task.labels_in else np.zeros(0)
+        self.step, self.figures = FIGURES[task.name]
+        self.step = self.step(spec, task.config)
+
+    def chunks(self, limit: int = 0) -> RowChunks:
+        """Returns the first rows, at most `limit` (0: all)."""
+        end = min(limit, self.split.rows) if limit else self.split.rows
+        return self.task.chunks(self.split, 0, end, self.label_ids)
+
+    def __call__(self, params: dict, limit: int = 0) -> dict:
+        """Returns `loss` (nats a target), `perplexity`, `bits_per_byte` (None where no text is
+        predicted), `tokens` (targets), `bytes` (of the texts), and what the objective is judged
+        by."""
+        chunks = self.chunks(limit)
+        figures = self.figures(self, chunks, self.outputs(params, chunks))
+        rows = len(np.unique(chunks.rows))
+        size = round(self.split.bytes * rows / max(self.split.rows, 1))
+        loss = figures["loss"]
+        common = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": None}
+        return common | {"tokens": 0, "bytes": size} | figures
+
+    def outputs(self, params: dict, chunks: RowChunks) -> Iterator[tuple[Arrays, tuple]]:
+        """Yields the arrays of each batch, and what the step makes of it."""
+        pending: deque = deque()
+        with Bar("evaluate ", len(chunks), "rows") as bar:
+            for start in range(0, len(chunks) + MAX_PENDING * self.batch, self.batch):
+                numbers = np.arange(start, min(start + self.batch, len(chunks)))
+                if len(numbers):
+                    filled = np.resize(numbers, self.batch)  # rows again, which are cut off below
+                    arrays = chunks.read(filled)
+                    results = self.step(params, self.on_devices(arrays))
+                    pending.append((len(numbers), arrays, results))
+                if pending and start >= MAX_PENDING * self.batch:
+                    count, arrays, results = pending.popleft()
+                    bar.advance(count)
+                    host = (np.asarray(a)[:count] for a in jax.device_get(results))
+                    yield {name: a[:count] for name, a in arrays.items()}, tuple(host)
+
+    def on_devices(self, arrays: Arrays) -> dict[str, jax.Array]:
+        """Returns a batch, of which every process has all rows, as sharded arrays [1, B, ...]."""
+        return {
+            name: jax.make_array_from_callback(
+                (1, *a.shape), of_array(self.sharding, a.ndim + 1), a[None].__getitem__
+            )
+            for name, a in arrays.items()
+        }
+
+
+def _replicated(arrays: tuple) -> tuple:
+    return jax.sharding.reshard(arrays, jax.P())
+
+
+def class_step(spec: ModelSpec, config: Config) -> Step:
+    """Returns the jitted `(params, batch) -> (nats, predicted class)` of texts or of tokens."""
+    per_token = config.objective == "token_classification"
+
+    @jax.jit
+    def step(params, batch):
+        micro = jax.tree.map(lambda a: a[0], batch)
+        model, head = spec.bind(params), params[OWN]["classifier"]
+        if per_token:
+            logits, labels = token_logits(model, micro, None, head), micro["targets"]
+        else:
+            pooling = config.objectives.classification.pooling
+            logits, labels = class_logits(model, micro, None, head, pooling), micro["labels"]
+        _, nats, _ = class_losses(logits, labels, 1.0, 0.0)
+        return _replicated((nats, logits.argmax(axis=-1)))
+
+    return step
+
+
+def class_figures(evaluator: RowEvaluator, chunks: RowChunks, outputs: Iterator) -> dict:
+    """Returns the loss, `accuracy`, `macro_f1`, `matthews` and `confusion` ({right: {predicted:
+    count}}) of classes."""
+    names, nats = evaluator.task.names, 0.0
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    for arrays, (losses, predicted) in outputs:
+        labels = arrays["targets" if "targets" in arrays else "labels"]
+        counted = labels != IGNORE
+        nats += float(losses[counted].astype(np.float64).sum())
+        confusion += confusion_matrix(labels[counted], predicted[counted], len(names))
+    total = int(confusion.sum())
+    table = {
+        right: dict(zip(names, row, strict=True))
+        for right, row in zip(names, confusion.tolist(), strict=True)
+    }
+    scores = class_scores(confusion)
+    return {"loss": nats / max(total, 1), "tokens": total} | scores | {"confusion": table}
+
+
+def span_step(spec: ModelSpec, config: Config) -> Step:
+    """Returns the jitted `(params, batch) -> (nats, logits of first and last tokens)`."""
+
+    @jax.jit
+    def step(params, batch):
+        micro = jax.tree.map(lambda a: a[0], batch)
+        logits = span_logits(spec.bind(params), micro, None, params[OWN]["classifier"])
+        return _replicated((span_losses(logits, micro["spans"])[0], logits))
+
+    return step
+
+
+def span_figures(evaluator: RowEvaluator, chunks: RowChunks, outputs: Iterator) -> dict:
+    """Returns the loss, `exact_match` and `f1` (see `evaluation.spans`) of the likeliest spans."""
+    task, split, nats, done = evaluator.task, evaluator.split, 0.0, 0
+    best: dict[int, tuple[float, str]] = {}  # by row, with its score
+    nothing: dict[int, float] = {}  # the score of no answer: that of the window where it is lowest
+    for _, (losses, logits) in outputs:
+        nats += float(losses.astype(np.float64).sum())
+        for window in logits:
+            row, start = int(chunks.rows[done]), int(chunks.starts[done])
+            nothing[row] = min(nothing.get(row, math.inf), float(window[0].sum()))
+            window[0] = -np.inf
+            score, span = best_span(window[:, 0], window[:, 1])
+            if score > best.get(row, (-math.inf, ""))[0]:
+                best[row] = score, task.answer(split, row, start, span)
+            done += 1
+    rows = sorted(best)
+    predicted = [best[row][1] if best[row][0] > nothing[row] else "" for row in rows]
+    scores = span_scores(predicted, [task.references(split, row) for row in rows])
+    return {"loss": nats / max(done, 1), "tokens": done} | scores
+
+
+def target_step(spec: ModelSpec, config: Config) -> Step:
+    """Returns the jitted `(params, batch) -> (nats of each target,)`."""
+    nats = make_eval_step(spec)
+    return lambda params, batch: (nats(params, batch),)
+
+
+def target_figures(evaluator: RowEvaluator, chunks: RowChunks, outputs: Iterator) -> dict:
+    """Returns the loss and bits per byte of targets, each token predicted from those before it."""
+    nats, tokens = 0.0, 0
+    for arrays, (losses,) in outputs:
+        counted = arrays["targets"] != IGNORE
+        nats += float(losses[counted].astype(np.float64).sum())
+        tokens += int(counted.sum())
+    references = evaluator.split.arrays["reference"].lengths[chunks.rows]
+    size = max(int(references.sum()), 1)
+    bits = nats / math.log(2) / size
+    return {"loss": nats / max(tokens, 1), "bits_per_byte": bits, "tokens": tokens, "bytes": size}
+
+
+FIGURES = {
+    "classification": (class_step, class_figures),
+    "token_classification": (class_step, class_figures),
+    "span_qa": (span_step, span_figures),
+    "seq2seq": (target_step, target_figures),
+}

@@ -1,0 +1,57 @@
+"""Sequence to sequence: an encoder reads the source, a decoder learns the target."""
+
+import numpy as np
+
+from jaxgpt.config.schema import IGNORE
+from jaxgpt.labelled.examples import Arrays, Example, RowTask, decoder_arrays, padded
+from jaxgpt.labelled.rows import Row, text_of
+from jaxgpt.labelled.store import RowSplit
+from jaxgpt.tokenizer.roles import framed
+
+
+class Seq2Seq(RowTask):
+    """`sources` are the framed source; with a target of a, b whose family ends it by E and starts
+    its decoder by S, `inputs` are S a b and `targets` a b E. A target that is cut has no E."""
+
+    name = "seq2seq"
+    dtypes = {"source": "<i4", "target": "<i4", "reference": "u1"}
+    kinds = ("encoder_decoder",)
+
+    def parse(self, row: Row) -> Example:
+        """Returns the row's source, with the prompt in front, and target."""
+        source = text_of(row, self.cfg.source_field, self.flag("source_field"))
+        target = text_of(row, self.cfg.target_field, self.flag("target_field"))
+        return Example((self.cfg.prompt + source, target), target=target)
+
+    def encode(self, example: Example, ids: list[np.ndarray], labels: list[int]) -> Arrays:
+        """Returns the tokens of both, and the target's UTF-8."""
+        reference = np.frombuffer(example.target.encode(), np.uint8)
+        return {"source": ids[0], "target": ids[1], "reference": reference}
+
+    def sources(self, split: RowSplit, rows: np.ndarray) -> list[list[int]]:
+        """Returns the framed sources of some rows."""
+        return [self.framed(split.arrays["source"][r], None, self.length)[0] for r in rows.tolist()]
+
+    def batch(self, split: RowSplit, rows: np.ndarray, label_ids: np.ndarray) -> Arrays:
+        """Returns the encoder's and the decoder's arrays."""
+        length, sources = self.config.model.max_seq_len, self.sources(split, rows)
+        stored = [split.arrays["target"][row].tolist() for row in rows.tolist()]
+        targets = [framed(self.tokenizer, target)[0][:length] for target in stored]
+        segments = [[1] * len(source) for source in sources]
+        return decoder_arrays([[self.start, *target[:-1]] for target in targets], length) | {
+            "targets": padded(targets, length, IGNORE),
+            "sources": padded(sources, self.length, 0),
+            "source_segments": padded(segments, self.length, 0),
+        }
+
+    def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Returns the arrays' shapes and dtypes."""
+        return self.layout_arrays("targets")
+
+    def cut(self, split: RowSplit) -> dict[str, int]:
+        """Returns how many sources and targets are too long."""
+        counts = {}
+        for name, length in (("source", self.length), ("target", self.config.model.max_seq_len)):
+            lengths = self.framed_lengths(split.arrays[name].lengths)
+            counts[f"{name}s"] = int(np.count_nonzero(lengths > length))
+        return counts
