@@ -37,9 +37,9 @@ def main(argv: list[str]) -> int:
     check_writable(workdir)
     check_trackers(config.track, workdir)
     if not (workdir / "checkpoints").exists():  # a run that is there may have its text in the cache
-        from jaxgpt.data.prepare import check_data
+        from jaxgpt.labelled.prepare import check_source
 
-        check_data(config.data)
+        check_source(config)
     # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.jobs.train import train
     from jaxgpt.processes import hosts

@@ -317,7 +317,9 @@ class Config:
     # Passes over the training part; > 0 sets num_steps
     num_epochs: float = may_change(number(0.0, 0, 1e6))
     # What training minimises: see `training.objectives`
-    objective: str = choice("causal_lm", "distill")
+    objective: str = choice(
+        "causal_lm", "distill", "seq2seq", "classification", "token_classification", "span_qa"
+    )
     init_from: str = ""  # a workdir or a Hugging Face folder to start from
     init_fresh: str = ""  # patterns of paths that are not taken from there: "head"
     # The layers taken from there, where the model has fewer: every_second, or 0,2,5; "" = all

@@ -22,7 +22,7 @@ class Classification(RowTask):
     def check(self) -> None:
         """Raises `BadInput` if the model cannot learn it or a field is unusable."""
         super().check()
-        if self.config.model.kind == "decoder" and self.cfg.pooling == "first":
+        if self.kind == "decoder" and self.cfg.pooling == "first":
             raise BadInput(
                 f"{self.flag('pooling')}=first on a decoder: its first token sees nothing of the"
                 " text; choose last or mean"
@@ -32,7 +32,7 @@ class Classification(RowTask):
     def pooling(self) -> str:
         """Which state stands for the text: `auto` resolved."""
         chosen = self.cfg.pooling
-        auto = "first" if self.config.model.kind == "encoder" else "last"
+        auto = "first" if self.kind == "encoder" else "last"
         return auto if chosen == "auto" else chosen
 
     def parse(self, row: Row) -> Example:
@@ -109,7 +109,7 @@ class TokenClassification(RowTask):
     def batch(self, split: RowSplit, rows: np.ndarray, label_ids: np.ndarray) -> Arrays:
         """Returns the model's arrays and `targets`."""
         special, before = len(framed(self.tokenizer, [])[0]), _before_text(self.tokenizer)
-        before += self.config.model.kind == "encoder_decoder"  # its decoder's start token
+        before += self.kind == "encoder_decoder"  # its decoder's start token
         texts, targets = [], []
         for row in rows.tolist():
             texts.append(self.framed(split.arrays["text"][row], None, self.room))

@@ -188,8 +188,10 @@ def say_cut(task, split: RowSplit) -> None:
                 f"cut       {count:,} of {split.rows:,} {what} of {split.name} lose their end: they"
                 f" are longer than the model takes (model.max_seq_len={task.config.model.max_seq_len})"
             )
-    if split.skipped:
-        say(f"skipped   {split.skipped:,} words of {split.name} have no token, so no label is learnt")
+    if split.skipped and task.name == "token_classification":
+        say(
+            f"skipped   {split.skipped:,} words of {split.name} have no token, so no label is learnt"
+        )
 
 
 def open_rows_split(trained: Trained, source: str, name: str) -> RowSplit:

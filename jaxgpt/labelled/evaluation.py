@@ -16,6 +16,7 @@ from jaxgpt.evaluation.spans import span_scores
 from jaxgpt.labelled.examples import Arrays, RowChunks, RowTask
 from jaxgpt.labelled.heads import class_logits, class_losses, span_logits, span_losses, token_logits
 from jaxgpt.labelled.labels import ids_of
+from jaxgpt.labelled.prepare import task_of
 from jaxgpt.labelled.span_qa import best_span
 from jaxgpt.labelled.store import RowSplit
 from jaxgpt.metrics.progress import Bar
@@ -97,8 +98,8 @@ def class_step(spec: ModelSpec, config: Config) -> Step:
         if per_token:
             logits, labels = token_logits(model, micro, None, head), micro["targets"]
         else:
-            pooling = config.objectives.classification.pooling
-            logits, labels = class_logits(model, micro, None, head, pooling), micro["labels"]
+            logits = class_logits(model, micro, None, head, task_of(config).pooling)
+            labels = micro["labels"]
         _, nats, _ = class_losses(logits, labels, 1.0, 0.0)
         return _replicated((nats, logits.argmax(axis=-1)))
 

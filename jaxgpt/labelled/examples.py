@@ -14,7 +14,7 @@ from jaxgpt.labelled.rows import Row
 from jaxgpt.labelled.store import RowSplit
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.tokenizer.roles import framed, role
+from jaxgpt.tokenizer.roles import framed, role_id
 
 Arrays = dict[str, np.ndarray]
 Framed = tuple[list[int], list[int]]  # tokens with special ones around them, and their types
@@ -53,10 +53,20 @@ class RowTask:
         return f"objectives.{self.name}.{field}"
 
     @property
+    def kind(self) -> str:
+        """The kind of the model."""
+        return getattr(self.config.model, "kind", "decoder")
+
+    @property
+    def has_types(self) -> bool:
+        """Whether the model has embeddings of BERT's token types."""
+        return getattr(self.config.model, "type_vocab_size", 0) > 0
+
+    @property
     def length(self) -> int:
         """The most tokens of a text."""
         model = self.config.model
-        if model.kind != "encoder_decoder":
+        if self.kind != "encoder_decoder":
             return model.max_seq_len
         return model.max_source_len or model.max_seq_len
 
@@ -82,7 +92,7 @@ class RowTask:
 
     def check(self) -> None:
         """Raises `BadInput` if the model cannot learn it or a field is unusable."""
-        kind = self.config.model.kind
+        kind = self.kind
         if kind not in self.kinds:
             raise BadInput(
                 f"objective={self.name} needs model.kind={' or '.join(self.kinds)}, not {kind}"
@@ -121,14 +131,14 @@ class RowTask:
         `more` are arrays by name, one value a token (padding: IGNORE); of an encoder-decoder they
         belong to the decoder's tokens.
         """
-        length, kind = self.config.model.max_seq_len, self.config.model.kind
+        length, kind = self.config.model.max_seq_len, self.kind
         rows = [ids for ids, _ in framed_rows]
         arrays = {}
         if kind == "encoder_decoder":
             arrays["sources"] = padded(rows, self.length, 0)
             arrays["source_segments"] = padded([[1] * len(ids) for ids in rows], self.length, 0)
             rows = [[self.start, *ids[:-1]][:length] for ids in rows]
-        elif self.config.model.type_vocab_size:
+        elif self.has_types:
             arrays["types"] = padded([types for _, types in framed_rows], length, 0)
         arrays |= decoder_arrays(rows, length)
         return arrays | {
@@ -140,17 +150,17 @@ class RowTask:
         model, wide = self.config.model, (self.length,)
         names = ["inputs", "segments", "positions", *more]
         arrays = {name: ((model.max_seq_len,), np.dtype("int32")) for name in names}
-        if model.kind == "encoder_decoder":
+        if self.kind == "encoder_decoder":
             sources = dict.fromkeys(("sources", "source_segments"), (wide, np.dtype("int32")))
             return arrays | sources
-        if model.type_vocab_size:
+        if self.has_types:
             arrays["types"] = arrays["inputs"]
         return arrays
 
     @property
     def start(self) -> int:
         """The token that a decoder reads first."""
-        return role(self.tokenizer, "decoder_start")
+        return role_id(self.tokenizer, f"objective={self.name}", "decoder_start")
 
     def framed(self, first: np.ndarray, second: np.ndarray | None, length: int) -> Framed:
         """Returns one or two texts with the family's special tokens, cut to `length` tokens: the

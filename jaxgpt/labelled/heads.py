@@ -127,7 +127,8 @@ def _class_sums(config: Config, logits: Array, labels: Array) -> tuple[Array, Ar
     task = task_of(config)
     field = task.flag("class_weights")
     weights = parse_weights(task.cfg.class_weights, logits.shape[-1], field)
-    loss, nats, hits = class_losses(logits, labels, jnp.asarray(weights), config.optim.label_smoothing)
+    smoothing = getattr(config.optim, "label_smoothing", 0.0)
+    loss, nats, hits = class_losses(logits, labels, jnp.asarray(weights), smoothing)
     metrics = {"loss": jnp.sum(nats), "accuracy": jnp.sum(hits)}
     return jnp.sum(loss), jnp.sum(labels != IGNORE), metrics
 

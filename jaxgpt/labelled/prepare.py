@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxgpt.config import Config
 from jaxgpt.data.cache import load_or_write
-from jaxgpt.data.prepare import CacheKey, cache_folder, hash_of, out_folder
+from jaxgpt.data.prepare import CacheKey, cache_folder, check_data, hash_of, out_folder
 from jaxgpt.labelled.classification import Classification, TokenClassification
 from jaxgpt.labelled.examples import Example, RowTask
 from jaxgpt.labelled.labels import MOST
@@ -90,6 +90,15 @@ def check_rows(config: Config) -> None:
     task_of(config).check()
     if not config.data.source.startswith("shards:"):
         _find(config, cache_folder(config.data))
+
+
+def check_source(config: Config) -> None:
+    """Raises `BadInput` for a source or tokenizer that the config's objective cannot use, whatever
+    that is; reads no data."""
+    if config.objective in TASKS:
+        check_rows(config)
+    else:
+        check_data(config.data)
 
 
 def prepare_rows(config: Config, out: str = "") -> PreparedRows:

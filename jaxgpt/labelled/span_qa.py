@@ -87,7 +87,7 @@ class SpanQa(RowTask):
     def before_context(self, question: int) -> int:
         """Returns how many tokens stand in front of a context behind so many of a question."""
         before = framed(self.tokenizer, [0] * question, [-1])[0].index(-1)
-        return before + (self.config.model.kind == "encoder_decoder")  # its start token
+        return before + (self.kind == "encoder_decoder")  # its start token
 
     def _span(self, split: RowSplit, row: int, start: int, count: int, before: int):
         """Returns the first answer's tokens in a window; (0, 0) if it is not in there whole."""

@@ -5,11 +5,26 @@ from collections.abc import Callable
 from jaxgpt.config import Config
 from jaxgpt.distillation.objective import distill
 from jaxgpt.distillation.teacher import Teacher
+from jaxgpt.labelled import heads
+from jaxgpt.labelled.companions import OnRows
 from jaxgpt.objectives.companions import Companions
 from jaxgpt.objectives.language import causal_lm
 
-OBJECTIVES: dict[str, Callable[[Config], Callable]] = {"causal_lm": causal_lm, "distill": distill}
-COMPANIONS: dict[str, type[Companions]] = {"distill": Teacher}
+OBJECTIVES: dict[str, Callable[[Config], Callable]] = {
+    "causal_lm": causal_lm,
+    "distill": distill,
+    "seq2seq": causal_lm,
+    "classification": heads.classification,
+    "token_classification": heads.token_classification,
+    "span_qa": heads.span_qa,
+}
+COMPANIONS: dict[str, type[Companions]] = {
+    "distill": Teacher,
+    "seq2seq": OnRows,
+    "classification": OnRows,
+    "token_classification": OnRows,
+    "span_qa": OnRows,
+}
 
 
 def companions_of(objective: str) -> type[Companions]:
