@@ -14,6 +14,7 @@ from jaxgpt.data.pipeline import Stream
 from jaxgpt.data.show import Example
 from jaxgpt.inference.trained import Trained
 from jaxgpt.labelled.evaluation import RowEvaluator
+from jaxgpt.labelled.examples import RowTask
 from jaxgpt.labelled.heads import make_head, num_outputs
 from jaxgpt.labelled.labels import BALANCED, balanced_weights, format_labels, ids_of, in_order
 from jaxgpt.labelled.prepare import (
@@ -180,18 +181,17 @@ def check_labels(split: RowSplit, names: list[str], field: str, array: str) -> N
     )
 
 
-def say_cut(task, split: RowSplit) -> None:
+def say_cut(task: RowTask, split: RowSplit) -> None:
     """Says in how many rows something is too long for the model and loses its end."""
+    length = task.config.model.max_seq_len
     for what, count in task.cut(split).items():
         if count:
             say(
                 f"cut       {count:,} of {split.rows:,} {what} of {split.name} lose their end: they"
-                f" are longer than the model takes (model.max_seq_len={task.config.model.max_seq_len})"
+                f" are longer than the model takes (model.max_seq_len={length})"
             )
     if split.skipped and task.name == "token_classification":
-        say(
-            f"skipped   {split.skipped:,} words of {split.name} have no token, so no label is learnt"
-        )
+        say(f"skipped   {split.skipped:,} words of {split.name} have no token, so no label either")
 
 
 def open_rows_split(trained: Trained, source: str, name: str) -> RowSplit:
@@ -206,7 +206,7 @@ def open_rows_split(trained: Trained, source: str, name: str) -> RowSplit:
     data = prepare_rows(config)
     if data.fingerprint != trained.checkpoints.meta(trained.step).get("data_fingerprint"):
         raise BadInput(
-            f"the rows or tokenizer of data.source={config.data.source} have changed since training;"
-            " name what to evaluate on with --data=SOURCE"
+            f"the rows or tokenizer of data.source={config.data.source} have changed since"
+            " training; name what to evaluate on with --data=SOURCE"
         )
     return data.train if name == "train" else data.validation

@@ -86,8 +86,8 @@ class RowTask:
         if names := self.names:
             return names
         raise BadInput(
-            f"{self.flag('labels')} is empty: name the labels, comma-separated; without rows nothing"
-            " else says them"
+            f"{self.flag('labels')} is empty: name the labels, comma-separated, which nothing else"
+            " says without rows"
         )
 
     def check(self) -> None:
