@@ -30,11 +30,8 @@ ROOMS = [
     "reports",
     "objectives",
     "distillation",
-<<<<<<< HEAD
     "denoising",
-=======
     "labelled",
->>>>>>> f52a7fa (Classification, word classes, answer spans and sequence to sequence from labelled rows)
     "training",
     "shrinking",
     "sweeps",
