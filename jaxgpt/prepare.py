@@ -21,6 +21,7 @@ from jaxgpt.cli.run import run
 from jaxgpt.config import Config
 from jaxgpt.config.fields import INT32
 from jaxgpt.data.prepare import Prepared, cache_folder, check_shards
+from jaxgpt.labelled.prepare import TASKS
 from jaxgpt.metrics.progress import Bar
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
@@ -44,6 +45,10 @@ def main(argv: list[str]) -> None:
     from jaxgpt.training.objectives import companions_of
 
     companions = companions_of(config.objective)
+    if config.objective in TASKS and (values.against or values.show is not None):
+        raise BadInput(
+            f"--show and --against are for running text, not objective={config.objective}"
+        )
     data = companions.prepare(config, values.out)
     check_shards(config.data, data)
     if values.explain:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from jaxgpt.config import DataConfig
 from jaxgpt.data import shards
@@ -29,6 +30,28 @@ from jaxgpt.text.sources import Source, nearest, open_sources
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, save_tokenizer
 from jaxgpt.tokenizer.base import TrainingText
 from jaxgpt.tokenizer.load import check_spec, describes, fingerprint, is_trained
+
+
+@runtime_checkable
+class Data(Protocol):
+    """What a run knows of any data; see `Prepared` and `labelled.prepare.PreparedRows`."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    dropped: dict[str, dict]
+    masked: dict[str, dict]
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs if a batch does."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How much there is of it: `documents`, `tokens`, `bytes`."""
+
+    @property
+    def summary(self) -> dict:
+        """Its sizes, as JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +246,7 @@ def open_prepared(folder: Path) -> Prepared:
         raise BadInput(f"{e}; delete {folder} and prepare again") from e
 
 
-def check_shards(cfg: DataConfig, data: Prepared) -> None:
+def check_shards(cfg: DataConfig, data: Data) -> None:
     """Compares `data.tokenizer` with the tokenizer that comes with `shards:`.
 
     Says so if the shards' tokenizer is used instead of the default one.

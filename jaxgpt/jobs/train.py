@@ -13,7 +13,7 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.config.fields import INT32
 from jaxgpt.config.stored import check_resume, read_config, to_json
-from jaxgpt.data.prepare import Prepared, check_shards
+from jaxgpt.data.prepare import Data, check_shards
 from jaxgpt.data.show import Example, in_shell, save_example
 from jaxgpt.inference.chat import Chat
 from jaxgpt.inference.decode import has_sliding_context
@@ -93,7 +93,7 @@ def train(workdir: epath.Path, config: Config) -> int:
             return code
 
 
-def complete(config: Config, data: Prepared, workdir: epath.Path) -> Config:
+def complete(config: Config, data: Data, workdir: epath.Path) -> Config:
     """Returns `config` with what follows from the data: `num_steps` of `num_epochs`, the
     vocabulary's size, and the objective's (labels)."""
     if not (workdir / "config.json").exists():
@@ -107,7 +107,7 @@ def complete(config: Config, data: Prepared, workdir: epath.Path) -> Config:
 
 
 def write_setup(
-    workdir: epath.Path, config: Config, data: Prepared, example: Example, is_new: bool
+    workdir: epath.Path, config: Config, data: Data, example: Example, is_new: bool
 ) -> None:
     """Writes `config.json` and, of a new run, the tokenizer with what serves prompts."""
     if not is_new:
@@ -251,7 +251,7 @@ def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
     return config, check_resume(old, config, workdir)
 
 
-def resolve_epochs(config: Config, data: Prepared) -> Config:
+def resolve_epochs(config: Config, data: Data) -> Config:
     """Returns `config` with `num_steps` set by `num_epochs`, where that is given."""
     if not config.num_epochs:
         return config
@@ -261,7 +261,7 @@ def resolve_epochs(config: Config, data: Prepared) -> Config:
     return dataclasses.replace(config, num_steps=steps)
 
 
-def chunks_of(config: Config, data: Prepared) -> int:
+def chunks_of(config: Config, data: Data) -> int:
     """Returns how many rows of batches an epoch has."""
     return sum(map(len, companions_of(config.objective).stream(config, data).sources))
 
@@ -301,7 +301,7 @@ def check_shared(workdir: epath.Path) -> None:
     hosts.check_same(seen, f"{workdir}/config.json, in the folder that all hosts must share,")
 
 
-def check_tokenizer(workdir: epath.Path, data: Prepared) -> None:
+def check_tokenizer(workdir: epath.Path, data: Data) -> None:
     """Raises `BadInput` if the tokenizer in a resumed workdir is no longer the data's."""
     if fingerprint(load_tokenizer(workdir / "tokenizer")) != fingerprint(data.tokenizer):
         raise BadInput(
@@ -322,7 +322,7 @@ def trained_share(config: Config, params: dict) -> str:
     )
 
 
-def describe(training: Training, data: Prepared, workdir: epath.Path) -> None:
+def describe(training: Training, data: Data, workdir: epath.Path) -> None:
     """Says what runs where."""
     config, devices = training.config, training.mesh.devices
     model = config.model

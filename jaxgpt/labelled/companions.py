@@ -1,7 +1,6 @@
 """What a run on labelled rows takes from its objective besides the function."""
 
 import copy
-import dataclasses
 
 import jax
 import numpy as np
@@ -16,7 +15,14 @@ from jaxgpt.inference.trained import Trained
 from jaxgpt.labelled.evaluation import RowEvaluator
 from jaxgpt.labelled.examples import RowTask
 from jaxgpt.labelled.heads import make_head, num_outputs
-from jaxgpt.labelled.labels import BALANCED, balanced_weights, format_labels, ids_of, in_order
+from jaxgpt.labelled.labels import (
+    BALANCED,
+    balanced_weights,
+    format_labels,
+    ids_of,
+    in_order,
+    parse_weights,
+)
 from jaxgpt.labelled.prepare import (
     PreparedRows,
     check_rows,
@@ -26,7 +32,7 @@ from jaxgpt.labelled.prepare import (
 )
 from jaxgpt.labelled.store import RowSplit
 from jaxgpt.model import ModelSpec
-from jaxgpt.objectives.companions import Companions
+from jaxgpt.objectives.companions import Companions, NoSample
 from jaxgpt.objectives.text import Measure, batch_sharding
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
@@ -128,16 +134,6 @@ class OnRows(Companions):
         return measure
 
 
-@dataclasses.dataclass(frozen=True)
-class NoSample:
-    """In the place of `inference.training_sample.TrainingSample`: no text."""
-
-    prompt: str = ""
-
-    def __call__(self, params: dict, seed: int) -> str:
-        return ""
-
-
 def head_of(config: Config, spec: ModelSpec) -> dict:
     """Returns the fresh parameters of the objective's head, by the objective's argument."""
     if config.objective == "seq2seq":
@@ -162,6 +158,7 @@ def _with_labels(config: Config, data: PreparedRows) -> Config:
         ids = ids_of(stored, names)
         seen = ids >= 0
         task.cfg.class_weights = balanced_weights(np.bincount(ids[seen], counts[seen], len(names)))
+    parse_weights(task.cfg.class_weights, len(names), task.flag("class_weights"))  # for its errors
     return config
 
 

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -100,7 +101,7 @@ def class_step(spec: ModelSpec, config: Config) -> Step:
         else:
             logits = class_logits(model, micro, None, head, task_of(config).pooling)
             labels = micro["labels"]
-        _, nats, _ = class_losses(logits, labels, 1.0, 0.0)
+        _, nats, _ = class_losses(logits, labels, jnp.ones(logits.shape[-1]), 0.0)
         return _replicated((nats, logits.argmax(axis=-1)))
 
     return step

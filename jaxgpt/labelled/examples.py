@@ -68,7 +68,7 @@ class RowTask:
         model = self.config.model
         if self.kind != "encoder_decoder":
             return model.max_seq_len
-        return model.max_source_len or model.max_seq_len
+        return getattr(model, "max_source_len", 0) or model.max_seq_len
 
     @property
     def room(self) -> int:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.config import Config
 from jaxgpt.data.pipeline import Stream, training_stream
-from jaxgpt.data.prepare import Prepared, prepare
+from jaxgpt.data.prepare import Data, Prepared, prepare
 from jaxgpt.data.show import NO_EXAMPLE, Example, example_prompt
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.trained import Trained
@@ -24,6 +24,16 @@ from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import Tokenizer
 
 INT32 = np.dtype("int32")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoSample:
+    """In the place of `inference.training_sample.TrainingSample`: no text."""
+
+    prompt: str = ""
+
+    def __call__(self, params: dict, seed: int) -> str:
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Companions:
         return prepare(config.data, out)
 
     @staticmethod
-    def completed(config: Config, data: Prepared) -> Config:
+    def completed(config: Config, data: Data) -> Config:
         """Returns `config` with those of the objective's fields filled in that follow from the
         data. Raises `BadInput` if the data do not fit the config."""
         return config
@@ -74,7 +84,7 @@ class Companions:
         """Returns the training batches. Raises `BadInput` if there is too little data for one."""
         return training_stream(data.train, config)
 
-    def taught(self, stream: Stream, data: Prepared) -> Stream:
+    def taught(self, stream: Stream, data: Data) -> Stream:
         """Returns the batches with what is computed for all of them before the first step."""
         return stream
 

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxgpt.system.errors import BadInput
+
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not a whole character
 ROLES = {  # what a special token serves as, and its usual names, the one to suggest first
     "mask": ("[MASK]", "<mask>"),
@@ -91,6 +93,8 @@ class Tokenizer(Protocol):
         """Returns from which to which character of `text` each of its `ids` reaches, int32 [n, 2]:
         of a part of a character, that character. Raises `BadInput` if the tokenizer changes the
         text, so that nothing says where its tokens are."""
+        if not len(ids):
+            return np.zeros((0, 2), np.int32)
         of_id = {int(i): self.token_bytes(int(i)) for i in np.unique(ids)}
         pieces = [of_id[int(i)] for i in ids]
         joined, wanted = b"".join(pieces), text.encode()
@@ -100,9 +104,9 @@ class Tokenizer(Protocol):
         character = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64) - added
         starts = np.concatenate([[0], ends[:-1]])
-        last = np.maximum(len(wanted) - 1, 0)
+        last = max(len(wanted) - 1, 0)
         spans = [character[np.clip(starts, 0, last)], character[np.clip(ends - 1, 0, last)] + 1]
-        return np.stack(spans, axis=1).astype(np.int32) if len(ids) else np.zeros((0, 2), np.int32)
+        return np.stack(spans, axis=1).astype(np.int32)
 
     def save(self, folder: os.PathLike) -> None:
         """Writes the files that `open(folder)`, a class method, reads."""

@@ -22,8 +22,7 @@ from jaxgpt.checkpointing.choice import best_of, is_out_of_patience
 from jaxgpt.config import Config
 from jaxgpt.config.stored import as_stored
 from jaxgpt.data.pipeline import Stream, device_batches
-from jaxgpt.data.prepare import Prepared
-from jaxgpt.inference.training_sample import TrainingSample
+from jaxgpt.data.prepare import Data
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.parameters.flops import mfu
@@ -83,7 +82,7 @@ class History:
 
 
 def restore_or_init(
-    run: Training, data: Prepared, checkpoints: Checkpoints
+    run: Training, data: Data, checkpoints: Checkpoints
 ) -> tuple[TrainState, History]:
     """Returns the newest checkpoint's state, else a fresh one. Raises `BadInput` if the checkpoint
     was trained on another token stream."""
@@ -105,10 +104,10 @@ class Loop:
     """The part of a run that repeats: `loop(state) -> exit code`."""
 
     run: Training
-    data: Prepared
+    data: Data
     stream: Stream
     evaluate: Callable  # both: see `objectives.companions`
-    sample: TrainingSample
+    sample: Callable
     train_step: Callable
     checkpoints: Checkpoints
     report: Reporter

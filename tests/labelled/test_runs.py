@@ -1,0 +1,134 @@
+"""Runs on labelled rows, by the commands: what they learn, report, resume and refuse."""
+
+import json
+import random
+import re
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxgpt import evaluate, prepare, train
+from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.system.trees import leaves_by_path
+from tests.conftest import config_flag
+
+WORDS = ["red", "sky", "dog", "cat", "sun", "fir"]
+FIELDS = """
+    objective="classification", num_steps={steps}, batch_size=16, eval_every=60, log_every=20,
+    checkpoint_every=20,
+    model=ModelConfig(max_seq_len=24, num_layers=1, num_heads=2, embed_dim=32),
+    data=DataConfig(source="jsonl:{folder}/rows.jsonl", tokenizer="char", cache_dir="{folder}/cache"),
+    optim=OptimConfig(learning_rate=1e-2, warmup_steps=5, schedule="constant"),
+    objectives=ObjectivesConfig(
+        classification=ClassificationConfig(class_weights="balanced", pooling="mean")
+    ),
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with rows that are animals' if a dog or a cat is in them, and with a run on them."""
+    folder, rng = tmp_path_factory.mktemp("labelled"), random.Random(0)
+    rows = [[rng.choice(WORDS) for _ in range(rng.randint(1, 5))] for _ in range(300)]
+    lines = [
+        json.dumps(
+            {"text": " ".join(row), "label": "animal" if {"dog", "cat"} & {*row} else "none"}
+        )
+        for row in rows
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    (folder / "new.jsonl").write_text("\n".join(lines[:40]))
+    return folder
+
+
+def flags_of(folder, steps=60) -> str:
+    fields = FIELDS.format(folder=folder, steps=steps)
+    return config_flag(folder, fields)
+
+
+def rows_of(workdir, split):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The workdir of a run of 60 steps."""
+    assert train.main(["train", flags_of(folder), f"--workdir={folder}/whole"]) == 0
+    return folder / "whole"
+
+
+def test_a_rule_is_learnt_and_reported(folder, trained, command):
+    (last,) = rows_of(trained, "validation")
+    assert last["accuracy"] == 1.0 and last["macro_f1"] == 1.0 and last["loss"] < 0.3
+    assert rows_of(trained, "train")[-1]["accuracy"] > 0.9
+    assert rows_of(trained, "train")[-1]["tokens"] == 60 * 16
+    saved = json.loads((trained / "config.json").read_text())["objectives"]["classification"]
+    assert saved["labels"] == "animal,none" and saved["class_weights"].startswith("balanced 0.")
+
+    code, out, _ = command(evaluate.main, f"--workdir={trained}")
+    figures = json.loads(out.splitlines()[-1])
+    for name in ("loss", "accuracy", "macro_f1", "matthews"):
+        assert figures[name] == pytest.approx(last[name], rel=1e-5)
+    table = figures["confusion"]
+    assert sum(sum(row.values()) for row in table.values()) == figures["tokens"] == 15
+    assert table["animal"]["none"] == table["none"]["animal"] == 0
+    new = f"--data=jsonl:{folder}/new.jsonl"
+    code, out, _ = command(evaluate.main, f"--workdir={trained}", new)
+    assert json.loads(out.splitlines()[-1])["tokens"] == 40
+
+
+def test_unknown_labels_and_strides_are_refused(folder, trained, command):
+    (folder / "bad.jsonl").write_text('{"text": "dog", "label": "plant"}')
+    bad = f"--data=jsonl:{folder}/bad.jsonl"
+    code, _, err = command(evaluate.main, f"--workdir={trained}", bad)
+    assert code == 2 and "bad.jsonl, row 1: label 'plant' is unknown; known are animal, none" in err
+    code, _, err = command(evaluate.main, f"--workdir={trained}", "--stride=3")
+    assert code == 2 and "--stride=3 is for running text" in err
+
+
+def test_what_prepare_counts(folder, command):
+    code, out, _ = command(prepare.main, flags_of(folder))
+    counts = json.loads(out.splitlines()[-1])
+    assert code == 0 and counts["documents"] == 300 and counts["dropped"] == {}
+    assert counts["tokens"] == counts["bytes"]  # of characters, all ASCII
+    assert counts["vocab_size"] == len(set(" ".join(WORDS))) + 2
+    code, _, err = command(prepare.main, flags_of(folder), "--show=0")
+    assert code == 2 and "--show and --against are for running text" in err
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_whole_one_bit_for_bit(folder, trained):
+    for steps in (20, 60):
+        assert train.main(["train", flags_of(folder, steps), f"--workdir={folder}/parts"]) == 0
+    for name in ("loss", "accuracy", "grad_norm"):
+        whole, parts = (rows_of(run, "train")[-1][name] for run in (trained, folder / "parts"))
+        assert whole == parts
+    states = [_leaves(run) for run in (trained, folder / "parts")]
+    assert states[0].keys() == states[1].keys() and any("classifier" in n for n in states[0])
+    assert all(np.array_equal(a, states[1][n]) for n, a in states[0].items())
+
+
+def _leaves(workdir) -> dict[str, np.ndarray]:
+    """The parameters in the newest checkpoint, by path."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        step = Checkpoints(workdir, read_only=True).latest()
+        state = reader.restore(workdir / "checkpoints" / str(step) / "state")
+    return {path: np.asarray(leaf) for path, leaf in leaves_by_path(state["params"]).items()}
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.data.source=builtin", "has no rows with fields, which the objective needs"),
+        ("--config.data.pack=true", "data.pack=True: objective=classification has no such step"),
+        ("--config.objectives.classification.labels=animal", "must list two or more different"),
+        ("--config.objectives.classification.label_field=x", "line 1 has no field 'x'"),
+        ("--config.objective=seq2seq", "needs model.kind=encoder_decoder, not decoder"),
+    ],
+)
+def test_what_cannot_be_learnt_leaves_nothing(folder, command, flag, message):
+    code, _, err = command(train.main, flags_of(folder), f"--workdir={folder}/no", flag)
+    assert code == 2 and err.splitlines()[-1].startswith("error: ")
+    assert re.search(message, err) and not (folder / "no").exists()
