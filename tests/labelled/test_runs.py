@@ -18,7 +18,9 @@ FIELDS = """
     objective="classification", num_steps={steps}, batch_size=16, eval_every=60, log_every=20,
     checkpoint_every=20,
     model=ModelConfig(max_seq_len=24, num_layers=1, num_heads=2, embed_dim=32),
-    data=DataConfig(source="jsonl:{folder}/rows.jsonl", tokenizer="char", cache_dir="{folder}/cache"),
+    data=DataConfig(
+        source="jsonl:{folder}/rows.jsonl", tokenizer="char", cache_dir="{folder}/cache"
+    ),
     optim=OptimConfig(learning_rate=1e-2, warmup_steps=5, schedule="constant"),
     objectives=ObjectivesConfig(
         classification=ClassificationConfig(class_weights="balanced", pooling="mean")
