@@ -28,7 +28,7 @@ class ModelConfig:
     norm: str = choice("layernorm", "rmsnorm")
     norm_eps: float = number(1e-5, 0, 1, "()")
     norm_position: str = choice("pre", "post")
-    position: str = choice("learned", "sinusoidal", "rope", "none")
+    position: str = choice("learned", "sinusoidal", "rope", "none", "relative")
     rope_theta: float = needs("position", "rope", field=number(10_000.0, 1, opened="("))
     # For contexts beyond rope_original_len
     rope_scaling: str = needs("position", "rope", field=choice("none", "linear", "llama3"))
@@ -63,14 +63,35 @@ class ModelConfig:
     # muP: the embed_dim at which the learning rate was tuned; 0 = off
     mup_base_width: int = number(0, 0, 2**20)
     dropout: float = changes("training", number(0.0, 0, 1, ")"))
+    # What a token sees: those before it, all, or those before it and an encoder's of another text
+    kind: str = choice("decoder", "encoder", "encoder_decoder")
+    # Of an encoder-decoder: the encoder's layers (0 = num_layers, which are the decoder's), and the
+    # tokens it reads (0 = max_seq_len)
+    encoder_layers: int = needs("kind", "encoder_decoder", field=number(0, 0, 10_000))
+    max_source_len: int = changes(
+        "domain", needs("kind", "encoder_decoder", field=number(0, 0, 2**24))
+    )
+    type_vocab_size: int = number(0, 0, 2**16)  # embeddings for parts of a text (BERT); 0 = none
+    embedding_norm: bool = False  # normalise the embeddings (BERT, BART)
+    head_transform: bool = False  # projection, activation and norm before the logits (BERT)
+    head_bias: bool = False  # of the logits
+    # T5's (arXiv:1910.10683, section 2.1): scores get a learned bias by distance
+    relative_buckets: int = needs("position", "relative", field=number(32, 4, 2**16))
+    # From this distance on it is the same
+    relative_max_distance: int = needs("position", "relative", field=number(128, 2, 2**20))
+    scale_attention: bool = True  # divide scores by sqrt(head_dim); T5 does not
+    scale_logits: bool = False  # divide logits by sqrt(embed_dim) (T5 with tied embeddings)
 
     def with_sizes(self) -> "ModelConfig":
         """Returns a copy in which no derived size is 0 any more (but for the vocabulary)."""
+        two_stacks = self.kind == "encoder_decoder"
         return dataclasses.replace(
             self,
             num_kv_heads=self.num_kv_heads or self.num_heads,
             head_dim=self.head_dim or self.embed_dim // self.num_heads,
             mlp_dim=self.mlp_dim or 4 * self.embed_dim,
+            encoder_layers=self.encoder_layers or two_stacks * self.num_layers,
+            max_source_len=self.max_source_len or two_stacks * self.max_seq_len,
         )
 
     @property

@@ -29,6 +29,7 @@ from jaxgpt.system.errors import BadInput
 
 CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
+GATED_ACTIVATIONS = ("swiglu", "geglu")
 EVERY_SECOND = "every_second"
 TRACKERS = ("wandb", "mlflow")
 MOST_PARAMETERS = 10**14  # no machine holds them: a slip of the pen
@@ -152,6 +153,7 @@ def check_model(config: Config) -> ModelConfig:
             f"model.embed_dim={model.embed_dim} is not divisible by"
             f" model.num_heads={model.num_heads}: heads must have equal width (or set head_dim)"
         )
+    _check_kind(model)
     model = model.with_sizes()
     if (count := _parameters(model)) > MOST_PARAMETERS:
         raise BadInput(
@@ -172,11 +174,22 @@ def check_model(config: Config) -> ModelConfig:
         )
     if model.rope_scaling != "none" and model.position != "rope":
         raise BadInput(f"model.rope_scaling={model.rope_scaling!r} needs model.position='rope'")
+    exact = model.relative_buckets // (4 if model.kind == "encoder" else 2)  # see `model.relative`
+    if model.position == "relative" and (
+        model.relative_buckets % 2 or model.relative_max_distance <= exact
+    ):
+        raise BadInput(
+            f"model.relative_buckets={model.relative_buckets} must be even, and"
+            f" model.relative_max_distance={model.relative_max_distance} above"
+            f" {exact}, the distances that have a bucket of their own"
+        )
     every = model.full_attention_every
-    if every and (not model.window or model.num_layers % every):
+    if every and (not model.window or model.num_layers % every or model.encoder_layers % every):
         raise BadInput(
             f"model.full_attention_every={every} needs a model.window and must divide"
             f" model.num_layers={model.num_layers}"
+            + f" and model.encoder_layers={model.encoder_layers}"
+            * (model.encoder_layers > 0)
         )
     check_sparse(config, model)
     if model.mup_base_width and config.optim.name not in ("adamw", "lion"):
@@ -189,20 +202,49 @@ def check_model(config: Config) -> ModelConfig:
     targets = config.lora.targets
     if config.lora.rank and set(targets.split(",")) - set(LORA_TARGETS):
         raise BadInput(f"lora.targets={targets!r}: choose from {', '.join(LORA_TARGETS)}")
-    attention = config.compute.attention
-    if model.dropout > 0 and attention in ("cudnn", "splash"):
+    attention, needed = config.compute.attention, only_in_xla(config)
+    if needed and attention in ("cudnn", "splash"):
         raise BadInput(
-            f"model.dropout={model.dropout} with compute.attention={attention!r}:"
-            " only 'xla' attention has dropout; set compute.attention=auto or model.dropout=0"
+            f"{needed} with compute.attention={attention!r}: only 'xla' attention has that; set"
+            " compute.attention=auto"
         )
     return model
 
 
+def only_in_xla(config: Config) -> str:
+    """Returns the setting that only 'xla' attention can compute; "" where there is none."""
+    if config.model.dropout:
+        return f"model.dropout={config.model.dropout}"
+    if config.model.position == "relative":
+        return "model.position=relative"
+    return "objective=prefix_lm" if config.objective == "prefix_lm" else ""
+
+
+def _check_kind(model: ModelConfig) -> None:
+    """Raises `BadInput` where a field does not go with the kind of model."""
+    for name in ("encoder_layers", "max_source_len"):
+        if getattr(model, name) and model.kind != "encoder_decoder":
+            raise BadInput(
+                f"model.{name}={getattr(model, name)} needs model.kind=encoder_decoder, not"
+                f" {model.kind}"
+            )
+    if model.type_vocab_size and model.kind == "encoder_decoder":
+        raise BadInput(
+            f"model.type_vocab_size={model.type_vocab_size}: an encoder_decoder has no token"
+            " types; set it to 0"
+        )
+    if model.head_transform and model.activation in GATED_ACTIVATIONS:
+        raise BadInput(
+            f"model.head_transform with model.activation={model.activation}: its activation cannot"
+            " be a gated one"
+        )
+
+
 def _parameters(model: ModelConfig) -> int:
-    """Returns the number of parameters, but for biases, norms and gates."""
-    heads = model.num_heads + model.num_kv_heads
+    """Returns the number of parameters, but for biases, norms, gates and cross-attention."""
+    heads, layers = model.num_heads + model.num_kv_heads, model.num_layers + model.encoder_layers
     layer = 2 * model.embed_dim * (heads * model.head_dim + model.mlp_dim)
-    return model.vocab_size * model.embed_dim + model.num_layers * layer
+    return model.vocab_size * model.embed_dim + layers * layer
 
 
 def _check_batch_and_mesh(config: Config) -> None:
@@ -242,6 +284,11 @@ def check_divisible(config: Config, mesh: dict[str, int]) -> None:
             "heads",  # the same devices
             "model.max_seq_len, as mesh.sequence_activations splits it,",
             model.max_seq_len if config.mesh.sequence_activations else 0,
+        ),
+        (
+            "heads",
+            "model.max_source_len, as mesh.sequence_activations splits it,",
+            model.max_source_len if config.mesh.sequence_activations else 0,
         ),
     ):
         axis = SPLIT_BY[logical]

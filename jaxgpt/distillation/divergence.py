@@ -192,15 +192,16 @@ _losses.defvjp(_forward, _backward)
 
 def _parts(table, their_table, flat):
     """Returns what the scans run over: the same parts of both models' rows, and their first ids."""
-    parts, first = vocabulary_parts(table, flat)
+    parts, first, _ = vocabulary_parts(table, flat)
     return parts, vocabulary_parts(their_table, flat)[0], first
 
 
 def _both(flat, theirs, numbered, kinds, rules):
     """Returns what `part_logits` does of a part of the student's and of the teacher's."""
     kernel, their_kernel, first = numbered
-    ours = part_logits(flat, kernel, first, kinds[0].finish, rules, kinds[0].reader)
-    return ours, part_logits(theirs, their_kernel, first, kinds[1].finish, rules, kinds[1].reader)
+    each = zip((flat, theirs), (kernel, their_kernel), kinds, strict=True)
+    ours, other = (part_logits(x, k, first, None, of.finish, rules, of.reader) for x, k, of in each)
+    return ours, other
 
 
 def pulled_back(grad_x, grad_logits, flat, kernel, pullback, reader: Reader, rules):

@@ -43,8 +43,8 @@ def distill(config: Config) -> Callable:
 
 def output(model: GPT, x: Float[Array, "B T D"]) -> Output:
     """Returns what the logits of hidden states come from."""
-    table, reader = model.storage.parts(model.tokens if model.head is None else model.head)
-    return Output(x, table, model.finish, reader)
+    table, reader = model.vocabulary.parts()
+    return Output(x, table, model.vocabulary.finish, reader)
 
 
 def _from_teacher(

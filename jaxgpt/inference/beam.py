@@ -33,7 +33,7 @@ from jaxgpt.inference.decode import (
 )
 from jaxgpt.inference.requests import BeamSettings, Sampling
 from jaxgpt.model import ModelSpec, decoding
-from jaxgpt.model.cache import Cache, empty_cache
+from jaxgpt.ops.cache import Cache, empty_cache
 
 Hypothesis = tuple[np.ndarray, float]  # tokens, without the end token, and score
 # (a token of each row [R], the caches of the tokens so far, the column of this one) -> its next
@@ -114,7 +114,7 @@ def _search(
     limits: SearchLimits,
 ) -> Beams:
     model, rows = spec.bind(params), state.token.shape[0]
-    table = model.table()
+    table = model.vocabulary.table()
 
     def extend(token, recent, at):
         position = state.position + at

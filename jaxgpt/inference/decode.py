@@ -19,8 +19,8 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.samplers import BatchSampling, next_token
 from jaxgpt.model import ModelSpec, decoding
-from jaxgpt.model.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
 from jaxgpt.model.gpt import layer_windows
+from jaxgpt.ops.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 
@@ -249,7 +249,7 @@ def _prefill(
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5, compiler_options=CPU_OPTIONS)
 def _decode(spec: ModelSpec, count: int, span: int, vocab_limit: int, params, state, with_top):
     model = spec.bind(params)
-    table, cache = model.table(), first_slots(state.cache, span)
+    table, cache = model.vocabulary.table(), first_slots(state.cache, span)
     rows = jnp.arange(state.token.shape[0])
 
     def step(carry: DecodeState, at):

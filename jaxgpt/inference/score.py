@@ -24,12 +24,15 @@ def score(decoder: Decoder, rows: Sequence[np.ndarray]) -> list[Logprobs]:
 def _score(spec: ModelSpec, vocab_limit: int, params: dict, tokens: Int[Array, "B T"]) -> Logprobs:
     """Computes the logits of PROMPT_BLOCK positions at a time, so that they fit in memory."""
     model, batch = spec.bind(params), tokens.shape[0]
-    table, positions = model.table(), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    table, positions = (
+        model.vocabulary.table(),
+        jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
+    )
     x, _ = decoding.prefill(model, params["blocks"], tokens, positions)
 
     def score_block(block):
         x, targets = block
-        logits = jax.sharding.reshard(model.logits(x, table), jax.P(None, None, None))
+        logits = jax.sharding.reshard(model.vocabulary.logits(x, table), jax.P(None, None, None))
         return token_logprobs(logits.reshape(-1, logits.shape[-1]), targets.ravel(), vocab_limit)
 
     def split(a):
@@ -40,5 +43,5 @@ def _score(spec: ModelSpec, vocab_limit: int, params: dict, tokens: Int[Array, "
         return a.swapaxes(0, 1).reshape(tokens.shape + a.shape[3:])
 
     targets = jnp.roll(tokens, -1, axis=1)
-    scored = jax.lax.map(score_block, (split(model.final_norm(x)), split(targets)))
+    scored = jax.lax.map(score_block, (split(model.stack.final_norm(x)), split(targets)))
     return jax.tree.map(join, scored)

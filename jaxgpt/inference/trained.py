@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.config.stored import read_config
+from jaxgpt.config.validate import only_in_xla
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.inference.sliding import announce
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.gpt import resolve_scan
-from jaxgpt.ops.attention import choose_kernel
+from jaxgpt.model.spec import choose_kernel, resolve_scan
 from jaxgpt.optim.groups import OWN
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.errors import BadInput
@@ -82,7 +82,7 @@ def open_trained(workdir: str, step: int | str | None) -> Trained:
     )
     model = config.model
     kernel = choose_kernel(
-        "auto", devices[0].platform, config.compute.dtype, model.head_dim, model.dropout
+        "auto", devices[0].platform, config.compute.dtype, model.head_dim, only_in_xla(config)
     )
     spec = ModelSpec(resolve_scan(config, devices[0].platform), kernel)
     return Trained(config, tokenizer, spec, make_mesh(config, devices), checkpoints, step)

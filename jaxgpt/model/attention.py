@@ -1,4 +1,4 @@
-"""Multi-head and grouped-query causal self-attention with an optional KV cache."""
+"""Multi-head and grouped-query self-attention."""
 
 import functools
 
@@ -7,10 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.model.cache import KeysValues, write_column
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
-from jaxgpt.ops.attention import KERNELS, default_scale, sharded
-from jaxgpt.ops.cached_attention import sharded_cached
+from jaxgpt.ops.attention import default_scale, sharded
+from jaxgpt.ops.kernels import KERNELS
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.ops.rope import rope_frequencies, rotate
 from jaxgpt.ops.sparse.kernels import sparse_kernel
@@ -20,11 +19,9 @@ from jaxgpt.parallel.rules import AxisRules
 
 
 class Attention(nnx.Module):
-    """Causal self-attention (arXiv:1706.03762, section 3.2), heads split over `tensor`.
+    """Self-attention (arXiv:1706.03762, section 3.2), heads split over `tensor`.
 
-    Key heads may be fewer than query heads (arXiv:2305.13245). `kernel` names the
-    implementation for whole sequences; a cache is read by XLA's, as its queries are too few for a
-    flash kernel to pay.
+    Key heads may be fewer than query heads (arXiv:2305.13245). `kernel` names the implementation.
     """
 
     def __init__(
@@ -32,12 +29,12 @@ class Attention(nnx.Module):
     ):
         cfg = config.model
         self.rules, self.dropout, self.num_heads = rules, cfg.dropout, cfg.num_heads
-        self.window, scale = window, default_scale(cfg.head_dim, cfg.mup_base_width > 0)
-        self.patterns = either, causal = patterns_of(cfg)
+        self.window, self.scale = window, default_scale(cfg)
+        self.patterns = patterns_of(cfg)
+        either = self.patterns[0]
         attend = KERNELS[kernel] if either is None else sparse_kernel(kernel, either)
-        self.attend = sharded(attend, rules, scale=scale)
-        self.attend_cached = sharded_cached(rules, scale=scale, window=window, pattern=causal)
-        self.attend_dropping = sharded(KERNELS["xla"], rules, scale=scale, dropout=cfg.dropout)
+        self.attend = sharded(attend, rules, scale=self.scale)
+        self.attend_dropping = sharded(KERNELS["xla"], rules, scale=self.scale, dropout=cfg.dropout)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
         self.query = Linear("query", "MD,DNH->MNH", config, rules, **shared)
         has_keys = cfg.attention_pattern != "lsh"  # which has queries for keys
@@ -52,45 +49,26 @@ class Attention(nnx.Module):
         self.rotate = _make_rotation(cfg) if cfg.position == "rope" else _identity
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: AttentionMask, key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "B T D"],
+        mask: AttentionMask,
+        key: PRNGKeyArray | None = None,
+        bias: Float[Array, "#B N T T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the attended x; with a `key`, dropout drops attention weights."""
-        q, k, v = self._heads(x, mask.q_positions)
+        """Returns the attended x, `bias` added to the scores; with a `key`, dropout drops attention
+        weights."""
+        q, k, v = self.heads(x, mask.q_positions)
         mask = mask.within(self.window, self.patterns[mask.reach.causal])
         with jax.named_scope("attention"):
             if key is None or self.dropout == 0:
-                attended = self.attend(q, k, v, mask)
+                attended = self.attend(q, k, v, mask, bias=bias)
             else:
-                attended = self.attend_dropping(q, k, v, mask, self._dropout_mask(x, key))
+                kept = self._dropout_mask(x, key)
+                attended = self.attend_dropping(q, k, v, mask, kept, bias)
         return self.out(attended)
 
-    def prefill(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], KeysValues]:
-        """Returns the attended x of a text's start, and its keys and values for a cache."""
-        q, k, v = self._heads(x, positions)
-        mask = AttentionMask(positions, positions).within(self.window, self.patterns[True])
-        out = self.out(self.attend(q, k, v, mask))
-        return out, KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-
-    def extend(
-        self,
-        x: Float[Array, "B 1 D"],
-        position: Int[Array, "B"],
-        cache: tuple[KeysValues, Int[Array, "B S"]],
-        recent: tuple[KeysValues, Int[Array, "B C"]],
-        at: Int[Array, ""],
-    ) -> tuple[Float[Array, "B 1 D"], KeysValues]:
-        """Returns one more token of each row attended to all before it, and `recent` with it in
-        column `at`. The positions are those of the slots, this token's included.
-        """
-        q, k, v = self._heads(x, position[:, None])
-        new = KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        grown = write_column(recent[0], new, at)
-        out = self.attend_cached(q[:, 0], [(*cache[0], cache[1]), (*grown, recent[1])], position)
-        return self.out(out[:, None]), grown
-
-    def _heads(self, x, positions):
+    def heads(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
+        """Returns queries, keys and values, those that turn with position turned."""
         q = self.rotate(self.query_norm(self.query(x)), positions)
         if self.key is None:
             return q, unit_length(q), self.value(x)

@@ -52,14 +52,19 @@ class Block(nnx.Module):
         self.mlp = MLP["gated" if cfg.activation in GATED else "plain"](config, rules, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: AttentionMask, key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "B T D"],
+        mask: AttentionMask,
+        key: PRNGKeyArray | None = None,
+        bias: Float[Array, "#B N T T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
-        """Returns the layer's output and its auxiliary losses by name; `key` is for dropout."""
+        """Returns the layer's output and its auxiliary losses by name; `key` is for dropout, `bias`
+        is added to the scores."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
 
         def attend(attention, x):
             x = jax.sharding.reshard(x, self.whole)
-            return dropout(attention(x, mask, keys[0]), self.dropout, keys[1]), None
+            return dropout(attention(x, mask, keys[0], bias), self.dropout, keys[1]), None
 
         x, _, losses = self._run(x, attend, keys[2])
         return x, losses

@@ -1,81 +1,180 @@
-"""GPT with a KV cache: the start of a text at once, then one token at a time."""
+"""A model with a KV cache: the start of a text at once, then one token at a time.
+
+A cache is read by XLA's attention, as its queries are too few for a flash kernel to pay.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxgpt.model.cache import Cache, KeysValues
-from jaxgpt.model.gpt import GPT
+from jaxgpt.model.attention import Attention
+from jaxgpt.model.encoder_decoder import EncoderDecoder
+from jaxgpt.model.gpt import GPT, make_mask
+from jaxgpt.ops.cache import Cache, KeysValues, write_column
+from jaxgpt.ops.cached_attention import sharded_cached
+from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.parameters.weights import turned
 
 
-def split_layers(params: dict) -> dict:
-    """Returns `params` with `blocks` as a tuple of each layer's own arrays, and the tables as
-    `extend` reads them."""
+class Memory(NamedTuple):
+    """What the layers of an encoder-decoder's decoder read of its source: keys and values of each,
+    and the segment of each of the source's tokens, 0 for padding."""
 
+    layers: tuple[KeysValues, ...]
+    segments: Int[Array, "B S"]
+
+
+def split_layers(params: dict) -> dict:
+    """Returns `params` with `blocks`, the decoder's of an encoder-decoder, as a tuple of each
+    layer's own arrays, and the tables as `extend` reads them."""
+    if "decoder" in params:
+        return turned(params) | {"decoder": _split(params["decoder"])}
+    return _split(turned(params))
+
+
+def _split(stack: dict) -> dict:
     def layer(stacked, i):
         spec = jax.typeof(stacked).sharding.spec
         return jax.sharding.reshard(stacked[i], jax.P(*spec[1:]))
 
-    count = jax.tree.leaves(params["blocks"])[0].shape[0]
-    blocks = (jax.tree.map(lambda a, i=i: layer(a, i), params["blocks"]) for i in range(count))
-    return turned(params) | {"blocks": tuple(blocks)}
+    count = jax.tree.leaves(stack["blocks"])[0].shape[0]
+    blocks = (jax.tree.map(lambda a, i=i: layer(a, i), stack["blocks"]) for i in range(count))
+    return stack | {"blocks": tuple(blocks)}
+
+
+def blocks_of(params: dict) -> Sequence[dict]:
+    """Returns the parameters of each layer that decoding runs, from `split_layers`."""
+    return params.get("decoder", params)["blocks"]
+
+
+def read_sources(
+    model: EncoderDecoder,
+    layers: Sequence[dict],
+    sources: Int[Array, "B S"],
+    segments: Int[Array, "B S"] | None = None,
+) -> Memory:
+    """Returns what `prefill` and `extend` read of the sources, computed once; segment 0 is padding,
+    and without segments there is none."""
+    encoded, _ = model.encode(sources, segments)
+    segments = jnp.ones_like(sources) if segments is None else segments
+    made = (_block(model, i, params) for i, params in enumerate(layers))
+    return Memory(tuple(block.cross_attention.keys_values(encoded) for block in made), segments)
 
 
 def prefill(
-    model: GPT, layers: Sequence[dict], tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    model: GPT | EncoderDecoder,
+    layers: Sequence[dict],
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    memory: Memory | None = None,
+    prefix: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[KeysValues, ...]]:
     """Returns the hidden states of the start of a text, before the last norm, and each layer's
     keys and values. `layers` holds each block's parameters (see `split_layers`): a decoder does
-    little for each weight it reads, and a stack of layers would have it copy them first.
+    little for each weight it reads, and a stack of layers would have it copy them first. In front
+    of `prefix` tokens see each other.
     """
+    stack = model.stack
+    mask = make_mask(tokens.shape, positions, None, prefix, stack.reach, model.rules)
+    bias = stack.bias(mask, in_order=False)
     return _through_layers(
         model,
         layers,
-        model.embed(tokens, positions),
-        lambda i, attention, x: attention.prefill(x, positions),
+        stack.embed(model.vocabulary.embed(tokens), positions),
+        lambda i, attention, x: _attend_start(attention, x, mask, bias),
+        memory,
     )
 
 
 def extend(
-    model: GPT,
+    model: GPT | EncoderDecoder,
     layers: Sequence[dict],
     token: Int[Array, "B"],
     position: Int[Array, "B"],
     cache: Cache,
     recent: Cache,
     at: Int[Array, ""],
+    memory: Memory | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Returns the hidden state of one more token of each row, before the last norm, and
     `recent` with it in column `at`. What comes before is in the cache and in `recent`.
     """
-    positions = recent.positions.at[:, at].set(position)
+    stack, positions = model.stack, recent.positions.at[:, at].set(position)
+    biases = None
+    if stack.relative is not None:
+        slots = cache.positions, positions
+        biases = [stack.relative(position[:, None], held)[:, :, 0] for held in slots]
 
     def attend(i, attention, x):
         old, new = (cache.layers[i], cache.positions), (recent.layers[i], positions)
-        return attention.extend(x, position, old, new, at)
+        return _attend_cached(attention, x, position, old, new, at, biases)
 
-    x = model.embed(token[:, None], position[:, None])
-    x, grown = _through_layers(model, layers, x, attend)
+    x = stack.embed(model.vocabulary.embed(token[:, None]), position[:, None])
+    x, grown = _through_layers(model, layers, x, attend, memory)
     return x[:, 0], Cache(grown, positions)
 
 
-def _through_layers(model: GPT, layers: Sequence[dict], x, attend: Callable):
-    structure, caches = jax.tree.structure(nnx.state(model.blocks)), []
+def _attend_start(attention: Attention, x, mask: AttentionMask, bias):
+    """Returns the attended x of a text's start, and its keys and values for a cache."""
+    q, k, v = attention.heads(x, mask.q_positions)
+    mask = mask.within(attention.window, attention.patterns[True])
+    out = attention.out(attention.attend(q, k, v, mask, bias=bias))
+    return out, KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+
+
+def _attend_cached(
+    attention: Attention,
+    x: Float[Array, "B 1 D"],
+    position: Int[Array, "B"],
+    cache: tuple[KeysValues, Int[Array, "B S"]],
+    recent: tuple[KeysValues, Int[Array, "B C"]],
+    at: Int[Array, ""],
+    biases: Sequence[Float[Array, "B N _"]] | None,
+) -> tuple[Float[Array, "B 1 D"], KeysValues]:
+    """Returns one more token of each row attended to all before it, and `recent` with it in column
+    `at`. The positions are those of the slots, this token's included, and `biases` are added to the
+    scores of the two.
+    """
+    q, k, v = attention.heads(x, position[:, None])
+    new = KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    grown = write_column(recent[0], new, at)
+    attend = sharded_cached(
+        attention.rules,
+        scale=attention.scale,
+        window=attention.window,
+        pattern=attention.patterns[True],
+    )
+    parts = [(*cache[0], cache[1]), (*grown, recent[1])]
+    return attention.out(attend(q[:, 0], parts, position, biases)[:, None]), grown
+
+
+def _through_layers(model, layers: Sequence[dict], x, attend: Callable, memory: Memory | None):
+    caches = []
     for i, params in enumerate(layers):
-        state = jax.tree.unflatten(structure, jax.tree.leaves(params))
-        block = nnx.merge(model.graphdefs[i % len(model.layer_windows)], state)
-        x, cache = block.decoding(x, functools.partial(attend, i))
+        cross = () if memory is None else (functools.partial(_read_memory, memory, i),)
+        x, cache = _block(model, i, params).decoding(x, functools.partial(attend, i), *cross)
         caches.append(cache)
     return x, tuple(caches)
 
 
-def next_logits(model: GPT, x: Float[Array, "B D"], table) -> Float[Array, "B V"]:
-    """Returns `logits` of the last position before the final norm."""
-    x = model.final_norm(x)
-    logits = model.storage.few_logits(x, table, model.rules(None, "vocab"))
-    return model.finish(logits, jnp.arange(logits.shape[-1]))
+def _read_memory(memory: Memory, i: int, cross_attention, x):
+    return cross_attention.read(x, memory.layers[i], memory.segments)
+
+
+def _block(model, i: int, params: dict):
+    stack = model.stack
+    structure = jax.tree.structure(nnx.state(stack.blocks))
+    state = jax.tree.unflatten(structure, jax.tree.leaves(params))
+    return nnx.merge(stack.graphdefs[i % len(stack.layer_windows)], state)
+
+
+def next_logits(model: GPT | EncoderDecoder, x: Float[Array, "B D"], table) -> Float[Array, "B V"]:
+    """Returns the logits of the last position before the final norm."""
+    x, vocabulary = model.stack.final_norm(x), model.vocabulary
+    x = vocabulary.transformed(x[:, None])[:, 0]
+    return vocabulary.finished(vocabulary.storage.few_logits(x, table, model.rules(None, "vocab")))

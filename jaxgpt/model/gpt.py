@@ -1,7 +1,4 @@
-"""A decoder as a stack of like blocks: GPT-2, Llama, the 2017 Transformer's, by its config."""
-
-import dataclasses
-import math
+"""One stack of like blocks: GPT-2, Llama, BERT, by its config."""
 
 import jax
 import jax.numpy as jnp
@@ -13,50 +10,130 @@ from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.block import Block
 from jaxgpt.model.layers import INIT_STD, NORMS, dropout
 from jaxgpt.model.positions import POSITIONS
-from jaxgpt.ops.cross_entropy import cross_entropy
-from jaxgpt.ops.mask import AttentionMask
+from jaxgpt.model.relative import relative_bias
+from jaxgpt.model.vocabulary import Vocabulary
+from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.remat import REMAT, RESIDUAL_STREAM
-from jaxgpt.parallel.fsdp import embed_columns_to_rows
-from jaxgpt.parallel.rules import AxisRules, rowwise
-from jaxgpt.parameters.weights import table_storage
-
-UNROLLED_LAYERS = 12  # on a CPU
+from jaxgpt.parallel.rules import AxisRules, weight
+from jaxgpt.parameters.weights import normal
 
 
-class GPT(nnx.Module):
-    """Decoder-only transformer. `blocks` is one Block whose parameters have a leading axis L.
+class Stack(nnx.Module):
+    """Layers and what stands around them: embeddings beside the tokens' own, the last norm.
 
-    Parameters stay stacked whether the blocks run in a scan or unrolled, so that a checkpoint
-    fits either. Layers differ at most in their window, by a pattern that repeats.
+    `blocks` is one Block whose parameters have a leading axis L. They stay stacked whether the
+    blocks run in a scan or unrolled, so that a checkpoint fits either. Layers differ at most in
+    their window, by a pattern that repeats.
     """
 
-    def __init__(self, config: Config, rules: AxisRules, kernel: str, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        rules: AxisRules,
+        kernel: str,
+        *,
+        causal: bool,
+        block: type = Block,
+        rngs: nnx.Rngs,
+    ):
         cfg, compute = config.model, config.compute
-        self.rules, self.dtype = rules, jnp.dtype(compute.dtype)
-        self.vocab_size, self.num_layers = cfg.vocab_size, cfg.num_layers
-        self.dropout, self.remat = cfg.dropout, compute.remat
-        self.softcap, self.logit_scale = cfg.logit_softcap, 1 / cfg.width_ratio
-        self.embed_scale = math.sqrt(cfg.embed_dim) if cfg.scale_embeddings else 1.0
-        shape, axis = (cfg.padded_vocab_size, cfg.embed_dim), -1 if rules.split_batch else -2
-        self.storage = table_storage(config, "head", shape, axis)
-        drawn = rngs, rules("vocab", "embed"), INIT_STD
-        self.tokens = self.storage.make(*drawn)
-        self.head = None if cfg.tie_embeddings else self.storage.make(*drawn)
+        self.rules, self.dropout, self.remat = rules, cfg.dropout, compute.remat
+        self.reach, self.num_layers = Reach(causal), cfg.num_layers
         self.positions = POSITIONS[cfg.position](config, rules, rngs=rngs)
         self.layer_windows = layer_windows(cfg)
         groups = cfg.num_layers // len(self.layer_windows)
         self.unroll = groups if compute.scan_layers == "false" else 1
         self.blocks, self.graphdefs = _stack(
-            config, rules, kernel, self.layer_windows, rngs.params()
+            config, rules, kernel, block, self.layer_windows, rngs.params()
         )
+        norm = NORMS[cfg.norm]
         pre = cfg.norm_position == "pre"
-        self.final_norm = NORMS[cfg.norm](config, cfg.embed_dim) if pre else lambda x: x
+        self.final_norm = norm(config, cfg.embed_dim) if pre else lambda x: x
+        self.embedding_norm = norm(config, cfg.embed_dim) if cfg.embedding_norm else lambda x: x
+        self.relative = relative_bias(config, rules, causal=causal, rngs=rngs)
+        table, param_dtype = (cfg.type_vocab_size, cfg.embed_dim), jnp.dtype(compute.param_dtype)
+        drawn = table, rules(None, "embed"), param_dtype, INIT_STD
+        self.types = normal(rngs, *drawn) if cfg.type_vocab_size else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: AttentionMask,
+        key: PRNGKeyArray | None,
+        bias: Float[Array, "#B N T T"] | None,
+        *context,
+        types: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
+        """Returns the last layer's normalised output from the tokens' embeddings, and the layers'
+        auxiliary losses by name, each summed over the layers. `bias` is added to the scores of
+        attention; blocks are given `context` too."""
+        layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
+        x = dropout(self.embed(x, mask.q_positions, types), self.dropout, embed_key)
+        x, losses = self.run(x, mask, layers_key, bias, *context)
+        return jax.sharding.reshard(self.final_norm(x), self.rules("batch", "seq", None)), losses
+
+    def embed(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns what the first layer is given, from the tokens' embeddings; `types` are 0 where
+        they are not said."""
+        positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
+        x = self.positions(x, positions)
+        if self.types is not None:
+            types = jnp.zeros_like(positions) if types is None else types
+            types = jax.sharding.reshard(types, self.rules("batch", "residual"))
+            x += weight(self.types, x.dtype).at[types].get(out_sharding=jax.typeof(x).sharding.spec)
+        return self.embedding_norm(x)
+
+    def bias(self, mask: AttentionMask, in_order: bool) -> Float[Array, "_ N T S"] | None:
+        """Returns what relative positions add to the scores; None where the model has none.
+        `in_order` says that every row's positions are 0..T-1."""
+        if self.relative is None:
+            return None
+        places = jnp.arange(mask.q_positions.shape[1])[None]
+        return self.relative(*((places, places) if in_order else mask[:2]))
+
+    def run(self, x: Float[Array, "B T D"], mask: AttentionMask, *arguments) -> tuple:
+        """Returns the last layer's output, not normalised, and the auxiliary losses; `arguments`
+        are those of `__call__`."""
+        period, (key, *rest) = len(self.layer_windows), arguments
+
+        def apply(x, group):
+            """One turn of the pattern: `period` layers, each with its own window."""
+            x, losses = checkpoint_name(x, RESIDUAL_STREAM), []
+            for i, graphdef in enumerate(self.graphdefs):
+                params, layer_key = jax.tree.map(lambda a, i=i: a[i], group)
+                block = nnx.merge(graphdef, params)
+                x, layer_losses = block(x, mask, layer_key, *rest)
+                losses.append(layer_losses)
+            return x, jax.tree.map(lambda *a: jnp.stack(a), *losses)
+
+        if self.remat != "none" or jax.sharding.get_abstract_mesh().shape["fsdp"] > 1:
+            apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
+        keys = None if key is None else jax.random.split(key, self.num_layers)
+        layers = (nnx.state(self.blocks), keys)
+        groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), layers)
+        x, losses = jax.lax.scan(apply, x, groups, unroll=self.unroll)
+        return x, jax.tree.map(jnp.sum, losses)
+
+
+class GPT(nnx.Module):
+    """A vocabulary and one stack of layers, whose tokens see those before them, or all (BERT)."""
+
+    def __init__(self, config: Config, rules: AxisRules, kernel: str, *, rngs: nnx.Rngs):
+        self.rules = rules
+        self.vocabulary = Vocabulary(config, rules, rngs=rngs)
+        causal = config.model.kind == "decoder"
+        self.stack = Stack(config, rules, kernel, causal=causal, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "B T"], **arguments) -> Float[Array, "B T V"]:
         """Returns float32 logits; ids from `vocab_size` on are padding and get -inf. `arguments`
         are those of `hidden`."""
         x, _ = self.hidden(tokens, **arguments)
-        return self.logits(x, self.table())
+        return self.vocabulary.logits(x, self.vocabulary.table())
 
     def hidden(
         self,
@@ -64,91 +141,37 @@ class GPT(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
+        types: Int[Array, "B T"] | None = None,
+        prefix: Int[Array, "B"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
-        """Returns the last layer's normalised output, which `logits` reads, and the layers'
+        """Returns the last layer's normalised output, which `losses` reads, and the layers'
         auxiliary losses by name, each summed over the layers.
 
         `positions` default to 0..T-1. Tokens see those of their own segment only: number packed
-        documents, or give padding a number of its own. Without a `dropout_key` nothing drops.
+        documents, or give padding a number of its own. In front of `prefix` they see each other.
+        `types` number the parts of a text. Without a `dropout_key` nothing drops.
         """
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        mask = AttentionMask(positions, positions, segments, segments)
-        mask = jax.sharding.reshard(mask, self.rules("batch", "seq"))
-        x, losses = self._run(tokens, mask, dropout_key)
-        x = jax.sharding.reshard(self.final_norm(x), self.rules("batch", "seq", None))
-        return x, losses
-
-    def table(self):
-        """Returns the output embedding as it is stored, whole over `fsdp`: gathered once, however
-        often `storage.rows` reads it."""
-        return self.storage.whole(self.tokens if self.head is None else self.head, self.dtype)
-
-    def logits(self, x: Float[Array, "B T D"], table) -> Float[Array, "B T V"]:
-        """Returns the float32 logits of hidden states; -inf for the padding of the vocabulary."""
-        rows, out = self.storage.rows(table, x.dtype), self.rules("batch", "seq", "vocab")
-        logits = rowwise("MD,VD->MV", x, rows, out, jnp.float32)
-        return self.finish(logits, jnp.arange(logits.shape[-1]))
-
-    def losses(
-        self, x: Float[Array, "B T D"], targets: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-        """Returns (nats, logsumexp) of each target from hidden states, without whole logits; see
-        `ops.cross_entropy`."""
-        table, reader = self.storage.parts(self.tokens if self.head is None else self.head)
-        with jax.named_scope("loss"):
-            return cross_entropy(x, table, targets, self.finish, self.rules, reader)
-
-    def finish(self, logits: Float[Array, "*B V"], ids: Int[Array, "V"]) -> Float[Array, "*B V"]:
-        logits = self.logit_scale * logits
-        if self.softcap:
-            logits = self.softcap * jnp.tanh(logits / self.softcap)
-        return jnp.where(ids < self.vocab_size, logits, -jnp.inf)
-
-    def _run(self, tokens, mask: AttentionMask, key):
-        layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
-        x = dropout(self.embed(tokens, mask.q_positions), self.dropout, embed_key)
-        period = len(self.layer_windows)
-
-        def apply(x, group):
-            """One turn of the pattern: `period` layers, each with its own window."""
-            x, losses = checkpoint_name(x, RESIDUAL_STREAM), []
-            for i, graphdef in enumerate(self.graphdefs):
-                params, layer_key = jax.tree.map(lambda a, i=i: a[i], group)
-                x, layer_losses = nnx.merge(graphdef, params)(x, mask, layer_key)
-                losses.append(layer_losses)
-            return x, jax.tree.map(lambda *a: jnp.stack(a), *losses)
-
-        if self.remat != "none" or jax.sharding.get_abstract_mesh().shape["fsdp"] > 1:
-            apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
-        keys = None if key is None else jax.random.split(layers_key, self.num_layers)
-        layers = (nnx.state(self.blocks), keys)
-        groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), layers)
-        x, losses = jax.lax.scan(apply, x, groups, unroll=self.unroll)
-        return x, jax.tree.map(jnp.sum, losses)
-
-    def embed(self, tokens, positions) -> Float[Array, "B T D"]:
-        """Every device looks up its own columns for the rows of all that share its other axes, and
-        they trade: fewer bytes than gathering the table, and its gradient stays split."""
-        tokens = jax.sharding.reshard(tokens, self.rules("lookup_batch", "seq"))
-        out = self.rules("lookup_batch", "seq", "embed")
-        x = self.storage.lookup(self.tokens, tokens, self.dtype, out)
-        positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
-        return self.positions(embed_columns_to_rows(x, self.rules) * self.embed_scale, positions)
+        mask = make_mask(tokens.shape, positions, segments, prefix, self.stack.reach, self.rules)
+        bias = self.stack.bias(mask, positions is None)
+        return self.stack(self.vocabulary.embed(tokens), mask, dropout_key, bias, types=types)
 
 
-def resolve_scan(config: Config, platform: str) -> Config:
-    """Returns `config` with `compute.scan_layers=auto` decided for `platform` (`cpu`, ...).
-
-    Layers of their own are faster on a CPU, but each takes its time to compile: beyond
-    `UNROLLED_LAYERS` a scan, whose compile time does not grow with depth. Elsewhere a scan.
-    """
-    compute, layers = config.compute, config.model.num_layers
-    if compute.scan_layers != "auto":
-        return config
-    scan = "false" if platform == "cpu" and layers <= UNROLLED_LAYERS else "true"
-    return dataclasses.replace(config, compute=dataclasses.replace(compute, scan_layers=scan))
+def make_mask(
+    shape: tuple[int, int],
+    positions: Int[Array, "B T"] | None,
+    segments: Int[Array, "B T"] | None,
+    prefix: Int[Array, "B"] | None,
+    reach: Reach,
+    rules: AxisRules,
+) -> AttentionMask:
+    """Returns the mask of tokens [B, T] that attend to each other; `positions` default to
+    0..T-1."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    mask = AttentionMask(positions, positions, segments, segments, prefix, reach)
+    specs = jax.tree.map(lambda a: rules("batch", "seq") if a.ndim > 1 else rules("batch"), mask)
+    return jax.sharding.reshard(mask, specs)
 
 
 def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:
@@ -158,12 +181,12 @@ def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:
     return (cfg.window,) * (cfg.full_attention_every - 1) + (0,)
 
 
-def _stack(config: Config, rules: AxisRules, kernel: str, windows: tuple, key: PRNGKeyArray):
-    """Returns a Block with every parameter stacked over layers, each layer from its own key, and
+def _stack(config: Config, rules, kernel: str, block: type, windows: tuple, key: PRNGKeyArray):
+    """Returns a block with every parameter stacked over layers, each layer from its own key, and
     the graph of a block for each window of the pattern."""
 
-    def make(key, window: int) -> Block:
-        return Block(config, rules, kernel, window, rngs=nnx.Rngs(params=key))
+    def make(key, window: int):
+        return block(config, rules, kernel, window, rngs=nnx.Rngs(params=key))
 
     def graph(window: int):
         return nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0), window)))

@@ -43,17 +43,12 @@ class Linear(nnx.Module):
     """`einsum(equation, x, kernel) + bias` over rows M = B * T, with every axis named.
 
     SIZES maps the kernel's letters to the config's lengths and AXES to logical axes;
-    activations keep embed (D) whole. `name` is what `lora.targets` calls it.
+    activations keep embed (D, or E of the outputs) whole. `name` is what `lora.targets` calls it.
     """
 
-    SIZES = {
-        "D": "embed_dim",
-        "N": "num_heads",
-        "K": "num_kv_heads",
-        "H": "head_dim",
-        "F": "mlp_dim",
-    }
-    AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "mlp"}
+    SIZES = {"D": "embed_dim", "E": "embed_dim", "F": "mlp_dim"}
+    SIZES |= {"N": "num_heads", "K": "num_kv_heads", "H": "head_dim"}
+    AXES = {"D": "embed", "E": None, "N": "heads", "K": "kv_heads", "H": "head_dim", "F": "mlp"}
 
     def __init__(
         self,

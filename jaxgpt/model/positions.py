@@ -29,7 +29,8 @@ def add_sinusoids(x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
 
 
 def add_nothing(x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
-    """Returns x: for `none`, and for `rope`, which turns queries and keys instead."""
+    """Returns x: for `none`, for `rope`, which turns queries and keys instead, and for `relative`,
+    which `model.relative` adds to scores."""
     return x
 
 
@@ -38,4 +39,5 @@ POSITIONS = {  # each called with (config, rules, rngs=...), as LearnedPositions
     "sinusoidal": lambda *_, rngs: add_sinusoids,
     "rope": lambda *_, rngs: add_nothing,
     "none": lambda *_, rngs: add_nothing,
+    "relative": lambda *_, rngs: add_nothing,
 }

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxgpt.config import Config
 from jaxgpt.config.schema import IGNORE
-from jaxgpt.model import GPT, ModelSpec
+from jaxgpt.model import Model, ModelSpec
 
 Batch = dict[str, Shaped[Array, "A B ..."]]  # inputs, targets [A, B, T], PLACES and others
 Micro = dict[str, Shaped[Array, "B ..."]]  # one of a batch's A microbatches
@@ -23,18 +23,18 @@ Micro = dict[str, Shaped[Array, "B ..."]]  # one of a batch's A microbatches
 PLACES = ("positions", "segments", "types", "prefix", "sources", "source_segments")
 
 
-def hidden(model: GPT, micro: Micro, key: PRNGKeyArray | None) -> Float[Array, "B T D"]:
+def hidden(model: Model, micro: Micro, key: PRNGKeyArray | None) -> Float[Array, "B T D"]:
     """Returns the hidden states of a microbatch; nothing drops without a key."""
     places = {name: micro[name] for name in PLACES if name in micro}
     return model.hidden(micro["inputs"], dropout_key=key, **places)[0]
 
 
 def token_losses(
-    model: GPT, micro: Micro, dropout_key: PRNGKeyArray | None
+    model: Model, micro: Micro, dropout_key: PRNGKeyArray | None
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns the cross-entropy in nats of each target, and the logsumexp of its logits; both are 0
     where the target is `IGNORE`. The logits are never in memory as a whole."""
-    return model.losses(hidden(model, micro, dropout_key), micro["targets"])
+    return model.vocabulary.losses(hidden(model, micro, dropout_key), micro["targets"])
 
 
 def causal_lm(config: Config) -> Callable:
@@ -42,7 +42,7 @@ def causal_lm(config: Config) -> Callable:
     squared logsumexp of the logits (PaLM, arXiv:2204.02311, section 5)."""
     z_loss = config.optim.z_loss
 
-    def objective(model: GPT, micro: Micro, key: PRNGKeyArray):
+    def objective(model: Model, micro: Micro, key: PRNGKeyArray):
         nats, lse = token_losses(model, micro, key)
         loss = jnp.sum(nats)
         count = jnp.sum(micro["targets"] != IGNORE)

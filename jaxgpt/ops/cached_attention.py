@@ -17,20 +17,23 @@ def cached_attention(
     q: Float[Array, "B N H"],
     parts: Sequence[tuple[Float[Array, "B K _ H"], Float[Array, "B K _ H"], Int[Array, "B _"]]],
     position: Int[Array, "B"],
+    biases: Sequence[Float[Array, "B N _"]] | None = None,
     *,
     scale: float,
     window: int = 0,
     pattern: Pattern | Lsh | None = None,
 ) -> Float[Array, "B N H"]:
     """Returns `ops.attention.xla_attention`, causal, of one query a row over several parts of a
-    cache, each its (keys, values, positions)."""
+    cache, each its (keys, values, positions) and its bias of the scores."""
     (b, n, h), heads = q.shape, parts[0][0].shape[1]
     reach = Reach(window=window, pattern=pattern)
     q, scores = q.reshape(b, heads, n // heads, h), []
-    for k, _, positions in parts:
+    for i, (k, _, positions) in enumerate(parts):
         mask = AttentionMask(position[:, None], positions, reach=reach)
         visible = mask.visible()[:, None]
         score = jnp.einsum("BKGH,BKSH->BKGS", q, k, preferred_element_type=jnp.float32) * scale
+        if biases is not None:
+            score += biases[i].reshape(score.shape)
         scores.append(jnp.where(visible, score, jnp.finfo(jnp.float32).min))
     ends = list(itertools.accumulate(k.shape[2] for k, _, _ in parts[:-1]))
     weights = jnp.split(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1), ends, axis=-1)
@@ -46,8 +49,12 @@ def sharded_cached(rules: AxisRules, **fixed) -> Callable:
     kernel = functools.partial(cached_attention, **fixed)
     queries, keys = rules("batch", "heads", None), rules("batch", "kv_heads", None, None)
 
-    def attend(q, parts, position):
-        specs = (queries, [(keys, keys, rules("batch", None))] * len(parts), rules("batch"))
-        return jax.shard_map(kernel, in_specs=specs, out_specs=queries)(q, list(parts), position)
+    def attend(q, parts, position, biases=None):
+        specs = [queries, [(keys, keys, rules("batch", None))] * len(parts), rules("batch")]
+        arrays = [q, list(parts), position]
+        if biases is not None:
+            specs.append([queries] * len(parts))
+            arrays.append(list(biases))
+        return jax.shard_map(kernel, in_specs=tuple(specs), out_specs=queries)(*arrays)
 
     return attend

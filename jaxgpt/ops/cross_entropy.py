@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgpt.config.schema import IGNORE, REPLICAS
+from jaxgpt.config.schema import BATCH_AXES, IGNORE, REPLICAS
 from jaxgpt.parallel.collectives import all_gather, reduce_scatter
 from jaxgpt.parallel.rules import AxisRules
 
@@ -38,10 +38,12 @@ def cross_entropy(
     finish: Callable,
     rules: AxisRules,
     reader: Reader = FLOATS,
+    bias: Float[Array, "V"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns (-log p(target) in nats, logsumexp of the logits), both 0 where target is IGNORE.
 
-    Logits are `finish(x @ table.T in float32, ids)`, elementwise, with the ids of the columns [V].
+    Logits are `finish(x @ table.T + bias in float32, ids)`, elementwise, with the ids of the
+    columns [V].
     `table` is the parameter as it is split, V over `tensor` and D over `fsdp`, or what `reader`
     reads: any arrays with an axis V in front. Each part of its
     rows is gathered when its turn comes, in both passes, and its gradient scattered at once; the
@@ -49,19 +51,20 @@ def cross_entropy(
     adds up in float32. Gradients follow from p - onehot, as logsumexp's is p.
     """
     specs = rules("batch", "seq", None), rules(*reader.axes), rules("batch", "seq")
-    return _cross_entropy(*jax.sharding.reshard((x, table, targets), specs), finish, rules, reader)
+    arrays = jax.sharding.reshard((x, table, targets, bias), (*specs, rules("vocab")))
+    return _cross_entropy(*arrays, finish, rules, reader)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _cross_entropy(x, table, targets, finish, rules, reader):
-    return _forward(x, table, targets, finish, rules, reader)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _cross_entropy(x, table, targets, bias, finish, rules, reader):
+    return _forward(x, table, targets, bias, finish, rules, reader)[0]
 
 
-def _forward(x, table, targets, finish, rules, reader):
+def _forward(x, table, targets, bias, finish, rules, reader):
     rows, vectors = rules("batch", "seq"), rules("batch", "seq", None)
     split = rules(*reader.axes)
 
-    def local(x, table, targets):
+    def local(x, table, targets, bias):
         flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
 
         def part(carry, numbered):
@@ -75,27 +78,25 @@ def _forward(x, table, targets, finish, rules, reader):
             return (new_high, total, picked), None
 
         zeros = jnp.zeros(flat.shape[0], jnp.float32)
-        (high, total, picked), _ = jax.lax.scan(
-            part, (zeros + LOWEST, zeros, zeros), vocabulary_parts(table, flat)
-        )
+        parts = vocabulary_parts(table, flat, bias)
+        (high, total, picked), _ = jax.lax.scan(part, (zeros + LOWEST, zeros, zeros), parts)
         highest = jax.lax.pmax(high, "tensor")
         lse = highest + jnp.log(jax.lax.psum(total * jnp.exp(high - highest), "tensor"))
         counted = target[:, 0] != IGNORE
         nats = jnp.where(counted, lse - jax.lax.psum(picked, "tensor"), 0)
         return nats.reshape(targets.shape), jnp.where(counted, lse, 0).reshape(targets.shape)
 
-    run = jax.shard_map(
-        local, in_specs=(vectors, split, rows), out_specs=(rows, rows), check_vma=False
-    )
-    nats, lse = run(x, table, targets)
-    return (nats, lse), (x, table, targets, lse)
+    specs = vectors, split, rows, rules("vocab")
+    run = jax.shard_map(local, in_specs=specs, out_specs=(rows, rows), check_vma=False)
+    nats, lse = run(x, table, targets, bias)
+    return (nats, lse), (x, table, targets, bias, lse)
 
 
 def _backward(finish, rules, reader, kept, cotangents):
     rows, vectors = rules("batch", "seq"), rules("batch", "seq", None)
     split = rules(*reader.axes)
 
-    def local(x, table, targets, lse, grad_nats, grad_lse):
+    def local(x, table, targets, bias, lse, grad_nats, grad_lse):
         flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1, 1)
         counted = target != IGNORE
         grad_nats = jnp.where(counted, grad_nats.reshape(-1, 1), 0)
@@ -108,41 +109,49 @@ def _backward(finish, rules, reader, kept, cotangents):
             p = jnp.exp(logits - lse)
             grad_logits = grad_both * p - jnp.where(ids == target, grad_nats, 0)
             (grad_raw,) = pullback(grad_logits)
+            grad_bias = None if bias is None else jnp.sum(grad_raw, axis=0)
             grad_raw = grad_raw.astype(flat.dtype)
             grad_kernel = reader.scatter(jnp.einsum("MV,MD->VD", grad_raw, flat), rules.torus)
             added = jnp.einsum("MV,VD->MD", grad_raw, kernel, preferred_element_type=jnp.float32)
-            return grad_x + added, grad_kernel
+            return grad_x + added, (grad_kernel, grad_bias)
 
         zeros = jnp.zeros(flat.shape, jnp.float32)
-        grad_x, grad_table = jax.lax.scan(part, zeros, vocabulary_parts(table, flat))
+        parts = vocabulary_parts(table, flat, bias)
+        grad_x, (grad_table, grad_bias) = jax.lax.scan(part, zeros, parts)
         grad_x = jax.lax.psum(grad_x.astype(x.dtype), "tensor").reshape(x.shape)
-        return grad_x, jax.tree.map(lambda g: g.reshape(1, -1, g.shape[-1]), grad_table)
+        grad_table = jax.tree.map(lambda g: g.reshape(1, -1, g.shape[-1]), grad_table)
+        return grad_x, grad_table, jax.tree.map(lambda g: g.reshape(1, -1), grad_bias)
 
-    specs, each = (vectors, split, rows, rows, rows, rows), jax.P(REPLICAS, *split)
-    run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, each), check_vma=False)
-    grad_x, grad_table = run(*kept, *cotangents)
+    specs = vectors, split, rows, rules("vocab"), rows, rows, rows
+    each = jax.P(REPLICAS, *split), jax.P(BATCH_AXES, *rules("vocab"))
+    run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, *each), check_vma=False)
+    grad_x, *grads = run(*kept, *cotangents)
     # summed out here, XLA may send it together with other gradients
-    grad_table = jax.tree.map(lambda g: jnp.sum(g, axis=0).astype(kept[1].dtype), grad_table)
-    return grad_x, grad_table, None
+    grad_table, grad_bias = jax.tree.map(lambda g: jnp.sum(g, axis=0), grads)
+    grad_table = jax.tree.map(lambda g: g.astype(kept[1].dtype), grad_table)
+    return grad_x, grad_table, None, jax.tree.map(lambda g: g.astype(kept[3].dtype), grad_bias)
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def vocabulary_parts(table, flat):
-    """Returns what the scans run over: parts of this device's rows, and their first ids."""
+def vocabulary_parts(table, flat, bias=None):
+    """Returns what the scans run over: parts of this device's rows, their first ids, and their
+    biases or None."""
     mesh = jax.sharding.get_abstract_mesh()
     rows = jax.tree.leaves(table)[0].shape[0]
     count = parts_for(flat.shape[0], rows, mesh.abstract_device.platform)
     first = jax.lax.axis_index("tensor") * rows + jnp.arange(count) * (rows // count)
-    return jax.tree.map(lambda a: a.reshape(count, rows // count, -1), table), first
+    parts = jax.tree.map(lambda a: a.reshape(count, rows // count, -1), table)
+    return parts, first, None if bias is None else bias.reshape(count, -1)
 
 
-def part_logits(flat, part, first, finish, rules, reader):
+def part_logits(flat, part, first, bias, finish, rules, reader):
     """Returns a part's logits [M, V / parts], the ids of its columns, its kernel in the compute
     dtype and whole over `fsdp`, and the pullback of `finish`."""
     kernel = reader.rows(part, flat.dtype, rules.torus)
     raw = jnp.einsum("MD,VD->MV", flat, kernel, preferred_element_type=jnp.float32)
+    raw = raw if bias is None else raw + bias
     ids = first + jnp.arange(kernel.shape[0])
     logits, pullback = jax.vjp(lambda raw: finish(raw, ids), raw)
     return logits, ids, kernel, pullback

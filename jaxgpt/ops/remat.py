@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxgpt.ops.splash import SAVED
+from jaxgpt.ops.kernels import SAVED
 from jaxgpt.parallel.fsdp import GATHERED
 
 RESIDUAL_STREAM = "residual_stream"  # what each layer is given

@@ -15,8 +15,8 @@ from jaxgpt.system.trees import leaf_path, leaves_by_path
 # Beside the model's parameters: what an objective trains for itself, by its argument's name
 OWN = "objective"
 # The last word of a parameter's path
-MATRICES = ("kernel", "tokens", "head", "lora_in", "lora_out", "factor_in", "factor_out")
-VECTORS = ("bias", "scale", "magnitude")
+MATRICES = ("kernel", "tokens", "types", "head", "lora_in", "lora_out", "factor_in", "factor_out")
+VECTORS = ("bias", "scale", "magnitude", "head_bias")
 
 # Kernel axes: layer first, then inputs, then outputs (see the einsums in `model`).
 INPUTS_OUTPUTS = {
@@ -48,7 +48,8 @@ def by_path(choose: Callable[[str], object], params: dict) -> dict:
 
 
 def decay_mask(params: dict) -> dict:
-    """Returns True for the matrices (embeddings included), False for biases and norm scales.
+    """Returns True for the matrices (embeddings included), False for biases, those of attention
+    scores too, and norm scales.
 
     By name, not by rank: stacking over layers and splitting into heads add axes to a bias. A
     name that is neither is an error, so that every parameter is covered on purpose.
@@ -58,7 +59,7 @@ def decay_mask(params: dict) -> dict:
         name = path.split("/")[-1]
         if name not in MATRICES + VECTORS:
             raise ValueError(f"no rule says whether parameter {path} decays")
-        return name in MATRICES
+        return name in MATRICES and not path.endswith("relative/kernel")
 
     return by_path(decays, params)
 
@@ -121,7 +122,7 @@ def as_matrices(blocks: dict) -> dict:
 def is_hidden_matrix(path: str) -> bool:
     """Says whether a parameter is a matrix between hidden layers: what Muon and muP treat apart."""
     words = path.split("/")
-    return words[0] == "blocks" and words[-1] in ("kernel", "factor_in", "factor_out")
+    return "blocks" in words[:2] and words[-1] in ("kernel", "factor_in", "factor_out")
 
 
 def parse_multipliers(text: str) -> list[tuple[re.Pattern, float]]:

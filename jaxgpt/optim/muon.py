@@ -7,7 +7,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from jaxgpt.config import OptimConfig
+from jaxgpt.config import ModelConfig, OptimConfig
 from jaxgpt.optim.groups import by_path, inputs_outputs, is_hidden_matrix
 
 ADAM_RMS = 0.2  # of an AdamW update: Muon scaled to it shares AdamW's rate (arXiv:2502.16982, 2.2)
@@ -50,7 +50,7 @@ def on_whole_matrices(inner: optax.GradientTransformation) -> optax.GradientTran
     return optax.GradientTransformation(lambda params: inner.init(whole(params)), update)
 
 
-def muon_direction(cfg: OptimConfig) -> optax.GradientTransformation:
+def muon_direction(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
     """Returns Muon's direction (Jordan et al. 2024) for hidden matrices, Adam's elsewhere.
 
     Momentum `b1`, Nesterov, five Newton-Schulz steps, each matrix scaled to Adam's usual update

@@ -12,17 +12,17 @@ from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.optim.sparsity import sparsity
 
 
-def adamw(cfg: OptimConfig) -> optax.GradientTransformation:
+def adamw(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
     """Adam's direction (arXiv:1711.05101, algorithm 2), `eps` outside the root as torch has it."""
     return optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, mu_dtype=cfg.moment_dtype or None)
 
 
-def lion(cfg: OptimConfig) -> optax.GradientTransformation:
+def lion(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
     """The sign of a momentum (arXiv:2302.06675); wants a third to a tenth of AdamW's rate."""
     return optax.scale_by_lion(b1=cfg.b1, b2=cfg.b2, mu_dtype=cfg.moment_dtype or None)
 
 
-def adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
+def adafactor(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
     """Factored second moments (arXiv:1804.04235, algorithm 4) with update clipping at 1, for each
     layer's own matrices."""
     alone = optax.chain(
@@ -30,10 +30,15 @@ def adafactor(cfg: OptimConfig) -> optax.GradientTransformation:
     )
     axes = (optax.FactoredState(count=None, v_row=0, v_col=0, v=0), None)
 
-    def kind(path: str) -> str:
-        return "stacked" if path.startswith("blocks/") else "alone"
+    # Each stack has its own number of layers
+    stacks = {"blocks/": "stacked"}
+    if model.kind == "encoder_decoder":
+        stacks = {f"{stack}/blocks/": stack for stack in ("encoder", "decoder")}
 
-    parts = {"stacked": per_layer(alone, axes), "alone": alone}
+    def kind(path: str) -> str:
+        return next((name for start, name in stacks.items() if path.startswith(start)), "alone")
+
+    parts = {name: per_layer(alone, axes) for name in stacks.values()} | {"alone": alone}
     return optax.partition(parts, lambda params: by_path(kind, params))
 
 
@@ -56,13 +61,13 @@ def per_layer(inner: optax.GradientTransformation, axes) -> optax.GradientTransf
     return optax.GradientTransformation(init, update)
 
 
-def sgd(cfg: OptimConfig) -> optax.GradientTransformation:
+def sgd(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
     """Momentum `b1`, no dampening, as torch has it."""
     dtype = cfg.moment_dtype or None
     return optax.trace(decay=cfg.b1, nesterov=False, accumulator_dtype=dtype)
 
 
-DIRECTIONS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
+DIRECTIONS: dict[str, Callable[[OptimConfig, ModelConfig], optax.GradientTransformation]] = {
     "adamw": adamw,
     "lion": lion,
     "adafactor": adafactor,
@@ -80,7 +85,7 @@ def make_optimizer(
     pattern of `optim.lr_multipliers` matches nothing."""
     parts = [
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        DIRECTIONS[cfg.name](cfg),
+        DIRECTIONS[cfg.name](cfg, model),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
     ]
     if cfg.lr_multipliers or model.mup_base_width:

@@ -46,7 +46,7 @@ def through_layers(source: Source, count: int) -> Iterator[tuple[list[jax.Array]
     rest = _without_blocks(source)
     xs = [_embed(spec, rest, window) for window in windows]
     yield list(xs), {}
-    period, total = len(spec.bind(rest).layer_windows), spec.model.num_layers * len(windows)
+    period, total = len(spec.bind(rest).stack.layer_windows), spec.model.num_layers * len(windows)
     with Bar("calibrate", total, "batches") as bar:
         for i in range(spec.model.num_layers):
             layer = jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), source.params["blocks"])
@@ -64,12 +64,13 @@ def _without_blocks(source: Source) -> dict:
 
 @partial(jax.jit, static_argnums=0)
 def _embed(spec: ModelSpec, rest: dict, window: dict) -> Float[Array, "B T D"]:
-    return spec.bind(rest).embed(window["inputs"], _positions(window))
+    model = spec.bind(rest)
+    return model.stack.embed(model.vocabulary.embed(window["inputs"]), _positions(window))
 
 
 @partial(jax.jit, static_argnums=0)
 def _head_moment(spec: ModelSpec, rest: dict, x: Float[Array, "B T D"]) -> Float[Array, "D D"]:
-    return _moment(spec.bind(rest).final_norm(x))
+    return _moment(spec.bind(rest).stack.final_norm(x))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -88,8 +89,9 @@ def _through_layer(spec: ModelSpec, kind: int, rest: dict, layer: dict, x, windo
 
 
 def _block(model: GPT, kind: int, layer: dict):
-    structure = jax.tree.structure(nnx.state(model.blocks))
-    return nnx.merge(model.graphdefs[kind], jax.tree.unflatten(structure, jax.tree.leaves(layer)))
+    stack, leaves = model.stack, jax.tree.leaves(layer)
+    structure = jax.tree.structure(nnx.state(stack.blocks))
+    return nnx.merge(stack.graphdefs[kind], jax.tree.unflatten(structure, leaves))
 
 
 class _Recording:

@@ -8,12 +8,12 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxgpt.config import Config
+from jaxgpt.config.validate import only_in_xla
 from jaxgpt.data.pipeline import of_array
 from jaxgpt.metrics.progress import elapsed
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.gpt import resolve_scan
+from jaxgpt.model.spec import choose_kernel, resolve_scan
 from jaxgpt.objectives.companions import Companions
-from jaxgpt.ops.attention import choose_kernel
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.parallel.mesh import devices_along
 from jaxgpt.parallel.rules import AxisRules
@@ -43,7 +43,7 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
     model, compute = config.model, config.compute
     platform = mesh.devices.flat[0].platform
     kernel = choose_kernel(
-        compute.attention, platform, compute.dtype, model.head_dim, model.dropout
+        compute.attention, platform, compute.dtype, model.head_dim, only_in_xla(config)
     )
     if compute.remat == "offload" and platform == "cpu":
         raise BadInput(

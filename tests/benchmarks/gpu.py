@@ -64,7 +64,8 @@ def parity(timeout: float) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from jaxgpt.ops.attention import cudnn_attention, xla_attention
+    from jaxgpt.ops.attention import xla_attention
+    from jaxgpt.ops.kernels import cudnn_attention
     from jaxgpt.ops.mask import AttentionMask, Reach
 
     B, T, N, H = 2, 512, 8, 64

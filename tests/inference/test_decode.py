@@ -18,7 +18,7 @@ from jaxgpt.inference.decode import (
 )
 from jaxgpt.inference.requests import BeamSettings, Sampling
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.cache import Cache
+from jaxgpt.ops.cache import Cache
 from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, tiny_config
 from tests.model.test_gpt import VARIANTS

@@ -10,9 +10,9 @@ import pytest
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import fields_of, get_field, set_field
 from jaxgpt.model import ModelSpec, decoding
-from jaxgpt.model.cache import Cache, empty_cache, write_recent
-from jaxgpt.model.gpt import resolve_scan
+from jaxgpt.model.spec import resolve_scan
 from jaxgpt.objectives.language import token_losses
+from jaxgpt.ops.cache import Cache, empty_cache, write_recent
 from jaxgpt.ops.sparse.patterns import patterns_of
 from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.training.setup import make_training
@@ -183,7 +183,7 @@ def test_cached_extension_equals_the_whole(variant):
             x, recent = decoding.extend(
                 model, layers, tokens[:, t], positions[:, t], cache, recent, slot
             )
-            return decoding.next_logits(model, x, model.table()), recent
+            return decoding.next_logits(model, x, model.vocabulary.table()), recent
 
         cache, found, slots = (
             start(params),
@@ -254,6 +254,13 @@ GPT2_CHANGES = {
     "mup_base_width": 16,
     "dropout": 0.1,
     "attention_pattern": "strided",
+    "kind": "encoder",
+    "type_vocab_size": 2,
+    "embedding_norm": True,
+    "head_transform": True,
+    "head_bias": True,
+    "scale_attention": False,
+    "scale_logits": True,
 }
 SPARSE_CHANGES = {
     "longformer": {"sparse_block": 5, "global_tokens": 2, "dilation": 2},
@@ -276,6 +283,7 @@ MODERN_CHANGES = {
     "rope_scaling": "linear",
     "full_attention_every": 1,
 }
+ENCODER_DECODER = ("encoder_layers", "max_source_len", "relative_buckets", "relative_max_distance")
 LORA_CHANGES = {"rank": 3, "alpha": 8.0, "targets": "out", "dora": True}
 
 
@@ -368,4 +376,5 @@ def test_no_field_is_read_by_nobody(base):
     named = {f"model.{n}" for n in other} | {f"{group}.{n}" for n in rest}
     named |= {"compute.attention", "optim.decay_fraction"}
     named |= {f"model.{n}" for changes in SPARSE_CHANGES.values() for n in changes}
+    named |= {f"model.{n}" for n in ENCODER_DECODER}  # tests/model/test_encoder_decoder.py
     assert untouched <= named, f"no test perturbs {untouched - named}"

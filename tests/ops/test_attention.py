@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.ops import splash
-from jaxgpt.ops.attention import blocked_attention, choose_kernel, xla_attention
+from jaxgpt.model.spec import choose_kernel
+from jaxgpt.ops import kernels
+from jaxgpt.ops.attention import xla_attention
+from jaxgpt.ops.kernels import blocked_attention, splash_attention
 from jaxgpt.ops.mask import AttentionMask, Reach
-from jaxgpt.ops.splash import splash_attention
 from jaxgpt.system.errors import BadInput
 from tests.ops.test_ops import normal
 
@@ -90,7 +91,7 @@ KERNELS = {
     ],
 )
 def test_attention_against_float64(kernel, name, monkeypatch):
-    monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(kernels, "BLOCK", 128)
     mask, kv_heads, window = CASES[name]
     mask = mask.within(window)
     q = normal(2, mask.q_positions.shape[1], 3, 5)
@@ -158,20 +159,20 @@ def test_splash_refuses_a_prefix():
 
 
 def test_kernel_choice():
-    assert choose_kernel("auto", "cpu", "bfloat16", 64, 0.0) == "xla"
-    assert choose_kernel("auto", "gpu", "bfloat16", 64, 0.0) == "cudnn"
-    assert choose_kernel("auto", "gpu", "float32", 64, 0.0) == "xla"
-    assert choose_kernel("auto", "gpu", "bfloat16", 64, 0.1) == "xla"
-    assert choose_kernel("xla", "gpu", "bfloat16", 64, 0.0) == "xla"
-    assert choose_kernel("auto", "tpu", "float32", 80, 0.0) == "splash"
-    assert choose_kernel("auto", "tpu", "bfloat16", 64, 0.1) == "xla"
+    assert choose_kernel("auto", "cpu", "bfloat16", 64) == "xla"
+    assert choose_kernel("auto", "gpu", "bfloat16", 64) == "cudnn"
+    assert choose_kernel("auto", "gpu", "float32", 64) == "xla"
+    assert choose_kernel("auto", "gpu", "bfloat16", 64, "model.dropout=0.1") == "xla"
+    assert choose_kernel("xla", "gpu", "bfloat16", 64) == "xla"
+    assert choose_kernel("auto", "tpu", "float32", 80) == "splash"
+    assert choose_kernel("auto", "tpu", "bfloat16", 64, "model.dropout=0.1") == "xla"
     for name, args, message in (
-        ("cudnn", ("cpu", "bfloat16", 64, 0.0), "devices are cpu, not gpu"),
-        ("splash", ("gpu", "bfloat16", 64, 0.0), "devices are gpu, not tpu"),
-        ("splash", ("tpu", "bfloat16", 64, 0.1), "dropout"),
-        ("cudnn", ("gpu", "float32", 64, 0.0), "float32 is not a 16-bit float"),
-        ("cudnn", ("gpu", "bfloat16", 12, 0.0), "width 12"),
-        ("cudnn", ("gpu", "bfloat16", 64, 0.1), "dropout"),
+        ("cudnn", ("cpu", "bfloat16", 64), "devices are cpu, not gpu"),
+        ("splash", ("gpu", "bfloat16", 64), "devices are gpu, not tpu"),
+        ("splash", ("tpu", "bfloat16", 64, "model.dropout=0.1"), "dropout"),
+        ("cudnn", ("gpu", "float32", 64), "float32 is not a 16-bit float"),
+        ("cudnn", ("gpu", "bfloat16", 12), "width 12"),
+        ("cudnn", ("gpu", "bfloat16", 64, "model.dropout=0.1"), "dropout"),
     ):
         with pytest.raises(BadInput, match=message):
             choose_kernel(name, *args)

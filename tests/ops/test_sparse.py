@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.ops import splash
+from jaxgpt.ops import kernels
+from jaxgpt.ops.kernels import splash_attention
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.sparse.gathered import gathered_attention
 from jaxgpt.ops.sparse.lsh import lsh_attention, sorted_by_hash, unit_length
 from jaxgpt.ops.sparse.patterns import Column, First, Lsh, Neighbours, Pattern, Random, Row, Window
-from jaxgpt.ops.splash import splash_attention
 from jaxgpt.system.errors import BadInput
 from tests.ops.test_ops import normal
 
@@ -259,7 +259,7 @@ def test_work_and_memory_grow_with_the_length_not_with_its_square(name):
 
 def test_splash_runs_what_it_can_skip(monkeypatch):
     """In the interpreter: value and gradient against the reference, causal and not, in segments."""
-    monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(kernels, "BLOCK", 128)
     for name, causal in (("longformer", False), ("bigbird", True)):
         reach = Reach(causal, pattern=pattern(name, causal))
         mask = AttentionMask(ROWS, ROWS, SEGMENTS, SEGMENTS, reach=reach)

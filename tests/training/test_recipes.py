@@ -280,7 +280,8 @@ def changes(width: int, mup: bool) -> tuple[float, float]:
         @jax.jit
         def coordinates(params):  # before the final norm, which would hide the growth
             model = spec.bind(params)
-            stream, _ = model._run(tokens, AttentionMask(positions, positions), None)
+            x = model.stack.embed(model.vocabulary.embed(tokens), positions)
+            stream, _ = model.stack.run(x, AttentionMask(positions, positions), None, None)
             return stream, model(tokens)[..., :203]
 
         first, last = (coordinates(states[i].params) for i in (0, -1))

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
+from jaxgpt.ops.kernels import splash_attention
 from jaxgpt.ops.sparse.gathered import gathered_attention
 from jaxgpt.ops.sparse.lsh import lsh_attention
 from jaxgpt.ops.sparse.patterns import Lsh, Pattern
-from jaxgpt.ops.splash import splash_attention
 
 
 def sparse_kernel(kernel: str, pattern: Pattern | Lsh) -> Callable:

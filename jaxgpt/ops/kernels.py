@@ -1,0 +1,187 @@
+"""The kernels of attention: XLA's by blocks of queries, on TPU JAX's Pallas splash kernel, on GPU
+cuDNN's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Bool, Float
+
+from jaxgpt.ops.attention import Kernel, xla_attention
+from jaxgpt.ops.mask import AttentionMask, Reach
+from jaxgpt.system.errors import BadInput
+
+QUERIES, MAX_BLOCKS = 64, 8  # of `blocked_attention`: queries of a block at least, blocks at most
+LANES = 128  # blocks are multiples of this; shorter sequences are padded to it
+BLOCK = 512  # positions of a block, at most
+PADDING = -1  # the segment of what pads a sequence
+SAVED = "splash_saved"  # what remat saves so that the forward kernel runs once
+
+
+def blocked_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    kept: Bool[Array, "B N T S"] | None = None,
+    bias: Float[Array, "#B N T S"] | None = None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> Float[Array, "B T N H"]:
+    """`xla_attention` by blocks of queries, each with no other keys than a causal mask may show it.
+
+    Positions must grow along a row, segments or not. More blocks skip more keys, up to half of all,
+    and take longer to compile.
+    """
+    length, reach = q.shape[1], mask.reach
+    if not reach.causal or mask.prefix is not None or k.shape[1] != length:
+        return xla_attention(q, k, v, mask, kept, bias, scale=scale, dropout=dropout)
+    size = max(QUERIES, -(-length // MAX_BLOCKS))
+    outs = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        queries = slice(start, end)
+        keys = slice(max(start - reach.window + 1, 0) if reach.window else 0, end)
+        outs.append(
+            xla_attention(
+                q[:, queries],
+                k[:, keys],
+                v[:, keys],
+                mask.part(queries, keys),
+                None if kept is None else kept[:, :, queries, keys],
+                None if bias is None else bias[:, :, queries, keys],
+                scale=scale,
+                dropout=dropout,
+            )
+        )
+    return jnp.concatenate(outs, axis=1)
+
+
+def splash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Flash attention over positions 0..T-1 in order, segments or not; of keys, as many unless
+    every query sees them all.
+
+    Blocks that nobody sees are skipped. `interpret` runs the kernel on any device, slowly.
+
+    Raises:
+      BadInput: for a mask with a prefix: the kernel's masks are fixed when it is compiled.
+    """
+    if mask.prefix is not None:
+        raise BadInput("splash attention has no prefix: set compute.attention=xla")
+    length = q.shape[1]
+
+    def laid_out(a):
+        pad = ((0, 0), (0, -a.shape[1] % LANES), (0, 0), (0, 0))
+        return jnp.pad(a, pad).transpose(0, 2, 1, 3)
+
+    arrays = [laid_out(q * scale), laid_out(k), laid_out(v)]
+    segments = (mask.q_segments, mask.kv_segments)
+    # Without segments a query that sees later keys would see the padding
+    if segments[0] is None and k.shape[1] % LANES and not mask.reach.causal:
+        segments = (jnp.zeros_like(mask.q_positions), jnp.zeros_like(mask.kv_positions))
+    if segments[0] is not None:
+        pads = (((0, 0), (0, -a.shape[1] % LANES)) for a in segments)
+        padded = (
+            jnp.pad(a, pad, constant_values=PADDING) for a, pad in zip(segments, pads, strict=True)
+        )
+        arrays.append(kernels.SegmentIds(*padded))
+    shape = arrays[0].shape[2], arrays[1].shape[2]
+    out = jax.vmap(_kernel(shape, q.shape[2], mask.reach, interpret))(*arrays)
+    return out.transpose(0, 2, 1, 3)[:, :length]
+
+
+def _kernel(shape: tuple[int, int], heads: int, reach: Reach, interpret: bool):
+    block_q, block_kv = (
+        next(b for b in range(min(BLOCK, length), 0, -LANES) if length % b == 0) for length in shape
+    )
+    sizes = kernels.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
+    return kernels.make_splash_mha(
+        _mask(shape, heads, reach),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+
+
+class PatternMask(masks._ComputableMask):
+    """The mask of a pattern (`ops.sparse`), computed in the kernel; nothing of it is stored."""
+
+    def __init__(self, shape: tuple[int, int], reach: Reach):
+        def visible(q, k):
+            seen = reach.pattern.visible(q, k)
+            return seen & (k <= q) if reach.causal else seen
+
+        super().__init__(shape, visible)
+        self.reach = reach
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, PatternMask) and (self.shape, self.reach) == (
+            other.shape,
+            other.reach,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.reach))
+
+
+@functools.lru_cache
+def _mask(shape: tuple[int, int], heads: int, reach: Reach) -> masks.MultiHeadMask:
+    back = reach.window - 1
+    if reach.pattern:
+        mask = PatternMask(shape, reach)
+    elif reach.window:
+        mask = masks.LocalMask(shape, (back, 0 if reach.causal else back), 0)
+    else:
+        mask = masks.CausalMask(shape) if reach.causal else masks.FullMask(shape)
+    return masks.MultiHeadMask([mask] * heads)
+
+
+def cudnn_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    *,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Flash attention by cuDNN: 16-bit floats; without segments, positions 0..T-1 in order.
+
+    What cuDNN cannot express (segments, a prefix, a window on both sides) goes in as a mask
+    [B, 1, T, S], one bit a pair, which it reads as a bias.
+    """
+    attend = functools.partial(
+        jax.nn.dot_product_attention, q, k, v, scale=scale, implementation="cudnn"
+    )
+    causal, window = mask.reach.causal, mask.reach.window
+    if mask.q_segments is not None or mask.prefix is not None or (window and not causal):
+        return attend(mask=mask.visible()[:, None])
+    return attend(is_causal=causal, local_window_size=(window - 1, 0) if window else None)
+
+
+KERNELS: dict[str, Kernel] = {
+    "xla": blocked_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}
