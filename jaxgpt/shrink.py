@@ -16,7 +16,8 @@ training text; prune and svd with --calibration=0 look at the weights alone. Tra
 
 int8 has a scale for each output of a projection, int4 and nf4 for each --group of its inputs.
 Embeddings and head are quantised too, unless --keep=head. Rounding is calibrated (GPTQ) on
---calibration windows of the run's training text; 0 rounds each weight to the nearest.
+--calibration windows of the run's training text; 0 rounds each weight to the nearest. A run that
+was trained with compute.fake_quantise is by default rounded as it was trained: to the nearest.
 
 Methods compose in this order: layers and heads, prune, svd, then one of int8, int4, nf4; between
 them the model may be trained. B/shrink.html shows size, bits per byte and speed (unless --nospeed)
@@ -45,9 +46,9 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("out", "", "the new workdir", flag_values=values)
     flags.DEFINE_string("method", "", "see above", flag_values=values)
     flags.DEFINE_integer("group", None, "inputs a scale: 0 (all), 32, 64, 128", flag_values=values)
-    flags.DEFINE_string("keep", "", "what stays float, for example head", flag_values=values)
+    flags.DEFINE_string("keep", None, "what stays float, for example head", flag_values=values)
     flags.DEFINE_string("targets", "", "what svd factorises; default: all", flag_values=values)
-    flags.DEFINE_integer("calibration", 32, "windows of text; 0 = none", flag_values=values)
+    flags.DEFINE_integer("calibration", None, "windows: 32; 0 = none", flag_values=values)
     flags.DEFINE_string("data", "", "text for a run without its own", flag_values=values)
     flags.DEFINE_list("beside", [], "workdirs whose rows the table shows", flag_values=values)
     flags.DEFINE_bool("speed", True, "measure tokens per second", flag_values=values)
@@ -62,11 +63,10 @@ def main(argv: list[str]) -> None:
         if not (epath.Path(folder) / "shrink.json").exists():
             raise BadInput(f"--beside={folder} holds no shrink.json: it is not what shrink wrote")
     method = parse_method(values.method)
-    options = parse_options(
-        method[0], *(values.group, values.keep, values.calibration, values.data, values.targets)
-    )
-    done = read_config(epath.Path(values.workdir)).shrink.done
-    check_order(done, method[0], values.workdir)
+    config = read_config(epath.Path(values.workdir))
+    given = values.group, values.keep, values.calibration, values.data, values.targets
+    options = parse_options(config, method[0], *given)
+    check_order(config.shrink.done, method[0], values.workdir)
     # JAX is imported only now, so that wrong flags are reported at once
     from jaxgpt.jobs.shrink import Table, shrink
 

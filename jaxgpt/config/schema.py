@@ -115,6 +115,9 @@ class ComputeConfig:
     remat: str = may_change(choice("none", "dots", "full", "offload"))
     # One compiled layer in a loop, or each its own; auto: by platform and depth
     scan_layers: str = may_change(choice("auto", "true", "false"))
+    # Train weights that are read rounded to few bits, as `shrink` will store them (`shrink.keep`
+    # stays float; int4 in groups of `shrink.group`, 0: of 32)
+    fake_quantise: str = choice("none", "int8", "int4")
 
 
 @dataclasses.dataclass

@@ -367,6 +367,14 @@ def _check_shrink(config: Config) -> None:
             f"shrink.weights={weights!r}: such weights are not trained, only LoRA's additions to"
             " them (lora.rank); `python -m jaxgpt.shrink` makes them of a trained model"
         )
+    if (fake := config.compute.fake_quantise) != "none" and (
+        weights != "float" or config.lora.rank
+    ):
+        field = "lora.rank" if config.lora.rank else "shrink.weights"
+        raise BadInput(
+            f"compute.fake_quantise={fake!r} with {field}={get_field(config, field)!r}: it rounds"
+            " weights that are floats and all trained; leave one of them out"
+        )
     for field, value in (
         ("lora.dora", config.lora.dora),
         ("optim.ema_decay", config.optim.ema_decay),

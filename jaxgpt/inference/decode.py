@@ -21,6 +21,7 @@ from jaxgpt.inference.samplers import BatchSampling, next_token
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.gpt import layer_windows
 from jaxgpt.ops.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
+from jaxgpt.parameters.weights import as_read
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 
@@ -77,7 +78,9 @@ class Decoder:
     def of(cls, spec: ModelSpec, params: dict, vocab_limit: int) -> "Decoder":
         """Returns the decoder of a model with its training `params`. It samples only ids below
         `vocab_limit`, the tokenizer's size: the model's vocabulary may be larger."""
-        return cls(spec.for_decoding(), _decoding_params(spec.for_decoding(), params), vocab_limit)
+        params = _decoding_params(spec.for_decoding(), params)
+        config, _ = as_read(spec.config, {}, "float32")
+        return cls(dataclasses.replace(spec.for_decoding(), config=config), params, vocab_limit)
 
     def prefill(
         self,
@@ -213,8 +216,10 @@ def decode_chunks(
 
 @partial(jax.jit, static_argnums=0)
 def _decoding_params(spec: ModelSpec, params: dict) -> dict:
-    """Returns the parameters with the layers unstacked and the kernels in the compute dtype."""
+    """Returns the parameters with the layers unstacked and the kernels in the compute dtype, and
+    rounded where they were trained so."""
     dtype = jnp.dtype(spec.config.compute.dtype)
+    _, params = as_read(spec.config, params, spec.config.compute.dtype)
 
     def cast(path, p):
         return p.astype(dtype) if path[-1].key == "kernel" else p

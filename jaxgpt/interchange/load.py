@@ -59,7 +59,7 @@ def load_weights(
 def as_floats(config: Config, params: dict, ranks: str = "") -> tuple[Config, dict]:
     """Returns the same model without LoRA and without small storage: its config, and its parameters
     on the host, with additions merged and every matrix as floats of its own shape, or as two
-    factors where `ranks` has them."""
+    factors where `ranks` has them. `compute.fake_quantise` stays, and its weights unrounded."""
     ranks = ranks if ranks == config.shrink.ranks else ""
     bare = dataclasses.replace(config, lora=LoraConfig(), shrink=ShrinkConfig(ranks=ranks))
     wanted = jax.eval_shape(ModelSpec(bare, "xla").init, jax.random.key(0))

@@ -24,6 +24,7 @@ from jaxgpt.interchange.weights import read_params, write_params
 from jaxgpt.model import ModelSpec
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.parameters.flops import count_parameters
+from jaxgpt.parameters.weights import as_read
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import whole_folder
@@ -75,7 +76,8 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
     family = family_of(cfg)
     with whole_folder(target, "--to") as scratch:
         with jax.set_mesh(trained.mesh):
-            bare, params = as_floats(trained.config, trained.params())
+            config, params = as_read(trained.config, trained.params(), "float32")
+            bare, params = as_floats(config, params)
             write_params(scratch / "model.safetensors", family, params, cfg, dtype)
         end = trained.tokenizer.end_of_text
         ids = {"bos_token_id": end, "eos_token_id": end}

@@ -29,6 +29,8 @@ NF4 = np.array(
 # What each code stands for, in scales; the largest weight of a group is the last
 LEVELS = {"int4": np.arange(-8, 8, dtype=np.float32), "nf4": NF4}
 LARGEST = {"int8": 127, "int4": 7, "nf4": 1}
+# Where the levels are whole numbers: the lowest, the highest and the code of 0
+WHOLE = {"int8": (-127, 127, 0), "int4": (-8, 7, 8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Format:
     def scales_of(self, w: np.ndarray, axis: int) -> np.ndarray:
         """Returns the smallest scales at which no weight is clipped, as they are stored."""
         largest = np.max(np.abs(self._groups(_last(w, axis))), axis=-1)
-        wanted = largest / np.float32(LARGEST[self.kind])
+        # a product, as XLA makes one of a division by a constant (`parameters.fake`)
+        wanted = largest * np.float32(1 / LARGEST[self.kind])
         scales = wanted.astype(self.scale_dtype)
         above = np.nextafter(scales, np.array(np.inf, scales.dtype))
         scales = np.where(scales.astype(np.float32) < wanted, above, scales)
@@ -86,9 +89,10 @@ class Format:
         """Returns the nearest codes and what they stand for, of weights and the scale of each."""
         scales = np.asarray(scales, np.float32)
         ratio = w / np.where(scales == 0, 1, scales)
-        if self.kind == "int8":
-            codes = np.clip(np.rint(ratio), -127, 127).astype(np.int8)
-            return codes, codes * scales
+        if self.kind in WHOLE:
+            low, high, zero = WHOLE[self.kind]
+            whole = np.clip(np.rint(ratio), low, high)
+            return (whole + zero).astype(self.dtype), whole * scales
         levels = LEVELS[self.kind]
         codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, ratio).astype(np.uint8)
         return codes, levels[codes] * scales

@@ -18,15 +18,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config, ShrinkConfig
-from jaxgpt.config.validate import parse_ranks
+from jaxgpt.config.validate import LORA_TARGETS, parse_ranks
 from jaxgpt.ops.cross_entropy import FLOATS, Reader
 from jaxgpt.ops.matmul import PLAIN
 from jaxgpt.parallel.fsdp import flat, product
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight, without_fsdp
 from jaxgpt.parameters import few_rows
+from jaxgpt.parameters.fake import FakeKernel, FakeTable, read, read_kernel
 from jaxgpt.parameters.quantised import Format
 
 POSITIONS_FORMAT = Format("int8")  # a small table; in four bits it would cost more than it saves
+DEFAULT_GROUP = {"int8": 0, "int4": 32, "nf4": 32}  # inputs that share a scale
+STORED = (*LORA_TARGETS, "head", "positions")  # the matrices that may be in few bits
 
 
 def normal(rngs: nnx.Rngs, shape: Sequence, spec: P, dtype, std: float) -> nnx.Param:
@@ -182,8 +185,8 @@ class LowRankKernel:
     """A projection's kernel as the product of two of rank R, which are smaller than it."""
 
     rank: int
-    first: FloatKernel | QuantisedKernel  # of [inputs, R]
-    second: FloatKernel | QuantisedKernel  # of [R, outputs]
+    first: FloatKernel | FakeKernel | QuantisedKernel  # of [inputs, R]
+    second: FloatKernel | FakeKernel | QuantisedKernel  # of [R, outputs]
 
     def make(self, rngs: nnx.Rngs, std: float) -> Factors:
         """Returns two factors drawn such that their product has weights of this std."""
@@ -208,23 +211,36 @@ class LowRankKernel:
 
 def kernel_storage(config: Config, name: str, shape: Shape):
     """Returns how the projection `name` stores its kernel: a `LowRankKernel` of two or, of one
-    piece, a `FloatKernel` or a `QuantisedKernel`."""
+    piece, a `FloatKernel`, a `FakeKernel` or a `QuantisedKernel`."""
     if rank := parse_ranks(config.shrink.ranks).get(name, 0):
         return LowRankKernel(rank, *(_of_one(config, name, part) for part in shape.factors(rank)))
     return _of_one(config, name, shape)
 
 
-def _of_one(config: Config, name: str, shape: Shape) -> FloatKernel | QuantisedKernel:
-    fmt = format_of(config.shrink, name)
-    return QuantisedKernel(shape, fmt) if fmt else FloatKernel(shape, config.compute.param_dtype)
+def _of_one(config: Config, name: str, shape: Shape) -> FloatKernel | FakeKernel | QuantisedKernel:
+    if fmt := format_of(config.shrink, name):
+        return QuantisedKernel(shape, fmt)
+    floats = FloatKernel(shape, config.compute.param_dtype)
+    fmt = fake_format_of(config, name)
+    return FakeKernel(floats, fmt, config.compute.dtype) if fmt else floats
 
 
 def format_of(cfg: ShrinkConfig, name: str) -> Format | None:
     """Returns how the matrix `name` is stored, None for floats: a projection by its name, "head"
     (the token embeddings too) or "positions"."""
-    if cfg.weights == "float" or name in cfg.keep.split(","):
+    if cfg.weights == "float" or name in cfg.keep.split(",") or name not in STORED:
         return None
     return POSITIONS_FORMAT if name == "positions" else Format(cfg.weights, cfg.group)
+
+
+def fake_format_of(config: Config, name: str) -> Format | None:
+    """Returns what the matrix `name` is rounded to while it is trained, None where it is not: see
+    `parameters.fake`."""
+    kind, cfg = config.compute.fake_quantise, config.shrink
+    if kind == "none":
+        return None
+    group = cfg.group or DEFAULT_GROUP[kind]
+    return format_of(dataclasses.replace(cfg, weights=kind, group=group), name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,13 +358,40 @@ def _no_gradient(grad, torus) -> None:
 
 def table_storage(
     config: Config, name: str, shape: tuple, axis: int = -1
-) -> FloatTable | QuantisedTable:
+) -> FloatTable | FakeTable | QuantisedTable:
     """Returns how the table `name`, "head" or "positions", is stored; `axis`, see
     `QuantisedTable`."""
-    fmt = format_of(config.shrink, name)
-    if fmt:
+    if fmt := format_of(config.shrink, name):
         return QuantisedTable(shape, fmt, axis)
-    return FloatTable(shape, config.compute.param_dtype)
+    floats, fmt = FloatTable(shape, config.compute.param_dtype), fake_format_of(config, name)
+    return FakeTable(floats, fmt, config.compute.dtype) if fmt else floats
+
+
+def as_read(config: Config, params: dict, dtype: str) -> tuple[Config, dict]:
+    """Returns the same model without `compute.fake_quantise`: its config, and its parameters
+    rounded, in `dtype`."""
+    if config.compute.fake_quantise == "none":
+        return config, params
+
+    def convert(node: dict, owner: str) -> dict:
+        return {
+            name: convert(child, owner if name == "kernel" else name)
+            if isinstance(child, dict)
+            else read_one(name, child, owner)
+            for name, child in node.items()
+        }
+
+    def read_one(name: str, array: jax.Array, owner: str):
+        fmt = fake_format_of(config, owner)
+        if not fmt or name not in ("kernel", "factor_in", "factor_out", "tokens", "head"):
+            return array
+        if owner in ("head", "positions"):
+            return read(fmt, array, -1, dtype)
+        inputs = 2 if owner == "out" and name != "factor_out" else 1
+        return jax.vmap(lambda kernel: read_kernel(fmt, kernel, inputs, dtype))(array)
+
+    bare = dataclasses.replace(config.compute, fake_quantise="none")
+    return dataclasses.replace(config, compute=bare), convert(params, "head")
 
 
 def dense(params: dict, cfg: ShrinkConfig, wanted: dict) -> dict:

@@ -1,5 +1,6 @@
 """Weight-only quantisation: every matrix in 8 or 4 bits (see `parameters.quantised`)."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -22,6 +23,8 @@ def quantise(kind: str, source: Source, argument: None, options: Options) -> tup
     on windows of training text (see `gptq`), or, for none, to the nearest."""
     fields = dict(weights=kind, group=options.group, keep=options.keep)
     config = with_shrink(source.config, kind, **fields)
+    compute = dataclasses.replace(config.compute, fake_quantise="none")
+    config = dataclasses.replace(config, compute=compute)
     if not options.calibration:
         return config, nearest(source.params, config.shrink, "head")
     return config, _calibrated(source, config.shrink, options.calibration)

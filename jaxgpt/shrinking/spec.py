@@ -8,11 +8,13 @@ done.
 import dataclasses
 from typing import NamedTuple
 
+from jaxgpt.config import Config
 from jaxgpt.config.fields import Range
 from jaxgpt.config.validate import LORA_TARGETS
 from jaxgpt.system.errors import BadInput, did_you_mean
 
 GROUPS = (0, 32, 64, 128)
+WINDOWS = 32  # of calibration
 KEEP = (*LORA_TARGETS, "head", "positions")
 
 
@@ -89,11 +91,23 @@ def check_order(done: str, name: str, workdir: str) -> None:
 
 
 def parse_options(
-    name: str, group: int | None, keep: str, calibration: int, data: str, targets: str
+    config: Config,
+    name: str,
+    group: int | None,
+    keep: str | None,
+    calibration: int | None,
+    data: str,
+    targets: str,
 ) -> Options:
-    """Returns the checked flags of the method `name`. Raises `BadInput`."""
+    """Returns the checked flags of the method `name` for a run of this config: what was trained to
+    be rounded (`compute.fake_quantise`) is by default rounded so. Raises `BadInput`."""
+    was_rounded = config.compute.fake_quantise == name
     if group is None:
-        group = 0 if name == "int8" else 32
+        group = was_rounded and config.shrink.group or (0 if name == "int8" else 32)
+    if keep is None:
+        keep = config.shrink.keep if was_rounded else ""
+    if calibration is None:
+        calibration = 0 if was_rounded else WINDOWS
     if group not in GROUPS:
         raise BadInput(f"--group={group} must be one of {', '.join(map(str, GROUPS))}")
     if unknown := set(filter(None, keep.split(","))) - set(KEEP):
