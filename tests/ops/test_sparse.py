@@ -10,12 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.ops import kernels
+from jaxgpt.ops.attention import sharded
 from jaxgpt.ops.kernels import splash_attention
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.sparse.gathered import gathered_attention
 from jaxgpt.ops.sparse.lsh import lsh_attention, sorted_by_hash, unit_length
-from jaxgpt.ops.sparse.patterns import Column, First, Lsh, Neighbours, Pattern, Random, Row, Window
+from jaxgpt.ops.sparse.patterns import (
+    Column,
+    First,
+    Lsh,
+    Neighbours,
+    Pattern,
+    Random,
+    Row,
+    Window,
+    keys_seen,
+)
+from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.system.errors import BadInput
+from tests.conftest import mesh_of, tiny_config
 from tests.ops.test_ops import normal
 
 LENGTH = 77  # a multiple of no block
@@ -276,3 +289,33 @@ def test_prefixes_are_refused():
         mask = AttentionMask(ROWS, ROWS, prefix=prefix, reach=Reach(pattern=chosen))
         with pytest.raises(BadInput, match="prefix"):
             attend(q, q, q, mask, scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["bigbird", "lsh"])
+def test_sharded_equals_unsharded(name):
+    """Over sequences and heads, value and gradient: hashing too is each head's own."""
+    chosen = Lsh(8, 2) if name == "lsh" else pattern(name, True)
+    attend = lsh_attention if name == "lsh" else gathered_attention
+    rows = np.tile(np.arange(LENGTH), (8, 1))
+    mask = jax.tree.map(jnp.asarray, AttentionMask(rows, rows, reach=Reach(pattern=chosen)))
+    arrays = [jnp.asarray(normal(8, LENGTH, 2, 8, seed=s), jnp.float32) for s in range(3)]
+
+    def outcome(run, arrays):
+        loss = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(run(*a) ** 2), argnums=(0, 1, 2)))
+        return loss(*arrays)
+
+    whole = outcome(lambda *a: attend(*a, mask, scale=0.3), arrays)
+    rules = AxisRules()
+    with jax.set_mesh(mesh_of(tiny_config((2, 2, 2)))):
+        spread = jax.device_put(arrays, rules("batch", None, "heads", None))
+        at = jax.tree.map(lambda a: jax.device_put(a, rules("batch", None)), mask)
+        split = sharded(attend, rules, scale=0.3)
+        found = outcome(lambda *a: split(*a, at), spread)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, whole)
+
+
+def test_how_many_keys_are_seen():
+    for name in NAMES:
+        for causal in (True, False):
+            seen = keys_seen(pattern(name, causal), LENGTH, causal)
+            assert abs(seen - pairs(name, causal).sum() / LENGTH) < 1e-4

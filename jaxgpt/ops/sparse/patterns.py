@@ -17,6 +17,7 @@ examples are not.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,6 +27,7 @@ import numpy as np
 from jaxgpt.config import ModelConfig
 
 MOST, LEAST = 128, 16  # positions of a block of a window
+ROWS = 512  # queries that `keys_seen` looks at
 
 
 class Layout(NamedTuple):
@@ -195,6 +197,18 @@ class Lsh:
     def visible(self, q, k):
         """Says which keys hashing chooses from: those that decoding, which does not hash, reads."""
         return (q != k) | (q == 0)
+
+
+@functools.lru_cache
+def keys_seen(pattern: Pattern | Lsh, length: int, causal: bool) -> float:
+    """Returns how many keys a query sees on average over `length` positions, of `ROWS` of them
+    where there are more; hashing, as many as it reads."""
+    if isinstance(pattern, Lsh):
+        return min(2 * pattern.chunk * pattern.rounds, length)
+    q = np.unique(np.linspace(0, length - 1, ROWS).astype(np.int32))[:, None]
+    k = np.arange(length, dtype=np.int32)[None]
+    seen = pattern.visible(q, k)
+    return float((seen & (k <= q) if causal else seen).mean() * length)
 
 
 def _global(count: int, causal: bool) -> tuple[tuple[Part, ...], int]:
