@@ -1,5 +1,7 @@
 """Checks of sparse attention, across fields."""
 
+import math
+
 from jaxgpt.config.schema import SPARSE, Config, ModelConfig
 from jaxgpt.system.errors import BadInput
 
@@ -38,15 +40,14 @@ def _check_sizes(model: ModelConfig) -> None:
     ):
         if value > most:
             raise BadInput(f"model.{field}={value} is more than {what}")
-    if kind == "axial" and length % block:
+    sources = model.max_source_len or length  # what an encoder-decoder's encoder reads
+    if kind == "axial" and (length % block or sources % block):
+        name, whole = ("max_seq_len", length) if length % block else ("max_source_len", sources)
+        fits = next(d for d in range(block, 0, -1) if math.gcd(length, sources) % d == 0)
         raise BadInput(
             f"model.attention_pattern=axial: rows of model.sparse_block={block} do not divide"
-            f" model.max_seq_len={length}; choose {_nearest_divisor(length, block)}"
+            f" model.{name}={whole}; choose {fits}"
         )
-
-
-def _nearest_divisor(length: int, wanted: int) -> int:
-    return min((d for d in range(1, wanted + 1) if length % d == 0), key=lambda d: wanted - d)
 
 
 def _of_model(config: Config, model: ModelConfig) -> str:

@@ -23,6 +23,7 @@ from jaxgpt.interchange.init_from import check_model, check_source
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.metrics.trackers import Trackers, open_trackers
+from jaxgpt.ops.sparse.kernels import kernel_name
 from jaxgpt.optim.groups import split, trainable
 from jaxgpt.optim.schedules import warmup_steps
 from jaxgpt.parallel.mesh import AXES, make_mesh
@@ -330,10 +331,7 @@ def describe(training: Training, data: Data, workdir: epath.Path) -> None:
     epochs = config.num_steps * config.batch_size / chunks_of(config, data)
     kind = devices.flat[0].device_kind
     shape = " x ".join(f"{axis} {training.mesh.shape[axis]}" for axis in AXES)
-    kernel = training.spec.kernel
-    attention = (
-        kernel if model.attention_pattern == "full" else f"{model.attention_pattern} ({kernel})"
-    )
+    attention = kernel_name(model, training.spec.kernel)
     say(
         f"devices   {devices.size} x {kind}, {jax.process_count()} process(es), mesh {shape},"
         f" jax {jax.__version__}\n"

@@ -12,7 +12,7 @@ from jaxgpt.ops.attention import default_scale, sharded
 from jaxgpt.ops.kernels import KERNELS
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.ops.rope import rope_frequencies, rotate
-from jaxgpt.ops.sparse.kernels import sparse_kernel
+from jaxgpt.ops.sparse.kernels import SPARSE_KERNELS, sparse_kernel
 from jaxgpt.ops.sparse.lsh import unit_length
 from jaxgpt.ops.sparse.patterns import patterns_of
 from jaxgpt.parallel.rules import AxisRules
@@ -32,7 +32,7 @@ class Attention(nnx.Module):
         self.window, self.scale = window, default_scale(cfg)
         self.patterns = patterns_of(cfg)
         either = self.patterns[0]
-        attend = KERNELS[kernel] if either is None else sparse_kernel(kernel, either)
+        attend = SPARSE_KERNELS[sparse_kernel(kernel, either)] if either else KERNELS[kernel]
         self.attend = sharded(attend, rules, scale=self.scale)
         self.attend_dropping = sharded(KERNELS["xla"], rules, scale=self.scale, dropout=cfg.dropout)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)

@@ -16,6 +16,7 @@ from jaxgpt.system.errors import BadInput
 QUERIES, MAX_BLOCKS = 64, 8  # of `blocked_attention`: queries of a block at least, blocks at most
 LANES = 128  # blocks are multiples of this; shorter sequences are padded to it
 BLOCK = 512  # positions of a block, at most
+LEAST = 256  # of a pattern of smaller blocks: more of them would be skipped, each run less well
 PADDING = -1  # the segment of what pads a sequence
 SAVED = "splash_saved"  # what remat saves so that the forward kernel runs once
 
@@ -102,8 +103,9 @@ def splash_attention(
 
 
 def _kernel(shape: tuple[int, int], heads: int, reach: Reach, interpret: bool):
+    most = min(BLOCK, max(reach.pattern.grain, LEAST)) if reach.pattern else BLOCK
     block_q, block_kv = (
-        next(b for b in range(min(BLOCK, length), 0, -LANES) if length % b == 0) for length in shape
+        next(b for b in range(min(most, length), 0, -LANES) if length % b == 0) for length in shape
     )
     sizes = kernels.BlockSizes(
         block_q=block_q,
@@ -168,14 +170,15 @@ def cudnn_attention(
 ) -> Float[Array, "B T N H"]:
     """Flash attention by cuDNN: 16-bit floats; without segments, positions 0..T-1 in order.
 
-    What cuDNN cannot express (segments, a prefix, a window on both sides) goes in as a mask
-    [B, 1, T, S], one bit a pair, which it reads as a bias.
+    What cuDNN cannot express (segments, a prefix, a pattern, a window on both sides) goes in as a
+    mask [B, 1, T, S], one bit a pair, which it reads as a bias.
     """
     attend = functools.partial(
         jax.nn.dot_product_attention, q, k, v, scale=scale, implementation="cudnn"
     )
     causal, window = mask.reach.causal, mask.reach.window
-    if mask.q_segments is not None or mask.prefix is not None or (window and not causal):
+    parts = (mask.q_segments, mask.prefix, mask.reach.pattern)
+    if any(part is not None for part in parts) or (window and not causal):
         return attend(mask=mask.visible()[:, None])
     return attend(is_causal=causal, local_window_size=(window - 1, 0) if window else None)
 

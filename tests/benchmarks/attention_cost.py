@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.ops.attention import blocked_attention
+from jaxgpt.ops.kernels import KERNELS
 from jaxgpt.ops.mask import AttentionMask, Reach
-from jaxgpt.ops.sparse.kernels import sparse_kernel
+from jaxgpt.ops.sparse.kernels import SPARSE_KERNELS, sparse_kernel
 from jaxgpt.ops.sparse.lsh import unit_length
 from jaxgpt.ops.sparse.patterns import patterns_of
 
@@ -40,7 +40,7 @@ WIDTH, HEIGHT, MARGIN = 380, 260, 60
 def compiled(kind: str, length: int):
     """Returns the compiled value and gradient of one pattern's attention."""
     pattern = patterns_of(ModelConfig(max_seq_len=length, **KINDS[kind]))[True]
-    attend = sparse_kernel("xla", pattern) if pattern else blocked_attention
+    attend = SPARSE_KERNELS[sparse_kernel("xla", pattern)] if pattern else KERNELS["xla"]
 
     def total(q, k, v):
         at = jnp.arange(length)[None]

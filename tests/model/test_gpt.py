@@ -155,6 +155,25 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_pattern_reaches_as_far_as_it_says(kind):
+    """Two layers with a window of 3: position 10 depends on 6 to 10, in an encoder to 14."""
+    config = tiny_config(
+        kind=kind, attention_pattern="longformer", sparse_block=3, global_tokens=0, position="rope"
+    )
+    with jax.set_mesh(mesh_of(config)):
+        spec, params = build(config)
+        tokens = tokens_of(config)[:1]
+        state = jax.jit(lambda tokens: spec.bind(params).hidden(tokens)[0][0, 10])
+        before = state(tokens)
+        reached = [
+            at
+            for at in range(24)
+            if np.any(state(tokens.at[0, at].set(tokens[0, at] ^ 1)) != before)
+        ]
+    assert reached == list(range(6, 11 if kind == "decoder" else 15))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_extension_equals_the_whole(variant):
     """A start of 7 tokens, then one at a time, written into the cache after every fifth."""

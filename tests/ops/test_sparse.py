@@ -282,6 +282,17 @@ def test_splash_runs_what_it_can_skip(monkeypatch):
         assert_equal(attend, arrays, seen, mask)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+def test_splash_skips_the_blocks_that_nobody_sees(causal):
+    """Of 32 x 32 blocks those run that hold a pair which is seen: 2 (3) a row, and a column (and a
+    row) of global tokens."""
+    chosen = Pattern((Window(257), First(1)), 0 if causal else 1)
+    info = kernels._kernel((8192, 8192), 1, Reach(causal, pattern=chosen), False).fwd_mask_info
+    run = int((np.asarray(info.block_mask) > 0).sum())
+    assert run == (32 + 31 + 30 if causal else 32 + 31 * 2 + 30 * 2)
+    assert info.block_mask.shape[-1] == (3 if causal else 32), "of a row; the grid shrinks to it"
+
+
 def test_prefixes_are_refused():
     q = jnp.zeros((2, LENGTH, 1, 8))
     for attend, chosen in ((gathered_attention, SPARSE["window"]), (lsh_attention, Lsh(8, 1))):

@@ -112,7 +112,7 @@ def schema_of(fields: dict[str, str]) -> dict:
 
 
 COMMON = dict(norm_position=("pre",), window=(0,), logit_softcap=(0.0,), mup_base_width=(0,))
-COMMON |= dict(scale_embeddings=(False,))
+COMMON |= dict(scale_embeddings=(False,), attention_pattern=("full",))
 
 
 def require(hf: dict, fixed: dict) -> None:

@@ -181,6 +181,12 @@ class Pattern:
         return seen
 
     @property
+    def grain(self) -> int:
+        """How many neighbours are seen together, or not, rounded down to TPU's 128 lanes."""
+        sizes = (getattr(p, "block", 0) or getattr(p, "size", 0) for p in self.parts)
+        return max(min(size for size in sizes if size) // 128 * 128, 128)
+
+    @property
     def in_blocks(self) -> bool:
         """Whether what is not seen are whole blocks of neighbours, which splash can skip."""
         return not any(isinstance(p, Column) or getattr(p, "dilation", 1) > 1 for p in self.parts)
