@@ -15,6 +15,10 @@ log-probability / (number of tokens) ** P.
 --suffix=TEXT asks for the text between the prompt and it, of a model trained with
 objective=fill_in_the_middle.
 
+An encoder fills in the prompt's masks: --prompt='The capital of [MASK] is Paris.' prints the
+--top_k likeliest tokens, each with a tab and its probability, for every mask (separated by a line
+`---`). An encoder-decoder reads the prompt as its source and prints the target alone.
+
 --chat takes each prompt as a user's message, puts it into the template that the run was trained
 with, and prints the reply alone. A row may then have `messages` in place of a prompt.
 """
@@ -22,10 +26,12 @@ with, and prints the reply alone. A row may then have `messages` in place of a p
 import dataclasses
 
 from absl import flags
+from etils import epath
 
 from jaxgpt.checkpointing.choice import check_run, define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
+from jaxgpt.config.stored import read_config
 from jaxgpt.inference.chat import Chat, open_chat
 from jaxgpt.inference.requests import (
     MAX_UINT32,
@@ -43,6 +49,15 @@ from jaxgpt.text.files import list_files
 from jaxgpt.text.formats import json_rows
 
 MAX_LENGTH_PENALTY = 10
+DOES = {
+    "encoder": "fills in the masks of a prompt",
+    "encoder_decoder": "writes the target of a prompt",
+}
+USELESS = {  # flags, by the kind of the model
+    "decoder": (),
+    "encoder": ("interactive", "chat", "stream", "suffix", "stop", "num_beams"),
+    "encoder_decoder": ("chat", "suffix"),
+}
 MAX_SAMPLES = 1024  # of one prompt, which are generated in one batch
 
 
@@ -84,6 +99,7 @@ def main(argv: list[str]) -> None:
     if chat and values.prompt:
         request = chat.ask(request)
     check_run(values.workdir, values.step)
+    check_kind(read_config(epath.Path(values.workdir)).model.kind, values)
     # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.jobs.sample import sample
 
@@ -140,6 +156,17 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
         stop=tuple(values.stop),
         suffix=values.suffix,
     )
+
+
+def check_kind(kind: str, values: flags.FlagValues) -> None:
+    """Raises `BadInput` for a flag that a model of this kind has no use for."""
+    given = [name for name in USELESS[kind] if values[name].value]
+    given += ["beyond_context"] * (kind in DOES and values.beyond_context == SLIDE)
+    for name in given:
+        raise BadInput(
+            f"--{name} is of no use here: the model is an {kind.replace('_', '-')}, which"
+            f" {DOES[kind]}"
+        )
 
 
 def read_rows(

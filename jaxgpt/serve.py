@@ -18,6 +18,7 @@ from etils import epath
 from jaxgpt.checkpointing.choice import check_run, define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
+from jaxgpt.config.stored import read_config
 from jaxgpt.processes import signals
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
@@ -51,6 +52,12 @@ def main(argv: list[str]) -> None:
     for module in ("uvicorn", "starlette"):
         require(module, "serve", "jaxgpt.serve")
     check_run(values.workdir, values.step)
+    kind = read_config(epath.Path(values.workdir)).model.kind
+    if kind != "decoder":
+        raise BadInput(
+            f"the server continues texts, but this model is an {kind.replace('_', '-')}: use"
+            f" python -m jaxgpt.sample --workdir={values.workdir}"
+        )
     # JAX is imported from here on: what is wrong with the flags is said at once
     from jaxgpt.serving.guard import Guard
 

@@ -50,9 +50,22 @@ def beam_search(
     copies = settings.num_beams
     keys = sample_keys([(0, 0)] * copies)
     state = decoder.prefill([prompt] * copies, [Sampling(0.0)] * copies, keys, new)
-    static = decoder.spec, copies, bucket_size(new, CHUNK), decoder.vocab_limit
-    beams = _search(*static, decoder.params, state, SearchLimits.of(settings, new, end))
-    return hypotheses(beams, end)[0]
+    return search_texts(decoder, state, new, settings, end)[0]
+
+
+def search_texts(
+    decoder: Decoder,
+    state: DecodeState,
+    new: int,
+    settings: BeamSettings,
+    end: int,
+    counted: int = 0,
+) -> list[list[Hypothesis]]:
+    """Returns the best texts of at most `new` tokens behind each state, of which there are as many
+    copies as beams. `counted` tokens in front of each text count for its length."""
+    static = decoder.spec, settings.num_beams, bucket_size(new, CHUNK), decoder.vocab_limit
+    limits = SearchLimits.of(settings, new, end, counted)
+    return hypotheses(_search(*static, decoder.params, state, limits), end)
 
 
 class SearchLimits(NamedTuple):
@@ -113,13 +126,13 @@ def _search(
     state: DecodeState,
     limits: SearchLimits,
 ) -> Beams:
-    model, rows = spec.bind(params), state.token.shape[0]
+    model, blocks, rows = spec.bind(params), decoding.blocks_of(params), state.token.shape[0]
     table = model.vocabulary.table()
 
     def extend(token, recent, at):
         position = state.position + at
         x, recent = decoding.extend(
-            model, params["blocks"], token, position, state.cache, recent, at
+            model, blocks, token, position, state.cache, recent, at, state.memory
         )
         return decoding.next_logits(model, x, table), recent
 

@@ -45,6 +45,7 @@ class DecodeState(NamedTuple):
     seen: Bool[Array, "B V"]  # which tokens the sequence contains
     keys: Key[Array, "B"]
     sampling: BatchSampling
+    memory: decoding.Memory | None = None  # of an encoder-decoder: what it has read of the sources
 
 
 class Logprobs(NamedTuple):
@@ -89,8 +90,10 @@ class Decoder:
         keys: Key[Array, "B"],
         new: int,
         slots: int = 0,
+        memory: decoding.Memory | None = None,
     ) -> DecodeState:
-        """Returns the state after reading the prompts. Its cache has room for `new` more tokens, or
+        """Returns the state after reading the prompts: of an encoder-decoder the starts of targets,
+        and the `memory` of their sources. Its cache has room for `new` more tokens, or
         `slots` slots in all. Generating past the context (see `check_length`) makes a row's own
         tokens meaningless but does not affect other rows."""
         padded, cfg = pad_rows(prompts), self.spec.model
@@ -101,7 +104,7 @@ class Decoder:
         slots = round_up(slots or room, CACHE_BLOCK)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         rows = padded, lengths, keys, BatchSampling.of(sampling)
-        return _prefill(self.spec, slots, self.params, *rows)
+        return _prefill(self.spec, slots, self.params, *rows, memory)
 
     def decode(
         self, state: DecodeState, count: int = CHUNK, reach: int = 0, with_top: bool = False
@@ -224,8 +227,12 @@ def _decoding_params(spec: ModelSpec, params: dict) -> dict:
     def cast(path, p):
         return p.astype(dtype) if path[-1].key == "kernel" else p
 
-    blocks = jax.tree_util.tree_map_with_path(cast, params["blocks"])
-    return decoding.split_layers(params | {"blocks": blocks})
+    def cast_blocks(stack: dict) -> dict:
+        return stack | {"blocks": jax.tree_util.tree_map_with_path(cast, stack["blocks"])}
+
+    stacks = [name for name in ("encoder", "decoder") if name in params]
+    params = params | {name: cast_blocks(params[name]) for name in stacks}
+    return decoding.split_layers(params if stacks else cast_blocks(params))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -237,31 +244,33 @@ def _prefill(
     lengths: Int[Array, "B"],
     keys: Key[Array, "B"],
     sampling: BatchSampling,
+    memory: decoding.Memory | None,
 ) -> DecodeState:
     """Neither the padding nor a prompt's last token, the first to be decoded, enters the cache."""
     batch, width = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    _, layers = decoding.prefill(spec.bind(params), params["blocks"], prompts, positions)
+    blocks = decoding.blocks_of(params)
+    _, layers = decoding.prefill(spec.bind(params), blocks, prompts, positions, memory)
     written = jnp.where(positions < lengths[:, None] - 1, positions, UNWRITTEN)
     cache = empty_cache(spec.config, batch, slots, spec.rules)
     cache = write_recent(cache, Cache(layers, written), spec.rules)
     seen = jnp.zeros((batch, spec.model.padded_vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], prompts].max(positions < lengths[:, None])
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-    return DecodeState(cache, last, lengths - 1, seen, keys, sampling)
+    return DecodeState(cache, last, lengths - 1, seen, keys, sampling, memory)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5, compiler_options=CPU_OPTIONS)
 def _decode(spec: ModelSpec, count: int, span: int, vocab_limit: int, params, state, with_top):
     model = spec.bind(params)
     table, cache = model.vocabulary.table(), first_slots(state.cache, span)
-    rows = jnp.arange(state.token.shape[0])
+    rows, blocks = jnp.arange(state.token.shape[0]), decoding.blocks_of(params)
 
     def step(carry: DecodeState, at):
         """`carry.cache` holds only the tokens of this chunk."""
         position = carry.position
         x, recent = decoding.extend(
-            model, params["blocks"], carry.token, position, cache, carry.cache, at
+            model, blocks, carry.token, position, cache, carry.cache, at, state.memory
         )
         logits = jax.sharding.reshard(decoding.next_logits(model, x, table), jax.P(None, None))
         keys = jax.vmap(jax.random.fold_in)(carry.keys, position + 1)
@@ -272,8 +281,10 @@ def _decode(spec: ModelSpec, count: int, span: int, vocab_limit: int, params, st
         return carry, (token, logprobs)
 
     recent = empty_cache(spec.config, len(rows), count, spec.rules)
-    after, outputs = jax.lax.scan(step, state._replace(cache=recent), jnp.arange(count))
-    after = after._replace(cache=write_recent(state.cache, after.cache, spec.rules))
+    before = state._replace(cache=recent, memory=None)  # which no step changes
+    after, outputs = jax.lax.scan(step, before, jnp.arange(count))
+    cache = write_recent(state.cache, after.cache, spec.rules)
+    after = after._replace(cache=cache, memory=state.memory)
     return after, *jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), outputs)
 
 

@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +38,18 @@ class Continuation:
     log-probability is not finite). `details` has an entry for each token and for the end-of-text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, request: GenerationRequest, prompt: Iterable = ()):
-        """`prompt` holds the ids of `request.prompt`, which the text continues."""
-        self.tokenizer, self.request = tokenizer, request
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: GenerationRequest,
+        prompt: Iterable = (),
+        end: int | None = None,
+        silent: Collection[int] = (),
+    ):
+        """`prompt` holds the ids of `request.prompt`, which the text continues. It ends at the
+        token `end`, by default the end-of-text; `silent` tokens have no text."""
+        self.tokenizer, self.request, self.silent = tokenizer, request, silent
+        self.end = tokenizer.end_of_text if end is None else end
         self.detokenizer = IncrementalDetokenizer(tokenizer, prompt, request.prompt)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -59,12 +68,12 @@ class Continuation:
                 break
             offset = self._shown_end + len(self.pending)
             self.details.append(TokenLogprob(token, logprob, top, offset))
-            if token == self.tokenizer.end_of_text:
+            if token == self.end:
                 self._finish("stop")
                 break
             self.tokens.append(token)
             self.logprobs.append(logprob)
-            self._add(self.detokenizer.add(token))
+            self._add("" if token in self.silent else self.detokenizer.add(token))
             if not self.finish_reason and len(self.tokens) == self.request.max_new_tokens:
                 self._finish("length")
         return self.text[before:]
@@ -72,7 +81,7 @@ class Continuation:
     @property
     def num_shown(self) -> int:
         """How many of `details` belong to the text shown so far."""
-        ended = self.details and self.details[-1].token == self.tokenizer.end_of_text
+        ended = self.details and self.details[-1].token == self.end
         if self.finish_reason == "length" or ended:
             return len(self.details)
         return bisect.bisect_left(self.details, self._shown_end, key=lambda detail: detail.offset)
@@ -159,7 +168,15 @@ def stream_text(
     new = max(request.max_new_tokens for request in requests)
     samplings = [request.sampling for request in requests]
     generate = slide if decoder.slides else stream
-    for tokens, logprobs in generate(decoder, prompts, new, samplings, keys, chunk=chunk):
+    yield from feed_chunks(texts, generate(decoder, prompts, new, samplings, keys, chunk=chunk))
+
+
+def feed_chunks(
+    texts: Sequence[Continuation], chunks: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> Iterator[tuple[int, str, Continuation]]:
+    """Yields what `stream_text` does, from the tokens and log-probabilities [B, C] of all texts,
+    some columns at a time."""
+    for tokens, logprobs in chunks:
         for i, text in enumerate(texts):
             if not text.finish_reason:
                 yield i, text.feed(tokens[i].tolist(), logprobs[i].tolist()), text
@@ -171,5 +188,10 @@ def generate_text(
     decoder: Decoder, tokenizer: Tokenizer, requests: Sequence[GenerationRequest]
 ) -> list[Continuation]:
     """Returns every request's finished continuation; see `stream_text`."""
-    texts = {i: text for i, _, text in stream_text(decoder, tokenizer, requests)}
-    return [texts[i] for i in range(len(requests))]
+    return last_of(stream_text(decoder, tokenizer, requests))
+
+
+def last_of(pieces: Iterable[tuple[int, str, Continuation]]) -> list[Continuation]:
+    """Returns the continuations, finished, of what `stream_text` yields."""
+    texts = {i: text for i, _, text in pieces}
+    return [texts[i] for i in sorted(texts)]

@@ -42,10 +42,8 @@ class Trained:
         average = self.config.optim.ema_decay > 0
         return self.checkpoints.restore_params(self.step, abstract, average)
 
-    def decoder(self, slides: bool = False) -> Decoder:
-        """Returns the decoder of `params`; call under `jax.set_mesh(mesh)`. With `slides` texts may
-        grow beyond the context, which a line says. Raises `BadInput` if a weight is not a finite
-        number, or the context is too short to slide."""
+    def finite_params(self) -> dict:
+        """Returns `params`. Raises `BadInput` if a weight is not a finite number."""
         params = self.params()
         finite = jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
         for path, is_finite in jax.tree.leaves_with_path(jax.device_get(finite)):
@@ -55,7 +53,13 @@ class Trained:
                     f" are not finite ({leaf_path(path)});"
                     " choose another with --step"
                 )
-        decoder = Decoder.of(self.spec, params, self.tokenizer.vocab_size)
+        return params
+
+    def decoder(self, slides: bool = False) -> Decoder:
+        """Returns the decoder of `finite_params`; call under `jax.set_mesh(mesh)`. With `slides`
+        texts may grow beyond the context, which a line says. Raises `BadInput` if the context is
+        too short to slide."""
+        decoder = Decoder.of(self.spec, self.finite_params(), self.tokenizer.vocab_size)
         return dataclasses.replace(decoder, slides=slides and announce(self.spec.model))
 
 

@@ -16,10 +16,10 @@ from jaxgpt.data.prepare import Data, Prepared, prepare
 from jaxgpt.data.show import NO_EXAMPLE, Example, example_prompt
 from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.trained import Trained
-from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.model import ModelSpec
 from jaxgpt.objectives.language import make_eval_step
 from jaxgpt.objectives.text import Measure, loss_measure
+from jaxgpt.objectives.training_sample import TrainingSample
 from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import Tokenizer
 

@@ -57,7 +57,7 @@ def test_beams(model):
 
 
 def test_the_sample_of_training(model):
-    from jaxgpt.inference.training_sample import TrainingSample
+    from jaxgpt.objectives.training_sample import TrainingSample
 
     text = TrainingSample(model[0], BYTES, SampleConfig(prompt="ab", max_new_tokens=40))(
         model[1], 7

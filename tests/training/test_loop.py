@@ -15,8 +15,8 @@ from jaxgpt.config import Config, DataConfig, ModelConfig
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import prepare
 from jaxgpt.evaluation.perplexity import Perplexity
-from jaxgpt.inference.training_sample import TrainingSample
 from jaxgpt.metrics.rows import Reporter
+from jaxgpt.objectives.training_sample import TrainingSample
 from jaxgpt.training.loop import Loop
 from jaxgpt.training.setup import make_training, resolve_vocab
 from jaxgpt.training.state import TrainState
