@@ -28,7 +28,7 @@ INT32 = np.dtype("int32")
 
 @dataclasses.dataclass(frozen=True)
 class NoSample:
-    """In the place of `inference.training_sample.TrainingSample`: no text."""
+    """In the place of `TrainingSample`: no text."""
 
     prompt: str = ""
 

@@ -25,7 +25,6 @@ from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.prepare import Data
 from jaxgpt.metrics.progress import duration, train_line, validation_line
 from jaxgpt.metrics.rows import Reporter
-from jaxgpt.objectives.training_sample import TrainingSample
 from jaxgpt.parameters.flops import mfu
 from jaxgpt.processes import hosts
 from jaxgpt.processes.stop import StopRequest

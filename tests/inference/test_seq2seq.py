@@ -21,7 +21,7 @@ from tests.conftest import mesh_of, tiny_config
 
 T5 = dict(position="relative", norm="rmsnorm", bias=False, scale_attention=False)
 BART = dict(position="learned", embedding_norm=True, head_bias=True, norm_position="post")
-TEXTS = ["abc", "hello there, world", "", "the same", "x" * 39]
+TEXTS = ["abc", "hello, world", "", "the same", "x" * 15]
 BYTES = make_tokenizer("byte")
 
 
@@ -33,7 +33,7 @@ class Forced(ByteTokenizer):
 
 def model_of(**model):
     config = tiny_config(
-        **(dict(kind="encoder_decoder", vocab_size=257, max_seq_len=12, max_source_len=40) | model)
+        **(dict(kind="encoder_decoder", vocab_size=257, max_seq_len=12, max_source_len=16) | model)
     )
     spec = ModelSpec(config, "xla")
     with jax.set_mesh(mesh_of(config)):
@@ -48,7 +48,7 @@ def full_forward(spec, params):
     )
 
     def next_of(source, tokens):
-        target, sources, segments = np.zeros((1, 12)), np.zeros((1, 40)), np.zeros((1, 40))
+        target, sources, segments = np.zeros((1, 16)), np.zeros((1, 16)), np.zeros((1, 16))
         target[0, : len(tokens)] = tokens
         sources[0, : len(source)], segments[0, : len(source)] = source, 1
         logits = forward(*(a.astype(np.int32) for a in (target, sources, segments)))
@@ -75,8 +75,11 @@ def plain_beams(next_of, source, start, width, new, end):
     return done
 
 
-@pytest.mark.parametrize("kind", [T5, BART], ids=["T5", "BART"])
+@pytest.mark.parametrize(
+    "kind", [T5, pytest.param(BART, marks=pytest.mark.slow)], ids=["T5", "BART"]
+)
 def test_cached_targets_are_those_of_whole_forward_passes(kind):
+    """For sources of unequal length in one batch."""
     config, spec, params = model_of(**kind)
     tokenizer = Forced() if kind is BART else BYTES
     with jax.set_mesh(mesh_of(config)):
@@ -85,31 +88,38 @@ def test_cached_targets_are_those_of_whole_forward_passes(kind):
         sources = [encode_source(tokenizer, text) for text in TEXTS]
         next_of, new = full_forward(spec, params), decoder.room
         assert new == 12 - len(decoder.start) + 1
-        chunks = decoder.stream(sources, new, [GREEDY] * 5, sample_keys([(0, 0)] * 5))
+        chunks = decoder.stream(sources[:3], new, [GREEDY] * 3, sample_keys([(0, 0)] * 3))
         columns = [np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True)]
-        expected = []
-        for source, found, logprobs in zip(sources, *columns, strict=True):
+        for source, found, logprobs in zip(sources, *columns):
             tokens = [*decoder.start]
             for token, logprob in zip(found.tolist(), logprobs):
                 scores = next_of(source, tokens)
                 assert token == scores.argmax()
                 np.testing.assert_allclose(logprob, scores[token], atol=1e-3)
                 tokens.append(token)
-                if token == decoder.end:
-                    break
-            text = [t for t in tokens[len(decoder.start) :] if t not in (1, 2) or kind is T5]
-            expected.append(tokenizer.decode(text))
-        assert decode_batch(decoder, tokenizer, sources, batch=2) == expected
-        if kind is T5:
-            found = decoder.search(sources[:2], 5, BeamSettings(3))
-            for source, texts in zip(sources, found):
-                plain = plain_beams(next_of, source, decoder.start, 3, 5, 256)
-                assert [t.tolist() for t, _ in texts] == [[*t] for t, _ in plain]
-                np.testing.assert_allclose([s for _, s in texts], [s for _, s in plain], atol=1e-3)
-            best = decode_batch(decoder, tokenizer, sources[:2], new=5, beams=BeamSettings(3))
-            assert best == [tokenizer.decode(texts[0][0]) for texts in found]
-        with pytest.raises(BadInput, match="41 tokens, more than the encoder reads .*len=40"):
-            decode_batch(decoder, tokenizer, [np.zeros(41)])
+        framing = {1, 2, 256} if kind is BART else {256}
+        texts = decode_batch(decoder, tokenizer, sources, batch=3)  # the second is filled up
+        for source, text in zip(sources, texts, strict=True):
+            tokens = [*decoder.start]
+            while len(tokens) < 13 and (tokens[-1] != 256 or len(tokens) == 1):
+                tokens.append(int(next_of(source, tokens).argmax()))
+            assert text == tokenizer.decode([t for t in tokens if t not in framing])
+        with pytest.raises(BadInput, match="17 tokens, more than the encoder reads .*len=16"):
+            decode_batch(decoder, tokenizer, [np.zeros(17)])
+
+
+def test_cached_beams_are_those_of_whole_forward_passes(workdir):
+    _, spec, params, decoder = workdir
+    with jax.set_mesh(mesh_of(spec.config)):
+        next_of = full_forward(spec, params)
+        sources = [encode_source(BYTES, text) for text in TEXTS[:2]]
+        found = decoder.search(sources, 5, BeamSettings(3))
+        for source, texts in zip(sources, found, strict=True):
+            plain = plain_beams(next_of, source, decoder.start, 3, 5, 256)
+            assert [[*t.tolist()] for t, _ in texts] == [[*t] for t, _ in plain]
+            np.testing.assert_allclose([s for _, s in texts], [s for _, s in plain], atol=1e-3)
+        best = decode_batch(decoder, BYTES, sources, new=5, beams=BeamSettings(3))
+        assert best == [BYTES.decode(texts[0][0]) for texts in found]
 
 
 @pytest.fixture(scope="module")
@@ -117,32 +127,45 @@ def workdir(tmp_path_factory):
     """A workdir of random weights, whose sources have a prompt in front."""
     folder = tmp_path_factory.mktemp("seq2seq")
     config, spec, params = model_of(**T5)
-    config.objective, config.objectives.seq2seq.prompt = "seq2seq", "hello "
+    config.objective, config.objectives.seq2seq.prompt = "seq2seq", "hi, "
     (folder / "config.json").write_text(to_json(config))
     save_tokenizer(BYTES, folder / "tokenizer")
     save_weights(folder, jax.device_get(params), {"tokens": 0, "seconds": 0.0})
     with jax.set_mesh(mesh_of(config)):
-        yield folder, Seq2SeqDecoder.of(spec, params, BYTES)
+        yield folder, spec, params, Seq2SeqDecoder.of(spec, params, BYTES)
 
 
-def test_sample_prints_the_target_alone(workdir, command, tmp_path):
-    folder, decoder = workdir
-    with jax.set_mesh(mesh_of(tiny_config())):
-        source = encode_source(BYTES, "hello there, world")
+def test_sample_prints_the_target_alone(workdir, command):
+    folder, spec, _, decoder = workdir
+    with jax.set_mesh(mesh_of(spec.config)):
+        source = encode_source(BYTES, "hi, you")
         (greedy,) = decode_batch(decoder, BYTES, [source])
-        texts = [BYTES.decode(t) for t, _ in decoder.search([source], 5, BeamSettings(3))[0]]
         chunks = decoder.stream([source], 12, [Sampling(1.0, 0)], sample_keys([(7, 0)]))
-        drawn = np.concatenate([tokens[0] for tokens, _ in chunks])
-    base = f"--workdir={folder}", "--prompt=there, world"
+        drawn = np.concatenate([tokens[0] for tokens, _ in chunks], axis=0)
     for flags, expected in (
         (["--temperature=0"], greedy),
-        (["--temperature=0", "--stream"], greedy),
-        (["--num_beams=3", "--max_new_tokens=5", "--num_samples=2"], "\n---\n".join(texts[:2])),
         (["--temperature=1", "--top_k=0", "--seed=7"], BYTES.decode(drawn)),
+    ):
+        code, out, err = command(sample.main, f"--workdir={folder}", "--prompt=you", *flags)
+        assert (code, out) == (0, expected + "\n"), err
+
+
+@pytest.mark.slow
+def test_sample_streams_searches_and_reads_files(workdir, command, tmp_path):
+    folder, spec, _, decoder = workdir
+    with jax.set_mesh(mesh_of(spec.config)):
+        source = encode_source(BYTES, "hi, you")
+        (greedy,) = decode_batch(decoder, BYTES, [source])
+        texts = [BYTES.decode(t) for t, _ in decoder.search([source], 5, BeamSettings(3))[0]]
+    base = f"--workdir={folder}", "--prompt=you"
+    beams = ["--num_beams=3", "--max_new_tokens=5", "--num_samples=2"]
+    for flags, expected in (
+        (["--temperature=0", "--stream"], greedy),
+        (beams, "\n---\n".join(texts[:2])),
     ):
         code, out, err = command(sample.main, *base, *flags)
         assert (code, out) == (0, expected + "\n"), err
-    (tmp_path / "p.jsonl").write_text('{"prompt": "there, world"}\n{"prompt": "x"}\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "you"}\n{"prompt": "x"}\n')
     file = f"--prompt_file={tmp_path}/p.jsonl"
     code, out, err = command(sample.main, base[0], file, "--temperature=0")
     assert code == 0 and json.loads(out.splitlines()[0])["text"] == greedy, err
@@ -151,7 +174,7 @@ def test_sample_prints_the_target_alone(workdir, command, tmp_path):
 @pytest.mark.parametrize(
     ("main", "flags", "says"),
     [
-        (sample.main, [f"--prompt={'x' * 40}"], "47 tokens, more than the encoder reads"),
+        (sample.main, [f"--prompt={'x' * 40}"], "45 tokens, more than the encoder reads"),
         (sample.main, ["--prompt=x", "--suffix=y"], "--suffix is of no use here: the model is an"),
         (sample.main, ["--prompt=x", "--beyond_context=slide"], "--beyond_context is of no use"),
         (serve.main, ["--port=0"], "the server continues texts, but this model is an encoder-dec"),
