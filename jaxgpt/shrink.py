@@ -11,17 +11,18 @@ feed-forward columns of every layer; prune:S and prune24 set the least important
 projection to zero, a share S or two of every four along the inputs. svd:R stores projections
 (--targets, default all) as two factors of rank R, or, below 1, of the rank that keeps the share R
 of the energy, where that is smaller. All of these measure on --calibration windows of the run's
-training text; prune and svd with --calibration=0 look at the weights alone. Train on with
---config.init_from=B: zeros stay zero and factors stay factors.
+training text; prune and svd with --calibration=0 look at the weights alone. tt:R stores the
+embeddings as a tensor train of rank R. Train on with --config.init_from=B: zeros stay zero, factors
+and cores stay what they are.
 
 int8 has a scale for each output of a projection, int4 and nf4 for each --group of its inputs.
 Embeddings and head are quantised too, unless --keep=head. Rounding is calibrated (GPTQ) on
 --calibration windows of the run's training text; 0 rounds each weight to the nearest. A run that
 was trained with compute.fake_quantise is by default rounded as it was trained: to the nearest.
 
-Methods compose in this order: layers and heads, prune, svd, then one of int8, int4, nf4; between
-them the model may be trained. B/shrink.html shows size, bits per byte and speed (unless --nospeed)
-beside A, and beside what the tables of A and of --beside=DIR,DIR show.
+Methods compose in this order: layers and heads, prune, svd, tt, then one of int8, int4, nf4;
+between them the model may be trained. B/shrink.html shows size, bits per byte and speed (unless
+--nospeed) beside A, and beside what the tables of A and of --beside=DIR,DIR show.
 """
 
 import json

@@ -139,6 +139,8 @@ class ShrinkConfig:
     keep: str = ""  # what stays float: lora's targets, head (with the embeddings), positions
     done: str = ""  # the methods, in order: "heads:0.25 svd:64 int8"
     ranks: str = ""  # projections that are two factors of a lower rank: "query=64,up=96"
+    # The rank of the tensor train that stands for the embeddings (and the head); 0 = tables
+    tensor_train: int = number(0, 0, 2**16)
     # Weights of projections that are 0 stay so; auto: where those of init_from were pruned
     zeros: str = choice("auto", "keep", "free")
     # Pruning while training: the share of each projection's weights that are 0 at the end

@@ -139,7 +139,7 @@ def _forward(x, table, their_x, their_table, targets, kinds, measure, rules):
             return (hard.add(logits, 0.0), lead, other.add(second, 0.0), picked), None
 
         start = (*[Running.start(flat.shape[0])] * 3, jnp.zeros(flat.shape[0], jnp.float32))
-        carry, _ = jax.lax.scan(part, start, _parts(table, their_table, flat))
+        carry, _ = jax.lax.scan(part, start, _parts(table, their_table, flat, kinds))
         (lse, _), (lead_lse, mean), (other_lse, _) = (running.end() for running in carry[:3])
         kl = mean - lead_lse + other_lse
         nats = lse - jax.lax.psum(carry[3], "tensor")
@@ -172,12 +172,13 @@ def _backward(kinds, measure, rules, kept, cotangents):
             grad_logits = grad_logits - jnp.where(ids == target, grad_nats, 0)
             soft = divergence.gradient(log_q, log_p, kl)  # T**2 times it, by logits / T
             grad_logits = grad_logits + grad_soft * temperature * soft
-            return pulled_back(grad_x, grad_logits, flat, kernel, pullback, kinds[0].reader, rules)
+            found = numbered[0], kernel, pullback
+            return pulled_back(grad_x, grad_logits, flat, *found, kinds[0].reader, rules)
 
         zeros = jnp.zeros(flat.shape, jnp.float32)
-        grad_x, grad_table = jax.lax.scan(part, zeros, _parts(table, their_table, flat))
+        grad_x, grad_table = jax.lax.scan(part, zeros, _parts(table, their_table, flat, kinds))
         grad_x = jax.lax.psum(grad_x.astype(x.dtype), "tensor").reshape(x.shape)
-        return grad_x, joined(grad_table)
+        return grad_x, kinds[0].reader.join(grad_table)
 
     specs = _specs(kinds, rules)
     each = specs[0], jax.P(REPLICAS, *specs[1])
@@ -190,10 +191,11 @@ def _backward(kinds, measure, rules, kept, cotangents):
 _losses.defvjp(_forward, _backward)
 
 
-def _parts(table, their_table, flat):
+def _parts(table, their_table, flat, kinds):
     """Returns what the scans run over: the same parts of both models' rows, and their first ids."""
-    parts, first, _ = vocabulary_parts(table, flat)
-    return parts, vocabulary_parts(their_table, flat)[0], first
+    ours, theirs = (kind.reader for kind in kinds)
+    parts, first, _ = vocabulary_parts(table, flat, ours)
+    return parts, vocabulary_parts(their_table, flat, theirs)[0], first
 
 
 def _both(flat, theirs, numbered, kinds, rules):
@@ -204,21 +206,18 @@ def _both(flat, theirs, numbered, kinds, rules):
     return ours, other
 
 
-def pulled_back(grad_x, grad_logits, flat, kernel, pullback, reader: Reader, rules):
+def pulled_back(grad_x, grad_logits, flat, part, kernel, pullback, reader: Reader, rules):
     """Returns `grad_x` with a part's own added, in float32, and this device's share of the gradient
     of the part's rows of the table, None where it is not trained."""
     (grad_raw,) = pullback(grad_logits)
     grad_raw = grad_raw.astype(flat.dtype)
-    grad_kernel = reader.scatter(jnp.einsum("MV,MD->VD", grad_raw, flat), rules.torus)
+    grad_kernel = jnp.einsum("MV,MD->VD", grad_raw, flat)
+    grad_kernel = reader.scatter(grad_kernel, part, rules.torus)
     added = jnp.einsum("MV,VD->MD", grad_raw, kernel, preferred_element_type=jnp.float32)
     return grad_x + added, grad_kernel
 
 
-def joined(grad_table):
-    """Returns a table's gradient, with an axis for the devices in front, from its parts'."""
-    return jax.tree.map(lambda g: g.reshape(1, -1, g.shape[-1]), grad_table)
-
-
 def summed(grad_table, table):
-    """Returns what `joined` gave, summed over the devices, in the table's dtype."""
-    return jax.tree.map(lambda g: jnp.sum(g, axis=0).astype(table.dtype), grad_table)
+    """Returns what `Reader.join` gave, summed over the devices, in the table's dtype."""
+    dtype = jax.tree.leaves(table)[0].dtype
+    return jax.tree.map(lambda g: jnp.sum(g, axis=0).astype(dtype), grad_table)

@@ -13,15 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config.schema import IGNORE, REPLICAS, DistillConfig
-from jaxgpt.distillation.divergence import (
-    Kind,
-    Losses,
-    Output,
-    Running,
-    joined,
-    pulled_back,
-    summed,
-)
+from jaxgpt.distillation.divergence import Kind, Losses, Output, Running, pulled_back, summed
 from jaxgpt.ops.cross_entropy import LOWEST, part_logits, vocabulary_parts
 from jaxgpt.parallel.rules import AxisRules
 
@@ -90,7 +82,8 @@ def _forward(x, table, ids, kind, temperature, rules):
             return (hard.add(logits, 0.0), soft.add(logits / temperature, 0.0), picked), None
 
         start = (*[Running.start(flat.shape[0])] * 2, jnp.zeros(wanted.shape, jnp.float32))
-        (hard, soft, picked), _ = jax.lax.scan(part, start, vocabulary_parts(table, flat))
+        parts = vocabulary_parts(table, flat, kind.reader)
+        (hard, soft, picked), _ = jax.lax.scan(part, start, parts)
         picked = jax.lax.psum(picked, "tensor").reshape(ids.shape)
         return picked, *(r.end()[0].reshape(ids.shape[:-1]) for r in (hard, soft))
 
@@ -117,12 +110,14 @@ def _backward(kind, temperature, rules, kept, cotangents):
             grad_logits = grad_lse * jnp.exp(logits - lse) + grad_soft * soft
             at, inside = _within(wanted, columns)
             grad_logits = grad_logits.at[row, at].add(jnp.where(inside, grad_picked, 0))
-            return pulled_back(grad_x, grad_logits, flat, kernel, pullback, kind.reader, rules)
+            found = numbered[0], kernel, pullback
+            return pulled_back(grad_x, grad_logits, flat, *found, kind.reader, rules)
 
         zeros = jnp.zeros(flat.shape, jnp.float32)
-        grad_x, grad_table = jax.lax.scan(part, zeros, vocabulary_parts(table, flat))
+        parts = vocabulary_parts(table, flat, kind.reader)
+        grad_x, grad_table = jax.lax.scan(part, zeros, parts)
         grad_x = jax.lax.psum(grad_x.astype(x.dtype), "tensor").reshape(x.shape)
-        return grad_x, joined(grad_table)
+        return grad_x, kind.reader.join(grad_table)
 
     specs = _specs(kind, rules)
     run = jax.shard_map(
@@ -166,7 +161,8 @@ def most_likely(
 
         start = jnp.zeros((flat.shape[0], k))
         start = Running.start(flat.shape[0]), start.astype(jnp.int32), start + LOWEST
-        (running, ids, values), _ = jax.lax.scan(part, start, vocabulary_parts(table, flat))
+        parts = vocabulary_parts(table, flat, teacher.reader)
+        (running, ids, values), _ = jax.lax.scan(part, start, parts)
         ids, values = (jax.lax.all_gather(a, "tensor", axis=1, tiled=True) for a in (ids, values))
         ids, values = _best(ids[:, :0], values[:, :0], ids, values, k)
         shape = (*x.shape[:-1], k)

@@ -136,7 +136,8 @@ def completed(config: Config) -> Config:
 
 def _inheriting(config: Config) -> Config:
     """Returns a checked config that goes on where `shrink` left the weights to start from: what was
-    done, the ranks of factors and, where they were pruned and `shrink.zeros` is auto, the zeros."""
+    done, the ranks of factors and cores and, where weights were pruned and `shrink.zeros` is auto,
+    the zeros."""
     if not config.init_from or not is_workdir(config.init_from):
         return config
     mine, theirs = config.shrink, read_config(epath.Path(config.init_from)).shrink
@@ -144,6 +145,7 @@ def _inheriting(config: Config) -> Config:
     values = {
         "shrink.done": mine.done or theirs.done,
         "shrink.ranks": mine.ranks or theirs.ranks,
+        "shrink.tensor_train": mine.tensor_train or theirs.tensor_train,
         "shrink.zeros": "keep" if mine.zeros == "auto" and is_pruned else mine.zeros,
     }
     return changed(config, values)

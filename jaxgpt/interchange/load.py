@@ -40,9 +40,9 @@ def load_weights(
             abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
             average = config.optim.ema_decay > 0
             params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
-            form = operator.attrgetter("weights", "group", "keep", "ranks")
+            form = operator.attrgetter("weights", "group", "keep", "ranks", "tensor_train")
             if not stored or stored.weights == "float" or form(stored) != form(config.shrink):
-                _, params = as_floats(config, params, stored.ranks if stored else "")
+                _, params = as_floats(config, params, stored)
             elif config.lora.rank:
                 raise BadInput(
                     f"init_from={path} holds additions to {stored.weights} weights, which cannot be"
@@ -56,12 +56,17 @@ def load_weights(
     ), spec.model
 
 
-def as_floats(config: Config, params: dict, ranks: str = "") -> tuple[Config, dict]:
+def as_floats(
+    config: Config, params: dict, stored: ShrinkConfig | None = None
+) -> tuple[Config, dict]:
     """Returns the same model without LoRA and without small storage: its config, and its parameters
     on the host, with additions merged and every matrix as floats of its own shape, or as two
-    factors where `ranks` has them. `compute.fake_quantise` stays, and its weights unrounded."""
-    ranks = ranks if ranks == config.shrink.ranks else ""
-    bare = dataclasses.replace(config, lora=LoraConfig(), shrink=ShrinkConfig(ranks=ranks))
+    factors, or three cores, where `stored` has the same. What was trained to be rounded is not."""
+    stored, mine = stored or ShrinkConfig(), config.shrink
+    ranks = mine.ranks if stored.ranks == mine.ranks else ""
+    train = mine.tensor_train if stored.tensor_train == mine.tensor_train else 0
+    shrink = ShrinkConfig(ranks=ranks, tensor_train=train)
+    bare = dataclasses.replace(config, lora=LoraConfig(), shrink=shrink)
     wanted = jax.eval_shape(ModelSpec(bare, "xla").init, jax.random.key(0))
     floats = dense(jax.device_get(params), config.shrink, wanted)
     return bare, merge_lora(floats, config.lora)

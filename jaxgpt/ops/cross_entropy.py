@@ -15,19 +15,29 @@ from jaxgpt.parallel.rules import AxisRules
 LOWEST = -1e30  # below every logit, and finite
 
 
+def by_rows(table, count: int):
+    """Returns the table's arrays, an axis V in front, cut into so many parts of equal rows."""
+    return jax.tree.map(lambda a: a.reshape(count, a.shape[0] // count, -1), table)
+
+
 class Reader(NamedTuple):
     """How a table is read: its logical axes; `rows(part, dtype, torus)` -> a part's rows, whole
-    over `fsdp`; `scatter(their gradient, torus)` -> this device's share, None if not trained."""
+    over `fsdp`; `scatter(their gradient, part, torus)` -> this device's share, None if not trained.
+    `size(table)` -> how many rows this device has, `cut(table, count)` -> their parts, `join(parts'
+    gradients)` -> the table's, with an axis for the devices in front."""
 
     axes: tuple
     rows: Callable
     scatter: Callable
+    size: Callable = lambda table: jax.tree.leaves(table)[0].shape[0]
+    cut: Callable = by_rows
+    join: Callable = lambda g: jax.tree.map(lambda g: g.reshape(1, -1, g.shape[-1]), g)
 
 
 FLOATS = Reader(
     ("vocab", "embed"),
     lambda part, dtype, torus: all_gather(part.astype(dtype), 1, torus),
-    lambda grad, torus: reduce_scatter(grad, 1, torus),
+    lambda grad, part, torus: reduce_scatter(grad, 1, torus),
 )
 
 
@@ -78,7 +88,7 @@ def _forward(x, table, targets, bias, finish, rules, reader):
             return (new_high, total, picked), None
 
         zeros = jnp.zeros(flat.shape[0], jnp.float32)
-        parts = vocabulary_parts(table, flat, bias)
+        parts = vocabulary_parts(table, flat, reader, bias)
         (high, total, picked), _ = jax.lax.scan(part, (zeros + LOWEST, zeros, zeros), parts)
         highest = jax.lax.pmax(high, "tensor")
         lse = highest + jnp.log(jax.lax.psum(total * jnp.exp(high - highest), "tensor"))
@@ -111,15 +121,16 @@ def _backward(finish, rules, reader, kept, cotangents):
             (grad_raw,) = pullback(grad_logits)
             grad_bias = None if bias is None else jnp.sum(grad_raw, axis=0)
             grad_raw = grad_raw.astype(flat.dtype)
-            grad_kernel = reader.scatter(jnp.einsum("MV,MD->VD", grad_raw, flat), rules.torus)
+            grad_kernel = jnp.einsum("MV,MD->VD", grad_raw, flat)
+            grad_kernel = reader.scatter(grad_kernel, numbered[0], rules.torus)
             added = jnp.einsum("MV,VD->MD", grad_raw, kernel, preferred_element_type=jnp.float32)
             return grad_x + added, (grad_kernel, grad_bias)
 
         zeros = jnp.zeros(flat.shape, jnp.float32)
-        parts = vocabulary_parts(table, flat, bias)
+        parts = vocabulary_parts(table, flat, reader, bias)
         grad_x, (grad_table, grad_bias) = jax.lax.scan(part, zeros, parts)
         grad_x = jax.lax.psum(grad_x.astype(x.dtype), "tensor").reshape(x.shape)
-        grad_table = jax.tree.map(lambda g: g.reshape(1, -1, g.shape[-1]), grad_table)
+        grad_table = reader.join(grad_table)
         return grad_x, grad_table, jax.tree.map(lambda g: g.reshape(1, -1), grad_bias)
 
     specs = vectors, split, rows, rules("vocab"), rows, rows, rows
@@ -128,22 +139,21 @@ def _backward(finish, rules, reader, kept, cotangents):
     grad_x, *grads = run(*kept, *cotangents)
     # summed out here, XLA may send it together with other gradients
     grad_table, grad_bias = jax.tree.map(lambda g: jnp.sum(g, axis=0), grads)
-    grad_table = jax.tree.map(lambda g: g.astype(kept[1].dtype), grad_table)
+    grad_table = jax.tree.map(lambda g: g.astype(jax.tree.leaves(kept[1])[0].dtype), grad_table)
     return grad_x, grad_table, None, jax.tree.map(lambda g: g.astype(kept[3].dtype), grad_bias)
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def vocabulary_parts(table, flat, bias=None):
+def vocabulary_parts(table, flat, reader: Reader, bias=None):
     """Returns what the scans run over: parts of this device's rows, their first ids, and their
     biases or None."""
     mesh = jax.sharding.get_abstract_mesh()
-    rows = jax.tree.leaves(table)[0].shape[0]
+    rows = reader.size(table)
     count = parts_for(flat.shape[0], rows, mesh.abstract_device.platform)
     first = jax.lax.axis_index("tensor") * rows + jnp.arange(count) * (rows // count)
-    parts = jax.tree.map(lambda a: a.reshape(count, rows // count, -1), table)
-    return parts, first, None if bias is None else bias.reshape(count, -1)
+    return reader.cut(table, count), first, None if bias is None else bias.reshape(count, -1)
 
 
 def part_logits(flat, part, first, bias, finish, rules, reader):

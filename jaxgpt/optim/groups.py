@@ -16,6 +16,7 @@ from jaxgpt.system.trees import leaf_path, leaves_by_path
 OWN = "objective"
 # The last word of a parameter's path
 MATRICES = ("kernel", "tokens", "types", "head", "lora_in", "lora_out", "factor_in", "factor_out")
+MATRICES += ("core_0", "core_1", "core_2")  # of `parameters.tensor_train`
 VECTORS = ("bias", "scale", "magnitude", "head_bias")
 
 # Kernel axes: layer first, then inputs, then outputs (see the einsums in `model`).

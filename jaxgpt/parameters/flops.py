@@ -30,6 +30,7 @@ def count_parameters(params: dict, cfg: ModelConfig) -> int:
     leaves = leaves_by_path(params)
     padding = (cfg.padded_vocab_size - cfg.vocab_size) * cfg.embed_dim
     tables = 1 if cfg.tie_embeddings else 2
+    tables = 0 if "tokens/core_0" in leaves else tables
     return sum(map(_weights_in, leaves, leaves.values())) - tables * padding
 
 

@@ -26,6 +26,7 @@ from jaxgpt.parallel.rules import AxisRules, rowwise, weight, without_fsdp
 from jaxgpt.parameters import few_rows
 from jaxgpt.parameters.fake import FakeKernel, FakeTable, read, read_kernel
 from jaxgpt.parameters.quantised import Format
+from jaxgpt.parameters.tensor_train import NAMES, TensorTrainTable, rows_of
 
 POSITIONS_FORMAT = Format("int8")  # a small table; in four bits it would cost more than it saves
 DEFAULT_GROUP = {"int8": 0, "int4": 32, "nf4": 32}  # inputs that share a scale
@@ -348,19 +349,21 @@ def turned(params: dict) -> dict:
     """Returns the parameters with the inputs of quantised tables in front, as decoding reads
     them."""
     tables = {name: params[name] for name in ("tokens", "head") if name in params}
-    tables = {name: table for name, table in tables.items() if isinstance(table, dict)}
+    tables = {name: t for name, t in tables.items() if isinstance(t, dict) and "values" in t}
     return params | jax.tree.map(lambda a: a.T, tables)
 
 
-def _no_gradient(grad, torus) -> None:
+def _no_gradient(grad, part, torus) -> None:
     return None
 
 
 def table_storage(
     config: Config, name: str, shape: tuple, axis: int = -1
-) -> FloatTable | FakeTable | QuantisedTable:
+) -> FloatTable | FakeTable | QuantisedTable | TensorTrainTable:
     """Returns how the table `name`, "head" or "positions", is stored; `axis`, see
     `QuantisedTable`."""
+    if config.shrink.tensor_train and name == "head":
+        return TensorTrainTable(shape, config.shrink.tensor_train, config.compute.param_dtype)
     if fmt := format_of(config.shrink, name):
         return QuantisedTable(shape, fmt, axis)
     floats, fmt = FloatTable(shape, config.compute.param_dtype), fake_format_of(config, name)
@@ -415,6 +418,9 @@ def dense(params: dict, cfg: ShrinkConfig, wanted: dict) -> dict:
 
 def _dense_leaf(stored: dict, cfg: ShrinkConfig, owner: str, shape: tuple) -> np.ndarray:
     """Returns the matrix of a projection or table `owner` in its own shape."""
+    if NAMES[0] in stored:
+        cores = tuple(jnp.asarray(stored[name]) for name in NAMES)
+        return np.asarray(rows_of(cores, jnp.arange(shape[0])))
     if "factor_in" in stored:
         return _product_of_factors(stored, cfg, owner, shape)
     arrays = {name: jnp.asarray(a) for name, a in jax.device_get(stored).items()}

@@ -1,4 +1,5 @@
-"""Projections as products of two smaller matrices, by truncated singular value decomposition."""
+"""Projections as products of two smaller matrices, by truncated singular value decomposition, and
+embeddings as tensor trains."""
 
 import itertools
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from scipy.linalg import solve_triangular
 from jaxgpt.config import Config
 from jaxgpt.config.validate import LORA_TARGETS
 from jaxgpt.optim.groups import INPUTS_OUTPUTS
+from jaxgpt.parameters import tensor_train
 from jaxgpt.shrinking.calibration import input_moments
 from jaxgpt.shrinking.quantise import as_matrix, projections, with_kernels
 from jaxgpt.shrinking.source import Source, with_shrink
@@ -84,6 +86,41 @@ def svd(source: Source, argument: float, options: Options) -> tuple[Config, dict
     say(f"ranks       {listed.replace(',', ', ')}")
     config = with_shrink(source.config, name, ranks=listed)
     return config, with_kernels(source.params, kernels)
+
+
+def tt(source: Source, argument: int, options: Options) -> tuple[Config, dict]:
+    """Returns the model with its embeddings, and its head, as tensor trains of rank `argument` (see
+    `parameters.tensor_train`). Raises `BadInput` if these are no smaller."""
+    params = {}
+    for name in ("tokens", "head"):
+        if (table := source.params.get(name)) is None:
+            continue
+        table = np.array(table)
+        table[source.config.model.vocab_size :] = 0  # what no token has
+        cores = tensor_train.decompose(table, argument)
+        numbers = sum(core.size for core in cores)
+        if numbers >= table.size:
+            raise BadInput(
+                f"--method=tt:{argument} makes the embeddings no smaller: {numbers:,} numbers"
+                f" instead of {table.size:,}; choose a lower rank"
+            )
+        error = np.linalg.norm(table - np.asarray(whole(cores, table.shape)))
+        say(
+            f"{name:<11} {numbers:,} numbers instead of {table.size:,}, relative error"
+            f" {error / np.linalg.norm(table):.3f}"
+        )
+        params[name] = {
+            n: c.astype(table.dtype) for n, c in zip(tensor_train.NAMES, cores, strict=True)
+        }
+    config = with_shrink(source.config, f"tt:{argument}", tensor_train=argument)
+    return config, source.params | params
+
+
+def whole(cores: list[np.ndarray], shape: tuple[int, int]) -> Float[np.ndarray, "V D"]:
+    """Returns the table that the cores stand for."""
+    a, b, c = cores
+    left = np.einsum("urds,vset->uvdet", a, b, optimize=True)
+    return np.einsum("uvdet,wtfz->uvwdef", left, c, optimize=True).reshape(shape)
 
 
 def factorised(

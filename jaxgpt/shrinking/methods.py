@@ -7,7 +7,7 @@ each may follow, and which arguments it takes, is in `spec.KINDS`.
 from collections.abc import Callable
 from functools import partial
 
-from jaxgpt.shrinking.low_rank import svd
+from jaxgpt.shrinking.low_rank import svd, tt
 from jaxgpt.shrinking.prune import heads, layers, prune, prune24
 from jaxgpt.shrinking.quantise import quantise
 
@@ -17,6 +17,7 @@ METHODS: dict[str, Callable] = {
     "prune": prune,
     "prune24": prune24,
     "svd": svd,
+    "tt": tt,
     "int8": partial(quantise, "int8"),
     "int4": partial(quantise, "int4"),
     "nf4": partial(quantise, "nf4"),

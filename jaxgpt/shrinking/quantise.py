@@ -57,6 +57,8 @@ def _calibrated(source: Source, cfg: ShrinkConfig, windows: int) -> dict:
             if not (fmt := format_of(cfg, owner)):
                 continue
             if owner == "head":
+                if isinstance(source.params[head], dict):  # cores, which stay floats
+                    continue
                 parts = gptq(fmt, source.params[head].T, moment)
                 done[head] = {name: a.T for name, a in zip(PARTS, parts, strict=True)}
                 continue

@@ -1,7 +1,7 @@
 """`--method` and its flags, checked before JAX is imported.
 
 Methods compose in the order of their stages, whatever trains in between: distil (an objective of
-`train`), heads, prune, svd, then int8, int4 or nf4. `shrink.done` in config.json says what was
+`train`), heads, prune, svd, tt, then int8, int4 or nf4. `shrink.done` in config.json says what was
 done.
 """
 
@@ -36,9 +36,10 @@ KINDS = {
     "svd": Method(
         3, False, float, Range(0, 2**16, "("), "the rank of each projection, or below 1 its energy"
     ),
-    "int8": Method(4),
-    "int4": Method(4),
-    "nf4": Method(4),
+    "tt": Method(4, False, int, Range(1, 2**16), "the rank of the embeddings' tensor train"),
+    "int8": Method(5),
+    "int4": Method(5),
+    "nf4": Method(5),
 }
 
 
