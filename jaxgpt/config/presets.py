@@ -41,6 +41,50 @@ def llama(
     return ModelConfig(**sizes, **family | fields)
 
 
+def bert(num_layers: int, num_heads: int, embed_dim: int, **fields) -> ModelConfig:
+    """Returns BERT's architecture with its masked language model's head (arXiv:1810.04805): an
+    encoder, post-norm, with token types and normalised embeddings."""
+    sizes = dict(num_layers=num_layers, num_heads=num_heads, embed_dim=embed_dim)
+    family = dict(
+        kind="encoder",
+        max_seq_len=512,
+        norm_eps=1e-12,
+        norm_position="post",
+        activation="gelu",
+        type_vocab_size=2,
+        embedding_norm=True,
+        head_transform=True,
+        head_bias=True,
+    )
+    return ModelConfig(**sizes, **family | fields)
+
+
+def t5(
+    num_layers: int, num_heads: int, embed_dim: int, mlp_dim: int, head_dim: int = 64, **fields
+) -> ModelConfig:
+    """Returns T5 1.1's architecture (arXiv:1910.10683 and arXiv:2002.05202): encoder and decoder of
+    `num_layers` each, relative positions, gated GELU, RMSNorm, no biases, separate output
+    embedding, scores that are not scaled."""
+    sizes = dict(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        embed_dim=embed_dim,
+        mlp_dim=mlp_dim,
+        head_dim=head_dim,
+    )
+    family = dict(
+        kind="encoder_decoder",
+        norm="rmsnorm",
+        norm_eps=1e-6,
+        position="relative",
+        activation="geglu",
+        bias=False,
+        tie_embeddings=False,
+        scale_attention=False,
+    )
+    return ModelConfig(**sizes, **family | fields)
+
+
 def from_init(**fields) -> ModelConfig:
     """Returns the architecture that `init_from` has; `fields` are given and must agree with it, but
     for those that may differ (dropout, a shorter context)."""

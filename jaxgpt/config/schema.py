@@ -194,6 +194,8 @@ class OptimConfig:
     z_loss: float = number(
         0.0, 0
     )  # weight of logsumexp(logits)**2 (PaLM, arXiv:2204.02311, section 5)
+    # The share of a target that is spread over the vocabulary (arXiv:1512.00567, section 7)
+    label_smoothing: float = number(0.0, 0, 1, ")")
     ema_decay: float = number(
         0.0, 0, 1, ")"
     )  # evaluate and sample an exponential average of the weights; 0 = off

@@ -29,6 +29,8 @@ from jaxgpt.system.errors import BadInput
 
 CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
+LEFT_TO_RIGHT = ("causal_lm", "distill", "prefix_lm", "fill_in_the_middle")
+UNSMOOTHED = ("distill", "classification", "token_classification", "span_qa")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 EVERY_SECOND = "every_second"
 TRACKERS = ("wandb", "mlflow")
@@ -49,6 +51,7 @@ def validate(config: Config) -> Config:
     _check_data(config)
     parse_track(config.track)
     _check_warmup(config.optim)
+    _check_objective(config)
     _check_shrink(config)
     _check_start(config)
     _check_distillation(config)
@@ -311,6 +314,29 @@ def _check_data(config: Config) -> None:
             f"data.validation_fraction={data.validation_fraction} must lie between 0 and 1"
             " (both excluded), or set data.validation_source"
         )
+
+
+def _check_objective(config: Config) -> None:
+    kind, objective, smoothing = config.model.kind, config.objective, config.optim.label_smoothing
+    if objective in LEFT_TO_RIGHT and kind != "decoder":
+        raise BadInput(
+            f"objective={objective} needs model.kind=decoder, not {kind}: an encoder learns by"
+            " objective=masked_lm, an encoder_decoder by seq2seq or span_corruption"
+        )
+    if smoothing and config.model.logit_softcap:
+        raise BadInput(
+            f"optim.label_smoothing={smoothing} with"
+            f" model.logit_softcap={config.model.logit_softcap}: their mean is not computed without"
+            " whole logits; set one of them to 0"
+        )
+    if smoothing and objective in UNSMOOTHED:
+        raise BadInput(
+            f"optim.label_smoothing={smoothing}: objective={objective} does not smooth its targets;"
+            " set it to 0"
+        )
+    head = [name for name in ("head_bias", "head_transform") if getattr(config.model, name)]
+    if head and objective == "distill":
+        raise BadInput(f"model.{head[0]} with objective=distill: a student has none; leave it out")
 
 
 def _check_warmup(optim: OptimConfig) -> None:

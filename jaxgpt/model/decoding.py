@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxgpt.model.attention import Attention
 from jaxgpt.model.encoder_decoder import EncoderDecoder
 from jaxgpt.model.gpt import GPT, make_mask
+from jaxgpt.model.relative import bias_of
 from jaxgpt.ops.cache import Cache, KeysValues, write_column
 from jaxgpt.ops.cached_attention import sharded_cached
 from jaxgpt.ops.mask import AttentionMask
@@ -81,7 +82,7 @@ def prefill(
     """
     stack = model.stack
     mask = make_mask(tokens.shape, positions, None, prefix, stack.reach, model.rules)
-    bias = stack.bias(mask, in_order=False)
+    bias = bias_of(stack.relative, mask, in_order=False)
     return _through_layers(
         model,
         layers,

@@ -14,6 +14,7 @@ from jaxgpt.model.block import ATTENTION, MLP, NORM_POSITIONS
 from jaxgpt.model.cross_attention import CrossAttention, memory_mask
 from jaxgpt.model.gpt import Stack, make_mask
 from jaxgpt.model.layers import NORMS, dropout
+from jaxgpt.model.relative import bias_of
 from jaxgpt.model.vocabulary import Vocabulary
 from jaxgpt.ops.activations import GATED
 from jaxgpt.ops.mask import AttentionMask
@@ -116,7 +117,8 @@ class EncoderDecoder(nnx.Module):
             source_segments = jnp.ones(sources.shape, jnp.int32)
         seen = memory_mask(tokens.shape[1], source_segments, segments, self.rules)
         mask = make_mask(tokens.shape, positions, segments, prefix, self.decoder.reach, self.rules)
-        bias, embedded = self.decoder.bias(mask, positions is None), self.vocabulary.embed(tokens)
+        bias = bias_of(self.decoder.relative, mask, positions is None)
+        embedded = self.vocabulary.embed(tokens)
         x, losses = self.decoder(embedded, mask, keys[1], bias, memory, seen)
         return x, {name: loss + encoder_losses[name] for name, loss in losses.items()}
 
@@ -131,7 +133,7 @@ class EncoderDecoder(nnx.Module):
         positions = None if segments is None else positions_in(segments)
         shape, reach = sources.shape, self.encoder.reach
         mask = make_mask(shape, positions, segments, None, reach, self.rules)
-        bias = self.encoder.bias(mask, positions is None)
+        bias = bias_of(self.encoder.relative, mask, positions is None)
         return self.encoder(self.vocabulary.embed(sources), mask, dropout_key, bias)
 
     @property

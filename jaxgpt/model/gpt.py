@@ -10,7 +10,7 @@ from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.block import Block
 from jaxgpt.model.layers import INIT_STD, NORMS, dropout
 from jaxgpt.model.positions import POSITIONS
-from jaxgpt.model.relative import relative_bias
+from jaxgpt.model.relative import bias_of, relative_bias
 from jaxgpt.model.vocabulary import Vocabulary
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.remat import REMAT, RESIDUAL_STREAM
@@ -88,14 +88,6 @@ class Stack(nnx.Module):
             x += weight(self.types, x.dtype).at[types].get(out_sharding=jax.typeof(x).sharding.spec)
         return self.embedding_norm(x)
 
-    def bias(self, mask: AttentionMask, in_order: bool) -> Float[Array, "_ N T S"] | None:
-        """Returns what relative positions add to the scores; None where the model has none.
-        `in_order` says that every row's positions are 0..T-1."""
-        if self.relative is None:
-            return None
-        places = jnp.arange(mask.q_positions.shape[1])[None]
-        return self.relative(*((places, places) if in_order else mask[:2]))
-
     def run(self, x: Float[Array, "B T D"], mask: AttentionMask, *arguments) -> tuple:
         """Returns the last layer's output, not normalised, and the auxiliary losses; `arguments`
         are those of `__call__`."""
@@ -153,7 +145,7 @@ class GPT(nnx.Module):
         `types` number the parts of a text. Without a `dropout_key` nothing drops.
         """
         mask = make_mask(tokens.shape, positions, segments, prefix, self.stack.reach, self.rules)
-        bias = self.stack.bias(mask, positions is None)
+        bias = bias_of(self.stack.relative, mask, positions is None)
         return self.stack(self.vocabulary.embed(tokens), mask, dropout_key, bias, types=types)
 
 

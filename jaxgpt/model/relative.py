@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config
 from jaxgpt.model.layers import INIT_STD
+from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.parameters.weights import normal
 
@@ -41,6 +42,17 @@ def relative_bias(config: Config, rules: AxisRules, **arguments) -> RelativeBias
     """Returns a stack's relative bias, None where the model has other positions."""
     is_relative = config.model.position == "relative"
     return RelativeBias(config, rules, **arguments) if is_relative else None
+
+
+def bias_of(
+    relative: RelativeBias | None, mask: AttentionMask, in_order: bool
+) -> Float[Array, "_ N T S"] | None:
+    """Returns what is added to the scores under a mask, None without relative positions. `in_order`
+    says that every row's positions are 0..T-1."""
+    if relative is None:
+        return None
+    places = jnp.arange(mask.q_positions.shape[1])[None]
+    return relative(*((places, places) if in_order else mask[:2]))
 
 
 def buckets_by_distance(causal: bool, buckets: int, max_distance: int) -> np.ndarray:

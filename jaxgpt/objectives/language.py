@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxgpt.config import Config
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.model import Model, ModelSpec
+from jaxgpt.objectives.smoothing import even_losses
 
 Batch = dict[str, Shaped[Array, "A B ..."]]  # inputs, targets [A, B, T], PLACES and others
 Micro = dict[str, Shaped[Array, "B ..."]]  # one of a batch's A microbatches
@@ -39,14 +40,20 @@ def token_losses(
 
 def causal_lm(config: Config) -> Callable:
     """Returns the objective of next-token prediction: cross-entropy, and `optim.z_loss` times the
-    squared logsumexp of the logits (PaLM, arXiv:2204.02311, section 5)."""
-    z_loss = config.optim.z_loss
+    squared logsumexp of the logits (PaLM, arXiv:2204.02311, section 5). With a share
+    `optim.label_smoothing` of the targets spread evenly (arXiv:1512.00567, section 7), `loss` is
+    still that of the whole targets."""
+    z_loss, smoothing = config.optim.z_loss, config.optim.label_smoothing
 
-    def objective(model: Model, micro: Micro, key: PRNGKeyArray):
-        nats, lse = token_losses(model, micro, key)
-        loss = jnp.sum(nats)
-        count = jnp.sum(micro["targets"] != IGNORE)
-        return loss + z_loss * jnp.sum(jnp.square(lse)), count, {"loss": loss}
+    def objective(model: Model, micro: Micro, key: PRNGKeyArray | None):
+        x = hidden(model, micro, key)
+        nats, lse = model.vocabulary.losses(x, micro["targets"])
+        loss, is_target = jnp.sum(nats), micro["targets"] != IGNORE
+        total = loss + z_loss * jnp.sum(jnp.square(lse))
+        if smoothing:
+            even = even_losses(model.vocabulary, x, lse, micro["targets"])
+            total += smoothing * (jnp.sum(even) - loss)
+        return total, jnp.sum(is_target), {"loss": loss}
 
     return objective
 

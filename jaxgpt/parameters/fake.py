@@ -127,6 +127,10 @@ class FakeTable:
         """Returns x times the table in float32, of sharding `out`."""
         return self.floats.few_logits(x, whole, out)
 
+    def mean_row(self, table, count: int):
+        """Returns the mean of the first `count` rows in float32, whole over `fsdp`."""
+        return self.floats.mean_row(self._read(table), count)
+
     def parts(self, table):
         """Returns what `ops.cross_entropy` reads part by part, and how."""
         return self.floats.parts(self._read(table))

@@ -31,7 +31,8 @@ def count_parameters(params: dict, cfg: ModelConfig) -> int:
     padding = (cfg.padded_vocab_size - cfg.vocab_size) * cfg.embed_dim
     tables = 1 if cfg.tie_embeddings else 2
     tables = 0 if "tokens/core_0" in leaves else tables
-    return sum(map(_weights_in, leaves, leaves.values())) - tables * padding
+    padding = tables * padding + (cfg.padded_vocab_size - cfg.vocab_size) * cfg.head_bias
+    return sum(map(_weights_in, leaves, leaves.values())) - padding
 
 
 def _weights_in(path: str, leaf) -> int:
@@ -45,14 +46,21 @@ def flops_per_token(cfg: ModelConfig) -> int:
     """Returns model FLOPs per trained token: 6N + 12 L D T (PaLM, arXiv:2204.02311, appendix B).
 
     N counts the weights that take part in matrix products, the logits' included; the attention
-    term counts the full T x T square, as is the custom. Recomputation does not count.
+    term counts the full T x T square, as is the custom. Recomputation does not count. Of an
+    encoder-decoder the tokens are the decoder's, and what its encoder does is shared among them.
     """
-    d, matrices = cfg.embed_dim, 3 if cfg.activation in GATED else 2
-    heads = 2 * cfg.num_heads + 2 * cfg.num_kv_heads
-    weights = cfg.num_layers * d * (heads * cfg.head_dim + matrices * cfg.mlp_dim)
-    weights += d * cfg.vocab_size
-    attention = 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * cfg.max_seq_len
-    return 6 * weights + attention
+    d, matrices, length = cfg.embed_dim, 3 if cfg.activation in GATED else 2, cfg.max_seq_len
+    reading, read = (2 * heads * cfg.head_dim * d for heads in (cfg.num_heads, cfg.num_kv_heads))
+    layer = reading + read + matrices * cfg.mlp_dim * d
+    square = 12 * cfg.num_heads * cfg.head_dim  # for each pair of positions
+    head = d * cfg.vocab_size + d * d * cfg.head_transform
+    row = length * (6 * (cfg.num_layers * layer + head) + square * cfg.num_layers * length)
+    if cfg.kind == "encoder_decoder":
+        sources = cfg.max_source_len
+        row += cfg.encoder_layers * sources * (6 * layer + square * sources)
+        cross = 6 * (length * reading + sources * read) + square * length * sources
+        row += cfg.num_layers * cross
+    return row // length
 
 
 def mfu(tokens_per_second: float, cfg: ModelConfig, device_kind: str, devices: int) -> float | None:

@@ -156,6 +156,11 @@ class TensorTrainTable:
         y = jnp.einsum("Buvtf,wtfz->Buvw", y, c)
         return jax.sharding.reshard(y.reshape(len(x), -1), out)
 
+    def mean_row(self, table: TensorTrain, count: int) -> Float[Array, "D"]:
+        """Returns the mean of the first `count` rows in float32."""
+        cores = tuple(core.astype(jnp.float32) for core in table.cores)
+        return jnp.mean(rows_of(cores, jnp.arange(count)), axis=0)
+
     def parts(self, table: TensorTrain) -> tuple[tuple, Reader]:
         """Returns what `ops.cross_entropy` reads part by part, and how: rows of a part are made of
         the cores when its turn comes, and their gradient becomes the cores'."""

@@ -281,6 +281,10 @@ class FloatTable:
         )
         return (y if x.shape[0] == 1 else jax.lax.optimization_barrier(y)).T
 
+    def mean_row(self, table: nnx.Param, count: int) -> Float[Array, "D"]:
+        """Returns the mean of the first `count` rows in float32, whole over `fsdp`."""
+        return _mean_row(table[...], count)
+
     def parts(self, table: nnx.Param) -> tuple[jax.Array, Reader]:
         """Returns what `ops.cross_entropy` reads part by part, and how."""
         return table[...], FLOATS
@@ -333,6 +337,10 @@ class QuantisedTable:
         rows_out = P(None, *out)
         return in_few_bits(self.format, x[None], whole, rows_out, as_floats)[0].astype(jnp.float32)
 
+    def mean_row(self, table: Quantised, count: int) -> Float[Array, "D"]:
+        """Returns the mean of the first `count` rows in float32."""
+        return _mean_row(self.rows(table.whole(), jnp.float32), count)
+
     def parts(self, table: Quantised) -> tuple[dict[str, jax.Array], Reader]:
         """Returns what `ops.cross_entropy` reads part by part, and how."""
         return table.whole(), Reader(("vocab", None), self._read, _no_gradient)
@@ -343,6 +351,12 @@ class QuantisedTable:
     def _floats(self, whole: dict, axis: int, dtype) -> Float[Array, "..."]:
         floats = self.format.dequantise(**whole, axis=axis, inputs=self.shape[1], dtype=dtype)
         return jax.lax.stop_gradient(floats)
+
+
+def _mean_row(rows: Float[Array, "V D"], count: int) -> Float[Array, "D"]:
+    counted = jnp.arange(rows.shape[0])[:, None] < count
+    mean = jnp.sum(jnp.where(counted, rows.astype(jnp.float32), 0), axis=0) / count
+    return jax.sharding.reshard(mean, P(None))
 
 
 def turned(params: dict) -> dict:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import BATCH_AXES, SPLIT_BY
 from jaxgpt.model.gpt import layer_windows
 from jaxgpt.parallel.mesh import AXES, make_mesh
@@ -176,20 +176,36 @@ def _array(name: str, kind: str, shape, dtype, sharding: str, size: int) -> dict
 
 def _kernel_flops(program: Program, training: Training) -> int:
     """Returns the FLOPs of splash's and cuDNN's kernels, whose cost is not in the program: for each
-    matrix product, pairs of positions (the mean over the layers' windows) times the head width."""
+    matrix product, pairs of positions (the mean over the layers) times the head width."""
     cfg, mesh = training.spec.model, training.mesh.shape
     rows = training.config.batch_size // training.config.grad_accum
     rows //= math.prod(mesh[axis] for axis in BATCH_AXES)
-    pairs = [
-        np.minimum(np.arange(1, cfg.max_seq_len + 1), w or cfg.max_seq_len).sum()
-        for w in layer_windows(cfg)
-    ]
-    one = 2 * int(np.mean(pairs)) * cfg.head_dim * cfg.num_heads // mesh[SPLIT_BY["heads"]] * rows
+    width = cfg.head_dim * cfg.num_heads // mesh[SPLIT_BY["heads"]]
+    one = 2 * int(np.mean(_pairs(cfg))) * width * rows
     total = 0
     for name, times in program.kernels().items():
         kind = next((kind for kind in MATMULS if f"_{kind}" in name), None)
         total += times * one * MATMULS.get(kind, 0)
     return total
+
+
+def _pairs(cfg: ModelConfig) -> list[int]:
+    """Returns how many pairs of positions each attention of a model has, or of a repeating pattern
+    of its layers."""
+
+    def seen(length: int, window: int, causal: bool) -> int:
+        before = np.minimum(np.arange(1, length + 1), window or length).sum()
+        return before if causal else 2 * before - length
+
+    def stack(length: int, causal: bool) -> list[int]:
+        return [seen(length, window, causal) for window in layer_windows(cfg)]
+
+    if cfg.kind != "encoder_decoder":
+        return stack(cfg.max_seq_len, cfg.kind == "decoder")
+    period = len(layer_windows(cfg))
+    cross = [cfg.max_seq_len * cfg.max_source_len] * period
+    decoder = (stack(cfg.max_seq_len, True) + cross) * (cfg.num_layers // period)
+    return stack(cfg.max_source_len, False) * (cfg.encoder_layers // period) + decoder
 
 
 def _volume(c: Collective) -> float:

@@ -342,6 +342,7 @@ OPTIM_CHANGES = {
     "warmup_fraction": 0.5,
     "lr_multipliers": ".=0.1",
     "z_loss": 1e-4,
+    "label_smoothing": 0.1,
     "ema_decay": 0.9,
     "freeze": "query",
     "moment_dtype": "bfloat16",
