@@ -2,12 +2,14 @@
 
     python -m jaxgpt.convert import --from=HF_DIR --workdir=DIR
     python -m jaxgpt.convert export --workdir=DIR --to=HF_DIR [--step=N|best] [--dtype=float32]
+    python -m jaxgpt.convert export --workdir=DIR --to=DIR2 --format=gguf
 
 `import` reads GPT-2, Llama and Qwen3 folders (safetensors or pytorch_model.bin), also by their name
 on the Hugging Face hub (--from=openai-community/gpt2), and OpenAI's own GPT-2 release. It writes a
 workdir with one checkpoint, for evaluate, sample, export and init_from.
 `export` writes a folder that transformers loads, reads it back and compares logits; a folder that
-does not match is removed.
+does not match is removed. --format=gguf writes DIR2/model.gguf, of GPT-2's architecture: int8 as
+Q8_0, int4 as Q4_0, everything else as float32.
 """
 
 from pathlib import Path
@@ -23,6 +25,7 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import path_of
 from jaxgpt.system.stores import is_object_store
 
+FORMATS = ("hf", "gguf")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -35,6 +38,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("workdir", "", "the run", flag_values=values)
     define_step(values)
     flags.DEFINE_enum("dtype", "float32", DTYPES, "export: as what", flag_values=values)
+    flags.DEFINE_enum("format", "hf", FORMATS, "export: of the weights", flag_values=values)
     action = parse_action(values, argv, ("import", "export"), __doc__)
     needed = ("from", "workdir") if action == "import" else ("workdir", "to")
     for name in needed:
@@ -52,10 +56,12 @@ def main(argv: list[str]) -> None:
     else:
         check_folder(Path(located(str(folder))))
     # JAX is imported only now, so that wrong flags are reported at once
-    from jaxgpt.jobs.convert import export_folder, import_folder
+    from jaxgpt.jobs.convert import export_folder, export_gguf, import_folder
 
     if action == "import":
         import_folder(folder, Path(values.workdir))
+    elif values.format == "gguf":
+        export_gguf(values.workdir, values.step, folder)
     else:
         export_folder(values.workdir, values.step, folder, values.dtype)
 

@@ -16,18 +16,19 @@ from jaxgpt.config.stored import to_json
 from jaxgpt.hub.models import located, pinned_model
 from jaxgpt.hub.names import map_names
 from jaxgpt.inference.trained import open_trained
-from jaxgpt.interchange.families import family_of
+from jaxgpt.interchange.families import GPT2, family_of
 from jaxgpt.interchange.folder import open_folder
+from jaxgpt.interchange.gguf import check_gguf, metadata, packed_tensors, vocabulary_of, write_gguf
 from jaxgpt.interchange.load import as_floats
 from jaxgpt.interchange.tokenizers import read_tokenizer, write_tokenizer
 from jaxgpt.interchange.weights import read_params, write_params
 from jaxgpt.model import ModelSpec
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.parameters.flops import count_parameters
-from jaxgpt.parameters.weights import as_read
+from jaxgpt.parameters.weights import as_read, scales_in
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import whole_folder
+from jaxgpt.system.files import read_json, whole_folder
 from jaxgpt.text.chat import saved_template
 from jaxgpt.tokenizer import save_tokenizer
 
@@ -88,6 +89,40 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
         note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
         check_export(scratch, trained.mesh, bare, params, dtype)
     say(f"exported  step {trained.step} of {workdir} as {family.architecture} into {target}")
+    if note:
+        say(note)
+
+
+def export_gguf(workdir: str, step: int | str | None, target: Path) -> None:
+    """Writes the checkpoint as `target/model.gguf`, with the config and tokenizer that transformers
+    takes beside it. Raises `BadInput` if GGUF has no form of the model, or `target` is not
+    empty."""
+    trained = open_trained(workdir, step)
+    cfg, kind = trained.config.model, trained.config.shrink.weights
+    check_gguf(cfg, kind)
+    with whole_folder(target, "--to") as scratch:
+        with jax.set_mesh(trained.mesh):
+            stored = jax.device_get(trained.params())
+            config, params = as_read(trained.config, stored, "float32")
+            bare, floats = as_floats(config, params)
+            wanted = jax.eval_shape(ModelSpec(bare, "xla").init, jax.random.key(0))
+            coded = kind != "float" and not trained.config.lora.rank
+            scales = scales_in(stored, trained.config.shrink, wanted) if coded else None
+        end = trained.tokenizer.end_of_text
+        ids = {"bos_token_id": end, "eos_token_id": end}
+        hf = {"architectures": [GPT2.architecture]} | GPT2.hf_config(cfg) | ids
+        (scratch / "config.json").write_text(json.dumps(hf, indent=2))
+        template = saved_template(epath.Path(workdir) / "tokenizer")
+        note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
+        file = scratch / "tokenizer.json"
+        vocabulary = vocabulary_of(read_json(file) if file.exists() else {}, end)
+        tensors = dict(packed_tensors(floats, scales, cfg, kind))
+        kind = kind if coded else "float"
+        write_gguf(scratch / "model.gguf", metadata(cfg, kind, vocabulary), tensors)
+        size = (scratch / "model.gguf").stat().st_size
+    say(f"exported  step {trained.step} of {workdir} into {target}/model.gguf, {size:,} bytes")
+    if "tokenizer.ggml.tokens" not in vocabulary:
+        say("          it holds no vocabulary: GGUF's is that of byte-level BPE; give it token ids")
     if note:
         say(note)
 

@@ -430,6 +430,21 @@ def dense(params: dict, cfg: ShrinkConfig, wanted: dict) -> dict:
     return convert(params, wanted, "head")
 
 
+def scales_in(params: dict, cfg: ShrinkConfig, wanted: dict) -> dict:
+    """Returns the scale of each weight, in the arrays of `dense`; 0 of what is stored as floats."""
+
+    def ones(node: dict) -> dict:
+        if "values" not in node:
+            return {
+                name: ones(child) if isinstance(child, dict) else np.zeros_like(child)
+                for name, child in node.items()
+            }
+        one = 1 if node["values"].dtype == np.int8 else 0x99  # two codes of 9, which stand for 1
+        return node | {"values": np.full_like(node["values"], one)}
+
+    return dense(ones(params), cfg, wanted)
+
+
 def _dense_leaf(stored: dict, cfg: ShrinkConfig, owner: str, shape: tuple) -> np.ndarray:
     """Returns the matrix of a projection or table `owner` in its own shape."""
     if NAMES[0] in stored:
