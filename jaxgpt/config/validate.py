@@ -352,6 +352,8 @@ def _check_start(config: Config) -> None:
         raise BadInput(
             f"init_layers={config.init_layers} needs init_from, the model whose layers these are"
         )
+    if config.init_layers and config.model.kind == "encoder_decoder":
+        raise BadInput(f"init_layers={config.init_layers}: not of an encoder_decoder's two stacks")
     if config.init_layers not in ("", EVERY_SECOND):
         parse_layers(config.init_layers)
 

@@ -44,6 +44,8 @@ def shrink(
         raise BadInput(f"--method={written} is not there yet")
     with whole_folder(out, "--out") as scratch:
         trained = open_trained(workdir, step)
+        if (kind := trained.config.model.kind) != "decoder":
+            raise BadInput(f"{workdir} holds an {kind}: shrink knows decoders only")
         before = figures_of(trained, options.data)
         with jax.set_mesh(trained.mesh):
             source = Source(trained, options.data)

@@ -19,11 +19,10 @@ from jaxgpt.parameters.weights import normal
 
 
 class Stack(nnx.Module):
-    """Layers and what stands around them: embeddings beside the tokens' own, the last norm.
+    """Layers, the embeddings beside the tokens' own, and the last norm.
 
-    `blocks` is one Block whose parameters have a leading axis L. They stay stacked whether the
-    blocks run in a scan or unrolled, so that a checkpoint fits either. Layers differ at most in
-    their window, by a pattern that repeats.
+    `blocks` is one Block whose parameters have a leading axis L, in a scan or unrolled, so that a
+    checkpoint fits either. Layers differ at most in their window, by a pattern that repeats.
     """
 
     def __init__(
@@ -46,8 +45,7 @@ class Stack(nnx.Module):
         self.blocks, self.graphdefs = _stack(
             config, rules, kernel, block, self.layer_windows, rngs.params()
         )
-        norm = NORMS[cfg.norm]
-        pre = cfg.norm_position == "pre"
+        norm, pre = NORMS[cfg.norm], cfg.norm_position == "pre"
         self.final_norm = norm(config, cfg.embed_dim) if pre else lambda x: x
         self.embedding_norm = norm(config, cfg.embed_dim) if cfg.embedding_norm else lambda x: x
         self.relative = relative_bias(config, rules, causal=causal, rngs=rngs)
@@ -78,8 +76,8 @@ class Stack(nnx.Module):
         positions: Int[Array, "B T"],
         types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns what the first layer is given, from the tokens' embeddings; `types` are 0 where
-        they are not said."""
+        """Returns what the first layer is given, from the tokens' embeddings; `types` default to
+        0."""
         positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
         x = self.positions(x, positions)
         if self.types is not None:
@@ -140,9 +138,8 @@ class GPT(nnx.Module):
         """Returns the last layer's normalised output, which `losses` reads, and the layers'
         auxiliary losses by name, each summed over the layers.
 
-        `positions` default to 0..T-1. Tokens see those of their own segment only: number packed
-        documents, or give padding a number of its own. In front of `prefix` they see each other.
-        `types` number the parts of a text. Without a `dropout_key` nothing drops.
+        Tokens see those of their own segment only: number packed documents, or give padding a
+        number of its own. In front of `prefix` they see each other. Nothing drops without a key.
         """
         mask = make_mask(tokens.shape, positions, segments, prefix, self.stack.reach, self.rules)
         bias = bias_of(self.stack.relative, mask, positions is None)

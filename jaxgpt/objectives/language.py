@@ -40,9 +40,8 @@ def token_losses(
 
 def causal_lm(config: Config) -> Callable:
     """Returns the objective of next-token prediction: cross-entropy, and `optim.z_loss` times the
-    squared logsumexp of the logits (PaLM, arXiv:2204.02311, section 5). With a share
-    `optim.label_smoothing` of the targets spread evenly (arXiv:1512.00567, section 7), `loss` is
-    still that of the whole targets."""
+    squared logsumexp of the logits (PaLM, arXiv:2204.02311, section 5); a share
+    `optim.label_smoothing` of it with even targets, which the row's `loss` leaves out."""
     z_loss, smoothing = config.optim.z_loss, config.optim.label_smoothing
 
     def objective(model: Model, micro: Micro, key: PRNGKeyArray | None):

@@ -19,7 +19,9 @@ from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer.compare import difference
 
-ROWS = ("tokens", "head", "positions/kernel")  # tables that may have another number of rows
+# Tables and vectors that may have another number of rows: of the vocabulary, and of positions
+VOCABULARY = ("tokens", "head", "head_bias")
+POSITIONS = ("positions/kernel", "encoder/positions/kernel", "decoder/positions/kernel")
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
@@ -85,8 +87,8 @@ def _any(patterns: list[re.Pattern], path: str) -> bool:
 
 def _fit(path: str, value: np.ndarray, leaf: jax.Array, vocab: int, where: str) -> jax.Array:
     value = np.asarray(value)
-    if path in ROWS and value.shape[1:] == leaf.shape[1:]:
-        rows = vocab if path in ("tokens", "head") else len(value)
+    if path in VOCABULARY + POSITIONS and value.shape[1:] == leaf.shape[1:]:
+        rows = vocab if path in VOCABULARY else len(value)
         whole = np.array(hosts.gather_to_host(leaf))
         kept = min(rows, len(whole))
         whole[:kept] = value[:kept]
