@@ -13,11 +13,18 @@ from jaxgpt.interchange.families import FAMILIES, GPT2, Family
 from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
 from jaxgpt.interchange.torch_file import TorchFile
+from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput, as_bad_input
 from jaxgpt.system.files import check_json, read_json
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-SIZES = ("vocab_size", "num_heads", "head_dim", "embed_dim", "mlp_dim")  # each an axis of a tensor
+# Each an axis of a tensor
+SIZES = ("vocab_size", "num_heads", "head_dim", "embed_dim", "mlp_dim", "type_vocab_size")
+COUNTS = ("num_layers", "max_seq_len", "num_kv_heads", "encoder_layers", "max_source_len")
+# Derived from others, or none
+MAY_BE_0 = ("num_kv_heads", "head_dim", "encoder_layers", "max_source_len", "type_vocab_size")
+# What a model of each kind is mostly trained by
+OBJECTIVES = {"decoder": "causal_lm", "encoder": "classification", "encoder_decoder": "seq2seq"}
 OPENAI_FIELDS = {"n_ctx": "n_positions", "n_vocab": "vocab_size"}  # hparams.json: config.json
 WEIGHTS = (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", TorchFile))
 
@@ -27,12 +34,14 @@ class Folder:
     """A model on disk, of which only the files' headers have been read.
 
     `names` maps the family's name of a tensor to its file object and its name in that file.
+    `skipped` are the names of tensors that jaxgpt has no place for.
     """
 
     path: Path
     family: Family
     model: ModelConfig
     names: dict[str, tuple]
+    skipped: tuple[str, ...] = ()
 
     def shape(self, name: str) -> tuple:
         """Returns a tensor's shape."""
@@ -73,7 +82,7 @@ def check_folder(path: Path) -> None:
 
 
 def open_folder(path: Path) -> Folder:
-    """Opens a Hugging Face folder of GPT-2, Llama or Qwen3, or OpenAI's GPT-2 release. Raises
+    """Opens a Hugging Face folder of one of FAMILIES, or OpenAI's GPT-2 release. Raises
     `BadInput` if it is none of these, if a file is missing or damaged, or if the architecture has a
     part that jaxgpt does not support."""
     check_folder(path)
@@ -92,18 +101,28 @@ def open_folder(path: Path) -> Folder:
             f"{path}/config.json: model_type={hf.get('model_type')!r} is not supported; only"
             f" {', '.join(FAMILIES)} are"
         )
-    names = {}
+    names: dict[str, tuple] = {}
     for file in _files(path):
         for name in file.shapes:
-            short = name.removeprefix(family.prefix)
+            short = family.own_name(name)
             if short in names:
                 raise BadInput(f"{path} holds tensor {short} twice")
             if not short.endswith(family.ignored):
                 names[short] = (file, name)
-    return _open(path, family, hf, names)
+    for copy, original in family.copies.items():
+        if copy in names:
+            names.setdefault(original, names.pop(copy))
+    skipped = tuple(sorted(name for name in names if name.startswith(family.skipped)))
+    return _open(path, family, hf, {n: f for n, f in names.items() if n not in skipped}, skipped)
 
 
-def _open(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Folder:
+def say_skipped(folder: Folder) -> None:
+    """Says which tensors of the folder are not read, if there are any."""
+    if folder.skipped:
+        say(f"skipped   {', '.join(folder.skipped)}: jaxgpt has no place for them")
+
+
+def _open(path: Path, family: Family, hf: dict, names: dict[str, tuple], skipped=()) -> Folder:
     """Returns the folder if its config is possible and agrees with the tensors in its files."""
     claimed = largest = 0
     for name, (file, inner) in names.items():
@@ -115,30 +134,30 @@ def _open(path: Path, family: Family, hf: dict, names: dict[str, tuple]) -> Fold
     stored = sum(file.size for file in {file for file, _ in names.values()})
     if claimed > 2 * stored:  # a tied head may share the embedding's bytes
         raise BadInput(f"{path}: its tensors overlap: they take {claimed} bytes of {stored} stored")
-    model = _model_config(path, family, hf)
+    model = _model_config(path, family, hf, names)
     for field in SIZES:
         if getattr(model, field) > largest:
             raise BadInput(
                 f"{path}: its config says {field}={getattr(model, field)}, but no tensor has more"
                 f" than {largest} rows or columns"
             )
-    if model.num_layers > len(names):
+    layers = model.num_layers + model.encoder_layers
+    if layers > len(names):
         raise BadInput(
-            f"{path}: its config says {model.num_layers} layers,"
-            f" its files hold {len(names)} tensors"
+            f"{path}: its config says {layers} layers, its files hold {len(names)} tensors"
         )
-    return Folder(path, family, model, names)
+    return Folder(path, family, model, names, skipped)
 
 
-def _model_config(path: Path, family: Family, hf: dict) -> ModelConfig:
+def _model_config(path: Path, family: Family, hf: dict, names: dict) -> ModelConfig:
     try:
         check_json(hf, family.schema)
-        model = family.model_config(hf)
-        for field in (*SIZES, "num_layers", "max_seq_len", "num_kv_heads"):
-            lowest = 0 if field in ("num_kv_heads", "head_dim") else 1  # 0: derived from others
+        model = family.adapted(family.model_config(hf), names)
+        for field in (*SIZES, *COUNTS):
+            lowest = 0 if field in MAY_BE_0 else 1
             if not lowest <= getattr(model, field) < 1 << 31:
                 raise ValueError(f"{field} is {getattr(model, field)}")
-        model = validate(Config(model=model)).model
+        model = validate(Config(model=model, objective=OBJECTIVES[model.kind])).model
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise BadInput(f"{path}: its config lacks or garbles a field: {e!r}") from e
     except BadInput as e:

@@ -125,6 +125,7 @@ def completed(config: Config) -> Config:
         vocab_size = max(theirs.vocab_size, tokenizer.vocab_size)
     context = min(theirs.max_seq_len, CONTEXT)
     chosen = dict(vocab_size=vocab_size, max_seq_len=context, dropout=ModelConfig.dropout)
+    chosen["max_source_len"] = min(theirs.max_source_len, CONTEXT)
     for name, value in (vars(theirs) | chosen).items():
         if f"model.{name}" in opened:
             setattr(config.model, name, value)
@@ -207,8 +208,7 @@ def check_model(config: Config) -> None:
         )
         what = f"{path} with init_layers={taken}" if taken else path
         raise BadInput(f"init_from={what} is another model: {'; '.join(differences)}{hint}")
-    if mine.position == "learned" and mine.max_seq_len > theirs.max_seq_len:
-        raise BadInput(
-            f"init_from={path} has {theirs.max_seq_len} positions,"
-            f" model.max_seq_len={mine.max_seq_len}"
-        )
+    for field in ("max_seq_len", "max_source_len"):
+        there, here = getattr(theirs, field), getattr(mine, field)
+        if mine.position == "learned" and here > there:
+            raise BadInput(f"init_from={path} has {there} positions, model.{field}={here}")

@@ -12,7 +12,7 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints, concrete
 from jaxgpt.config import Config, LoraConfig, MeshConfig, ModelConfig, ShrinkConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.hub.models import located
-from jaxgpt.interchange.folder import open_folder
+from jaxgpt.interchange.folder import open_folder, say_skipped
 from jaxgpt.interchange.init_from import is_workdir
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
@@ -50,6 +50,7 @@ def load_weights(
                 )
             return {p: np.asarray(leaf) for p, leaf in leaves_by_path(params).items()}, spec.model
     folder = open_folder(Path(path))
+    say_skipped(folder)
     spec = ModelSpec(Config(model=folder.model), "xla")
     return leaves_by_path(
         read_params(folder, jax.eval_shape(spec.init, jax.random.key(0)))

@@ -11,6 +11,7 @@ from jaxgpt.system.files import read_json
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer.gpt2 import BYTES, END_OF_TEXT, Gpt2Tokenizer
 from jaxgpt.tokenizer.hf import HfTokenizer
+from jaxgpt.tokenizer.hf_files import NAMED
 from jaxgpt.tokenizer.sentencepiece import MODEL_FILE
 from jaxgpt.tokenizer.special import SpecialTokens
 
@@ -49,10 +50,14 @@ def _is_gpt2(file: Path) -> bool:
     )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, template: str) -> str:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, max_seq_len: int, template: str, model: str = ""
+) -> str:
     """Writes the files that `AutoTokenizer` reads, and a SentencePiece model's own file.
 
     Returns '', or a warning for the user. `template` is a chat template (Jinja), '' for none.
+    `model` names the family of a model that is no decoder: special tokens are then named by what
+    they serve as.
     """
     base = tokenizer.base if isinstance(tokenizer, SpecialTokens) else tokenizer
     if base.kind in ("gpt2", "sentencepiece"):
@@ -75,11 +80,22 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int, templa
         "eos_token": end,
         "clean_up_tokenization_spaces": False,
     } | ({"unk_token": end} if base.kind == "gpt2" else {})
+    if model:
+        settings |= _roles(tokenizer)
+        inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if model == "bert" else [])
+        settings["model_input_names"] = inputs
     if template:
         settings["chat_template"] = template
         (folder / "chat_template.jinja").write_text(template, "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     return ""
+
+
+def _roles(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the names of special tokens as a tokenizer_config.json has them."""
+    names = {i: name for name, i in tokenizer.special.items()}
+    roles = {role: names.get(tokenizer.role(role)) for role in NAMED}
+    return {f"{role}_token": name for role, name in roles.items() if name is not None}
 
 
 def _fast(base: Tokenizer) -> tuple[FastTokenizer | None, str]:

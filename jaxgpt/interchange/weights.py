@@ -14,7 +14,7 @@ from jaxgpt.metrics.progress import Bar
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 
-TABLES = ("tokens", "head")  # one row per token, padded to a multiple of 128 rows
+TABLES = ("tokens", "head", "head_bias")  # a row per token, padded to a multiple of 128 rows
 
 
 def read_params(folder: Folder, abstract: dict) -> dict:
@@ -29,7 +29,7 @@ def read_params(folder: Folder, abstract: dict) -> dict:
     """
     ours = leaves_by_path(abstract)
     tensors = tensors_of(folder.family, ours, folder.model)
-    tied = {"lm_head.weight"} if "head" not in ours else set()
+    tied = folder.family.heads if "head" not in ours else set()
     if missing := sorted(set(tensors) - set(folder.names)):
         raise BadInput(f"{folder.path} lacks {_some(missing)}")
     if extra := sorted(set(folder.names) - set(tensors) - tied):
@@ -60,8 +60,7 @@ def write_params(file: Path, family: Family, params: dict, cfg: ModelConfig, dty
     """Writes `params` as the family's tensors, one at a time, without the vocabulary's padding."""
     ours = leaves_by_path(params)
     tensors = {
-        name if name == "lm_head.weight" else family.prefix + name: tensor
-        for name, tensor in tensors_of(family, ours, cfg).items()
+        family.stored_name(name): tensor for name, tensor in tensors_of(family, ours, cfg).items()
     }
 
     def read(name: str) -> np.ndarray:
@@ -105,7 +104,7 @@ def tensors_of(family: Family, ours: dict, cfg: ModelConfig) -> dict[str, Tensor
         shapes = [tuple(ours[path].shape)[stacked:] for path in rule.ours]
         if rule.ours[0] in TABLES:
             shapes = [(cfg.vocab_size, *shape[1:]) for shape in shapes]
-        for layer in range(cfg.num_layers) if stacked else [None]:
+        for layer in range(ours[rule.ours[0]].shape[0]) if stacked else [None]:
             tensors[rule.theirs.format(layer=layer)] = Tensor(rule, layer, shapes)
     return tensors
 

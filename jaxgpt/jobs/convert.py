@@ -16,8 +16,8 @@ from jaxgpt.config.stored import to_json
 from jaxgpt.hub.models import located, pinned_model
 from jaxgpt.hub.names import map_names
 from jaxgpt.inference.trained import open_trained
-from jaxgpt.interchange.families import GPT2, family_of
-from jaxgpt.interchange.folder import open_folder
+from jaxgpt.interchange.families import GPT2, Family, family_of
+from jaxgpt.interchange.folder import OBJECTIVES, open_folder, say_skipped
 from jaxgpt.interchange.gguf import check_gguf, metadata, packed_tensors, vocabulary_of, write_gguf
 from jaxgpt.interchange.load import as_floats
 from jaxgpt.interchange.tokenizers import read_tokenizer, write_tokenizer
@@ -30,7 +30,8 @@ from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import read_json, whole_folder
 from jaxgpt.text.chat import saved_template
-from jaxgpt.tokenizer import save_tokenizer
+from jaxgpt.tokenizer import Tokenizer, save_tokenizer
+from jaxgpt.tokenizer.hf_files import WITH_ID
 
 # of logits: float32 is written without loss, the other dtypes are rounded once
 LARGEST_DIFFERENCE = {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.5}
@@ -43,6 +44,7 @@ def import_folder(source: Path, workdir: Path) -> None:
     name = map_names("init_from", str(source), pinned_model)
     path = Path(located(name))
     folder = open_folder(path)
+    say_skipped(folder)
     tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size > folder.model.vocab_size:
         raise BadInput(
@@ -51,7 +53,9 @@ def import_folder(source: Path, workdir: Path) -> None:
         )
     dtype = "bfloat16" if folder.is_bfloat16 else "float32"
     data = DataConfig(tokenizer=f"{tokenizer.kind}:{(workdir / 'tokenizer').absolute()}")
-    config = Config(model=folder.model, compute=ComputeConfig(param_dtype=dtype), data=data)
+    objective = OBJECTIVES[folder.model.kind]
+    compute = ComputeConfig(param_dtype=dtype)
+    config = Config(model=folder.model, objective=objective, compute=compute, data=data)
     with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
         abstract = jax.eval_shape(ModelSpec(config, "xla").init, jax.random.key(0))
     with whole_folder(workdir, "--workdir") as scratch:
@@ -63,9 +67,16 @@ def import_folder(source: Path, workdir: Path) -> None:
     say(
         f"imported  {count_parameters(params, config.model):,} parameters of {folder.family.name}"
         f" from {name} into {workdir}\n"
-        f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='Once upon a time'\n"
+        f"next      python -m jaxgpt.sample --workdir={workdir} --prompt='{_prompt(tokenizer)}'\n"
         f"          python -m jaxgpt.train --config=FILE --config.init_from={workdir}"
     )
+
+
+def _prompt(tokenizer: Tokenizer) -> str:
+    """Returns an example for the user: with a mask where the tokenizer has one."""
+    names = {i: name for name, i in tokenizer.special.items()}
+    mask = names.get(tokenizer.role("mask"))
+    return f"Paris is the capital of {mask}." if mask else "Once upon a time"
 
 
 def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str) -> None:
@@ -80,13 +91,13 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
             config, params = as_read(trained.config, trained.params(), "float32")
             bare, params = as_floats(config, params)
             write_params(scratch / "model.safetensors", family, params, cfg, dtype)
-        end = trained.tokenizer.end_of_text
-        ids = {"bos_token_id": end, "eos_token_id": end}
+        ids = token_ids(trained.tokenizer, family)
         hf = {"architectures": [family.architecture]} | family.hf_config(cfg) | ids
         (scratch / "config.json").write_text(json.dumps(hf | {"dtype": dtype}, indent=2))
         (scratch / "generation_config.json").write_text(json.dumps(ids, indent=2))
         template = saved_template(epath.Path(workdir) / "tokenizer")
-        note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template)
+        model = "" if cfg.kind == "decoder" else family.name
+        note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template, model)
         check_export(scratch, trained.mesh, bare, params, dtype)
     say(f"exported  step {trained.step} of {workdir} as {family.architecture} into {target}")
     if note:
@@ -127,6 +138,21 @@ def export_gguf(workdir: str, step: int | str | None, target: Path) -> None:
         say(note)
 
 
+def token_ids(tokenizer: Tokenizer, family: Family) -> dict[str, int]:
+    """Returns the fields of a config.json that name tokens. Raises `BadInput` if the family counts
+    positions from another id of padding."""
+    end = tokenizer.end_of_text
+    if "decoder" in family.exact["kind"]:
+        return {"bos_token_id": end, "eos_token_id": end}
+    ids = {role: tokenizer.role(role) for role in WITH_ID}
+    if family.pad is not None and ids["pad"] != family.pad:
+        raise BadInput(
+            f"{family.name} needs {family.pad} as the id of padding, from which it counts"
+            f" positions; that of this tokenizer is {ids['pad']}"
+        )
+    return {f"{role}_token_id": i for role, i in ids.items() if i is not None}
+
+
 def check_export(folder: Path, mesh: Mesh, config: Config, params: dict, dtype: str) -> None:
     """Reads an exported folder and compares its logits with those of `params`, the parameters of
     `config`. Raises `BadInput` if
@@ -151,7 +177,15 @@ def check_export(folder: Path, mesh: Mesh, config: Config, params: dict, dtype: 
 
 def _probe(spec: ModelSpec, params: dict) -> np.ndarray:
     """Returns the logits of a fixed row of tokens, without the vocabulary's padding."""
-    length = min(PROBE_TOKENS, spec.model.max_seq_len)
-    tokens = np.random.default_rng(0).integers(0, spec.model.vocab_size, (1, length))
-    logits = jax.jit(lambda p, t: spec.bind(p)(t))(params, tokens.astype(np.int32))
-    return np.asarray(logits)[..., : spec.model.vocab_size]
+    cfg, rng = spec.model, np.random.default_rng(0)
+
+    def draw(below: int, longest: int) -> np.ndarray:
+        return rng.integers(0, below, (1, min(PROBE_TOKENS, longest))).astype(np.int32)
+
+    tokens, places = draw(cfg.vocab_size, cfg.max_seq_len), {}
+    if cfg.kind == "encoder_decoder":
+        places["sources"] = draw(cfg.vocab_size, cfg.max_source_len)
+    if cfg.type_vocab_size:
+        places["types"] = draw(cfg.type_vocab_size, cfg.max_seq_len)
+    logits = jax.jit(lambda p, t, places: spec.bind(p)(t, **places))(params, tokens, places)
+    return np.asarray(logits)[..., : cfg.vocab_size]

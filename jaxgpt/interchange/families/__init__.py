@@ -1,14 +1,18 @@
 """The architectures of Hugging Face's that jaxgpt can also express, a file each."""
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.interchange.families.bart import BART
+from jaxgpt.interchange.families.bert import BERT, ROBERTA
 from jaxgpt.interchange.families.family import Family, Rule
 from jaxgpt.interchange.families.gpt2 import GPT2
 from jaxgpt.interchange.families.llama import LLAMA, QWEN3
+from jaxgpt.interchange.families.t5 import T5
 from jaxgpt.system.errors import BadInput
 
 __all__ = ["FAMILIES", "GPT2", "Family", "Rule", "family_of"]
 
-FAMILIES = {family.name: family for family in (GPT2, LLAMA, QWEN3)}
+ALL = (GPT2, LLAMA, QWEN3, BERT, ROBERTA, T5, BART)
+FAMILIES = {family.name: family for family in ALL}
 
 
 def family_of(cfg: ModelConfig) -> Family:

@@ -1,8 +1,14 @@
 """GPT-2 (OpenAI 2019) as Hugging Face stores it."""
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.interchange.families.family import COMMON, Family, require, rules_from, schema_of
-from jaxgpt.system.errors import BadInput
+from jaxgpt.interchange.families.family import (
+    COMMON,
+    Family,
+    activation_of,
+    require,
+    rules_from,
+    schema_of,
+)
 
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 GPT2_FIXED = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
@@ -41,14 +47,12 @@ GPT2_TENSORS = {  # theirs: ours, separated by spaces
 
 def _gpt2_model_config(hf: dict) -> ModelConfig:
     require(hf, GPT2_FIXED)
-    activation = hf.get("activation_function", "gelu_new")
-    if activation not in GPT2_ACTIVATIONS:
-        raise BadInput(f"config.json: activation_function={activation!r} is not supported")
+    activation = activation_of(hf, "activation_function", "gelu_new", GPT2_ACTIVATIONS)
     defaults = {"n_positions": hf.get("n_ctx"), "layer_norm_epsilon": 1e-5}
     hf = defaults | {"tie_word_embeddings": True} | hf
     hf["n_inner"] = hf.get("n_inner") or 4 * hf["n_embd"]
     fields = {ours: hf[theirs] for theirs, ours in GPT2_FIELDS.items()}
-    return ModelConfig(**fields, activation=GPT2_ACTIVATIONS[activation])
+    return ModelConfig(**fields, activation=activation)
 
 
 def _gpt2_hf_config(cfg: ModelConfig) -> dict:
