@@ -14,7 +14,7 @@ from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.ops.rope import rope_frequencies, rotate
 from jaxgpt.ops.sparse.kernels import SPARSE_KERNELS, sparse_kernel
 from jaxgpt.ops.sparse.lsh import unit_length
-from jaxgpt.ops.sparse.patterns import patterns_of
+from jaxgpt.ops.sparse.patterns import Lsh, patterns_of
 from jaxgpt.parallel.rules import AxisRules
 
 
@@ -34,18 +34,20 @@ class Attention(nnx.Module):
         either = self.patterns[0]
         attend = SPARSE_KERNELS[sparse_kernel(kernel, either)] if either else KERNELS[kernel]
         self.attend = sharded(attend, rules, scale=self.scale)
+        hashes = isinstance(either, Lsh)  # not in decoding: see `ops.sparse.lsh`
+        start = KERNELS["xla"] if hashes else attend
+        self.attend_start = sharded(start, rules, scale=self.scale)
         self.attend_dropping = sharded(KERNELS["xla"], rules, scale=self.scale, dropout=cfg.dropout)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
         self.query = Linear("query", "MD,DNH->MNH", config, rules, **shared)
-        has_keys = cfg.attention_pattern != "lsh"  # which has queries for keys
-        self.key = Linear("key", "MD,DKH->MKH", config, rules, **shared) if has_keys else None
+        self.key = None if hashes else Linear("key", "MD,DKH->MKH", config, rules, **shared)
         self.value = Linear("value", "MD,DKH->MKH", config, rules, **shared)
         self.out = Linear(
             "out", "MNH,NHD->MD", config, rules, bias=cfg.bias, std=residual_std(cfg), rngs=rngs
         )
         norm = NORMS[cfg.norm]
         self.query_norm = norm(config, cfg.head_dim) if cfg.qk_norm else _identity
-        self.key_norm = norm(config, cfg.head_dim) if cfg.qk_norm and has_keys else _identity
+        self.key_norm = norm(config, cfg.head_dim) if cfg.qk_norm and self.key else _identity
         self.rotate = _make_rotation(cfg) if cfg.position == "rope" else _identity
 
     def __call__(

@@ -124,7 +124,7 @@ def _attend_start(attention: Attention, x, mask: AttentionMask, bias):
     """Returns the attended x of a text's start, and its keys and values for a cache."""
     q, k, v = attention.heads(x, mask.q_positions)
     mask = mask.within(attention.window, attention.patterns[True])
-    out = attention.out(attention.attend(q, k, v, mask, bias=bias))
+    out = attention.out(attention.attend_start(q, k, v, mask, bias=bias))
     return out, KeysValues(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
 

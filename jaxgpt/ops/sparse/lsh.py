@@ -8,7 +8,8 @@ make 2T / chunk buckets, so that a bucket fills half a chunk on average; the sor
 first.
 
 The directions are fixed and the same in all heads and layers: a run is still a function of its
-seed, whatever the mesh.
+seed, whatever the mesh. Decoding does not hash, but sees every token before it, as infinitely many
+rounds would: what padding or another prompt's length changes in the chunks then changes no sample.
 """
 
 import math
