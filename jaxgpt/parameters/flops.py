@@ -2,6 +2,7 @@
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops.activations import GATED
+from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
 from jaxgpt.system.trees import leaves_by_path
 
 # Dense bf16 FLOP/s of one device by `device_kind`, from the makers' data sheets.
@@ -46,21 +47,30 @@ def flops_per_token(cfg: ModelConfig) -> int:
     """Returns model FLOPs per trained token: 6N + 12 L D T (PaLM, arXiv:2204.02311, appendix B).
 
     N counts the weights that take part in matrix products, the logits' included; the attention
-    term counts the full T x T square, as is the custom. Recomputation does not count. Of an
-    encoder-decoder the tokens are the decoder's, and what its encoder does is shared among them.
+    term counts the full T x T square, as is the custom, but of a sparse pattern the pairs that are
+    seen. Recomputation does not count. Of an encoder-decoder the tokens are the decoder's, and what
+    its encoder does is shared among them.
     """
     d, matrices, length = cfg.embed_dim, 3 if cfg.activation in GATED else 2, cfg.max_seq_len
     reading, read = (2 * heads * cfg.head_dim * d for heads in (cfg.num_heads, cfg.num_kv_heads))
-    layer = reading + read + matrices * cfg.mlp_dim * d
+    own = read // 2 if cfg.attention_pattern == "lsh" else read  # whose queries are its keys
+    layer = reading + own + matrices * cfg.mlp_dim * d
     square = 12 * cfg.num_heads * cfg.head_dim  # for each pair of positions
     head = d * cfg.vocab_size + d * d * cfg.head_transform
-    row = length * (6 * (cfg.num_layers * layer + head) + square * cfg.num_layers * length)
+    keys = _keys_seen(cfg, length, cfg.kind != "encoder")
+    row = length * (6 * (cfg.num_layers * layer + head) + square * cfg.num_layers * keys)
     if cfg.kind == "encoder_decoder":
         sources = cfg.max_source_len
-        row += cfg.encoder_layers * sources * (6 * layer + square * sources)
+        keys = _keys_seen(cfg, sources, False)
+        row += cfg.encoder_layers * sources * (6 * layer + square * keys)
         cross = 6 * (length * reading + sources * read) + square * length * sources
         row += cfg.num_layers * cross
     return row // length
+
+
+def _keys_seen(cfg: ModelConfig, length: int, causal: bool) -> int:
+    pattern = patterns_of(cfg)[causal]
+    return round(keys_seen(pattern, length, causal)) if pattern else length
 
 
 def mfu(tokens_per_second: float, cfg: ModelConfig, device_kind: str, devices: int) -> float | None:

@@ -13,6 +13,8 @@ import numpy as np
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import BATCH_AXES, SPLIT_BY
 from jaxgpt.model.gpt import layer_windows
+from jaxgpt.ops.sparse.kernels import kernel_name
+from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
 from jaxgpt.parallel.mesh import AXES, make_mesh
 from jaxgpt.parameters.flops import count_parameters, flops_per_token
 from jaxgpt.planning.hardware import Chip, quiet
@@ -40,7 +42,7 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
             "devices": len(devices),
             "parameters": count_parameters(state.params, training.spec.model),
             "mesh": dict(zip(AXES, mesh.devices.shape, strict=True)),
-            "attention": training.spec.kernel,
+            "attention": kernel_name(training.spec.model, training.spec.kernel),
         }
         arguments = _arguments(training, state)
         try:
@@ -194,6 +196,8 @@ def _pairs(cfg: ModelConfig) -> list[int]:
     of its layers."""
 
     def seen(length: int, window: int, causal: bool) -> int:
+        if pattern := patterns_of(cfg)[causal]:
+            return round(length * keys_seen(pattern, length, causal))
         before = np.minimum(np.arange(1, length + 1), window or length).sum()
         return before if causal else 2 * before - length
 

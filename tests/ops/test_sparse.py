@@ -1,5 +1,6 @@
 """Every sparse pattern against dense attention under its mask, in float64; and what it costs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxgpt.config import ModelConfig
 from jaxgpt.ops import kernels
 from jaxgpt.ops.attention import sharded
 from jaxgpt.ops.kernels import splash_attention
@@ -27,6 +29,7 @@ from jaxgpt.ops.sparse.patterns import (
     keys_seen,
 )
 from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parameters.flops import flops_per_token
 from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, tiny_config
 from tests.ops.test_ops import normal
@@ -330,3 +333,13 @@ def test_how_many_keys_are_seen():
         for causal in (True, False):
             seen = keys_seen(pattern(name, causal), LENGTH, causal)
             assert abs(seen - pairs(name, causal).sum() / LENGTH) < 1e-4
+
+
+def test_model_flops_count_the_pairs_that_are_seen():
+    """A window of 8 in 64 positions: 1 to 7 keys, then 8; 484 / 64 = 7.6 on average."""
+    full = ModelConfig(vocab_size=128, max_seq_len=64, num_layers=3).with_sizes()
+    fields = dict(attention_pattern="longformer", sparse_block=8, global_tokens=0)
+    fewer = flops_per_token(full) - flops_per_token(dataclasses.replace(full, **fields))
+    assert fewer == 12 * 3 * 12 * 64 * (64 - 8)
+    shared = dataclasses.replace(full, attention_pattern="lsh", sparse_block=16, hash_rounds=2)
+    assert flops_per_token(full) - flops_per_token(shared) == 3 * 6 * 768 * 768
