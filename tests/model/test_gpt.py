@@ -153,23 +153,31 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_a_pattern_reaches_as_far_as_it_says(kind):
-    """Two layers with a window of 3: position 10 depends on 6 to 10, in an encoder to 14."""
+@pytest.mark.parametrize(
+    ("kind", "first", "reached"),
+    [("decoder", 0, range(6, 11)), ("encoder", 0, range(6, 15)), ("encoder", 1, range(24))],
+)
+def test_a_pattern_reaches_as_far_as_it_says(kind, first, reached):
+    """Two layers with a window of 3: position 10 depends on 6 to 10, in an encoder to 14, or on
+    all by a global token, which sees all."""
     config = tiny_config(
-        kind=kind, attention_pattern="longformer", sparse_block=3, global_tokens=0, position="rope"
+        kind=kind,
+        attention_pattern="longformer",
+        sparse_block=3,
+        global_tokens=first,
+        position="rope",
     )
     with jax.set_mesh(mesh_of(config)):
         spec, params = build(config)
         tokens = tokens_of(config)[:1]
         state = jax.jit(lambda tokens: spec.bind(params).hidden(tokens)[0][0, 10])
         before = state(tokens)
-        reached = [
+        found = [
             at
             for at in range(24)
             if np.any(state(tokens.at[0, at].set(tokens[0, at] ^ 1)) != before)
         ]
-    assert reached == list(range(6, 11 if kind == "decoder" else 15))
+    assert found == list(reached)
 
 
 DECODED_AS = {"lsh": dict(sparse_block=24)}  # decoding does not hash: all are in one chunk

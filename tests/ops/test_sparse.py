@@ -156,7 +156,7 @@ PARTS = st.one_of(
     st.builds(Row, st.integers(1, 30)),
     st.builds(Column, st.integers(1, 30)),
     st.builds(Neighbours, st.integers(1, 30)),
-    st.builds(Random, st.integers(1, 9), st.integers(1, 4), st.just(30), st.just(True)),
+    st.builds(Random, st.integers(1, 9), st.integers(1, 4), st.just(30), st.booleans()),
 )
 
 
@@ -194,6 +194,8 @@ def test_random_blocks_are_drawn_about_equally_often():
     drawn = Random(8, 1, 100, False).drawn(np.arange(20_000, dtype=np.int32), 0)
     counts = np.bincount(drawn, minlength=100)
     assert len(counts) == 100 and 0.6 * 200 < counts.min() and counts.max() < 1.4 * 200
+    steps = np.bincount(np.diff(drawn) % 100, minlength=100)
+    assert steps.max() < 1.5 * 200, "from one row to the next, any step is as likely"
 
 
 def hashed_pairs(q, segments, pattern, causal):

@@ -210,7 +210,7 @@ def keys_seen(pattern: Pattern | Lsh, length: int, causal: bool) -> float:
     """Returns how many keys a query sees on average over `length` positions, of `ROWS` of them
     where there are more; hashing, as many as it reads."""
     if isinstance(pattern, Lsh):
-        return min(2 * pattern.chunk * pattern.rounds, length)
+        return float(min(2 * pattern.chunk * pattern.rounds, length))
     q = np.unique(np.linspace(0, length - 1, ROWS).astype(np.int32))[:, None]
     k = np.arange(length, dtype=np.int32)[None]
     seen = pattern.visible(q, k)
