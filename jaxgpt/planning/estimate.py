@@ -198,7 +198,7 @@ def _pairs(cfg: ModelConfig) -> list[int]:
     def seen(length: int, window: int, causal: bool) -> int:
         if pattern := patterns_of(cfg)[causal]:
             return round(length * keys_seen(pattern, length, causal))
-        before = np.minimum(np.arange(1, length + 1), window or length).sum()
+        before = int(np.minimum(np.arange(1, length + 1), window or length).sum())
         return before if causal else 2 * before - length
 
     def stack(length: int, causal: bool) -> list[int]:
