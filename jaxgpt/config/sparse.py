@@ -85,7 +85,10 @@ def _of_run(config: Config, model: ModelConfig) -> str:
     if config.objective == "prefix_lm":
         return "with objective=prefix_lm: it has no prefix; set model.attention_pattern=full"
     if config.data.pack and placed:
-        return "with data.pack=true: it looks another in each place of a row; set data.pack=false"
+        return (
+            "with data.pack=true: what a document's tokens see would depend on its place in the"
+            " row; set data.pack=false"
+        )
     if config.data.pack and model.attention_pattern == "longformer" and model.global_tokens:
         return (
             f"with model.global_tokens={model.global_tokens} and data.pack=true: only the first"
