@@ -11,10 +11,13 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
-from jaxgpt import convert, sample, shrink
+from jaxgpt import convert, shrink
 from jaxgpt.config import ShrinkConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.config.validate import changed
+from jaxgpt.inference.decode import generate
+from jaxgpt.inference.requests import Sampling
+from jaxgpt.inference.trained import open_trained
 from jaxgpt.jobs.train import train
 from jaxgpt.model import ModelSpec
 from jaxgpt.objectives.language import causal_lm
@@ -121,9 +124,14 @@ def test_shrink_stores_what_was_trained(tuned, command, tmp_path):
     rows = map(json.loads, (tuned / "metrics.jsonl").read_text().splitlines())
     trained = [row["bits_per_byte"] for row in rows if row["split"] == "validation"][-1]
     assert trained == pytest.approx(row["bits_per_byte_after"], abs=1e-5)
-    asked = "--prompt=The ", "--temperature=0", "--max_new_tokens=12"
-    texts = [command(sample.main, f"--workdir={w}", *asked)[1] for w in (tuned, out)]
-    assert texts[0] == texts[1] and texts[0].startswith("The ")
+    written = []
+    for workdir in (tuned, out):
+        model = open_trained(str(workdir), None)
+        with jax.set_mesh(model.mesh):
+            greedy = Sampling(temperature=0.0)
+            written.append(generate(model.decoder(), [np.arange(5)], 12, greedy))
+    np.testing.assert_array_equal(*(tokens for tokens, _ in written))
+    np.testing.assert_allclose(*(logprobs for _, logprobs in written), atol=2e-5)
     folders = []
     for workdir, name in ((tuned, "x"), (out, "y")):
         to = f"--to={tmp_path}/{name}"
