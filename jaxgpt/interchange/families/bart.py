@@ -115,7 +115,7 @@ BART = Family(
     schema=schema_of(FIELDS)
     | {"activation_function?": str, "encoder_attention_heads?": int, "encoder_ffn_dim?": int},
     prefix="model.",
-    ignored=(),
+    ignored=("encoder.version", "decoder.version"),
     adapted=_adapted,
     same=(("max_source_len", "max_seq_len"),),
     outside=("lm_head.", "final_logits_bias"),

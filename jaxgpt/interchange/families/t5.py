@@ -125,7 +125,7 @@ T5 = Family(
     | {"num_decoder_layers?": int | None, "feed_forward_proj?": str}
     | {"tie_word_embeddings?": bool, "scale_decoder_outputs?": bool},
     prefix="",
-    ignored=(),
+    ignored=("EncDecAttention.relative_attention_bias.weight",),  # of the first files; never used
     adapted=_adapted,
     same=(("scale_logits", "tie_embeddings"),),
     copies={"encoder.embed_tokens.weight": "shared.weight"}
