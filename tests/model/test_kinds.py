@@ -14,7 +14,7 @@ from jaxgpt.config.validate import validate
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.cross_attention import CrossAttention, memory_mask
 from jaxgpt.model.encoder_decoder import positions_in
-from jaxgpt.model.relative import buckets_by_distance
+from jaxgpt.model.relative import RelativeBias, buckets_by_distance
 from jaxgpt.objectives.language import causal_lm
 from jaxgpt.ops.cache import Cache, empty_cache, write_recent
 from jaxgpt.optim.groups import decay_mask, is_hidden_matrix
@@ -270,6 +270,20 @@ def test_relative_buckets_are_t5s():
     causal, both = (buckets_by_distance(c, 32, 128)[index].tolist() for c in (True, False))
     assert causal == [31, 31, 29, 29, 24, 23, 16, 15, 8, 7, 1] + [0] * 7
     assert both == [15, 15, 15, 14, 13, 12, 10, 9, 8, 7, 1, 0, 17, 23, 24, 25, 31, 31]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_relative_bias_is_that_of_the_keys_distance(causal):
+    """Row t, column s has the table's row of s - t, at any positions."""
+    config = tiny_config(position="relative", relative_buckets=8, relative_max_distance=20)
+    queries, keys = np.array([[3, 50], [0, 7]]), np.array([[1, 3, 90], [8, 2, 1]])
+    with jax.set_mesh(mesh_of(config)):
+        bias = RelativeBias(config, AxisRules(), causal=causal, rngs=nnx.Rngs(params=0))
+        got = bias(jnp.asarray(queries), jnp.asarray(keys))
+        table = np.asarray(bias.kernel[...])
+    distances = np.clip(keys[:, None] - queries[:, :, None], -20, 20)
+    buckets = buckets_by_distance(causal, 8, 20)
+    np.testing.assert_array_equal(got, table[buckets[distances + 20]].transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parity

@@ -53,7 +53,15 @@ def long(length, documents=0):
 PLAIN = AttentionMask(np.tile(np.arange(7), (2, 1)), np.tile(np.arange(7), (2, 1)))
 PACKED = np.array([[0, 0, 0, 1, 1, 1, 1], [5, 6, 6, 6, 6, 6, 0]])
 RESTART = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 0]])
+CROSS = AttentionMask(  # a decoder's three tokens, an encoder's 150, of which one row pads 50
+    np.tile(np.arange(3), (2, 1)),
+    np.tile(np.arange(150), (2, 1)),
+    np.ones((2, 3), int),
+    (np.arange(150) < np.array([[150], [100]])).astype(int),
+    reach=Reach(causal=False),
+)
 CASES = {
+    "cross": (CROSS, 1, 0),
     "causal": (PLAIN, 3, 0),
     "grouped-query": (PLAIN, 1, 0),
     "window": (PLAIN, 3, 2),
@@ -122,15 +130,32 @@ def test_attention_dropout_keeps_what_it_is_told():
     assert np.all(np.asarray(half[:, :, 1]) == 0), "head 1 keeps nothing"
 
 
+def test_a_bias_is_added_to_the_scores():
+    """As further inputs of queries and keys would: query t has 1 in its t-th, key s the bias."""
+    q, k, v = (normal(2, 5, 3, 8, seed=s) for s in range(3))
+    bias = normal(2, 3, 5, 5, seed=4)
+    ones = np.broadcast_to(np.eye(5)[None, :, None], (2, 5, 3, 5))
+    wide = np.concatenate([q, ones], -1), np.concatenate([k, bias.transpose(0, 3, 1, 2) / 0.3], -1)
+    mask = AttentionMask(*(np.tile(np.arange(5), (2, 1)),) * 2, reach=Reach(causal=False))
+    want = attention64(*wide, np.concatenate([v, ones], -1), mask, 0.3)[..., :8]
+    arrays = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
+    mask, bias = jax.tree.map(jnp.asarray, mask), jnp.asarray(bias, jnp.float32)
+    np.testing.assert_allclose(
+        blocked_attention(*arrays, mask, bias=bias, scale=0.3), want, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("window", [0, 30])
 def test_blocks_with_dropout_are_the_reference(window):
     q, k, v = (normal(2, 150, heads, 8, seed=s) for s, heads in enumerate((4, 2, 2)))
     q, k, v, target = (jnp.asarray(a, jnp.float32) for a in (q, k, v, normal(*q.shape, seed=9)))
     mask = jax.tree.map(jnp.asarray, long(150, 3)).within(window)
     kept = jax.random.bernoulli(jax.random.key(0), 0.5, (2, 4, 150, 150))
+    bias = jnp.asarray(normal(1, 4, 150, 150), jnp.float32)  # of all rows
 
     def outcome(attend):
-        attend = functools.partial(attend, mask=mask, kept=kept, scale=0.3, dropout=0.5)
+        given = dict(mask=mask, kept=kept, bias=bias)
+        attend = functools.partial(attend, **given, scale=0.3, dropout=0.5)
         return attend(q, k, v), jax.grad(
             lambda *a: jnp.sum(attend(*a) * target), argnums=(0, 1, 2)
         )(q, k, v)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config import Config, MeshConfig, presets
 from jaxgpt.data.chunks import ContiguousChunks
 from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream, device_batches
@@ -281,6 +281,29 @@ def test_the_train_step_compiles_for_a_tpu_slice(topology):
     assert "all-reduce" in text or "reduce-scatter" in text
     kernels = {name for name in ("fwd", "dq", "dkv") if f"%splash_mha_{name}" in text}
     assert kernels == {"fwd", "dq", "dkv"}
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("kind, kernel", [("bert", "splash"), ("bart", "splash"), ("t5", "xla")])
+def test_every_kind_compiles_for_a_tpu_slice(topology, kind, kernel):
+    """Splash attends to an encoder's output of another length too."""
+    lengths = dict(vocab_size=1000, max_seq_len=128)
+    two = lengths | dict(kind="encoder_decoder", max_source_len=256)
+    model = {
+        "bert": lambda: presets.bert(2, 4, 256, **lengths),
+        "bart": lambda: presets.gpt2(2, 4, 256, **two, embedding_norm=True),
+        "t5": lambda: presets.t5(2, 4, 256, 512, **two),
+    }[kind]()
+    objective = "causal_lm" if kind == "bert" else "seq2seq"
+    config = dataclasses.replace(tiny_config(), model=model.with_sizes(), objective=objective)
+    config = dataclasses.replace(config, batch_size=16, mesh=MeshConfig(2, 2, 2))
+    config.compute.dtype = "bfloat16"
+    devices = topology("v5e:2x4", platform="tpu").devices
+    with jax.set_mesh(mesh := make_mesh(config, list(devices))):
+        training = make_training(config, mesh)
+        text = training.compile_step().as_text()
+    kernels = {name for name in ("fwd", "dq", "dkv") if f"%splash_mha_{name}" in text}
+    assert training.spec.kernel == kernel and len(kernels) == 3 * (kernel == "splash")
 
 
 @pytest.mark.tpu_compile
