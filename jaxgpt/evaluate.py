@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_integer("stride", 0, "tokens between windows; 0 = no overlap", flag_values=values)
     flags.DEFINE_string("task", "", "NAME:GLOB, see above", flag_values=values)
     flags.DEFINE_string("lm_eval", "", "tasks of lm-eval, comma-separated", flag_values=values)
-    flags.DEFINE_integer("limit", None, "rows of each lm-eval task", flag_values=values)
+    rows = "rows at most: of an lm-eval task, of labelled rows, of the pseudo-perplexity"
+    flags.DEFINE_integer("limit", None, rows, flag_values=values)
     define_flags(values)
     parse(values, argv, __doc__)
     check_flags(values)

@@ -164,7 +164,8 @@ class DataConfig:
     pack: bool = False  # whole documents in each chunk, instead of chunks of one stream
     # What makes text of the turns of sft: rows; chatml needs its special tokens
     chat_template: str = choice("plain", "chatml", "alpaca")
-    special_tokens: str = ""  # names of further ids, comma-separated
+    # Names of further ids, comma-separated; <extra_id_0..99> are a hundred. Objectives add theirs
+    special_tokens: str = ""
     shuffle: bool = True
     cache_dir: str = ""  # "" = $JAXGPT_CACHE, else ~/.cache/jaxgpt
 
@@ -346,7 +347,9 @@ class Config:
     num_epochs: float = may_change(number(0.0, 0, 1e6))
     # What training minimises: see `training.objectives`
     objective: str = choice(
-        "causal_lm", "distill", "seq2seq", "classification", "token_classification", "span_qa"
+        *("causal_lm", "masked_lm", "masked_lm_nsp", "span_corruption", "prefix_lm"),
+        *("fill_in_the_middle", "distill"),
+        *("seq2seq", "classification", "token_classification", "span_qa"),
     )
     init_from: str = ""  # a workdir or a Hugging Face folder to start from
     init_fresh: str = ""  # patterns of paths that are not taken from there: "head"

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxgpt.config.fields import ANY_FLOAT, ANY_INT
 from jaxgpt.config.migrate import RENAMED
+from jaxgpt.config.objectives import check_kind, with_special_tokens
 from jaxgpt.config.schema import (
     BATCH_AXES,
     MESH_AXES,
@@ -29,7 +30,6 @@ from jaxgpt.system.errors import BadInput
 
 CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
-LEFT_TO_RIGHT = ("causal_lm", "distill", "prefix_lm", "fill_in_the_middle")
 UNSMOOTHED = ("distill", "classification", "token_classification", "span_qa")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 EVERY_SECOND = "every_second"
@@ -38,15 +38,16 @@ MOST_PARAMETERS = 10**14  # no machine holds them: a slip of the pen
 
 
 def validate(config: Config) -> Config:
-    """Returns a copy in which integers of float fields are floats and no size that follows from
-    others is 0 any more (see `check_model`). Raises `BadInput`, naming fields and values, if
-    `config` is not a possible run."""
+    """Returns a copy in which integers of float fields are floats, no size that follows from
+    others is 0 any more (see `check_model`), and `data.special_tokens` has the objective's. Raises
+    `BadInput`, naming fields and values, if `config` is not a possible run."""
     config = copy.deepcopy(config)
     check_fields(config)
     for path, kind in fields_of(config).items():
         if kind is float:
             set_field(config, path, float(get_field(config, path)))
     config.model = check_model(config)
+    config.data.special_tokens = with_special_tokens(config)
     _check_batch_and_mesh(config)
     _check_data(config)
     parse_track(config.track)
@@ -317,12 +318,8 @@ def _check_data(config: Config) -> None:
 
 
 def _check_objective(config: Config) -> None:
-    kind, objective, smoothing = config.model.kind, config.objective, config.optim.label_smoothing
-    if objective in LEFT_TO_RIGHT and kind != "decoder":
-        raise BadInput(
-            f"objective={objective} needs model.kind=decoder, not {kind}: an encoder learns by"
-            " objective=masked_lm, an encoder_decoder by seq2seq or span_corruption"
-        )
+    objective, smoothing = config.objective, config.optim.label_smoothing
+    check_kind(config)
     if smoothing and config.model.logit_softcap:
         raise BadInput(
             f"optim.label_smoothing={smoothing} with"

@@ -10,7 +10,6 @@ Special tokens and padding are never chosen. A row is drawn anew each time it co
 masking, RoBERTa, arXiv:1907.11692).
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -29,10 +28,6 @@ class Masking(NamedTuple):
     rate: float = 0.15
     mask_share: float = 0.8  # of the chosen
     random_share: float = 0.1
-
-    def most(self, seq_len: int) -> int:
-        """Returns how many tokens of a row of `seq_len` are chosen at most."""
-        return math.ceil(self.rate * seq_len)
 
 
 def choose(

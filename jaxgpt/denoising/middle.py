@@ -44,7 +44,7 @@ def move_middles(
     begins = inputs == end
     if "segments" in arrays:
         segments = arrays["segments"]
-        begins = np.diff(segments, axis=1, prepend=0) != 0  # also where the padding begins
+        begins |= np.diff(segments, axis=1, prepend=0) != 0  # also where the padding begins
     for number, row in enumerate(rows):
         starts = np.union1d(0, np.nonzero(begins[number])[0])
         draws = uniforms(seed, np.array([row]), 4 * len(starts))[0].reshape(-1, 4)

@@ -42,7 +42,8 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
         measure = task_measure(trained, values.task.partition(":")[0], rows)
     else:
         parameters = companions.trained_parameters
-        measure = companions.measure(trained, values.data, values.split, values.stride)
+        limit = values.limit or 0
+        measure = companions.measure(trained, values.data, values.split, values.stride, limit)
     steps = [trained.step]
     if values.all_steps:
         steps = trained.checkpoints.whole()

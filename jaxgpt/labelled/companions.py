@@ -114,8 +114,11 @@ class OnRows(Companions):
         return trained.params((lambda: head_of(trained.config, trained.spec)) if own else None)
 
     @staticmethod
-    def measure(trained: Trained, source: str, split: str, stride: int = 0) -> Measure:
-        """Returns what `evaluate` measures, on the whole of `source`, else on the run's `split`."""
+    def measure(
+        trained: Trained, source: str, split: str, stride: int = 0, limit: int = 0
+    ) -> Measure:
+        """Returns what `evaluate` measures, on the whole of `source`, else on the run's `split`; of
+        `limit` rows at most (0: all)."""
         if stride:
             raise BadInput(f"--stride={stride} is for running text; leave it out")
         name, task = source or split, task_of(trained.config, trained.tokenizer)
@@ -126,7 +129,7 @@ class OnRows(Companions):
             evaluate = RowEvaluator(trained.spec, sharding, task, rows, trained.config.batch_size)
 
         def measure(params: dict) -> dict:
-            figures = evaluate(params)
+            figures = evaluate(params, limit)
             shown = {n: f for n, f in figures.items() if isinstance(f, float)}
             say(f"{name}: " + ", ".join(f"{n} {f:.4f}" for n, f in shown.items()))
             return {"split": name} | figures

@@ -137,7 +137,9 @@ class Companions:
         return trained.params()
 
     @staticmethod
-    def measure(trained: Trained, source: str, split: str, stride: int = 0) -> Measure:
+    def measure(
+        trained: Trained, source: str, split: str, stride: int = 0, limit: int = 0
+    ) -> Measure:
         """Returns what `evaluate` measures of parameters, on the whole of `source`, else on the
-        run's own `split`."""
+        run's own `split`. Objectives that read rows take `limit` of them at most (0: all)."""
         return loss_measure(trained, source, split, stride)

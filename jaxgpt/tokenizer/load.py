@@ -17,7 +17,7 @@ from jaxgpt.tokenizer.char import CharTokenizer
 from jaxgpt.tokenizer.gpt2 import Gpt2Tokenizer
 from jaxgpt.tokenizer.hf import HfTokenizer
 from jaxgpt.tokenizer.sentencepiece import SentencePieceTokenizer
-from jaxgpt.tokenizer.special import SPECIAL_FILE, SpecialTokens
+from jaxgpt.tokenizer.special import SPECIAL_FILE, SpecialTokens, special_names
 
 KINDS = {
     t.kind: t
@@ -58,7 +58,7 @@ def vocabulary_size(spec: str, special_tokens: str = "") -> int:
     if spec == "char":
         raise BadInput("data.tokenizer=char gets its size from the corpus; set model.vocab_size")
     if size := _sentencepiece_size(spec):
-        return size[1] + (len(special_tokens.split(",")) if special_tokens else 0)
+        return size[1] + len(special_names(special_tokens))
     return make_tokenizer(spec, special_tokens=special_tokens).vocab_size
 
 
@@ -67,14 +67,14 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer that `spec` describes, trained on `texts` if it says so.
 
-    `special_tokens`, comma-separated, get ids of their own after the others; those that the
+    `special_tokens` (see `special_names`) get ids of their own after the others; those that the
     tokenizer of a workdir has already keep theirs.
 
     Raises:
       BadInput: if `spec` is unknown, a file is missing or the corpus is too small.
     """
     if special_tokens:
-        return add_special_tokens(make_tokenizer(spec, texts), special_tokens.split(","))
+        return add_special_tokens(make_tokenizer(spec, texts), special_names(special_tokens))
     if spec == "byte":
         return ByteTokenizer()
     if spec == "char":
@@ -113,8 +113,8 @@ def describes(spec: str, special_tokens: str, tokenizer: Tokenizer) -> bool:
     """
     if not is_trained(spec):
         return fingerprint(make_tokenizer(spec, (), special_tokens)) == fingerprint(tokenizer)
-    names = [name.strip() for name in special_tokens.split(",")] if special_tokens else []
-    if names != getattr(tokenizer, "names", []) or tokenizer.kind != spec.partition(":")[0]:
+    names = getattr(tokenizer, "names", [])
+    if special_names(special_tokens) != names or tokenizer.kind != spec.partition(":")[0]:
         return False
     return spec == "char" or vocabulary_size(spec, special_tokens) == tokenizer.vocab_size
 

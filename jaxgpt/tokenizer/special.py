@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,6 +11,21 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer.base import Tokenizer, encode_around
 
 SPECIAL_FILE = "special_tokens.json"
+MOST_IN_A_RANGE = 10_000
+
+
+def special_names(text: str) -> list[str]:
+    """Returns the names in `data.special_tokens`, comma-separated; `<extra_id_0..99>` stands for
+    the hundred from `<extra_id_0>` to `<extra_id_99>`. Raises `BadInput` for a longer range."""
+    names: list[str] = []
+    for part in text.split(",") if text else []:
+        match = re.fullmatch(r"(.*\D)(\d{1,9})\.\.(\d{1,9})(\D.*)", part.strip())
+        first, last = map(int, match.group(2, 3)) if match else (0, 0)
+        if last - first >= MOST_IN_A_RANGE:
+            raise BadInput(f"data.special_tokens: {part} stands for more than {MOST_IN_A_RANGE:,}")
+        some = range(first, last + 1)
+        names += [f"{match[1]}{i}{match[4]}" for i in some] if match else [part.strip()]
+    return names
 
 
 class SpecialTokens(Tokenizer):
