@@ -76,8 +76,7 @@ class Stack(nnx.Module):
         positions: Int[Array, "B T"],
         types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns what the first layer is given, from the tokens' embeddings; `types` default to
-        0."""
+        """Returns what the first layer is given of tokens' embeddings; `types` default to 0."""
         positions = jax.sharding.reshard(positions, self.rules("batch", "residual"))
         x = self.positions(x, positions)
         if self.types is not None:
@@ -87,8 +86,7 @@ class Stack(nnx.Module):
         return self.embedding_norm(x)
 
     def run(self, x: Float[Array, "B T D"], mask: AttentionMask, *arguments) -> tuple:
-        """Returns the last layer's output, not normalised, and the auxiliary losses; `arguments`
-        are those of `__call__`."""
+        """Returns the last layer's output and the auxiliary losses; `arguments`: of `__call__`."""
         period, (key, *rest) = len(self.layer_windows), arguments
 
         def apply(x, group):
@@ -120,8 +118,7 @@ class GPT(nnx.Module):
         self.stack = Stack(config, rules, kernel, causal=causal, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "B T"], **arguments) -> Float[Array, "B T V"]:
-        """Returns float32 logits; ids from `vocab_size` on are padding and get -inf. `arguments`
-        are those of `hidden`."""
+        """Returns float32 logits, -inf for the vocabulary's padding; `arguments`: of `hidden`."""
         x, _ = self.hidden(tokens, **arguments)
         return self.vocabulary.logits(x, self.vocabulary.table())
 
@@ -154,8 +151,7 @@ def make_mask(
     reach: Reach,
     rules: AxisRules,
 ) -> AttentionMask:
-    """Returns the mask of tokens [B, T] that attend to each other; `positions` default to
-    0..T-1."""
+    """Returns the mask of tokens [B, T]; `positions` default to 0..T-1."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     mask = AttentionMask(positions, positions, segments, segments, prefix, reach)
