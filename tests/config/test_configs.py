@@ -6,11 +6,10 @@ import jax
 import pytest
 
 from jaxgpt.cli.flags import load_file
-from jaxgpt.config import Config, MeshConfig, presets
+from jaxgpt.config import Config, MeshConfig
 from jaxgpt.config.schema import left_open
 from jaxgpt.config.validate import validate
 from jaxgpt.interchange.init_from import completed
-from jaxgpt.model import ModelSpec
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.training.setup import make_training, resolve_vocab
@@ -29,6 +28,8 @@ PUBLISHED = {
     "modern_1b": (128256, 1_235_814_400),
     "modern_8b": (128256, 8_030_261_248),
     "vaswani": (37000, 63_082_496),  # table 3 says 65 million
+    "bert_base": (30522, 109_514_298),  # BertForMaskedLM: with its head, without the pooler
+    "t5_small": (32128, 76_961_152),  # google/t5-v1_1-small
 }
 
 
@@ -60,23 +61,6 @@ def test_it_has_the_published_number_of_parameters(name):
         assert (
             count_parameters(jax.eval_shape(spec.init, jax.random.key(0)), spec.model) == published
         )
-
-
-@pytest.mark.parametrize(
-    "model, published",
-    [
-        # BertForMaskedLM of bert-base-uncased: with its head, without the pooler
-        (presets.bert(12, 12, 768, vocab_size=30522), 109_514_298),
-        # T5ForConditionalGeneration of google/t5-v1_1-small
-        (presets.t5(8, 6, 512, 1024, vocab_size=32128), 76_961_152),
-    ],
-    ids=["bert_base", "t5_small"],
-)
-def test_architectures_by_name_have_the_published_number_of_parameters(model, published):
-    config = Config(model=model.with_sizes(), mesh=MeshConfig(1, 1, 1))
-    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
-        shapes = jax.eval_shape(ModelSpec(config, "xla").init, jax.random.key(0))
-    assert count_parameters(shapes, config.model) == published
 
 
 def test_each_docstring_says_what_it_is():
