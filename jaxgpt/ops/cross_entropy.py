@@ -52,13 +52,11 @@ def cross_entropy(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns (-log p(target) in nats, logsumexp of the logits), both 0 where target is IGNORE.
 
-    Logits are `finish(x @ table.T + bias in float32, ids)`, elementwise, with the ids of the
-    columns [V].
+    Logits are `finish(x @ table.T + bias in float32, ids)`, elementwise, with the columns' ids [V].
     `table` is the parameter as it is split, V over `tensor` and D over `fsdp`, or what `reader`
-    reads: any arrays with an axis V in front. Each part of its
-    rows is gathered when its turn comes, in both passes, and its gradient scattered at once; the
-    backward pass makes a part's logits anew, one more product for never keeping them. x's gradient
-    adds up in float32. Gradients follow from p - onehot, as logsumexp's is p.
+    reads. Each part of its rows is gathered when its turn comes, in both passes, and its gradient
+    scattered at once; the backward pass makes a part's logits anew, one more product for never
+    keeping them. x's gradient adds up in float32; all follow from p - onehot, as logsumexp's is p.
     """
     specs = rules("batch", "seq", None), rules(*reader.axes), rules("batch", "seq")
     arrays = jax.sharding.reshard((x, table, targets, bias), (*specs, rules("vocab")))
@@ -130,8 +128,8 @@ def _backward(finish, rules, reader, kept, cotangents):
         parts = vocabulary_parts(table, flat, reader, bias)
         grad_x, (grad_table, grad_bias) = jax.lax.scan(part, zeros, parts)
         grad_x = jax.lax.psum(grad_x.astype(x.dtype), "tensor").reshape(x.shape)
-        grad_table = reader.join(grad_table)
-        return grad_x, grad_table, jax.tree.map(lambda g: g.reshape(1, -1), grad_bias)
+        grad_bias = jax.tree.map(lambda g: g.reshape(1, -1), grad_bias)
+        return grad_x, reader.join(grad_table), grad_bias
 
     specs = vectors, split, rows, rules("vocab"), rows, rows, rows
     each = jax.P(REPLICAS, *split), jax.P(BATCH_AXES, *rules("vocab"))
