@@ -24,7 +24,7 @@ COUNTS = ("num_layers", "max_seq_len", "num_kv_heads", "encoder_layers", "max_so
 # Derived from others, or none
 MAY_BE_0 = ("num_kv_heads", "head_dim", "encoder_layers", "max_source_len", "type_vocab_size")
 # What a model of each kind is mostly trained by
-OBJECTIVES = {"decoder": "causal_lm", "encoder": "classification", "encoder_decoder": "seq2seq"}
+OBJECTIVES = {"decoder": "causal_lm", "encoder": "masked_lm", "encoder_decoder": "seq2seq"}
 OPENAI_FIELDS = {"n_ctx": "n_positions", "n_vocab": "vocab_size"}  # hparams.json: config.json
 WEIGHTS = (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", TorchFile))
 
