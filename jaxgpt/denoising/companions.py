@@ -43,7 +43,7 @@ from jaxgpt.objectives.text import Measure, batch_sharding, open_split
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
-from jaxgpt.tokenizer.base import FIRST
+from jaxgpt.tokenizer.base import FIRST, ROLES
 from jaxgpt.tokenizer.roles import SENTINEL, role_id, sentinels
 
 SENTENCE_ENDS = (b".", b"!", b"?", b"\n")
@@ -368,8 +368,13 @@ class Fillings:
 
 def fillings(spec: ModelSpec, tokenizer: Tokenizer, given: str, own: str) -> Fillings | NoSample:
     """Returns the sample of the prompt that is `given`, else of `own` if it fits the context.
-    Raises `BadInput` if the one that is given does not fit, or has no mask."""
-    context = spec.model.max_seq_len
+
+    A prompt without a mask is one for a decoder, as the configs have it: `own` is taken then.
+    Raises `BadInput` if the one that is given does not fit.
+    """
+    context, mask = spec.model.max_seq_len, mask_name(tokenizer)
+    if mask not in given and not any(name in given for name in ROLES["mask"]):
+        given = ""
     try:
         text = encode_masked(tokenizer, given or own, context, "sample.prompt")
     except BadInput:

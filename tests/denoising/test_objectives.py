@@ -279,7 +279,7 @@ def rows_of(folder) -> list[dict]:
 def test_a_masked_run_resumes_exactly_and_is_evaluated(run, command, tmp_path):
     """The special tokens are added by themselves; rows, accuracy and evaluation are those of a run
     that was not interrupted, bit for bit."""
-    code, _, told = run("whole", "masked_lm", 4)
+    code, _, told = run("whole", "masked_lm", 4, "--config.sample.prompt=for a decoder")
     assert code == 0 and "[MASK],[CLS],[SEP]" in told and "masked accuracy" in told
     sample = json.loads((tmp_path / "whole/samples.jsonl").read_text().splitlines()[-1])
     assert sample["prompt"].count("[MASK]") == 1 and len(sample["text"].split(" | ")) == 5
