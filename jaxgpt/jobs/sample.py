@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -27,6 +27,7 @@ from jaxgpt.system.console import say
 from jaxgpt.system.encoding import check_text
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.training.objectives import companions_of
 
 BATCH = 8  # prompts of a file that are continued in one batch
 STREAM_CHUNK = 4  # tokens generated between two prints of --stream
@@ -40,7 +41,19 @@ def sample(
     with `chat` each line that is typed is a message."""
     trained = open_trained(values.workdir, values.step)
     with jax.set_mesh(trained.mesh):
+        if predict := companions_of(trained.config.objective).predictor(trained):
+            return print_predictions(predict, values)
         KINDS[trained.spec.model.kind](trained, values, request, rows, chat)
+
+
+def print_predictions(predict: Callable[[str], Iterable[str]], values: flags.FlagValues) -> None:
+    """Prints what a model that writes no text says of --prompt. Raises `BadInput` for a flag that
+    asks for text."""
+    for name in ("prompt_file", "interactive", "chat", "stream", "num_beams"):
+        if values[name].value:
+            raise BadInput(f"--{name} is for models that write text; this one takes --prompt alone")
+    for line in predict(values.prompt):
+        print(line)
 
 
 @runtime_checkable

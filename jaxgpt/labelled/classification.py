@@ -35,6 +35,14 @@ class Classification(RowTask):
         auto = "first" if self.kind == "encoder" else "last"
         return auto if chosen == "auto" else chosen
 
+    def fields_of(self, prompt: str) -> dict:
+        """Returns the fields that a text, or two with a tab in between, stand for."""
+        text, tab, pair = prompt.partition("\t") if self.cfg.pair_field else (prompt, "\t", "")
+        if not tab:
+            raise BadInput("the prompt must be two texts with a tab in between")
+        pairs = {self.cfg.pair_field: pair} if self.cfg.pair_field else {}
+        return {self.cfg.text_field: text, self.cfg.label_field: self.names[0]} | pairs
+
     def parse(self, row: Row) -> Example:
         """Returns the row's text or texts, and label."""
         fields = [name for name in ("text_field", "pair_field") if getattr(self.cfg, name)]
@@ -77,6 +85,12 @@ class TokenClassification(RowTask):
     name = "token_classification"
     dtypes = {"text": "<i4", "labels": "<i4"}
     labels_in = "labels"
+
+    def fields_of(self, prompt: str) -> dict:
+        """Returns the fields that words with spaces in between stand for."""
+        words = prompt.split()
+        labels = [self.names[0]] * len(words)
+        return {self.cfg.words_field: words, self.cfg.labels_field: labels}
 
     def parse(self, row: Row) -> Example:
         """Returns the row's words, each but the first behind a space, and their labels."""

@@ -1,6 +1,8 @@
 """What a run on labelled rows takes from its objective besides the function."""
 
 import copy
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream
 from jaxgpt.data.show import Example
 from jaxgpt.inference.trained import Trained
-from jaxgpt.labelled.evaluation import RowEvaluator
+from jaxgpt.labelled.evaluation import SHOWN, RowEvaluator, predict
 from jaxgpt.labelled.examples import RowTask
 from jaxgpt.labelled.heads import make_head, num_outputs
 from jaxgpt.labelled.labels import (
@@ -112,6 +114,16 @@ class OnRows(Companions):
         """Returns the model's parameters and the head's."""
         own = head_of(trained.config, trained.spec)
         return trained.params((lambda: head_of(trained.config, trained.spec)) if own else None)
+
+    @staticmethod
+    def predictor(trained: Trained) -> Callable[[str], Iterable[str]] | None:
+        """Returns what `sample` prints of a prompt: classes or an answer; see `predict`."""
+        config, spec = trained.config, trained.spec
+        task = task_of(config, trained.tokenizer)
+        if task.name not in SHOWN:
+            return None
+        params, sharding = OnRows.trained_parameters(trained), batch_sharding(trained)
+        return partial(predict, spec, sharding, task, params, config.batch_size)
 
     @staticmethod
     def measure(

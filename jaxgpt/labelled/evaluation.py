@@ -24,6 +24,7 @@ from jaxgpt.metrics.progress import Bar
 from jaxgpt.model import ModelSpec
 from jaxgpt.objectives.language import make_eval_step
 from jaxgpt.optim.groups import OWN
+from jaxgpt.system.errors import BadInput
 
 MAX_PENDING = 2  # batches that are computed while the host reads an earlier one's results
 Step = Callable[[dict, dict], tuple]  # (parameters, batch) -> arrays [B, ...]
@@ -89,22 +90,36 @@ def _replicated(arrays: tuple) -> tuple:
 
 
 def class_step(spec: ModelSpec, config: Config) -> Step:
-    """Returns the jitted `(params, batch) -> (nats, predicted class)` of texts or of tokens."""
-    per_token = config.objective == "token_classification"
+    """Returns the jitted `(params, batch) -> (nats, logits)` of texts."""
+    pooling = task_of(config).pooling
 
     @jax.jit
     def step(params, batch):
-        micro = jax.tree.map(lambda a: a[0], batch)
-        model, head = spec.bind(params), params[OWN]["classifier"]
-        if per_token:
-            logits, labels = token_logits(model, micro, None, head), micro["targets"]
-        else:
-            logits = class_logits(model, micro, None, head, task_of(config).pooling)
-            labels = micro["labels"]
-        _, nats, _ = class_losses(logits, labels, jnp.ones(logits.shape[-1]), 0.0)
-        return _replicated((nats, logits.argmax(axis=-1)))
+        micro, model, head = _parts(spec, params, batch)
+        logits = class_logits(model, micro, None, head, pooling)
+        return _replicated((_nats(logits, micro["labels"]), logits))
 
     return step
+
+
+def token_step(spec: ModelSpec, config: Config) -> Step:
+    """Returns the jitted `(params, batch) -> (nats, predicted class)` of tokens."""
+
+    @jax.jit
+    def step(params, batch):
+        micro, model, head = _parts(spec, params, batch)
+        logits = token_logits(model, micro, None, head)
+        return _replicated((_nats(logits, micro["targets"]), logits.argmax(axis=-1)))
+
+    return step
+
+
+def _parts(spec: ModelSpec, params: dict, batch: dict):
+    return jax.tree.map(lambda a: a[0], batch), spec.bind(params), params[OWN]["classifier"]
+
+
+def _nats(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return class_losses(logits, labels, jnp.ones(logits.shape[-1]), 0.0)[1]
 
 
 def class_figures(evaluator: RowEvaluator, chunks: RowChunks, outputs: Iterator) -> dict:
@@ -114,6 +129,7 @@ def class_figures(evaluator: RowEvaluator, chunks: RowChunks, outputs: Iterator)
     confusion = np.zeros((len(names), len(names)), np.int64)
     for arrays, (losses, predicted) in outputs:
         labels = arrays["targets" if "targets" in arrays else "labels"]
+        predicted = predicted if predicted.ndim == labels.ndim else predicted.argmax(axis=-1)
         counted = labels != IGNORE
         nats += float(losses[counted].astype(np.float64).sum())
         confusion += confusion_matrix(labels[counted], predicted[counted], len(names))
@@ -131,8 +147,8 @@ def span_step(spec: ModelSpec, config: Config) -> Step:
 
     @jax.jit
     def step(params, batch):
-        micro = jax.tree.map(lambda a: a[0], batch)
-        logits = span_logits(spec.bind(params), micro, None, params[OWN]["classifier"])
+        micro, model, head = _parts(spec, params, batch)
+        logits = span_logits(model, micro, None, head)
         return _replicated((span_losses(logits, micro["spans"])[0], logits))
 
     return step
@@ -140,23 +156,28 @@ def span_step(spec: ModelSpec, config: Config) -> Step:
 
 def span_figures(evaluator: RowEvaluator, chunks: RowChunks, outputs: Iterator) -> dict:
     """Returns the loss, `exact_match` and `f1` (see `evaluation.spans`) of the likeliest spans."""
-    task, split, nats, done = evaluator.task, evaluator.split, 0.0, 0
-    best: dict[int, tuple[float, str]] = {}  # by row, with its score
-    nothing: dict[int, float] = {}  # the score of no answer: that of the window where it is lowest
+    nats, scored = 0.0, []
     for _, (losses, logits) in outputs:
         nats += float(losses.astype(np.float64).sum())
-        for window in logits:
-            row, start = int(chunks.rows[done]), int(chunks.starts[done])
-            nothing[row] = min(nothing.get(row, math.inf), float(window[0].sum()))
-            window[0] = -np.inf
-            score, span = best_span(window[:, 0], window[:, 1])
-            if score > best.get(row, (-math.inf, ""))[0]:
-                best[row] = score, task.answer(split, row, start, span)
-            done += 1
-    rows = sorted(best)
-    predicted = [best[row][1] if best[row][0] > nothing[row] else "" for row in rows]
-    scores = span_scores(predicted, [task.references(split, row) for row in rows])
-    return {"loss": nats / max(done, 1), "tokens": done} | scores
+        scored += list(logits)
+    predicted = answers(evaluator, chunks, scored)
+    references = [evaluator.task.references(evaluator.split, row) for row in predicted]
+    scores = span_scores(list(predicted.values()), references)
+    return {"loss": nats / max(len(scored), 1), "tokens": len(scored)} | scores
+
+
+def answers(evaluator: RowEvaluator, chunks: RowChunks, scored: list[np.ndarray]) -> dict[int, str]:
+    """Returns the likeliest answer to each row, "" for none, from its windows' logits [T, 2]."""
+    task, best, nothing = evaluator.task, {}, {}
+    for row, start, window in zip(chunks.rows.tolist(), chunks.starts.tolist(), scored):
+        # that there is no answer is as likely as in the window where it is least so
+        nothing[row] = min(nothing.get(row, math.inf), float(window[0].sum()))
+        first, last = window[1:].T
+        score, span = best_span(first, last)
+        if score > best.get(row, (-math.inf, ""))[0]:
+            text = task.answer(evaluator.split, row, start, (span[0] + 1, span[1] + 1))
+            best[row] = score, text
+    return {row: text if score > nothing[row] else "" for row, (score, text) in best.items()}
 
 
 def target_step(spec: ModelSpec, config: Config) -> Step:
@@ -180,7 +201,49 @@ def target_figures(evaluator: RowEvaluator, chunks: RowChunks, outputs: Iterator
 
 FIGURES = {
     "classification": (class_step, class_figures),
-    "token_classification": (class_step, class_figures),
+    "token_classification": (token_step, class_figures),
     "span_qa": (span_step, span_figures),
     "seq2seq": (target_step, target_figures),
+}
+
+
+def predict(
+    spec: ModelSpec, sharding: NamedSharding, task: RowTask, params: dict, batch: int, prompt: str
+) -> Iterator[str]:
+    """Yields what a trained model says of a prompt, a line each: of a text (a pair has a tab in
+    between) `LABEL<TAB>PROBABILITY`, the likeliest first; of words `WORD<TAB>LABEL`; of a question,
+    a tab and a context the answer. Raises `BadInput` if the prompt is too long or has no tab."""
+    split = task.split_of(prompt)
+    if any(task.cut(split).values()):
+        length = task.config.model.max_seq_len
+        raise BadInput(f"the prompt is longer than the model takes (model.max_seq_len={length})")
+    evaluator = RowEvaluator(spec, sharding, task, split, batch)
+    chunks = evaluator.chunks()
+    outputs = list(evaluator.outputs(params, chunks))
+    yield from SHOWN[task.name](evaluator, chunks, outputs, prompt)
+
+
+def _shown_classes(evaluator: RowEvaluator, chunks: RowChunks, outputs: list, prompt: str):
+    ((_, (_, (logits,))),) = outputs
+    shares = np.exp(logits - logits.max())
+    names = zip((shares / shares.sum()).tolist(), evaluator.task.names, strict=True)
+    yield from (f"{name}\t{share:.4f}" for share, name in sorted(names, reverse=True))
+
+
+def _shown_words(evaluator: RowEvaluator, chunks: RowChunks, outputs: list, prompt: str):
+    ((arrays, (_, predicted)),) = outputs
+    classes = predicted[arrays["targets"] != IGNORE].tolist()
+    for word, label in zip(prompt.split(), classes, strict=True):
+        yield f"{word}\t{evaluator.task.names[label]}"
+
+
+def _shown_answer(evaluator: RowEvaluator, chunks: RowChunks, outputs: list, prompt: str):
+    scored = [window for _, (_, logits) in outputs for window in logits]
+    yield from answers(evaluator, chunks, scored).values()
+
+
+SHOWN = {
+    "classification": _shown_classes,
+    "token_classification": _shown_words,
+    "span_qa": _shown_answer,
 }

@@ -11,7 +11,7 @@ from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.chunks import Chunks
 from jaxgpt.labelled.labels import parse_labels
 from jaxgpt.labelled.rows import Row
-from jaxgpt.labelled.store import RowSplit
+from jaxgpt.labelled.store import Ragged, RowSplit
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 from jaxgpt.tokenizer.roles import framed, role_id
@@ -55,12 +55,12 @@ class RowTask:
     @property
     def kind(self) -> str:
         """The kind of the model."""
-        return getattr(self.config.model, "kind", "decoder")
+        return self.config.model.kind
 
     @property
     def has_types(self) -> bool:
         """Whether the model has embeddings of BERT's token types."""
-        return getattr(self.config.model, "type_vocab_size", 0) > 0
+        return self.config.model.type_vocab_size > 0
 
     @property
     def length(self) -> int:
@@ -68,7 +68,7 @@ class RowTask:
         model = self.config.model
         if self.kind != "encoder_decoder":
             return model.max_seq_len
-        return getattr(model, "max_source_len", 0) or model.max_seq_len
+        return model.max_source_len or model.max_seq_len
 
     @property
     def room(self) -> int:
@@ -98,6 +98,24 @@ class RowTask:
                 f"objective={self.name} needs model.kind={' or '.join(self.kinds)}, not {kind}"
             )
         assert self.names is not None  # for its errors
+
+    def fields_of(self, prompt: str) -> dict:
+        """Returns the fields of a row that a prompt stands for, without a label or an answer.
+        Raises `BadInput` if it is none."""
+        raise NotImplementedError
+
+    def split_of(self, prompt: str) -> RowSplit:
+        """Returns a split of one row, which a prompt stands for; its labels are the first."""
+        names = self.known_names() if self.labels_in else []
+        example = self.parse(Row(self.fields_of(prompt), "", 1, "the prompt"))
+        ids = self.tokenizer.encode_batch(example.texts)
+        stored = self.encode(example, ids, [0] * len(example.labels))
+        arrays = {
+            name: Ragged(np.asarray(values, self.dtypes[name]), np.array([len(values)]))
+            for name, values in stored.items()
+        }
+        size = sum(len(text.encode()) for text in example.texts)
+        return RowSplit("prompt", arrays, np.zeros((1, 2), int), [""], 1, size, size, 0, 0, names)
 
     def parse(self, row: Row) -> Example:
         """Returns the row, checked. Raises `BadInput`, which names it, if it is unusable."""

@@ -14,7 +14,7 @@ from jaxgpt.config import Config
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.labelled.labels import parse_weights
 from jaxgpt.labelled.prepare import task_of
-from jaxgpt.model import GPT, ModelSpec
+from jaxgpt.model import Model, ModelSpec
 from jaxgpt.model.layers import INIT_STD, dropout
 from jaxgpt.objectives.language import Micro, hidden
 from jaxgpt.parallel.rules import AxisRules, rowwise, without_fsdp
@@ -49,11 +49,12 @@ def pooled(
 
 
 def class_logits(
-    model: GPT, micro: Micro, key: PRNGKeyArray | None, head: Head, pooling: str
+    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, pooling: str, rate: float = 0
 ) -> Float[Array, "B C"]:
-    """Returns the logits of each text's classes, float32; states drop out as in the model."""
+    """Returns the logits of each text's classes, float32; a share `rate` of the states drops out
+    where there is a key."""
     x = pooled(hidden(model, micro, key), micro["segments"], pooling, model.rules)
-    x = dropout(x, model.dropout, None if key is None else jax.random.fold_in(key, 1))
+    x = dropout(x, rate, None if key is None else jax.random.fold_in(key, 1))
     kernel = jax.sharding.reshard(head["kernel"], without_fsdp(head["kernel"]))
     out = model.rules("batch", None)
     logits = jnp.einsum("BD,DC->BC", x, kernel.astype(x.dtype), out_sharding=out)
@@ -61,22 +62,22 @@ def class_logits(
 
 
 def token_logits(
-    model: GPT, micro: Micro, key: PRNGKeyArray | None, head: Head
+    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, rate: float = 0
 ) -> Float[Array, "B T C"]:
     """Returns the logits of each token's classes, float32."""
     x = hidden(model, micro, key)
-    x = dropout(x, model.dropout, None if key is None else jax.random.fold_in(key, 1))
+    x = dropout(x, rate, None if key is None else jax.random.fold_in(key, 1))
     kernel = jax.sharding.reshard(head["kernel"].astype(x.dtype), without_fsdp(head["kernel"]))
     logits = rowwise("MD,DC->MC", x, kernel, model.rules("batch", "seq", None), jnp.float32)
     return logits + head["bias"].astype(jnp.float32)
 
 
 def span_logits(
-    model: GPT, micro: Micro, key: PRNGKeyArray | None, head: Head
+    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, rate: float = 0
 ) -> Float[Array, "B T 2"]:
     """Returns the logits of each token to be the first and the last of the answer; `NEVER` where
     `context` is 0."""
-    logits = token_logits(model, micro, key, head)
+    logits = token_logits(model, micro, key, head, rate)
     return jnp.where(micro["context"][..., None] > 0, logits, NEVER)
 
 
@@ -105,10 +106,10 @@ def class_losses(
 def classification(config: Config) -> Callable:
     """Returns the objective of a class for each text: cross-entropy in nats a text. Weights do not
     change the count, so that the loss of all microbatches is theirs together."""
-    task = task_of(config)
+    task, rate = task_of(config), config.model.dropout
 
-    def objective(model: GPT, micro: Micro, key: PRNGKeyArray, classifier: Head):
-        logits = class_logits(model, micro, key, classifier, task.pooling)
+    def objective(model: Model, micro: Micro, key: PRNGKeyArray, classifier: Head):
+        logits = class_logits(model, micro, key, classifier, task.pooling, rate)
         return _class_sums(config, logits, micro["labels"])
 
     return objective
@@ -116,9 +117,11 @@ def classification(config: Config) -> Callable:
 
 def token_classification(config: Config) -> Callable:
     """Returns the objective of a class for each word: cross-entropy in nats a word."""
+    rate = config.model.dropout
 
-    def objective(model: GPT, micro: Micro, key: PRNGKeyArray, classifier: Head):
-        return _class_sums(config, token_logits(model, micro, key, classifier), micro["targets"])
+    def objective(model: Model, micro: Micro, key: PRNGKeyArray, classifier: Head):
+        logits = token_logits(model, micro, key, classifier, rate)
+        return _class_sums(config, logits, micro["targets"])
 
     return objective
 
@@ -127,7 +130,7 @@ def _class_sums(config: Config, logits: Array, labels: Array) -> tuple[Array, Ar
     task = task_of(config)
     field = task.flag("class_weights")
     weights = parse_weights(task.cfg.class_weights, logits.shape[-1], field)
-    smoothing = getattr(config.optim, "label_smoothing", 0.0)
+    smoothing = config.optim.label_smoothing
     loss, nats, hits = class_losses(logits, labels, jnp.asarray(weights), smoothing)
     metrics = {"loss": jnp.sum(nats), "accuracy": jnp.sum(hits)}
     return jnp.sum(loss), jnp.sum(labels != IGNORE), metrics
@@ -146,9 +149,10 @@ def span_losses(
 def span_qa(config: Config) -> Callable:
     """Returns the objective of a question's answer: the mean cross-entropy of its ends, in nats a
     window (arXiv:1810.04805, section 4.2)."""
+    rate = config.model.dropout
 
-    def objective(model: GPT, micro: Micro, key: PRNGKeyArray, classifier: Head):
-        nats, hits = span_losses(span_logits(model, micro, key, classifier), micro["spans"])
+    def objective(model: Model, micro: Micro, key: PRNGKeyArray, classifier: Head):
+        nats, hits = span_losses(span_logits(model, micro, key, classifier, rate), micro["spans"])
         metrics = {"loss": jnp.sum(nats), "accuracy": jnp.sum(hits)}
         return jnp.sum(nats), jnp.asarray(nats.size), metrics
 

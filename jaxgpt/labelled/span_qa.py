@@ -25,6 +25,14 @@ class SpanQa(RowTask):
     name = "span_qa"
     dtypes = {"question": "<i4", "context": "<i4", "offsets": "<i4", "answers": "<i4", "text": "u1"}
 
+    def fields_of(self, prompt: str) -> dict:
+        """Returns the fields that a question and a context with a tab in between stand for."""
+        question, tab, context = prompt.partition("\t")
+        if not tab:
+            raise BadInput("the prompt must be a question and a context with a tab in between")
+        fields = {self.cfg.question_field: question, self.cfg.context_field: context}
+        return fields | {self.cfg.answers_field: []}
+
     def parse(self, row: Row) -> Example:
         """Returns the row's question and context, and where in it the answers are."""
         question = text_of(row, self.cfg.question_field, self.flag("question_field"))

@@ -90,9 +90,9 @@ class RowSplit:
     target_bytes: int  # of those that are predicted
     skipped: int  # labelled words without a token
     labels: list[str]  # names of the numbers in the arrays
-    label_counts: list[int]
-    parts: tuple[Part, ...]
-    digest: str
+    label_counts: list[int] = dataclasses.field(default_factory=list)
+    parts: tuple[Part, ...] = ()
+    digest: str = ""
 
     def where(self, row: int) -> str:
         """Returns the row's file and number."""

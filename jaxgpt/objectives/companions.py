@@ -4,7 +4,7 @@ which overrides them, and a line in `training.objectives.COMPANIONS`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from etils import epath
@@ -130,6 +130,11 @@ class Companions:
         own = example if data.validation.mask is not None else NO_EXAMPLE
         template = self.config.data.chat_template
         return TrainingSample(spec, data.tokenizer, self.config.sample, own, template)
+
+    @staticmethod
+    def predictor(trained: Trained) -> Callable[[str], Iterable[str]] | None:
+        """Returns what `sample` prints of a prompt, in lines, where that is no text that the model
+        generates; call it under `jax.set_mesh`."""
 
     @staticmethod
     def trained_parameters(trained: Trained) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxgpt import evaluate, prepare, train
+from jaxgpt import evaluate, prepare, sample, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.system.trees import leaves_by_path
 from tests.conftest import config_flag
@@ -134,3 +134,15 @@ def test_what_cannot_be_learnt_leaves_nothing(folder, command, flag, message):
     code, _, err = command(train.main, flags_of(folder), f"--workdir={folder}/no", flag)
     assert code == 2 and err.splitlines()[-1].startswith("error: ")
     assert re.search(message, err) and not (folder / "no").exists()
+
+
+def test_a_text_is_given_its_classes_and_one_too_long_is_refused(trained, command):
+    code, out, _ = command(sample.main, f"--workdir={trained}", "--prompt=sky dog")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert code == 0 and [label for label, _ in lines] == ["animal", "none"]
+    shares = [float(share) for _, share in lines]
+    assert shares[0] > 0.8 and sum(shares) == pytest.approx(1, abs=1e-3)
+    code, _, err = command(sample.main, f"--workdir={trained}", f"--prompt={'sun ' * 9}")
+    assert code == 2 and "the prompt is longer than the model takes (model.max_seq_len=24)" in err
+    code, _, err = command(sample.main, f"--workdir={trained}", "--prompt=sun", "--stream")
+    assert code == 2 and "--stream is for models that write text" in err
