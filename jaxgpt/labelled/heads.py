@@ -49,7 +49,7 @@ def pooled(
 
 
 def class_logits(
-    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, pooling: str, rate: float = 0
+    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, pooling: str, rate: float = 0.0
 ) -> Float[Array, "B C"]:
     """Returns the logits of each text's classes, float32; a share `rate` of the states drops out
     where there is a key."""
@@ -62,7 +62,7 @@ def class_logits(
 
 
 def token_logits(
-    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, rate: float = 0
+    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, rate: float = 0.0
 ) -> Float[Array, "B T C"]:
     """Returns the logits of each token's classes, float32."""
     x = hidden(model, micro, key)
@@ -73,7 +73,7 @@ def token_logits(
 
 
 def span_logits(
-    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, rate: float = 0
+    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, rate: float = 0.0
 ) -> Float[Array, "B T 2"]:
     """Returns the logits of each token to be the first and the last of the answer; `NEVER` where
     `context` is 0."""
