@@ -14,7 +14,7 @@ from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream
 from jaxgpt.data.show import Example
 from jaxgpt.inference.trained import Trained
-from jaxgpt.labelled.evaluation import SHOWN, RowEvaluator, predict
+from jaxgpt.labelled.evaluation import SHOWN, RowEvaluator, decoded_scores, predict
 from jaxgpt.labelled.examples import RowTask
 from jaxgpt.labelled.heads import make_head, num_outputs
 from jaxgpt.labelled.labels import (
@@ -142,6 +142,9 @@ class OnRows(Companions):
 
         def measure(params: dict) -> dict:
             figures = evaluate(params, limit)
+            if task.name == "seq2seq":
+                count = min(limit, rows.rows) if limit else rows.rows
+                figures |= decoded_scores(trained.spec, task, rows, params, count)
             shown = {n: f for n, f in figures.items() if isinstance(f, float)}
             say(f"{name}: " + ", ".join(f"{n} {f:.4f}" for n, f in shown.items()))
             return {"split": name} | figures

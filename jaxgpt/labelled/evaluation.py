@@ -14,6 +14,8 @@ from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.pipeline import of_array
 from jaxgpt.evaluation.classes import class_scores, confusion_matrix
 from jaxgpt.evaluation.spans import span_scores
+from jaxgpt.evaluation.text_overlap import overlap_scores
+from jaxgpt.inference.seq2seq import Seq2SeqDecoder, decode_batch
 from jaxgpt.labelled.examples import Arrays, RowChunks, RowTask
 from jaxgpt.labelled.heads import class_logits, class_losses, span_logits, span_losses, token_logits
 from jaxgpt.labelled.labels import ids_of
@@ -24,6 +26,7 @@ from jaxgpt.metrics.progress import Bar
 from jaxgpt.model import ModelSpec
 from jaxgpt.objectives.language import make_eval_step
 from jaxgpt.optim.groups import OWN
+from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 
 MAX_PENDING = 2  # batches that are computed while the host reads an earlier one's results
@@ -205,6 +208,24 @@ FIGURES = {
     "span_qa": (span_step, span_figures),
     "seq2seq": (target_step, target_figures),
 }
+
+
+def decoded_scores(
+    spec: ModelSpec, task: RowTask, split: RowSplit, params: dict, count: int
+) -> dict:
+    """Returns the scores (see `evaluation.text_overlap`) of the targets that the model writes for
+    the first `count` sources of a split, token by token the likeliest; without `[metrics]` `exact_match` alone."""
+    decoder = Seq2SeqDecoder.of(spec, params, task.tokenizer)
+    sources = task.sources(split, np.arange(count))
+    written = decode_batch(decoder, task.tokenizer, sources)
+    stored = split.arrays["reference"]
+    wanted = [stored[row].tobytes().decode() for row in range(count)]
+    try:
+        return overlap_scores(written, wanted)
+    except BadInput as e:
+        say(f"metrics   exact match alone: {e}")
+        hits = sum(map(str.__eq__, written, wanted))
+        return {"examples": len(written), "exact_match": hits / max(len(written), 1)}
 
 
 def predict(

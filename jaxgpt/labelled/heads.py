@@ -49,7 +49,12 @@ def pooled(
 
 
 def class_logits(
-    model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, pooling: str, rate: float = 0.0
+    model: Model,
+    micro: Micro,
+    key: PRNGKeyArray | None,
+    head: Head,
+    pooling: str,
+    rate: float = 0.0,
 ) -> Float[Array, "B C"]:
     """Returns the logits of each text's classes, float32; a share `rate` of the states drops out
     where there is a key."""

@@ -146,3 +146,51 @@ def test_a_text_is_given_its_classes_and_one_too_long_is_refused(trained, comman
     assert code == 2 and "the prompt is longer than the model takes (model.max_seq_len=24)" in err
     code, _, err = command(sample.main, f"--workdir={trained}", "--prompt=sun", "--stream")
     assert code == 2 and "--stream is for models that write text" in err
+
+
+QUESTION = {
+    "question": "sky",
+    "context": "dog=12 sky=34",
+    "answers": {"text": ["34"], "answer_start": [11]},
+}
+TASKS = {  # a row, flags, what `sample` is asked, and the figures of `evaluate`
+    "seq2seq": (
+        {"source": "abc", "target": "cb"},
+        ["--config.model.kind=encoder_decoder", "--config.data.special_tokens="],
+        ("abc", "cb"),
+        ("exact_match", "bits_per_byte"),
+    ),
+    "token_classification": (
+        {"words": ["red", "dog"], "labels": ["O", "A"]},
+        ["--config.model.kind=encoder"],
+        ("red dog", "red\tO\ndog\tA"),
+        ("accuracy", "macro_f1", "matthews", "confusion"),
+    ),
+    "span_qa": (
+        QUESTION,
+        ["--config.model.kind=encoder", "--config.model.type_vocab_size=2"],
+        ("sky\tdog=12 sky=34", "34"),
+        ("exact_match", "f1"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", TASKS)
+def test_every_objective_from_its_rows_to_a_prompt(tmp_path, command, objective):
+    """One row learnt by heart is enough to go the whole way."""
+    row, flags, (prompt, answer), figures = TASKS[objective]
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 8))
+    source = f"--config.data.source=jsonl:{tmp_path}/rows.jsonl"
+    flags = ["--config.data.special_tokens=[CLS],[SEP]", "--config.eval_every=0", *flags]
+    flags = [source, f"--config.objective={objective}", "--config.num_steps=40", *flags]
+    code, _, err = command(train.main, flags_of(tmp_path), f"--workdir={tmp_path}/w", *flags)
+    assert code == 0 and "failed" not in err, err
+    code, out, err = command(evaluate.main, f"--workdir={tmp_path}/w")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0 and found.keys() >= {"loss", "perplexity", "tokens", *figures}, err
+    score = figures[0] if figures[0] in ("exact_match", "accuracy") else "exact_match"
+    assert found[score] == 1.0 and found["loss"] < 0.5
+    flags = ["--temperature=0", "--max_new_tokens=10"] * (objective == "seq2seq")
+    code, out, err = command(sample.main, f"--workdir={tmp_path}/w", f"--prompt={prompt}", *flags)
+    assert code == 0 and out == f"{answer}\n", err
