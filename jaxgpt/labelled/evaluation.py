@@ -214,7 +214,8 @@ def decoded_scores(
     spec: ModelSpec, task: RowTask, split: RowSplit, params: dict, count: int
 ) -> dict:
     """Returns the scores (see `evaluation.text_overlap`) of the targets that the model writes for
-    the first `count` sources of a split, token by token the likeliest; without `[metrics]` `exact_match` alone."""
+    the first `count` sources of a split, token by token the likeliest; without `[metrics]`
+    `exact_match` alone."""
     decoder = Seq2SeqDecoder.of(spec, params, task.tokenizer)
     sources = task.sources(split, np.arange(count))
     written = decode_batch(decoder, task.tokenizer, sources)
