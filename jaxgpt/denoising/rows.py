@@ -95,7 +95,7 @@ class Around(NamedTuple):
     after: tuple[int, ...]
 
     def __call__(self, tokens: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the rows [n, T], 0 behind their end, of `tokens` of which each row has `filled`;
+        """Returns the rows [n, T] of `tokens`, of which each row has `filled` and 0 behind them;
         and which are text."""
         before, length = len(self.before), tokens.shape[1]
         extra = before + len(self.after)
@@ -103,7 +103,6 @@ class Around(NamedTuple):
         row[:, :before], row[:, before : before + length] = self.before, tokens
         place = np.arange(length + extra)
         is_text = (place >= before) & (place < before + filled[:, None])
-        row[place >= before + filled[:, None]] = 0
         for number, token in enumerate(self.after):
             np.put_along_axis(row, (before + filled + number)[:, None], token, axis=1)
         return row, is_text

@@ -95,6 +95,23 @@ def test_batches_are_a_function_of_their_number(data, objective):
     assert (first != second).any() and (reseeded.batch(5)["targets"] != batch["targets"]).any()
 
 
+def test_packed_rows_of_an_encoder_begin_documents_with_cls(data):
+    """In place of end-of-text, which an encoder does not read; nothing else is another token."""
+    config, tokenizer = of_data("masked_lm", data), data[1].tokenizer
+    config.data.pack = True
+    companions = companions_of("masked_lm")
+    stream = companions.stream(config, data[1])
+    batch = dataclasses.replace(stream, batch_size=len(stream.sources[0])).batch(0)  # all chunks
+    shapes = companions(config, mesh_of(config), model_spec).batch_arrays()
+    assert {name: (a.shape[2:], a.dtype) for name, a in batch.items()} == shapes
+    inputs, targets = batch["inputs"], batch["targets"]
+    assert (inputs != tokenizer.end_of_text).all() and (targets < 256).all()
+    begins = (batch["positions"] == 0) & (batch["segments"] > 0)
+    is_cls = inputs == tokenizer.special["[CLS]"]
+    assert is_cls.any() and not (is_cls & ~begins).any()
+    assert (targets[batch["segments"] == 0] == IGNORE).all()
+
+
 def reference_losses(model, micro):
     """Each target's nats from whole logits, and whether it is the likeliest token."""
     logits = model(micro["inputs"], segments=micro.get("segments"), types=micro.get("types"))
