@@ -74,6 +74,7 @@ class Decoder:
     params: dict
     vocab_limit: int
     slides: bool = False  # texts may grow beyond the context: see `inference.sliding`
+    whole_prompts: bool = False  # a prompt's tokens see each other, as objective=prefix_lm trains
 
     @classmethod
     def of(cls, spec: ModelSpec, params: dict, vocab_limit: int) -> "Decoder":
@@ -81,7 +82,9 @@ class Decoder:
         `vocab_limit`, the tokenizer's size: the model's vocabulary may be larger."""
         params = _decoding_params(spec.for_decoding(), params)
         config, _ = as_read(spec.config, {}, "float32")
-        return cls(dataclasses.replace(spec.for_decoding(), config=config), params, vocab_limit)
+        whole, spec = config.objective == "prefix_lm", spec.for_decoding()
+        spec = dataclasses.replace(spec, config=config)
+        return cls(spec, params, vocab_limit, whole_prompts=whole)
 
     def prefill(
         self,
@@ -104,7 +107,8 @@ class Decoder:
         slots = round_up(slots or room, CACHE_BLOCK)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         rows = padded, lengths, keys, BatchSampling.of(sampling)
-        return _prefill(self.spec, slots, self.params, *rows, memory)
+        prefix = lengths if self.whole_prompts else None
+        return _prefill(self.spec, slots, self.params, *rows, memory, prefix)
 
     def decode(
         self, state: DecodeState, count: int = CHUNK, reach: int = 0, with_top: bool = False
@@ -245,12 +249,13 @@ def _prefill(
     keys: Key[Array, "B"],
     sampling: BatchSampling,
     memory: decoding.Memory | None,
+    prefix: Int[Array, "B"] | None,
 ) -> DecodeState:
     """Neither the padding nor a prompt's last token, the first to be decoded, enters the cache."""
     batch, width = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     blocks = decoding.blocks_of(params)
-    _, layers = decoding.prefill(spec.bind(params), blocks, prompts, positions, memory)
+    _, layers = decoding.prefill(spec.bind(params), blocks, prompts, positions, memory, prefix)
     written = jnp.where(positions < lengths[:, None] - 1, positions, UNWRITTEN)
     cache = empty_cache(spec.config, batch, slots, spec.rules)
     cache = write_recent(cache, Cache(layers, written), spec.rules)

@@ -73,6 +73,21 @@ def test_greedy_equals_the_plain_loop_for_unequal_prompts(shape):
             np.testing.assert_allclose(told, wanted_scores, atol=1e-3)
 
 
+def test_a_prefix_model_reads_its_prompt_in_both_directions():
+    config = dataclasses.replace(tiny_config(), objective="prefix_lm")
+    prompts = [np.array(p, np.int32) for p in ([5, 7], list(range(15)))]
+    spec = ModelSpec(config, "xla")
+    with jax.set_mesh(mesh_of(config)):
+        decoder, _ = model_of(config)
+        found, _ = generate(decoder, prompts, 6, GREEDY)
+        params = jax.tree.map(lambda p: 10 * p, jax.jit(spec.init)(jax.random.key(3)))
+        logits = jax.jit(lambda t, n: spec.for_decoding().bind(params)(t, prefix=n))
+        for prompt, got in zip(prompts, found, strict=True):
+            prefix = np.array([len(prompt)], np.int32)
+            want, _ = plain_greedy(lambda t: logits(t, prefix), prompt, 6)  # noqa: B023
+            np.testing.assert_array_equal(got, want)
+
+
 def test_a_windowed_model_slides_past_its_context():
     """Far past the ring's end: the cache has 64 slots, the text grows to 5 + 100 tokens."""
     config = tiny_config(position="rope", window=6)
