@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, checked array shapes, one compilation cache for the whole run."""
 
 import gc
+import math
 import os
 import sys
 import tempfile
@@ -49,7 +50,7 @@ from jaxgpt.config import (  # noqa: E402
     ModelConfig,
     OptimConfig,
 )
-from jaxgpt.parallel.mesh import make_mesh  # noqa: E402
+from jaxgpt.parallel.mesh import AXES, make_mesh  # noqa: E402
 
 # Tracing makes many objects, few of them garbage: by default a tenth of the time is collections.
 gc.set_threshold(50_000, 20, 100)
@@ -122,7 +123,7 @@ def tiny_config(shape=(1, 1, 1), compute=None, lora=None, **model) -> Config:
 
 def mesh_of(config: Config):
     """The config's mesh over as many of the eight devices as it needs."""
-    size = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    size = math.prod(getattr(config.mesh, axis) for axis in AXES)
     return make_mesh(config, jax.devices()[:size])
 
 

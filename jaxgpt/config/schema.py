@@ -81,6 +81,22 @@ class ModelConfig:
     relative_max_distance: int = needs("position", "relative", field=number(128, 2, 2**20))
     scale_attention: bool = True  # divide scores by sqrt(head_dim); T5 does not
     scale_logits: bool = False  # divide logits by sqrt(embed_dim) (T5 with tied embeddings)
+    num_experts: int = number(0, 0, 2**16)  # 0 = dense; the fields below are of mixtures alone
+    experts_per_token: int = number(2, 1, 2**16)
+    expert_dim: int = number(0, 0, 2**22)  # hidden width of one expert; 0 = mlp_dim
+    shared_experts: int = number(0, 0, 2**16)  # so many more that every token goes through
+    router: str = choice("softmax_topk", "sigmoid_topk")
+    normalize_gates: bool = True  # the weights of a token's experts add up to gate_scale
+    gate_scale: float = number(1.0, 0, opened="(")
+    # An expert takes so many times the mean of each sequence and drops the rest; 0 = drops none
+    expert_capacity: float = number(0.0, 0)
+    # Weights of the balance loss (Switch, arXiv:2101.03961) and of the router's squared logsumexp
+    balance_loss: float = changes("training", number(0.01, 0))
+    router_z_loss: float = changes("training", number(0.0, 0))
+    # What a step adds to the bias of an expert with too few tokens (arXiv:2408.15664)
+    router_bias_rate: float = changes(
+        "training", needs("router", "sigmoid_topk", field=number(1e-3, 0))
+    )
 
     def with_sizes(self) -> "ModelConfig":
         """Returns a copy in which no derived size is 0 any more (but for the vocabulary)."""
@@ -92,6 +108,8 @@ class ModelConfig:
             mlp_dim=self.mlp_dim or 4 * self.embed_dim,
             encoder_layers=self.encoder_layers or two_stacks * self.num_layers,
             max_source_len=self.max_source_len or two_stacks * self.max_seq_len,
+            expert_dim=self.expert_dim
+            or bool(self.num_experts) * (self.mlp_dim or 4 * self.embed_dim),
         )
 
     @property
@@ -118,6 +136,8 @@ class ComputeConfig:
     # Train weights that are read rounded to few bits, as `shrink` will store them (`shrink.keep`
     # stays float; int4 in groups of `shrink.group`, 0: of 32)
     fake_quantise: str = choice("none", "int8", "int4")
+    # Rows that a device of mesh.expert sends to each other at once, over their mean
+    expert_buffer: float = may_change(number(1.25, 0, 2**16, "("))
 
 
 @dataclasses.dataclass
@@ -211,6 +231,7 @@ class MeshConfig:
     data: int = axis(-1, batch=True)
     fsdp: int = axis(1, "embed", batch=True)  # data parallelism whose parameters are split too
     tensor: int = axis(1, "heads", "kv_heads", "mlp", "vocab")
+    expert: int = axis(1, "experts", batch=True)
     # Split positions between the layers over `tensor`
     sequence_activations: bool = may_change(False)
 
@@ -220,8 +241,9 @@ MESH_AXES: dict[str, Axis] = {
     for field in dataclasses.fields(MeshConfig)
     if "axis" in field.metadata
 }
-BATCH_AXES = tuple(name for name, axis in MESH_AXES.items() if axis.batch)
 REPLICAS = tuple(name for name, axis in MESH_AXES.items() if axis.replicates)
+# Replicas first: what `fsdp` divides is then a run of rows, see `parallel.fsdp`
+BATCH_AXES = REPLICAS + tuple(name for name, axis in MESH_AXES.items() if axis.splits_all)
 SPLIT_BY = {logical: name for name, axis in MESH_AXES.items() for logical in axis.logical}
 
 

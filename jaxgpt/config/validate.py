@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from jaxgpt.config.experts import check_expert_axis, check_experts
 from jaxgpt.config.fields import ANY_FLOAT, ANY_INT
 from jaxgpt.config.migrate import RENAMED
 from jaxgpt.config.objectives import check_kind, with_special_tokens
@@ -196,6 +197,7 @@ def check_model(config: Config) -> ModelConfig:
             * (model.encoder_layers > 0)
         )
     check_sparse(config, model)
+    check_experts(config, model)
     if model.mup_base_width and config.optim.name not in ("adamw", "lion"):
         raise BadInput(
             f"model.mup_base_width with optim.name={config.optim.name!r}: its learning-rate rule"
@@ -247,7 +249,8 @@ def _check_kind(model: ModelConfig) -> None:
 def _parameters(model: ModelConfig) -> int:
     """Returns the number of parameters, but for biases, norms, gates and cross-attention."""
     heads, layers = model.num_heads + model.num_kv_heads, model.num_layers + model.encoder_layers
-    layer = 2 * model.embed_dim * (heads * model.head_dim + model.mlp_dim)
+    mlp = (model.num_experts + model.shared_experts) * model.expert_dim or model.mlp_dim
+    layer = 2 * model.embed_dim * (heads * model.head_dim + mlp)
     return model.vocab_size * model.embed_dim + layers * layer
 
 
@@ -300,6 +303,7 @@ def check_divisible(config: Config, mesh: dict[str, int]) -> None:
             raise BadInput(
                 f"{name} = {size} cannot be divided over mesh.{axis}={mesh[axis]} devices"
             )
+    check_expert_axis(config, mesh)
 
 
 def _check_data(config: Config) -> None:

@@ -17,7 +17,8 @@ from jaxgpt.config.schema import IGNORE, DistillConfig
 from jaxgpt.distillation.divergence import Losses, Output, distillation_losses
 from jaxgpt.distillation.top_k import top_k_losses
 from jaxgpt.model import GPT
-from jaxgpt.objectives.language import hidden
+from jaxgpt.objectives.auxiliary import with_auxiliary
+from jaxgpt.objectives.language import hidden, hidden_and_figures
 from jaxgpt.parallel.rules import AxisRules, rowwise, without_fsdp
 
 
@@ -28,7 +29,7 @@ def distill(config: Config) -> Callable:
     learn = _from_disk if cfg.top_k else _from_teacher
 
     def objective(model: GPT, micro: dict, key: PRNGKeyArray, **companions):
-        x = hidden(model, micro, key)
+        x, figures = hidden_and_figures(model, micro, key)
         losses, distance = learn(cfg, model, x, micro, **companions)
         nats, soft = jnp.sum(losses.nats), jnp.sum(losses.soft)
         total = cfg.alpha * soft + (1 - cfg.alpha) * nats
@@ -36,7 +37,8 @@ def distill(config: Config) -> Callable:
         metrics = {"loss": nats, "hard_loss": nats, "soft_loss": soft}
         for name, value in distance.items():
             total, metrics = total + cfg.hidden_weight * value, metrics | {name: value}
-        return total, jnp.sum(micro["targets"] != IGNORE), metrics
+        count = jnp.sum(micro["targets"] != IGNORE)
+        return with_auxiliary(total, count, metrics, figures)
 
     return objective
 

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 
+import numpy as np
 from etils import epath
 
 from jaxgpt.metrics.board import Board
@@ -31,6 +32,15 @@ METRICS = ROW | {
 }
 SAMPLES = ROW | {"prompt": str, "text": str}
 EVALUATIONS = "evaluations.jsonl"  # see jaxgpt.evaluation.results
+
+
+def named_numbers(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns each scalar by its name, and each number of a vector as `name/0`, `name/1`, ..."""
+    found = {}
+    for name, value in metrics.items():
+        each = enumerate(np.ravel(value).tolist())
+        found |= {f"{name}/{i}" if np.ndim(value) else name: number for i, number in each}
+    return {name: float(number) for name, number in found.items()}
 
 
 def read_rows(path, schema: dict) -> list[dict]:

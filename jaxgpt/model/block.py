@@ -11,15 +11,16 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.attention import Attention
+from jaxgpt.model.experts import Experts
 from jaxgpt.model.layers import NORMS, GatedMlp, Mlp, dropout
 from jaxgpt.ops.activations import GATED
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.parallel.rules import AxisRules
 
 ATTENTION = {"softmax": Attention}
-MLP = {"plain": Mlp, "gated": GatedMlp}
+MLP = {"plain": Mlp, "gated": GatedMlp, "experts": Experts}
 
 
 def pre_norm(x, norm, layer):
@@ -37,6 +38,10 @@ def post_norm(x, norm, layer):
 NORM_POSITIONS = {"pre": pre_norm, "post": post_norm}
 
 
+def _mlp_kind(cfg: ModelConfig) -> str:
+    return "experts" if cfg.num_experts else "gated" if cfg.activation in GATED else "plain"
+
+
 class Block(nnx.Module):
     """Attention and feed-forward of one layer, whose attention sees `window` keys (0: all)."""
 
@@ -49,7 +54,7 @@ class Block(nnx.Module):
         self.attention_norm = NORMS[cfg.norm](config, cfg.embed_dim)
         self.attention = ATTENTION["softmax"](config, rules, kernel, window, rngs=rngs)
         self.mlp_norm = NORMS[cfg.norm](config, cfg.embed_dim)
-        self.mlp = MLP["gated" if cfg.activation in GATED else "plain"](config, rules, rngs=rngs)
+        self.mlp = MLP[_mlp_kind(cfg)](config, rules, rngs=rngs)
 
     def __call__(
         self,

@@ -105,7 +105,7 @@ class Stack(nnx.Module):
         layers = (nnx.state(self.blocks), keys)
         groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), layers)
         x, losses = jax.lax.scan(apply, x, groups, unroll=self.unroll)
-        return x, jax.tree.map(jnp.sum, losses)
+        return x, jax.tree.map(lambda a: jnp.sum(a, axis=(0, 1)), losses)
 
 
 class GPT(nnx.Module):

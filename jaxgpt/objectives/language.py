@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxgpt.config import Config
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.model import Model, ModelSpec
+from jaxgpt.objectives.auxiliary import with_auxiliary
 from jaxgpt.objectives.smoothing import even_losses
 
 Batch = dict[str, Shaped[Array, "A B ..."]]  # inputs, targets [A, B, T], PLACES and others
@@ -26,8 +27,13 @@ PLACES = ("positions", "segments", "types", "prefix", "sources", "source_segment
 
 def hidden(model: Model, micro: Micro, key: PRNGKeyArray | None) -> Float[Array, "B T D"]:
     """Returns the hidden states of a microbatch; nothing drops without a key."""
+    return hidden_and_figures(model, micro, key)[0]
+
+
+def hidden_and_figures(model: Model, micro: Micro, key: PRNGKeyArray | None) -> tuple:
+    """Returns the same, and what an objective gives `objectives.auxiliary.with_auxiliary`."""
     places = {name: micro[name] for name in PLACES if name in micro}
-    return model.hidden(micro["inputs"], dropout_key=key, **places)[0]
+    return model.hidden(micro["inputs"], dropout_key=key, **places)
 
 
 def token_losses(
@@ -45,14 +51,14 @@ def causal_lm(config: Config) -> Callable:
     z_loss, smoothing = config.optim.z_loss, config.optim.label_smoothing
 
     def objective(model: Model, micro: Micro, key: PRNGKeyArray | None):
-        x = hidden(model, micro, key)
+        x, figures = hidden_and_figures(model, micro, key)
         nats, lse = model.vocabulary.losses(x, micro["targets"])
         loss, is_target = jnp.sum(nats), micro["targets"] != IGNORE
         total = loss + z_loss * jnp.sum(jnp.square(lse))
         if smoothing:
             even = even_losses(model.vocabulary, x, lse, micro["targets"])
             total += smoothing * (jnp.sum(even) - loss)
-        return total, jnp.sum(is_target), {"loss": loss}
+        return with_auxiliary(total, jnp.sum(is_target), {"loss": loss}, figures)
 
     return objective
 

@@ -28,6 +28,7 @@ INPUTS_OUTPUTS = {
     "gate": ((1,), (2,)),
     "up": ((1,), (2,)),
     "down": ((1,), (2,)),
+    "router": ((1,), (2,)),
 }
 
 
@@ -36,6 +37,8 @@ def inputs_outputs(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     inputs and which outputs; the rank is the one's output and the other's input."""
     *_, owner, _ = path.removesuffix("/factor_in").removesuffix("/factor_out").split("/")
     inputs, outputs = INPUTS_OUTPUTS[owner]
+    if "/experts/" in path:  # the axis of experts comes after that of layers
+        inputs, outputs = (tuple(axis + 1 for axis in axes) for axes in (inputs, outputs))
     if path.endswith("/factor_in"):
         return inputs, (inputs[-1] + 1,)
     if path.endswith("/factor_out"):
@@ -123,7 +126,8 @@ def as_matrices(blocks: dict) -> dict:
 def is_hidden_matrix(path: str) -> bool:
     """Says whether a parameter is a matrix between hidden layers: what Muon and muP treat apart."""
     words = path.split("/")
-    return "blocks" in words[:2] and words[-1] in ("kernel", "factor_in", "factor_out")
+    is_matrix = words[-1] in ("kernel", "factor_in", "factor_out")
+    return "blocks" in words[:2] and is_matrix and "router" not in words
 
 
 def parse_multipliers(text: str) -> list[tuple[re.Pattern, float]]:

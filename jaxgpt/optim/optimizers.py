@@ -6,6 +6,7 @@ import jax
 import optax
 
 from jaxgpt.config import ModelConfig, OptimConfig, ShrinkConfig
+from jaxgpt.optim.experts import with_router_biases
 from jaxgpt.optim.groups import as_matrices, by_path, decay_mask, lr_factors
 from jaxgpt.optim.muon import muon_direction
 from jaxgpt.optim.schedules import make_schedule
@@ -91,7 +92,10 @@ def make_optimizer(
     if cfg.lr_multipliers or model.mup_base_width:
         parts.append(_by_factor(cfg.lr_multipliers, model))
     parts.append(optax.scale_by_learning_rate(make_schedule(cfg, num_steps)))
-    return optax.chain(*parts, *sparsity(shrink or ShrinkConfig(), num_steps))
+    update = optax.chain(*parts, *sparsity(shrink or ShrinkConfig(), num_steps))
+    if model.num_experts and model.router == "sigmoid_topk":
+        return with_router_biases(update, model.router_bias_rate)
+    return update
 
 
 def at_step(opt_state: optax.OptState, step) -> optax.OptState:

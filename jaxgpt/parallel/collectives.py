@@ -1,5 +1,7 @@
 """Collectives over `fsdp` inside `shard_map`, in phases along the torus (see `parallel.torus`)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,24 @@ def all_gather(a: jax.Array, axis: int, torus: Torus) -> jax.Array:
     for _, groups in reversed(_phases(torus)):
         a = jax.lax.all_gather(a, "fsdp", axis=axis, tiled=True, axis_index_groups=groups)
     return a
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(a: jax.Array, axis: int, torus: Torus) -> jax.Array:
+    """Returns `all_gather` with a `reduce_scatter` as its gradient."""
+    return _gather(a, axis, torus)
+
+
+def _gather(a: jax.Array, axis: int, torus: Torus) -> jax.Array:
+    return all_gather(a, axis, torus) if jax.lax.axis_size("fsdp") > 1 else a
+
+
+def _scatter(axis: int, torus: Torus, _, grad: jax.Array) -> tuple[jax.Array]:
+    return (reduce_scatter(grad, axis, torus) if jax.lax.axis_size("fsdp") > 1 else grad,)
+
+
+# `_gather`, whose all-gather a remat policy sees (see `ops.remat`)
+gather.defvjp(lambda a, axis, torus: (_gather(a, axis, torus), None), _scatter)
 
 
 def reduce_scatter(a: jax.Array, axis: int, torus: Torus) -> jax.Array:

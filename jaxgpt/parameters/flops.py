@@ -36,6 +36,14 @@ def count_parameters(params: dict, cfg: ModelConfig) -> int:
     return sum(map(_weights_in, leaves, leaves.values())) - padding
 
 
+def count_active(params: dict, cfg: ModelConfig) -> int:
+    """Returns how many of `count_parameters` a token goes through: its own experts' alone."""
+    leaves = leaves_by_path(params)
+    experts = sum(leaf.size for path, leaf in leaves.items() if "/mlp/experts/" in path)
+    idle = experts * (cfg.num_experts - cfg.experts_per_token) // max(cfg.num_experts, 1)
+    return count_parameters(params, cfg) - idle
+
+
 def _weights_in(path: str, leaf) -> int:
     """Returns how many weights an array stands for; a byte of codes holds two."""
     if path.endswith("/scales"):
@@ -54,7 +62,11 @@ def flops_per_token(cfg: ModelConfig) -> int:
     d, matrices, length = cfg.embed_dim, 3 if cfg.activation in GATED else 2, cfg.max_seq_len
     reading, read = (2 * heads * cfg.head_dim * d for heads in (cfg.num_heads, cfg.num_kv_heads))
     own = read // 2 if cfg.attention_pattern == "lsh" else read  # whose queries are its keys
-    layer = reading + own + matrices * cfg.mlp_dim * d
+    mlp = matrices * cfg.mlp_dim
+    if cfg.num_experts:  # those that a token goes through, and the router
+        mlp = matrices * (cfg.experts_per_token + cfg.shared_experts) * cfg.expert_dim
+        mlp += cfg.num_experts
+    layer = reading + own + mlp * d
     square = 12 * cfg.num_heads * cfg.head_dim  # for each pair of positions
     head = d * cfg.vocab_size + d * d * cfg.head_transform
     keys = _keys_seen(cfg, length, cfg.kind != "encoder")

@@ -24,7 +24,7 @@ from jaxgpt.config.stored import as_stored
 from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.data.prepare import Data
 from jaxgpt.metrics.progress import duration, train_line, validation_line
-from jaxgpt.metrics.rows import Reporter
+from jaxgpt.metrics.rows import Reporter, named_numbers
 from jaxgpt.parameters.flops import mfu
 from jaxgpt.processes import hosts
 from jaxgpt.processes.stop import StopRequest
@@ -217,7 +217,7 @@ class Loop:
         return f"batches {', '.join(str(batch_of(s, self.history.skips)) for s in steps)}"
 
     def _log(self, step: int, tokens: int, metrics: dict) -> None:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = named_numbers(jax.device_get(metrics))
         in_a_row, skipped = values.pop("in_a_row"), values.pop("skipped")
         first, began = self.timed_from
         self.timed_from = step, time.perf_counter()

@@ -117,6 +117,8 @@ def test_config_file_errors(parse_args, tmp_path):
         ("mesh.data", 0, "mesh.data=0 must be a positive number of devices"),
         ("mesh.fsdp", -1, "at most one of"),
         ("mesh.tensor", 5, "model.num_heads = 12 cannot be divided over mesh.tensor=5"),
+        ("model.num_experts", 1, "experts_per_token=2 is more than model.num_experts=1"),
+        ("mesh.expert", 2, "mesh.expert=2 needs a mixture"),
         ("compute.dtype", "float64", "choose one of float32, bfloat16"),
         ("compute.attention", "flash", "choose one of auto, xla, cudnn"),
         ("model.dropout", 1.0, "model.dropout=1.0"),
@@ -138,7 +140,7 @@ def test_cross_field_checks(path, value, message):
 
 def test_mesh_shape():
     config = Config(batch_size=16, mesh=MeshConfig(-1, 2, 2))
-    assert mesh_shape(config, 8) == (2, 2, 2)
+    assert mesh_shape(config, 8) == (2, 2, 2, 1)
     with pytest.raises(BadInput, match="a multiple of 4 devices, but there are 6"):
         mesh_shape(config, 6)
     with pytest.raises(BadInput, match="needs 4 devices, but there are 8"):
@@ -155,7 +157,8 @@ def test_what_a_resumed_run_may_change():
         *("log_every", "eval_every", "sample_every", "checkpoint_every"),
         *("keep_checkpoints", "keep_every", "track"),
         *("compute.attention", "compute.remat", "compute.scan_layers"),
-        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence_activations"),
+        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence_activations"),
+        "compute.expert_buffer",
         "objectives.distill.teacher",  # its place; a checkpoint knows which teacher it was
     }
 
@@ -191,3 +194,21 @@ def test_resume_rules():
     new.data.tokenizer = "byte2"
     with pytest.raises(BadInput, match=r"model.num_layers: 12 -> 13; data.tokenizer: byte"):
         check_resume(old, new, "w")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mesh.expert": 3}, "model.num_experts = 4 cannot be divided over mesh.expert=3"),
+        ({"model.expert_dim": 15, "mesh.tensor": 2}, "model.expert_dim = 15 cannot be divided"),
+        ({"lora.rank": 2, "lora.targets": "up"}, "experts have no additions; choose from"),
+        ({"shrink.sparsity": 0.5}, "experts are not quantised, pruned or factorised"),
+        ({"model.kind": "encoder_decoder"}, "mixtures are decoders or encoders"),
+    ],
+)
+def test_what_does_not_go_with_experts(fields, message):
+    config = Config(batch_size=24)
+    for path, value in ({"model.num_experts": 4} | fields).items():
+        set_field(config, path, value)
+    with pytest.raises(BadInput, match=message):
+        validate(config)

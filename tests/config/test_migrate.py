@@ -57,7 +57,12 @@ def in_format_1(config: Config) -> str:
     later_ones = ("format", "compute", "lora", "shrink", "objective", "objectives", "init_layers")
     for later in (*later_ones, "track"):
         del nested[later]
-    del nested["optim"]["warmup_fraction"]
+    for group, later in (
+        ("optim", "warmup_fraction"),
+        ("optim", "label_smoothing"),
+        ("mesh", "expert"),
+    ):
+        del nested[group][later]
     return json.dumps(nested, indent=2) + "\n"
 
 

@@ -313,6 +313,19 @@ MODERN_CHANGES = {
     "full_attention_every": 1,
 }
 ENCODER_DECODER = ("encoder_layers", "max_source_len", "relative_buckets", "relative_max_distance")
+EXPERT_CHANGES = {
+    "num_experts": 6,
+    "experts_per_token": 3,
+    "expert_dim": 20,
+    "shared_experts": 2,
+    "router": "softmax_topk",
+    "normalize_gates": False,
+    "gate_scale": 2.0,
+    "expert_capacity": 1.0,
+    "balance_loss": 0.1,
+    "router_z_loss": 0.1,
+    "router_bias_rate": 0.1,
+}
 LORA_CHANGES = {"rank": 3, "alpha": 8.0, "targets": "out", "dora": True}
 
 
@@ -369,6 +382,15 @@ def test_every_field_of_a_pattern_changes_what_is_seen(attention):
             assert one != other, name
 
 
+@pytest.mark.slow
+def test_every_field_of_a_mixture_changes_the_program():
+    fields = dict(num_experts=4, router="sigmoid_topk", num_layers=1)
+    before = traced(tiny_config(**fields))
+    assert traced(tiny_config(**fields)) == before
+    for name, value in EXPERT_CHANGES.items():
+        assert traced(tiny_config(**fields | {name: value})) != before, name
+
+
 @pytest.mark.parametrize("base", [gpt2, modern])
 def test_no_field_is_read_by_nobody(base):
     """Perturbing any model or optimizer field changes the train step's program."""
@@ -405,6 +427,7 @@ def test_no_field_is_read_by_nobody(base):
     group, rest = ("compute", COMPUTE_CHANGES) if base is modern else ("lora", LORA_CHANGES)
     named = {f"model.{n}" for n in other} | {f"{group}.{n}" for n in rest}
     named |= {"compute.attention", "optim.decay_fraction"}
+    named |= {f"model.{n}" for n in EXPERT_CHANGES} | {"compute.expert_buffer"}
     named |= {f"model.{n}" for changes in SPARSE_CHANGES.values() for n in changes}
     named |= {f"model.{n}" for n in ENCODER_DECODER}  # tests/model/test_encoder_decoder.py
     assert untouched <= named, f"no test perturbs {untouched - named}"

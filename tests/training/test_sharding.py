@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, MeshConfig, presets
+from jaxgpt.config.schema import BATCH_AXES
 from jaxgpt.data.chunks import ContiguousChunks
 from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream, device_batches
@@ -129,7 +130,7 @@ def test_gathers_and_trades_in_phases_move_and_nothing_else(phases):
         rows, back = jax.jit(lambda a: jax.vjp(lambda a: embed_columns_to_rows(a, rules), a))(
             columns
         )
-        assert rows.sharding.spec == jax.P(("data", "fsdp"), None, None)
+        assert rows.sharding.spec == jax.P(BATCH_AXES, None, None)
         np.testing.assert_array_equal(rows, columns)
         (returned,) = jax.jit(back)(rows)
         assert returned.sharding == columns.sharding
@@ -141,7 +142,7 @@ def test_sums_in_phases_are_sums(phases):
     config = tiny_config((1, 8, 1))
     own = np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
     with jax.set_mesh(mesh_of(config)):
-        given = jax.device_put(own, jax.P(("data", "fsdp")))
+        given = jax.device_put(own, jax.P(BATCH_AXES))
         run = jax.jit(
             lambda a: sum_gradient(a, jax.P(None, "fsdp"), AxisRules(torus=Torus(phases)))
         )
@@ -311,7 +312,7 @@ def test_data_goes_over_slices_and_nothing_else_does(topology):
     two = topology("v5e:2x2", platform="tpu", num_slices=2).devices
     config = dataclasses.replace(tiny_config(), mesh=MeshConfig(data=-1, fsdp=2))
     mesh = make_mesh(config, list(two))
-    assert mesh.devices.shape == (4, 2, 1)
+    assert mesh.devices.shape == (4, 2, 1, 1)
     assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
     alone = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=-1))
     with pytest.raises(BadInput, match="mesh.data=1 cannot go over 2 slices"):

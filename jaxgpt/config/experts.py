@@ -1,0 +1,54 @@
+"""Checks of mixtures of experts, across fields."""
+
+from jaxgpt.config.schema import Config, ModelConfig
+from jaxgpt.system.errors import BadInput
+
+ATTENTION_TARGETS = {"query", "key", "value", "out"}
+
+
+def check_experts(config: Config, model: ModelConfig) -> None:
+    """Raises `BadInput` where `model.num_experts` does not fit the rest of the run."""
+    experts, chosen = model.num_experts, model.experts_per_token
+    if not experts:
+        return
+    if chosen > experts:
+        raise BadInput(
+            f"model.experts_per_token={chosen} is more than model.num_experts={experts}; a token"
+            " goes to each expert at most once"
+        )
+    if model.kind == "encoder_decoder":
+        raise BadInput(
+            f"model.num_experts={experts} with model.kind=encoder_decoder: mixtures are decoders or"
+            " encoders"
+        )
+    shrink, fake = config.shrink, config.compute.fake_quantise
+    if shrink.weights != "float" or shrink.sparsity or shrink.ranks or fake != "none":
+        raise BadInput(
+            f"model.num_experts={experts}: experts are not quantised, pruned or factorised; leave"
+            " out compute.fake_quantise, shrink.weights, shrink.sparsity and shrink.ranks"
+        )
+    others = set(config.lora.targets.split(",")) - ATTENTION_TARGETS
+    if config.lora.rank and others:
+        raise BadInput(
+            f"lora.targets={config.lora.targets!r} with model.num_experts={experts}: experts have"
+            f" no additions; choose from {', '.join(sorted(ATTENTION_TARGETS))}"
+        )
+
+
+def check_expert_axis(config: Config, mesh: dict[str, int]) -> None:
+    """Raises `BadInput` where `mesh.expert` has no experts to split, or does not divide them, or
+    `mesh.tensor` an expert."""
+    model = config.model
+    if mesh["expert"] > 1 and not model.num_experts:
+        raise BadInput(
+            f"mesh.expert={mesh['expert']} needs a mixture (model.num_experts); a dense model is"
+            " split by mesh.fsdp"
+        )
+    for axis, name, size in (
+        ("expert", "model.num_experts", model.num_experts),
+        ("tensor", "model.expert_dim", model.expert_dim if model.num_experts else 0),
+    ):
+        if size % mesh[axis]:
+            raise BadInput(
+                f"{name} = {size} cannot be divided over mesh.{axis}={mesh[axis]} devices"
+            )

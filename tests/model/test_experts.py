@@ -1,0 +1,195 @@
+"""Mixtures of experts against a loop over experts, on one device and on meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxgpt.config import MeshConfig
+from jaxgpt.model.experts import Experts
+from jaxgpt.model.experts.grouped import collect, group, grouped_product, spread
+from jaxgpt.parallel.rules import AxisRules
+from tests.conftest import mesh_of, tiny_config
+
+EXPERTS, WIDTH = 8, 24
+
+
+def mixture(**fields):
+    """A config whose layers have eight experts of width 24."""
+    given = dict(num_experts=EXPERTS, experts_per_token=3, expert_dim=WIDTH, activation="swiglu")
+    return tiny_config(**(given | dict(bias=False) | fields))
+
+
+def layer(config) -> tuple:
+    """(the graph, the sharded random parameters, x, weights of the sum that is derived)."""
+
+    def draw(a, rng):
+        values = rng.normal(size=a.shape) * (0.3 if a.ndim > 1 else 0.05)
+        return jax.device_put(values.astype(a.dtype), a.sharding.spec)
+
+    made = nnx.eval_shape(lambda: Experts(config, AxisRules(), rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(made)
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(2, 8, 24, 32)).astype(np.float32)
+    return graph, jax.tree.map(lambda a: draw(a, rng), state), x, weight
+
+
+def value_and_gradient(config):
+    """Of one mixture: (the sum, (gradients of the parameters, of x)), and the rest of the result;
+    plain arrays."""
+    with jax.set_mesh(mesh_of(config)):
+        graph, params, x, weight = layer(config)
+        x, weight = (jax.device_put(a, AxisRules()("batch", None, None)) for a in (x, weight))
+
+        def total(params, x):
+            y, figures = nnx.merge(graph, params)(x)
+            return jnp.sum(y * weight), (y, figures)
+
+        run = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+        (value, rest), (of_params, of_x) = run(params, x)
+        return jax.device_get((value, (nnx.to_pure_dict(of_params), of_x))), jax.device_get(rest)
+
+
+def one_expert(weights, x):
+    hidden = x @ weights["up"]
+    if "gate" in weights:
+        return (jax.nn.silu(x @ weights["gate"]) * hidden) @ weights["down"]
+    return jax.nn.gelu(hidden, approximate=True) @ weights["down"]
+
+
+def loop_over_experts(params, x, config):
+    """The same in float64, expert by expert, by jax.numpy for its gradient."""
+    cfg = config.model
+    logits = x @ params["router"]["kernel"]
+    shares = jax.nn.softmax(logits) if cfg.router == "softmax_topk" else jax.nn.sigmoid(logits)
+    bias = params["router"].get("bias", 0)
+    order = jnp.argsort(-(shares + bias), axis=-1)[..., : cfg.experts_per_token]
+    y = jnp.zeros_like(x)
+    total = sum(
+        jnp.take_along_axis(shares, order[..., i : i + 1], axis=-1)[..., 0]
+        for i in range(cfg.experts_per_token)
+    )
+    for e in range(cfg.num_experts):
+        weights = {name: part["kernel"][e] for name, part in params["experts"].items()}
+        gate = jnp.where(jnp.any(order == e, axis=-1), shares[..., e], 0)
+        gate = cfg.gate_scale * gate / (total if cfg.normalize_gates else 1)
+        y += gate[..., None] * one_expert(weights, x)
+    if cfg.shared_experts:
+        y += one_expert({name: part["kernel"] for name, part in params["shared"].items()}, x)
+    return y
+
+
+def assert_close(found, wanted):
+    """Within 1e-5 of each array's largest entry: float32's rounding over sums of a hundred."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()),
+        found,
+        wanted,
+    )
+
+
+CASES = {
+    "mixtral": {},
+    "qwen": dict(experts_per_token=1, normalize_gates=False),
+    "deepseek": dict(router="sigmoid_topk", gate_scale=2.5, shared_experts=2),
+    "plain": dict(activation="gelu_tanh"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mixture_is_a_loop_over_experts(case):
+    config = mixture(**CASES[case])
+    with jax.set_mesh(mesh_of(config)):
+        _, params, x, weight = jax.device_get(layer(config))
+    (value, grads), _ = value_and_gradient(config)
+    with jax.enable_x64(True):
+        pure = jax.tree.map(np.float64, nnx.to_pure_dict(params))
+        loop = lambda params, x: jnp.sum(loop_over_experts(params, x, config) * weight)  # noqa: E731
+        wanted = jax.value_and_grad(loop, (0, 1))(pure, np.float64(x))
+    grads[0]["router"].pop("bias", None), wanted[1][0]["router"].pop("bias", None)
+    assert_close((value, grads), wanted)
+
+
+MESHES = {"expert": (1, 1, 1, 4), "expert fsdp": (1, 4, 1, 2), "all": (1, 2, 2, 2)}
+
+
+@pytest.mark.parametrize("buffer", [0.3, 1.25])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_experts_on_a_mesh_equal_one_device(mesh, buffer):
+    """Also where the tokens need further rounds, as they do with a third of the mean."""
+    config = mixture(compute=dict(expert_buffer=buffer), router="sigmoid_topk")
+    alone = value_and_gradient(config)
+    spread = value_and_gradient(dataclasses.replace(config, mesh=MeshConfig(*MESHES[mesh])))
+    assert_close(spread, alone)
+
+
+def test_a_full_expert_drops_the_rest_of_a_sequence_and_says_so():
+    """With room for one choice an expert takes a sequence's first alone."""
+    whole, tight = mixture(), mixture(expert_capacity=EXPERTS / 24 / 3, num_layers=1)
+    (_, grads), (y, figures) = value_and_gradient(tight)
+    assert figures["dropped_share"] == pytest.approx(1 - EXPERTS / 24 / 3)
+    with jax.set_mesh(mesh_of(whole)):
+        _, params, x, _ = jax.device_get(layer(whole))
+    kernel = nnx.to_pure_dict(params)["router"]["kernel"]
+    order = np.argsort(-(x @ kernel), axis=-1)[..., :3]
+    seen = np.array(
+        [[np.isin(order[b, t], order[b, :t]).all() for t in range(24)] for b in range(8)]
+    )
+    assert seen.any() and not seen.all()
+    np.testing.assert_array_equal(np.any(y != 0, axis=-1), ~seen)
+    assert not np.any(grads[1][seen]), (
+        "a token that no expert took has no gradient but the router's"
+    )
+
+
+def test_auxiliary_losses_are_those_of_the_papers():
+    config = mixture(balance_loss=0.3, router_z_loss=0.2, num_layers=1)
+    _, (_, figures) = value_and_gradient(config)
+    with jax.set_mesh(mesh_of(config)):
+        _, params, x, _ = jax.device_get(layer(config))
+    logits = np.float64(x) @ nnx.to_pure_dict(params)["router"]["kernel"]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    order = np.argsort(-p, axis=-1)[..., :3]
+    often = np.array([(order == e).any(-1).mean() for e in range(EXPERTS)])
+    balance = EXPERTS * np.sum(often * p.mean((0, 1)))
+    z_loss = np.mean(np.log(np.exp(logits).sum(-1)) ** 2)
+    wanted = {
+        "balance_loss": balance,
+        "router_z_loss": z_loss,
+        "auxiliary_loss": 0.3 * balance + 0.2 * z_loss,
+        "expert_share": often / 3,
+        "expert_load": often.max() * EXPERTS / 3,
+        "router_entropy": -np.mean(np.sum(p * np.log(p), -1)),
+        "dropped_share": 0.0,
+    }
+    assert figures.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(figures[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_rows_come_back_in_order_from_groups(block):
+    """By blocks that groups do not fill, with an empty group and items of none."""
+    ids = jnp.array([2, 0, 3, 3, 2, 2, 5, 0, 2, 5])  # of five groups
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    w = jax.random.normal(jax.random.key(1), (5, 3, 2))
+    at = group(ids, 5, block)
+    assert at.sizes.tolist() == [-(-n // block) * block for n in (2, 0, 4, 2, 0)]
+    y = collect(grouped_product(spread(x, at, 2), w, at.sizes, block), at)
+    wanted = [x[i // 2] @ w[e] if e < 5 else np.zeros(2) for i, e in enumerate(ids.tolist())]
+    np.testing.assert_allclose(y, wanted, rtol=1e-5)
+
+
+def test_a_token_costs_its_own_experts_alone():
+    """On a CPU too: FLOPs that the program executes do not grow with the number of experts."""
+
+    def flops(experts: int) -> float:
+        at = group(jnp.arange(64) % experts, experts, 1)
+        x, w = jnp.ones((64, 32)), jnp.ones((experts, 32, 16))
+        program = jax.jit(lambda x, w: grouped_product(x, w, at.sizes, 1)).lower(x, w).compile()
+        return program.cost_analysis()["flops"]
+
+    assert flops(64) < 1.5 * flops(8)
