@@ -61,8 +61,8 @@ def train(workdir: epath.Path, config: Config) -> int:
         return 0
     run = make_training(config, mesh)
     with jax.set_mesh(mesh):
-        describe(run, data, workdir)
         check_memory(run.abstract_state(), mesh, run.abstract_companions())
+        describe(run, data, workdir)
         hosts.check_same(to_json(config), "the config")
         hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
         hosts.check_same(str(run.companions.reference), f"what {config.objective} learns from")

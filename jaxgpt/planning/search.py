@@ -29,8 +29,7 @@ def smaller(config: Config) -> Iterator[Change]:
     # without "offload", which only the user can choose
     policies = POLICIES[POLICIES.index(config.compute.remat) + 1 : -1]
     accums = accumulations(config)
-    spread = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in MESH_AXES}
-    spread |= {"mesh.data": 1, "mesh.fsdp": -1}
+    spread = {"mesh.data": 1, "mesh.fsdp": -1}
     meshes = [{}] if config.mesh.data == 1 else [{}, spread]
     for mesh in meshes:
         if mesh:

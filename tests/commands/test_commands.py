@@ -61,7 +61,7 @@ def test_the_launcher_is_the_module_and_the_command_that_is_installed(tmp_path):
         (["--config=tiny"], "say which command"),
         (
             ["train", "--config=nope"],
-            "config file nope does not exist; by name there are distill, finetune",
+            "config file nope does not exist; by name there are bert_base, distill, finetune",
         ),
         (["train", "--config=tyny"], "config file tyny does not exist; did you mean tiny?"),
         (["train", "--config=configs/tiny.py"], "does not exist; did you mean tiny?"),

@@ -21,7 +21,7 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.ops.cache import Cache
 from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, tiny_config
-from tests.model.test_gpt import VARIANTS
+from tests.model.test_gpt import DECODED_AS, VARIANTS
 
 GREEDY = Sampling(0.0)
 
@@ -49,7 +49,7 @@ def plain_greedy(forward, prompt, new):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_equals_the_plain_loop_in_every_variant(variant):
-    config = tiny_config(**VARIANTS[variant])
+    config = tiny_config(**VARIANTS[variant] | DECODED_AS.get(variant, {}))
     prompts = [np.array(p, np.int32) for p in ([5], list(range(15)))]
     with jax.set_mesh(mesh_of(config)):
         decoder, forward = model_of(config, 4)

@@ -303,6 +303,7 @@ COMPUTE_CHANGES = {
     "param_dtype": "bfloat16",
     "remat": "full",
     "scan_layers": "false",
+    "fake_quantise": "int8",
 }
 MODERN_CHANGES = {
     "qkv_bias": True,

@@ -106,7 +106,7 @@ def test_the_cheapest_change_that_fits():
     found = cheapest_that_fits(offloaded, fake(lambda c: c.grad_accum > 2))
     assert found[0] == {"compute.remat": "offload", "grad_accum": 4}
     spread = [change for change in smaller(config) if change.get("mesh.fsdp")]
-    assert spread[0] == {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
+    assert spread[0] == {"mesh.data": 1, "mesh.fsdp": -1}
 
 
 @pytest.mark.parametrize("search", [False, True])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxgpt import train
+from jaxgpt.objectives import language as objectives
 from jaxgpt.processes.hosts import HEARTBEAT
-from jaxgpt.training import objectives
 from tests.conftest import CORPUS, wait_until, xla_flags
 from tests.processes.forks import Python
 from tests.processes.processes import (
@@ -162,12 +162,13 @@ def test_weights_to_start_from_are_split_over_processes(place, command):
 POISONED = """
 import jax.numpy as jnp
 from jaxgpt.processes.hosts import HEARTBEAT
-from jaxgpt.training import objectives
-honest = objectives.token_losses
+from jaxgpt.objectives import language as objectives
+honest = objectives.hidden_and_figures
 def poisoned(model, micro, key):
-    nats, lse = honest(model, micro, key)
-    return jnp.where(jnp.any(micro["inputs"] == 1, axis=-1, keepdims=True), jnp.nan, nats), lse
-objectives.token_losses = poisoned
+    x, figures = honest(model, micro, key)
+    bad = jnp.any(micro["inputs"] == 1, axis=-1)[:, None, None]
+    return jnp.where(bad, jnp.nan, x), figures
+objectives.hidden_and_figures = poisoned
 """
 
 
@@ -193,7 +194,7 @@ def test_a_bad_stretch_that_one_process_reads_takes_all_of_them_back(place, comm
     codes, _, errors = finish(start("train", 2, 2, *args, f"--workdir={place}/bad-two"))
     assert codes == [0, 0] and "back to checkpoint 8, without batches 9, 10" in errors[0], errors
     monkeypatch.setattr(
-        objectives, "token_losses", objectives.token_losses
+        objectives, "hidden_and_figures", objectives.hidden_and_figures
     )  # the config replaces it
     code, _, err = command(train.main, *args, f"--workdir={place}/bad-one")
     assert code == 0 and "back to checkpoint 8, without batches 9, 10" in err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import checkpoint, evaluate, train
-from jaxgpt.training import objectives
+from jaxgpt.objectives import language as objectives
 from jaxgpt.training.divergence import Spikes, batch_of
 from tests.evaluation.test_watch import no_more_waiting
 
@@ -33,13 +33,13 @@ def get_config():
 @pytest.fixture
 def run(command, tmp_path, monkeypatch):
     """Trains on text in which the batches of the given numbers (from 0) are poisoned."""
-    honest = objectives.token_losses
+    honest = objectives.hidden_and_figures
 
     def poisoned(model, micro, key):
-        nats, lse = honest(model, micro, key)
-        return jnp.where(jnp.any(micro["inputs"] == POISON), jnp.nan, nats), lse
+        x, figures = honest(model, micro, key)
+        return jnp.where(jnp.any(micro["inputs"] == POISON), jnp.nan, x), figures
 
-    monkeypatch.setattr(objectives, "token_losses", poisoned)
+    monkeypatch.setattr(objectives, "hidden_and_figures", poisoned)
     text = np.random.default_rng(0).choice(list(b"abcdefgh "), 40 * LENGTH * BATCH)
 
     def train_on(batches, *args, workdir="w"):

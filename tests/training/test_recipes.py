@@ -12,8 +12,9 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, OptimConfig
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.model import ModelSpec
+from jaxgpt.objectives import language as objectives
 from jaxgpt.ops.mask import AttentionMask
-from jaxgpt.training import loss_scale, objectives
+from jaxgpt.training import loss_scale
 from jaxgpt.training import step as step_module
 from jaxgpt.training.setup import make_training
 from tests.conftest import mesh_of, random_batch, tiny_config
@@ -175,14 +176,14 @@ def test_many_microbatches_of_bfloat16_gradients_add_up():
 
 def test_the_logged_learning_rate_is_the_applied_one_and_reaches_its_end(monkeypatch):
     """Five of twenty steps are skipped: their updates are lost, the schedule does not wait."""
-    honest = objectives.token_losses
+    honest = objectives.hidden_and_figures
     poison, bad_steps = 77, {3, 4, 9, 15, 16}
 
     def poisoned(model, micro, key):
-        nats, lse = honest(model, micro, key)
-        return jnp.where(jnp.all(micro["inputs"] == poison), jnp.nan, nats), lse
+        x, figures = honest(model, micro, key)
+        return jnp.where(jnp.all(micro["inputs"] == poison), jnp.nan, x), figures
 
-    monkeypatch.setattr(objectives, "token_losses", poisoned)
+    monkeypatch.setattr(objectives, "hidden_and_figures", poisoned)
     config = dataclasses.replace(tiny_config(num_layers=1), num_steps=20)
     fields = plain_sgd(schedule="linear", final_lr_ratio=0.1, warmup_steps=5)
     config.optim = OptimConfig(learning_rate=1.0, **fields)
