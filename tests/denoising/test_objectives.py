@@ -159,6 +159,7 @@ def test_masked_lm_is_the_cross_entropy_of_the_masked(data):
         assert figures["masked_accuracy"] / count == pytest.approx(float(accuracy))
 
 
+@pytest.mark.slow
 def test_next_sentence_prediction_on_a_mesh(data):
     """The head's loss by its definition, and all of it alike on (2,2,2): loss, gradients, a
     step."""

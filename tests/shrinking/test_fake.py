@@ -58,7 +58,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind, model, stored", MODELS)
 def test_loss_and_gradient_are_those_at_the_rounded_weights(kind, model, stored, shape):
     """Straight-through: of the plain model whose weights are the rounded ones."""
@@ -110,6 +110,7 @@ def tuned(trained_run, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_shrink_stores_what_was_trained(tuned, command, tmp_path):
     """Group and what stays float are the run's; the nearest, without calibration, is exact."""
     out = tmp_path / "b"
