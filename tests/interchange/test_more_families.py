@@ -221,6 +221,7 @@ def test_older_names_and_what_has_no_place(command, tmp_path):
         ("bert", {"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
         ("bert", {"is_decoder": True}, "is_decoder=True is not supported, only False"),
         ("roberta", {"pad_token_id": 0}, "pad_token_id=0 is not supported, only 1"),
+        ("roberta", {"hidden_act": "relu"}, "hidden_act='relu' is not supported, only 'gelu'"),
         ("t5", {"feed_forward_proj": "gated-relu"}, "feed_forward_proj='gated-relu' is not"),
         ("t5", {"num_heads": "x"}, "lacks or garbles a field"),
         ("t5", {"num_layers": 99}, "its config says 102 layers, its files hold"),

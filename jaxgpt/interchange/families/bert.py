@@ -97,6 +97,18 @@ def _adapted(head: str):
     return adapted
 
 
+def _roberta_adapted(cfg: ModelConfig, names: Container[str]) -> ModelConfig:
+    """Theirs has GELU in the head, whatever `hidden_act` says."""
+    cfg = _adapted("lm_head.bias")(cfg, names)
+    if cfg.head_transform and cfg.activation != "gelu":
+        act = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation)
+        raise BadInput(
+            f"config.json: hidden_act={act!r} is not supported, only 'gelu', which RoBERTa's head"
+            " always has"
+        )
+    return cfg
+
+
 def _roberta_model_config(hf: dict) -> ModelConfig:
     pad = hf.get("pad_token_id", ROBERTA_PAD)
     if pad != ROBERTA_PAD:
@@ -138,7 +150,7 @@ ROBERTA = dataclasses.replace(
     BERT,
     name="roberta",
     architecture="RobertaForMaskedLM",
-    exact=BERT.exact | {"type_vocab_size": (1,)},
+    exact=BERT.exact | {"type_vocab_size": (1,), "activation": ("gelu",)},
     rules=tuple(
         dataclasses.replace(r, skipped=ROBERTA_OFFSET) if r.ours == ("positions/kernel",) else r
         for r in BODY
@@ -148,7 +160,7 @@ ROBERTA = dataclasses.replace(
     hf_config=_roberta_hf_config,
     schema=BERT.schema | {"pad_token_id?": int | None},
     prefix="roberta.",
-    adapted=_adapted("lm_head.bias"),
+    adapted=_roberta_adapted,
     outside=("lm_head.",),
     skipped=("pooler.", "classifier.", "qa_outputs."),
     copies={"lm_head.decoder.bias": "lm_head.bias"},
