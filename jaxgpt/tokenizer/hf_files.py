@@ -57,7 +57,8 @@ def built(folder: Path) -> FastTokenizer | None:
 def _bert(folder: Path) -> FastTokenizer:
     """WordPiece (arXiv:1609.08144, 4.1), one piece a line."""
     settings = read_json(folder / SETTINGS, dict) if (folder / SETTINGS).is_file() else {}
-    lines = (folder / "vocab.txt").read_text("utf-8").splitlines()
+    # Not splitlines: a piece may be U+2028, and ids count lines that end with a newline
+    lines = (folder / "vocab.txt").read_text("utf-8").removesuffix("\n").split("\n")
     vocab = {line: i for i, line in enumerate(lines)}
     _check(folder / "vocab.txt", vocab, BERT_TOKENS)
     fast = FastTokenizer(models.WordPiece(vocab, unk_token="[UNK]"))

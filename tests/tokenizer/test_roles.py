@@ -13,7 +13,7 @@ from jaxgpt.tokenizer.hf import HfTokenizer
 from jaxgpt.tokenizer.load import add_special_tokens
 from jaxgpt.tokenizer.roles import framed, role_id, sentinels
 from jaxgpt.tokenizer.special import SpecialTokens
-from tests.tokenizer.vocabularies import BERT_WORDS, tokenizer_folder
+from tests.tokenizer.vocabularies import BERT_WORDS, CONFIG, tokenizer_folder
 
 FAMILIES = ["bert", "roberta", "t5", "bart"]
 ROLES = {  # mask, cls, sep, pad, eos, what a decoder starts with
@@ -71,6 +71,16 @@ def test_names_in_a_text(folders):
     ours = SpecialTokens(ByteTokenizer(), ["[MASK]", "[MASK]s"])
     assert ours.encode_with_special("a[MASK]b[MASK]s").tolist() == [97, 257, 98, 258]
     assert ByteTokenizer().encode_with_special("[MASK]").tolist() == [*b"[MASK]"]
+
+
+def test_a_piece_may_be_a_line_separator(tmp_path):
+    """Only a newline ends a line of vocab.txt: ids behind the piece stay those of the model."""
+    words = [*BERT_WORDS, "\u2028", "behind"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG["bert"]))
+    bert = read_tokenizer(tmp_path)
+    assert bert.vocab_size == len(words)
+    assert bert.encode("behind").tolist() == [len(words) - 1]
 
 
 def test_t5_cuts_as_sentencepiece_does(folders):
