@@ -36,6 +36,9 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
         wait_for_first(values.workdir, values.watch_every)
     trained = open_trained(values.workdir, values.step)
     companions, parameters = companions_of(trained.config.objective), Trained.params
+    for flag in ("lm_eval", "task"):
+        if values[flag].value:
+            check_continues(trained, flag)
     if values.lm_eval:
         measure = harness_measure(trained, values.lm_eval.split(","), values.limit)
     elif values.task:
@@ -57,6 +60,16 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
         with jax.set_mesh(trained.mesh):
             figures = measure(parameters(dataclasses.replace(trained, step=step)))
         yield {"step": step} | figures | {"seconds": time.perf_counter() - began}
+
+
+def check_continues(trained: Trained, flag: str) -> None:
+    """Raises `BadInput` if the model does not continue a text, which `--flag` scores."""
+    kind = trained.config.model.kind
+    if kind != "decoder":
+        raise BadInput(
+            f"--{flag} scores how a model continues a text, but this one is an"
+            f" {kind.replace('_', '-')}: leave it out to measure its own objective"
+        )
 
 
 def wait_for_first(workdir: str, every: float) -> None:

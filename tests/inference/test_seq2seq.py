@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgpt import sample, serve
+from jaxgpt import evaluate, sample, serve
 from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.config.stored import to_json
 from jaxgpt.inference.decode import sample_keys
@@ -178,6 +178,7 @@ def test_sample_streams_searches_and_reads_files(workdir, command, tmp_path):
         (sample.main, ["--prompt=x", "--suffix=y"], "--suffix is of no use here: the model is an"),
         (sample.main, ["--prompt=x", "--beyond_context=slide"], "--beyond_context is of no use"),
         (serve.main, ["--port=0"], "the server continues texts, but this model is an encoder-dec"),
+        (evaluate.main, ["--lm_eval=arc_easy"], "--lm_eval scores how a model continues a text"),
     ],
 )
 def test_what_an_encoder_decoder_does_not_do(workdir, command, main, flags, says):
