@@ -16,8 +16,8 @@ log-probability / (number of tokens) ** P.
 objective=fill_in_the_middle.
 
 An encoder fills in the prompt's masks: --prompt='The capital of [MASK] is Paris.' prints the
---top_k likeliest tokens, each with a tab and its probability, for every mask (separated by a line
-`---`). An encoder-decoder reads the prompt as its source and prints the target alone.
+--top_k likeliest tokens, each with a tab and its probability, of one mask after the other. An
+encoder-decoder reads the prompt as its source and prints the target alone.
 
 --chat takes each prompt as a user's message, puts it into the template that the run was trained
 with, and prints the reply alone. A row may then have `messages` in place of a prompt.

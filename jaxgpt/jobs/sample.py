@@ -159,8 +159,8 @@ def write_targets(trained: Trained, values, request, rows: Rows, chat: Chat | No
 
 def fill(trained: Trained, values, request, rows: Rows, chat: Chat | None) -> None:
     """Prints an encoder's likeliest tokens for each mask of the prompt, a line each: the token, a
-    tab and its probability; masks are separated by a line `---`. Of a file it prints the rows with
-    `fillings`: of each mask the pairs of token and probability."""
+    tab and its probability; the same number for each mask, one mask after the other. Of a file it
+    prints the rows with `fillings`: of each mask the pairs of token and probability."""
     tokenizer, context = trained.tokenizer, trained.spec.model.max_seq_len
     requests = [request for _, request in rows] or [request]
     names = [f"row {i + 1}: prompt" for i in range(len(rows))] or ["--prompt"]
@@ -177,8 +177,7 @@ def fill(trained: Trained, values, request, rows: Rows, chat: Chat | None) -> No
             if rows:
                 print(json.dumps(rows[i][0] | {"fillings": shown}, ensure_ascii=False), flush=True)
             else:
-                groups = ("\n".join(f"{token}\t{p:.6g}" for token, p in mask) for mask in shown)
-                print("\n---\n".join(groups))
+                print("\n".join(f"{token}\t{p:.6g}" for mask in shown for token, p in mask))
 
 
 KINDS = {"decoder": continue_prompts, "encoder": fill, "encoder_decoder": write_targets}

@@ -85,8 +85,9 @@ def test_sample_prints_fillings(model, command, tmp_path):
     base = f"--workdir={tmp_path}"
     code, out, err = command(sample.main, base, "--prompt=[MASK] is a [MASK]", "--top_k=3")
     assert code == 0, err
-    groups = [group.splitlines() for group in out.split("---\n")]
-    assert [len(group) for group in groups] == [3, 3]
+    lines = out.splitlines()
+    assert len(lines) == 6, "every line is a token and its probability, also between two masks"
+    groups = [lines[:3], lines[3:]]
     text = encode_masked(TOKENIZER, "[MASK] is a [MASK]", 40)
     for group, masks in zip(groups, fill_masks(spec, params, TOKENIZER, [text], 3)[0]):
         for line, (token, probability) in zip(group, masks, strict=True):
