@@ -33,6 +33,8 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--steps={values.steps} must be from 1 to 1000000")
     if values.profile and Path(values.profile).exists() and not Path(values.profile).is_dir():
         raise BadInput(f"--profile={values.profile} is a file, not a folder")
+    if values.decode and (kind := config.model.kind) != "decoder":
+        raise BadInput(f"--decode times how a decoder continues a text, but model.kind={kind}")
     from jaxgpt.data.prepare import check_data
 
     check_data(config.data)

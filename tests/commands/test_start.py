@@ -32,6 +32,11 @@ WRONG = {  # command: arguments, the error
     "plan price": (["--config={}/c.py", "--price=-1"], "--price=-1.0 must be"),
     "benchmark": (["--config={}/c.py", "--steps=0"], "--steps=0"),
     "benchmark profile": (["--config={}/c.py", "--profile={}/c.py"], "is a file, not a folder"),
+    "benchmark decode": (
+        ["--config={}/c.py", "--decode", "--config.model.kind=encoder_decoder"]
+        + ["--config.objective=seq2seq"],
+        "--decode times how a decoder continues a text",
+    ),
     "prepare": (["--config={}/c.py", "--show=-1"], "--show=-1"),
     "prepare field": (["--config={}/c.py", "--config.data.sourc=x"], "did you mean"),
     "sweep": (["--config={}/c.py", "--grid=batch_size=x"], "batch_size=x"),
