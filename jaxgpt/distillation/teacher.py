@@ -52,6 +52,11 @@ def check_teacher(config: Config) -> None:
     if tokenizer_of(path) is None:
         say(f"teacher   {path} holds no tokenizer: data.tokenizer={kind} must be the one it knows")
     model, mine = teacher_config(config).model, config.model
+    if model.kind != mine.kind:
+        raise BadInput(
+            f"{FIELD}={path} is an {model.kind.replace('_', '-')}: the teacher of a {mine.kind} is"
+            f" a {mine.kind}"
+        )
     if model.max_seq_len < mine.max_seq_len:
         raise BadInput(
             f"{FIELD}={path} takes {model.max_seq_len:,} tokens at once, fewer than"

@@ -184,6 +184,7 @@ def test_a_resumed_student_equals_one_that_was_not_killed(at, command, folders, 
         (("model.vocab_size=300",), "has a vocabulary of 257 tokens, the student of 300"),
         (("objectives.distill.teacher=nowhere",), "distill.teacher=nowhere is neither a workdir"),
         (("objectives.distill.teacher={}/empty",), "checkpoints holds no checkpoint; train first"),
+        (("objectives.distill.teacher={}/encoder",), "is an encoder: the teacher of a decoder is"),
         (("objectives.distill.teacher=",), "objective=distill needs a teacher"),
         (("objective=causal_lm",), "needs objective=distill"),
         (("objectives.distill.top_k=257",), "top_k=257 must be less than the 257 tokens"),
@@ -198,6 +199,10 @@ def test_what_cannot_teach_is_refused(at, folders, flags, message):
     for name in ("config.json", "tokenizer/tokenizer_kind.json"):
         (folders / "empty/tokenizer").mkdir(exist_ok=True)
         shutil.copy(folders / "teacher" / name, folders / "empty" / name)
+    shutil.copytree(folders / "teacher", folders / "encoder", dirs_exist_ok=True)
+    config = json.loads((folders / "encoder/config.json").read_text())
+    config["model"]["kind"], config["objective"] = "encoder", "masked_lm"
+    (folders / "encoder/config.json").write_text(json.dumps(config))
     code, err = at("refused", *taught(folders, *(flag.format(folders) for flag in flags)))
     assert code == 2 and message in err.splitlines()[-1], err
     assert not (folders / "refused").exists(), "nothing half-written"
