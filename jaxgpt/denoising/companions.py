@@ -268,6 +268,12 @@ class OnCorruptedText(Companions):
         sources = tuple(Corrupted(source, rows, config.seed) for source in plain.sources)
         return NumberedStream(**vars(plain) | {"sources": sources})
 
+    @property
+    def logits(self) -> float:
+        """The share of the tokens of which logits are made: those that may be masked."""
+        cfg = self.config
+        return most_masked(cfg) / cfg.model.max_seq_len if cfg.model.kind == "encoder" else 1.0
+
     def batch_arrays(self) -> Arrays:
         """Returns the arrays of a batch by name: the shape behind [grad_accum, batch], and the
         dtype."""

@@ -16,7 +16,7 @@ from jaxgpt.data.pipeline import device_batches
 from jaxgpt.inference.decode import Decoder, generate
 from jaxgpt.inference.samplers import Sampling
 from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.parameters.flops import PEAK_FLOPS, flops_per_token
+from jaxgpt.parameters.flops import PEAK_FLOPS
 from jaxgpt.planning.profile import PARTS, seconds_by_part
 from jaxgpt.planning.program import Program
 from jaxgpt.system.console import say
@@ -76,7 +76,7 @@ def benchmark(
     return {
         "step_seconds": step_seconds,
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * flops_per_token(model) / (rate * machines),
+        "mfu": tokens_per_second * training.flops_per_token / (rate * machines),
         "matmul_flops_per_second": rate,
         "peak_memory_bytes": peak_memory,
         "compile_seconds": compile_seconds,

@@ -80,6 +80,11 @@ class OnRows(Companions):
         sizes = config.batch_size, config.grad_accum
         return Stream(tuple(sources), schedule, *sizes, config.seed, config.data.shuffle)
 
+    @property
+    def logits(self) -> float:
+        """The share of the tokens of which logits are made: none where a head stands for them."""
+        return float(self.config.objective == "seq2seq")
+
     def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Returns the arrays of a batch by name: the shape behind [grad_accum, batch], and the
         dtype."""

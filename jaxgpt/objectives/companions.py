@@ -47,6 +47,7 @@ class Companions:
 
     specs = {}  # models that are not trained, by the objective's argument
     reference = {}  # what a checkpoint says about them
+    logits = 1.0  # the share of the batch's tokens of which the model makes logits
 
     @staticmethod
     def check(config: Config) -> None:

@@ -51,13 +51,14 @@ def _weights_in(path: str, leaf) -> int:
     return leaf.size * (2 if path.endswith("/values") and leaf.dtype == "uint8" else 1)
 
 
-def flops_per_token(cfg: ModelConfig) -> int:
+def flops_per_token(cfg: ModelConfig, logits: float = 1.0) -> int:
     """Returns model FLOPs per trained token: 6N + 12 L D T (PaLM, arXiv:2204.02311, appendix B).
 
     N counts the weights that take part in matrix products, the logits' included; the attention
     term counts the full T x T square, as is the custom, but of a sparse pattern the pairs that are
     seen. Recomputation does not count. Of an encoder-decoder the tokens are the decoder's, and what
-    its encoder does is shared among them.
+    its encoder does is shared among them. The share `logits` of the tokens has logits made (see
+    `objectives.companions`).
     """
     d, matrices, length = cfg.embed_dim, 3 if cfg.activation in GATED else 2, cfg.max_seq_len
     reading, read = (2 * heads * cfg.head_dim * d for heads in (cfg.num_heads, cfg.num_kv_heads))
@@ -68,7 +69,7 @@ def flops_per_token(cfg: ModelConfig) -> int:
         mlp += cfg.num_experts
     layer = reading + own + mlp * d
     square = 12 * cfg.num_heads * cfg.head_dim  # for each pair of positions
-    head = d * cfg.vocab_size + d * d * cfg.head_transform
+    head = logits * (d * cfg.vocab_size + d * d * cfg.head_transform)
     keys = _keys_seen(cfg, length, cfg.kind != "encoder")
     row = length * (6 * (cfg.num_layers * layer + head) + square * cfg.num_layers * keys)
     if cfg.kind == "encoder_decoder":
@@ -77,7 +78,7 @@ def flops_per_token(cfg: ModelConfig) -> int:
         row += cfg.encoder_layers * sources * (6 * layer + square * keys)
         cross = 6 * (length * reading + sources * read) + square * length * sources
         row += cfg.num_layers * cross
-    return row // length
+    return int(row // length)
 
 
 def _keys_seen(cfg: ModelConfig, length: int, causal: bool) -> int:
@@ -85,7 +86,7 @@ def _keys_seen(cfg: ModelConfig, length: int, causal: bool) -> int:
     return round(keys_seen(pattern, length, causal)) if pattern else length
 
 
-def mfu(tokens_per_second: float, cfg: ModelConfig, device_kind: str, devices: int) -> float | None:
+def mfu(flops_per_second: float, device_kind: str, devices: int) -> float | None:
     """Returns the used share of the devices' bf16 peak; None where the peak is unknown."""
     peak = PEAK_FLOPS.get(device_kind)
-    return peak and tokens_per_second * flops_per_token(cfg) / (peak * devices)
+    return peak and flops_per_second / (peak * devices)

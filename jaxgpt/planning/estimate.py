@@ -16,7 +16,7 @@ from jaxgpt.model.gpt import layer_windows
 from jaxgpt.ops.sparse.kernels import kernel_name
 from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
 from jaxgpt.parallel.mesh import AXES, make_mesh
-from jaxgpt.parameters.flops import count_parameters, flops_per_token
+from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.planning.hardware import Chip, quiet
 from jaxgpt.planning.program import VMEM, Collective, Program
 from jaxgpt.system.errors import BadInput
@@ -52,7 +52,7 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
         else:
             measured = _measure(compiled, program, arguments, training, chip)
     tokens = config.batch_size * config.model.max_seq_len
-    plan |= measured | {"flops_per_step": tokens * flops_per_token(training.spec.model)}
+    plan |= measured | {"flops_per_step": tokens * training.flops_per_token}
     return plan | {"tokens_per_step": tokens, "compile_seconds": time.perf_counter() - began}
 
 

@@ -234,8 +234,7 @@ class Loop:
             "tokens_per_second": per_step / step_seconds,
             "step_seconds": step_seconds,
             "mfu": mfu(
-                per_step / step_seconds,
-                self.config.model,
+                per_step * self.run.flops_per_token / step_seconds,
                 devices.flat[0].device_kind,
                 devices.size,
             ),

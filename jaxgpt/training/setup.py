@@ -18,6 +18,7 @@ from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.parallel.mesh import devices_along
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.parallel.torus import torus_of
+from jaxgpt.parameters.flops import flops_per_token
 from jaxgpt.system.errors import BadInput
 from jaxgpt.training.objectives import companions_of
 from jaxgpt.training.state import TrainState, init_state
@@ -84,6 +85,11 @@ class Training:
     def abstract_state(self) -> TrainState:
         """Returns the state's shapes, dtypes and shardings."""
         return jax.eval_shape(self.init)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Model FLOPs of a step per token of the batch; see `parameters.flops`."""
+        return flops_per_token(self.spec.model, self.companions.logits)
 
     @property
     def batch_sharding(self) -> NamedSharding:

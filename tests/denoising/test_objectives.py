@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import evaluate, train
-from jaxgpt.config import DataConfig
+from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig
 from jaxgpt.config.objectives import with_special_tokens
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.prepare import prepare
@@ -21,6 +21,7 @@ from jaxgpt.denoising.evaluation import Restoration, pseudo_perplexity
 from jaxgpt.denoising.objective import masked_step, most_masked
 from jaxgpt.objectives.language import hidden, token_losses
 from jaxgpt.optim.groups import OWN
+from jaxgpt.parameters.flops import flops_per_token
 from jaxgpt.tokenizer import save_tokenizer
 from jaxgpt.tokenizer.base import ByteTokenizer
 from jaxgpt.training.objectives import OBJECTIVES, companions_of
@@ -361,3 +362,25 @@ def test_what_does_not_fit_is_one_line(run, tmp_path, objective, flags, message)
     lines = [line for line in told.splitlines() if line.startswith("error: ")]
     assert code == 2 and out == "" and len(lines) == 1 and message in lines[0], told
     assert not (tmp_path / "w").exists()
+
+
+def test_flops_leave_out_the_logits_that_are_not_made():
+    """Three times XLA's count of the loss alone, of a model whose vocabulary is most of it."""
+    sizes = dict(vocab_size=1024, max_seq_len=64, num_layers=1, num_heads=2, embed_dim=16)
+    model = ModelConfig(**sizes, kind="encoder")
+    config = Config(objective="masked_lm", model=model, batch_size=2, mesh=MeshConfig(data=1))
+    config = validate(config)
+    run = make_training(config, mesh_of(config))
+    with jax.set_mesh(run.mesh):
+        micro = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), run.abstract_batch()
+        )
+
+        def loss(params, micro):
+            key = jax.random.key(0)  # of no use without dropout
+            return OBJECTIVES["masked_lm"](config)(run.spec.bind(params), micro, key)[0]
+
+        lowered = jax.jit(loss).lower(run.abstract_state().params, micro)
+        counted = lowered.compile().cost_analysis()["flops"]
+    assert 0.9 < 3 * counted / (2 * 64 * run.flops_per_token) < 1.4
+    assert run.flops_per_token < 0.5 * flops_per_token(config.model)
