@@ -51,13 +51,14 @@ def move_middles(
         for start, stop, draw in zip(starts, [*starts[1:], inputs.shape[1]], draws):
             if draw[0] >= how.rate or ("segments" in arrays and not segments[number, start]):
                 continue
-            start += inputs[number, start] == end
+            has_end = inputs[number, start] == end
+            start += has_end
             changed = change(inputs[number, start:stop], how, *draw[1:])
             if changed is not None:
                 inputs[number, start:stop] = changed
                 targets[number, start : stop - 1] = changed[1:]
                 targets[number, stop - 1] = end
-                if start:
+                if has_end:
                     targets[number, start - 1] = changed[0]
     return arrays | {"inputs": inputs, "targets": targets}
 
@@ -99,9 +100,9 @@ def cut(
     sizes = np.cumsum(words.sizes[tokens])
     at = int(np.searchsorted(sizes, place, side="right"))  # the token that `place` is in
     before = int(sizes[at - 1]) if at else 0
-    while at < len(tokens) and 0x80 <= words.texts[tokens[at]][place - before] < 0xC0:
-        place -= 1  # the byte goes on with the character before it
-        at -= place < before
+    while at < len(tokens) and place and 0x80 <= words.texts[tokens[at]][place - before] < 0xC0:
+        place -= 1  # the byte goes on with the character before it, if the row has that
+        at = int(np.searchsorted(sizes, place, side="right"))
         before = int(sizes[at - 1]) if at else 0
     if at == len(tokens) or place == before:
         return tokens[:at], tokens[at:]

@@ -98,6 +98,19 @@ def test_packed_documents_keep_their_places(how):
     assert changed.all() and ((made["inputs"] == how.middle).sum(1) == 2).mean() > 0.9
 
 
+def test_a_rest_of_a_document_leaves_the_segment_before_alone(how):
+    """A packed row's segment without end-of-text in front goes on with a longer document: what
+    stands before it is another one's last token, which is followed by end-of-text."""
+    arrays, rows, end = documents(how, 120, 50), np.arange(50), how.tokenizer.end_of_text
+    arrays["inputs"] = arrays["inputs"].copy()
+    arrays["inputs"][:, 40] = how.tokenizer.encode("a")[-1]
+    arrays["segments"] = np.repeat([1, 2], [40, 80])[None].repeat(50, 0)
+    arrays["targets"] = np.where(np.arange(120) == 39, end, arrays["targets"])
+    made = move_middles(arrays, how._replace(rate=1.0), 0, rows)
+    assert (made["inputs"][:, 40] == how.prefix).mean() > 0.9
+    assert (made["targets"][:, 39] == end).all()
+
+
 def test_as_many_as_said(how):
     arrays, rows = documents(how, 400, 2000), np.arange(2000)
     made = move_middles(arrays, how._replace(rate=0.6, spm_rate=0.25), 1, rows)["inputs"]
@@ -128,3 +141,14 @@ def test_a_cut_inside_a_token_tokenizes_both_halves_anew(how):
             assert ids.tolist() == tokenizer.encode(half).tolist()
         seen.add(len(halves[0]))
     assert seen == set(range(len(text) + 1))  # every character
+
+
+def test_a_row_that_begins_inside_a_character_is_cut_behind_it():
+    """A row of bytes begins anywhere; a cut in its first, broken character is one in front of it."""
+    tokenizer = make_tokenizer("byte", special_tokens=NAMES)
+    words, tokens = words_of(tokenizer), tokenizer.encode("日本é")
+    for first in range(len(tokens)):
+        for place in range(len(tokens) - first + 1):
+            left, right = cut(tokens[first:], place, tokenizer, words)
+            assert np.append(left, right).tolist() == tokens[first:].tolist()
+            assert len(left) <= place and (not len(right) or right[0] >> 6 != 2 or not len(left))
