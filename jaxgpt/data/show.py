@@ -1,5 +1,6 @@
 """Data as people read it: a batch, with what the loss counts of it; a prompt as an example."""
 
+import itertools
 import json
 import os
 import shlex
@@ -28,20 +29,32 @@ def show_batch(stream: Stream, data: Prepared, k: int) -> Iterator[str]:
     rows, length = batch["inputs"].shape
     targets = f"{stream.num_targets(k):,} targets"
     yield f"batch {k} (step {k + 1}): {rows} chunks of {length} tokens, {targets}"
-    examples = zip(*stream.chunks(stream.indices(k).ravel()), strict=True)
-    for row, (source, chunk) in enumerate(examples):
+    sources, chunks = stream.chunks(stream.indices(k).ravel())
+    chunks = chunks.reshape(rows, -1)[:, 0]  # without the numbers that corrupted rows have too
+    is_packed = "positions" in batch
+    for row, (source, chunk) in enumerate(zip(sources.tolist(), chunks.tolist(), strict=True)):
         part, reader = data.train.parts[source], stream.sources[source]
         yield f"\n=== row {row}: chunk {chunk} of {len(reader)} of {part.source}"
         at = 0
-        for number, (start, size) in enumerate(reader.segments(int(chunk)), start=1):
-            start += 0 if "segments" in batch else part.first
-            segment = f"segment {number}, " if "segments" in batch else ""
+        for number, (start, size) in enumerate(reader.segments(chunk), start=1):
+            start += 0 if is_packed else part.first
+            size_here = size if is_packed else length
+            segment = f"segment {number}, " if is_packed else ""
             documents = _documents(data.train, start, start + size - 1)
-            yield f"--- {segment}positions {at}-{at + size - 1}: {documents}"
-            yield data.tokenizer.decode(batch["inputs"][row, at : at + size])
-            at += size
+            yield f"--- {segment}positions {at}-{at + size_here - 1}: {documents}"
+            if "sources" in batch:
+                yield f"{_shown(data.tokenizer, batch['sources'][row])}\n--- and the decoder reads"
+            yield _shown(data.tokenizer, batch["inputs"][row, at : at + size_here])
+            at += size_here
         padding = f", {length - at} of padding" if at < length else ""
         yield f"--- loss on {_ranges(batch['targets'][row] != IGNORE)} of {length}{padding}"
+
+
+def _shown(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """Returns the text of `ids`, special tokens by their names."""
+    names = {i: name for name, i in tokenizer.special.items()}
+    parts = itertools.groupby(ids.tolist(), lambda i: names.get(i, ""))
+    return "".join(tokenizer.decode(p) if not name else name * len([*p]) for name, p in parts)
 
 
 def _documents(split: Split, first: int, last: int) -> str:

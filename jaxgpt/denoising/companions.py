@@ -146,13 +146,14 @@ class NextSentence(Task):
         plain = super().sources(config, split, rows)
         starts, sources = np.asarray(split.starts), []
         for part in split.parts:
-            own = starts[(starts >= part.first) & (starts < part.end)]
-            sources.append(pair_chunks(split, own, part.end, rows, part.source))
+            own = starts[(starts >= part.first) & (starts < part.end)] - part.first
+            tokens = split.tokens[part.first : part.end]
+            sources.append(pair_chunks(tokens, own, rows, part.source))
         return dataclasses.replace(plain, sources=tuple(sources))
 
     def windows(self, split: Split, rows: Rows) -> Chunks:
         starts = np.asarray(split.starts)
-        return pair_chunks(split, starts, len(split.tokens), rows, f"the {split.name} part")
+        return pair_chunks(split.tokens, starts, rows, f"the {split.name} part")
 
     def arrays(self, config: Config) -> Arrays:
         row = (config.model.max_seq_len,), INT32
@@ -414,17 +415,17 @@ def masked_rows(config: Config, tokenizer: Tokenizer) -> MaskedRows:
     return MaskedRows(around_of(tokenizer), masking, is_special, words, tokenizer.end_of_text)
 
 
-def pair_chunks(split: Split, starts: np.ndarray, end: int, rows: Rows, name: str) -> PairChunks:
-    """Returns the pieces of the documents at `starts`. Raises `BadInput` if they are fewer than
+def pair_chunks(tokens: np.ndarray, starts: np.ndarray, rows: Rows, name: str) -> PairChunks:
+    """Returns the pieces of the documents at `starts` of `tokens`. Raises `BadInput` if they are fewer than
     two: the second text comes from another."""
-    documents = Documents.of(starts, end)
+    documents = Documents.of(starts, len(tokens))
     if len(documents.sizes) < 2:
         raise BadInput(
             f"objective=masked_lm_nsp pairs texts of different documents, and {name} has"
             f" {len(documents.sizes)}: give more documents (text: has one a file), or set"
             " objective=masked_lm"
         )
-    return PairChunks(split.tokens, documents, rows.chunk_len)
+    return PairChunks(tokens, documents, rows.chunk_len)
 
 
 def check_shares(config: Config) -> None:

@@ -26,7 +26,7 @@ LOOK = 128  # tokens within which the other document's sentence begins
 
 class Documents(NamedTuple):
     """The documents of one source that have two tokens or more: document d is `sizes[d]` tokens
-    from token `starts[d]` of the split on, without its end-of-text."""
+    from token `starts[d]` of the source on, without its end-of-text."""
 
     starts: np.ndarray
     sizes: np.ndarray
@@ -42,7 +42,7 @@ class Documents(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class PairChunks(Chunks):
     """The pieces of one source's documents, at most `room` tokens each; a rest of one token is left
-    out. `tokens` are the split's."""
+    out. `tokens` are the source's."""
 
     tokens: np.ndarray
     documents: Documents
@@ -71,6 +71,11 @@ class PairChunks(Chunks):
         each starts, its length and its document."""
         piece = self.pieces[chunks]
         return {"tokens": window(self.tokens, piece[:, 0], piece[:, 1], self.room), "piece": piece}
+
+    def segments(self, chunk: int) -> list[tuple[int, int]]:
+        """Returns the (start, length) of the piece; a row's second text may be from elsewhere."""
+        start, length, _ = self.pieces[chunk].tolist()
+        return [(start, length)]
 
 
 def window(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, room: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig
 from jaxgpt.config.objectives import with_special_tokens
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.data.prepare import prepare
+from jaxgpt.data.show import show_batch
 from jaxgpt.denoising.companions import TASKS, evaluated, masked_rows
 from jaxgpt.denoising.evaluation import Restoration, pseudo_perplexity
 from jaxgpt.denoising.objective import masked_step, most_masked
@@ -111,6 +112,21 @@ def test_packed_rows_of_an_encoder_begin_documents_with_cls(data):
     is_cls = inputs == tokenizer.special["[CLS]"]
     assert is_cls.any() and not (is_cls & ~begins).any()
     assert (targets[batch["segments"] == 0] == IGNORE).all()
+
+
+@pytest.mark.parametrize("objective", TASKS)
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_batch_is_shown(data, objective, pack):
+    """With the special tokens by name, and the document that a row is from."""
+    config = of_data(objective, data)
+    if pack and objective in ("masked_lm_nsp", "span_corruption"):
+        pytest.skip("not packed")
+    config.data.pack = pack
+    stream = companions_of(objective).stream(config, data[1])
+    told = "\n".join(show_batch(stream, data[1], 3))
+    assert told.count("=== row ") == 8 and ".txt (from its token " in told
+    special = {"prefix_lm": "", "span_corruption": "<extra_id_0>"}.get(objective, "[MASK]")
+    assert ("<|fim_middle|>" if objective == "fill_in_the_middle" else special) in told
 
 
 def reference_losses(model, micro):
