@@ -12,7 +12,8 @@ from jaxgpt.config import Config
 from jaxgpt.config.schema import IGNORE
 from jaxgpt.model import GPT, ModelSpec
 from jaxgpt.model.layers import INIT_STD
-from jaxgpt.objectives.language import Batch, Micro, hidden
+from jaxgpt.objectives.auxiliary import with_auxiliary
+from jaxgpt.objectives.language import Batch, Micro, hidden, hidden_and_figures
 from jaxgpt.objectives.smoothing import even_losses
 from jaxgpt.optim.groups import OWN
 from jaxgpt.parallel.rules import AxisRules, rowwise
@@ -31,8 +32,9 @@ def masked_lm(config: Config) -> Callable:
     most = most_masked(config)
 
     def objective(model: GPT, micro: Micro, key: PRNGKeyArray):
-        total, loss, count = _masked_loss(config, model, hidden(model, micro, key), micro, most)
-        return total, count, {"loss": loss}
+        states, figures = hidden_and_figures(model, micro, key)
+        total, loss, count = _masked_loss(config, model, states, micro, most)
+        return with_auxiliary(total, count, {"loss": loss}, figures)
 
     return objective
 
@@ -58,13 +60,13 @@ def masked_lm_nsp(config: Config) -> Callable:
     most = most_masked(config)
 
     def objective(model: GPT, micro: Micro, key: PRNGKeyArray, next_sentence: dict):
-        states = hidden(model, micro, key)
+        states, figures = hidden_and_figures(model, micro, key)
         total, loss, count = _masked_loss(config, model, states, micro, most)
         pair_nats, right = pair_losses(states, micro["labels"], next_sentence, model.rules)
         # the step divides by the number of targets: so each microbatch's mean counts by its share
         pair_loss, accuracy = count * jnp.mean(pair_nats), count * jnp.mean(right)
         metrics = {"next_sentence_loss": pair_loss, "next_sentence_accuracy": accuracy}
-        return total + pair_loss, count, {"loss": loss} | metrics
+        return with_auxiliary(total + pair_loss, count, {"loss": loss} | metrics, figures)
 
     return objective
 

@@ -99,7 +99,7 @@ def class_step(spec: ModelSpec, config: Config) -> Step:
     @jax.jit
     def step(params, batch):
         micro, model, head = _parts(spec, params, batch)
-        logits = class_logits(model, micro, None, head, pooling)
+        logits, _ = class_logits(model, micro, None, head, pooling)
         return _replicated((_nats(logits, micro["labels"]), logits))
 
     return step
@@ -111,7 +111,7 @@ def token_step(spec: ModelSpec, config: Config) -> Step:
     @jax.jit
     def step(params, batch):
         micro, model, head = _parts(spec, params, batch)
-        logits = token_logits(model, micro, None, head)
+        logits, _ = token_logits(model, micro, None, head)
         return _replicated((_nats(logits, micro["targets"]), logits.argmax(axis=-1)))
 
     return step
@@ -151,7 +151,7 @@ def span_step(spec: ModelSpec, config: Config) -> Step:
     @jax.jit
     def step(params, batch):
         micro, model, head = _parts(spec, params, batch)
-        logits = span_logits(model, micro, None, head)
+        logits, _ = span_logits(model, micro, None, head)
         return _replicated((span_losses(logits, micro["spans"])[0], logits))
 
     return step

@@ -16,7 +16,8 @@ from jaxgpt.labelled.labels import parse_weights
 from jaxgpt.labelled.prepare import task_of
 from jaxgpt.model import Model, ModelSpec
 from jaxgpt.model.layers import INIT_STD, dropout
-from jaxgpt.objectives.language import Micro, hidden
+from jaxgpt.objectives.auxiliary import with_auxiliary
+from jaxgpt.objectives.language import Micro, hidden_and_figures
 from jaxgpt.parallel.rules import AxisRules, rowwise, without_fsdp
 
 Head = dict[str, Array]
@@ -55,35 +56,36 @@ def class_logits(
     head: Head,
     pooling: str,
     rate: float = 0.0,
-) -> Float[Array, "B C"]:
-    """Returns the logits of each text's classes, float32; a share `rate` of the states drops out
-    where there is a key."""
-    x = pooled(hidden(model, micro, key), micro["segments"], pooling, model.rules)
+) -> tuple[Float[Array, "B C"], dict]:
+    """Returns the logits of each text's classes, float32, and the model's figures (see
+    `hidden_and_figures`); a share `rate` of the states drops out where there is a key."""
+    states, figures = hidden_and_figures(model, micro, key)
+    x = pooled(states, micro["segments"], pooling, model.rules)
     x = dropout(x, rate, None if key is None else jax.random.fold_in(key, 1))
     kernel = jax.sharding.reshard(head["kernel"], without_fsdp(head["kernel"]))
     out = model.rules("batch", None)
     logits = jnp.einsum("BD,DC->BC", x, kernel.astype(x.dtype), out_sharding=out)
-    return logits + head["bias"].astype(jnp.float32)
+    return logits + head["bias"].astype(jnp.float32), figures
 
 
 def token_logits(
     model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, rate: float = 0.0
-) -> Float[Array, "B T C"]:
-    """Returns the logits of each token's classes, float32."""
-    x = hidden(model, micro, key)
+) -> tuple[Float[Array, "B T C"], dict]:
+    """Returns the logits of each token's classes, float32, and the model's figures."""
+    x, figures = hidden_and_figures(model, micro, key)
     x = dropout(x, rate, None if key is None else jax.random.fold_in(key, 1))
     kernel = jax.sharding.reshard(head["kernel"].astype(x.dtype), without_fsdp(head["kernel"]))
     logits = rowwise("MD,DC->MC", x, kernel, model.rules("batch", "seq", None), jnp.float32)
-    return logits + head["bias"].astype(jnp.float32)
+    return logits + head["bias"].astype(jnp.float32), figures
 
 
 def span_logits(
     model: Model, micro: Micro, key: PRNGKeyArray | None, head: Head, rate: float = 0.0
-) -> Float[Array, "B T 2"]:
-    """Returns the logits of each token to be the first and the last of the answer; `NEVER` where
-    `context` is 0."""
-    logits = token_logits(model, micro, key, head, rate)
-    return jnp.where(micro["context"][..., None] > 0, logits, NEVER)
+) -> tuple[Float[Array, "B T 2"], dict]:
+    """Returns the logits of each token to be the first and the last of the answer, `NEVER` where
+    `context` is 0, and the model's figures."""
+    logits, figures = token_logits(model, micro, key, head, rate)
+    return jnp.where(micro["context"][..., None] > 0, logits, NEVER), figures
 
 
 def class_losses(
@@ -114,8 +116,8 @@ def classification(config: Config) -> Callable:
     task, rate = task_of(config), config.model.dropout
 
     def objective(model: Model, micro: Micro, key: PRNGKeyArray, classifier: Head):
-        logits = class_logits(model, micro, key, classifier, task.pooling, rate)
-        return _class_sums(config, logits, micro["labels"])
+        logits, figures = class_logits(model, micro, key, classifier, task.pooling, rate)
+        return with_auxiliary(*_class_sums(config, logits, micro["labels"]), figures)
 
     return objective
 
@@ -125,8 +127,8 @@ def token_classification(config: Config) -> Callable:
     rate = config.model.dropout
 
     def objective(model: Model, micro: Micro, key: PRNGKeyArray, classifier: Head):
-        logits = token_logits(model, micro, key, classifier, rate)
-        return _class_sums(config, logits, micro["targets"])
+        logits, figures = token_logits(model, micro, key, classifier, rate)
+        return with_auxiliary(*_class_sums(config, logits, micro["targets"]), figures)
 
     return objective
 
@@ -157,9 +159,10 @@ def span_qa(config: Config) -> Callable:
     rate = config.model.dropout
 
     def objective(model: Model, micro: Micro, key: PRNGKeyArray, classifier: Head):
-        nats, hits = span_losses(span_logits(model, micro, key, classifier, rate), micro["spans"])
+        logits, figures = span_logits(model, micro, key, classifier, rate)
+        nats, hits = span_losses(logits, micro["spans"])
         metrics = {"loss": jnp.sum(nats), "accuracy": jnp.sum(hits)}
-        return jnp.sum(nats), jnp.asarray(nats.size), metrics
+        return with_auxiliary(jnp.sum(nats), jnp.asarray(nats.size), metrics, figures)
 
     return objective
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, MeshConfig
-from jaxgpt.objectives.language import causal_lm
 from jaxgpt.parallel.mesh import AXES
 from jaxgpt.planning.program import Program
+from jaxgpt.training.objectives import OBJECTIVES
 from jaxgpt.training.setup import make_training
 from tests.conftest import mesh_of, random_batch, tiny_config
 from tests.training.test_sharding import assert_same, ten_steps
@@ -69,16 +69,31 @@ def test_the_routers_biases_even_the_load():
     np.testing.assert_allclose(rows[0]["expert_share"].sum(), 1, rtol=1e-6)
 
 
-def test_auxiliary_losses_reach_the_loss():
+ENCODERS = ["masked_lm_nsp", "classification", "token_classification", "span_qa"]
+ENCODERS = ["masked_lm", *(pytest.param(name, marks=pytest.mark.slow) for name in ENCODERS)]
+
+
+@pytest.mark.parametrize("objective", ["causal_lm", *ENCODERS])
+def test_auxiliary_losses_reach_the_loss(objective):
     """Times the number of targets, as the objective returns sums; the logged loss is without."""
 
     def total(weight: float):
-        config = tiny_config(num_experts=4, balance_loss=weight, num_layers=1)
+        kind = "decoder" if objective == "causal_lm" else "encoder"
+        config = tiny_config(num_experts=4, balance_loss=weight, num_layers=1, kind=kind)
+        config.objective = objective
+        for cfg in (config.objectives.classification, config.objectives.token_classification):
+            cfg.labels = "a,b"
         with jax.set_mesh(mesh := mesh_of(config)):
             training = make_training(config, mesh)
             model = training.spec.bind(training.spec.init(jax.random.key(0)))
             micro = {name: jnp.asarray(a[0]) for name, a in random_batch(config).items()}
-            return causal_lm(config)(model, micro, None)
+            ones = jnp.ones_like(micro["inputs"])
+            micro |= {"segments": ones, "context": ones, "labels": ones[:, 0], "spans": ones[:, :2]}
+            if objective == "token_classification":
+                micro["targets"] = ones
+            own = training.companions.own_parameters(training.spec)
+            minimised = OBJECTIVES[objective](config)
+            return jax.jit(lambda micro: minimised(model, micro, jax.random.key(0), **own))(micro)
 
     without, with_ = total(0.0), total(0.5)
     count, figures = with_[1], with_[2]
