@@ -35,6 +35,11 @@ class Classification(RowTask):
         auto = "first" if self.kind == "encoder" else "last"
         return auto if chosen == "auto" else chosen
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether a row has two texts."""
+        return bool(self.cfg.pair_field)
+
     def fields_of(self, prompt: str) -> dict:
         """Returns the fields that a text, or two with a tab in between, stand for."""
         text, tab, pair = prompt.partition("\t") if self.cfg.pair_field else (prompt, "\t", "")

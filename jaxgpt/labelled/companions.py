@@ -38,6 +38,8 @@ from jaxgpt.objectives.companions import Companions, NoSample
 from jaxgpt.objectives.text import Measure, batch_sharding
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
+from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.tokenizer.roles import framed
 
 EXAMPLE = 200  # characters of a text that is shown as an example
 
@@ -47,6 +49,16 @@ class OnRows(Companions):
 
     check = staticmethod(check_rows)
     prepare = staticmethod(prepare_rows)
+
+    @staticmethod
+    def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+        """Raises `BadInput` if the model has too few token types for pairs of texts."""
+        task, size = task_of(config, tokenizer), config.model.type_vocab_size
+        if task.has_types and task.reads_pairs and max(framed(tokenizer, [], [])[1]) >= size:
+            raise BadInput(
+                f"model.type_vocab_size={size}: the tokenizer gives the two texts of a pair types 0"
+                " and 1; set 2, or 0 for none"
+            )
 
     @staticmethod
     def completed(config: Config, data: PreparedRows) -> Config:

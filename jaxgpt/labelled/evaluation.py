@@ -196,8 +196,7 @@ def target_figures(evaluator: RowEvaluator, chunks: RowChunks, outputs: Iterator
         counted = arrays["targets"] != IGNORE
         nats += float(losses[counted].astype(np.float64).sum())
         tokens += int(counted.sum())
-    references = evaluator.split.arrays["reference"].lengths[chunks.rows]
-    size = max(int(references.sum()), 1)
+    size = max(evaluator.task.target_bytes(evaluator.split, chunks.rows), 1)
     bits = nats / math.log(2) / size
     return {"loss": nats / max(tokens, 1), "bits_per_byte": bits, "tokens": tokens, "bytes": size}
 
@@ -254,8 +253,11 @@ def _shown_classes(evaluator: RowEvaluator, chunks: RowChunks, outputs: list, pr
 
 def _shown_words(evaluator: RowEvaluator, chunks: RowChunks, outputs: list, prompt: str):
     ((arrays, (_, predicted)),) = outputs
-    classes = predicted[arrays["targets"] != IGNORE].tolist()
-    for word, label in zip(prompt.split(), classes, strict=True):
+    classes, words = predicted[arrays["targets"] != IGNORE].tolist(), prompt.split()
+    if len(classes) < len(words):
+        lost = len(words) - len(classes)
+        raise BadInput(f"the tokenizer has no token for {lost} of the prompt's {len(words)} words")
+    for word, label in zip(words, classes, strict=True):
         yield f"{word}\t{evaluator.task.names[label]}"
 
 

@@ -63,6 +63,11 @@ class RowTask:
         return self.config.model.type_vocab_size > 0
 
     @property
+    def reads_pairs(self) -> bool:
+        """Whether a row has two texts."""
+        return False
+
+    @property
     def length(self) -> int:
         """The most tokens of a text."""
         model = self.config.model

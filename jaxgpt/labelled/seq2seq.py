@@ -48,6 +48,17 @@ class Seq2Seq(RowTask):
         """Returns the arrays' shapes and dtypes."""
         return self.layout_arrays("targets")
 
+    def target_bytes(self, split: RowSplit, rows: np.ndarray) -> int:
+        """Returns the bytes of the rows' targets; of one that is cut, of what is left of it."""
+        special = len(framed(self.tokenizer, [])[0])
+        room, sizes = self.config.model.max_seq_len, split.arrays["reference"].lengths[rows]
+        lengths = split.arrays["target"].lengths[rows] + special
+        before = framed(self.tokenizer, [-1])[0].index(-1)
+        for i in np.flatnonzero(lengths > room):
+            kept = split.arrays["target"][int(rows[i])][: room - before]
+            sizes[i] = len(self.tokenizer.decode(kept).encode())
+        return int(sizes.sum())
+
     def cut(self, split: RowSplit) -> dict[str, int]:
         """Returns how many sources and targets are too long."""
         counts = {}

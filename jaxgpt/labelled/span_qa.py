@@ -25,6 +25,11 @@ class SpanQa(RowTask):
     name = "span_qa"
     dtypes = {"question": "<i4", "context": "<i4", "offsets": "<i4", "answers": "<i4", "text": "u1"}
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether a row has two texts: a question and its context."""
+        return True
+
     def fields_of(self, prompt: str) -> dict:
         """Returns the fields that a question and a context with a tab in between stand for."""
         question, tab, context = prompt.partition("\t")

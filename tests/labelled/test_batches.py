@@ -58,6 +58,20 @@ def test_a_pair_is_cut_at_the_longer_text_and_has_types(tmp_path, capsys):
     assert "cut       3 of 3 texts of train lose their end" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("objective", ["classification", "span_qa"])
+def test_a_pair_needs_two_types(tmp_path, objective):
+    fields = {"pair_field": "pair"} if objective == "classification" else {}
+    model = {"kind": "encoder", "type_vocab_size": 1}
+    config = config_of("jsonl:none", objective, fields, model)
+    tokenizer = SpecialTokens(ByteTokenizer(), ("[CLS]", "[SEP]"))
+    with pytest.raises(BadInput, match="model.type_vocab_size=1: .* set 2, or 0 for none"):
+        OnRows.check_tokenizer(config, tokenizer)
+    config.model.type_vocab_size = 2
+    OnRows.check_tokenizer(config, tokenizer)
+    one = config_of("jsonl:none", "classification", {}, model)
+    OnRows.check_tokenizer(one, tokenizer)  # types of a single text are 0
+
+
 def test_the_longer_of_two_texts_is_cut_first():
     def sizes(a, b, room):
         return [len(part) for part in cut_longest([np.zeros(a), np.zeros(b)], room)]
@@ -101,6 +115,17 @@ def test_a_decoder_learns_what_its_encoder_reads(tmp_path):
     assert task_of(done, data.tokenizer).cut(data.train) == {"sources": 1, "targets": 1}
     arrays = task_of(done).batch_arrays()
     assert {n: (a.shape[1:], a.dtype) for n, a in batch.items()} == arrays
+
+
+def test_bytes_of_a_target_are_those_that_are_predicted(tmp_path):
+    """Else bits per byte would be too low wherever targets are cut."""
+    rows = [{"source": "a", "target": text} for text in ("éz", "b" * 20, "ccé")] * 2
+    model = {"max_seq_len": 4, "max_source_len": 8, "kind": "encoder_decoder"}
+    _, data, done = batch_of(config_of(write(tmp_path, rows), "seq2seq", {}, model))
+    task = task_of(done, data.tokenizer)
+    found = [task.target_bytes(data.train, np.array([row])) for row in range(3)]
+    assert found == [3, 4, 4]  # of "ccé" only the end is cut off
+    assert task.target_bytes(data.train, np.arange(3)) == 11
 
 
 def test_classes_of_an_encoder_decoder_are_read_by_both(tmp_path):
