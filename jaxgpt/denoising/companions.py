@@ -416,8 +416,8 @@ def masked_rows(config: Config, tokenizer: Tokenizer) -> MaskedRows:
 
 
 def pair_chunks(tokens: np.ndarray, starts: np.ndarray, rows: Rows, name: str) -> PairChunks:
-    """Returns the pieces of the documents at `starts` of `tokens`. Raises `BadInput` if they are fewer than
-    two: the second text comes from another."""
+    """Returns the pieces of the documents at `starts` of `tokens`. Raises `BadInput` if they are
+    fewer than two: the second text comes from another."""
     documents = Documents.of(starts, len(tokens))
     if len(documents.sizes) < 2:
         raise BadInput(

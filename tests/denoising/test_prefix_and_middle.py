@@ -144,7 +144,7 @@ def test_a_cut_inside_a_token_tokenizes_both_halves_anew(how):
 
 
 def test_a_row_that_begins_inside_a_character_is_cut_behind_it():
-    """A row of bytes begins anywhere; a cut in its first, broken character is one in front of it."""
+    """A row of bytes begins anywhere; a cut in its first, broken character is in front of it."""
     tokenizer = make_tokenizer("byte", special_tokens=NAMES)
     words, tokens = words_of(tokenizer), tokenizer.encode("日本é")
     for first in range(len(tokens)):
