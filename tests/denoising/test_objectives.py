@@ -15,6 +15,7 @@ from jaxgpt import evaluate, train
 from jaxgpt.config import Config, DataConfig, MeshConfig, ModelConfig
 from jaxgpt.config.objectives import with_special_tokens
 from jaxgpt.config.schema import IGNORE
+from jaxgpt.config.validate import validate
 from jaxgpt.data.prepare import prepare
 from jaxgpt.data.show import show_batch
 from jaxgpt.denoising.companions import TASKS, evaluated, masked_rows
