@@ -97,6 +97,7 @@ def stored_in(workdir, step=None) -> dict:
         return leaves_by_path(jax.device_get(trained.params()))
 
 
+@pytest.mark.slow
 def test_only_the_additions_move(tuned, command):
     base, workdir, _ = tuned(command)
     assert read_config(epath.Path(workdir)).shrink.weights == "nf4"

@@ -292,6 +292,7 @@ def changes(width: int, mup: bool) -> tuple[float, float]:
     )
 
 
+@pytest.mark.slow
 def test_mup_coordinate_check():
     """What a step changes does not grow with width under muP (arXiv:2203.03466, appendix D.1),
     so that a learning rate tuned at the base width carries over; without, it does."""
