@@ -20,10 +20,12 @@ QUICK = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("
 
 def xla_flags(devices: int) -> str:
     """XLA_FLAGS for so many CPU devices, compiled quickly: the same program, less optimised
-    code."""
+    code. All devices run collectives in the program's order: with XLA's concurrent scheduler each
+    may start another of two independent ones first, and then they wait for each other for ever."""
     return (
         f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        " --xla_cpu_parallel_codegen_split_count=1" + QUICK
+        " --xla_cpu_parallel_codegen_split_count=1"
+        " --xla_cpu_enable_concurrency_optimized_scheduler=false" + QUICK
     )
 
 
