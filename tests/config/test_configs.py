@@ -11,7 +11,7 @@ from jaxgpt.config.schema import left_open
 from jaxgpt.config.validate import validate
 from jaxgpt.interchange.init_from import completed
 from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.parameters.flops import count_parameters
+from jaxgpt.parameters.flops import count_active, count_parameters
 from jaxgpt.training.setup import make_training, resolve_vocab
 from jaxgpt.training.step import make_train_step
 from tests.conftest import ROOT
@@ -27,10 +27,13 @@ PUBLISHED = {
     "modern": (32000, 315_936_768),
     "modern_1b": (128256, 1_235_814_400),
     "modern_8b": (128256, 8_030_261_248),
+    "mixtral_8x7b": (32000, 46_702_792_704),
+    "qwen3_30b_a3b": (151936, 30_532_122_624),
     "vaswani": (37000, 63_082_496),  # table 3 says 65 million
     "bert_base": (30522, 109_514_298),  # BertForMaskedLM: with its head, without the pooler
     "t5_small": (32128, 76_961_152),  # google/t5-v1_1-small
 }
+ACTIVE = {"mixtral_8x7b": 12.88e9, "qwen3_30b_a3b": 3.35e9}  # published: 12.9 and 3.3 billion
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -58,9 +61,9 @@ def test_it_has_the_published_number_of_parameters(name):
     config = resolve_vocab(config, vocab)
     with jax.set_mesh(mesh := make_mesh(Config(), jax.devices()[:1])):
         spec = make_training(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1)), mesh).spec
-        assert (
-            count_parameters(jax.eval_shape(spec.init, jax.random.key(0)), spec.model) == published
-        )
+        params = jax.eval_shape(spec.init, jax.random.key(0))
+    assert count_parameters(params, spec.model) == published
+    assert count_active(params, spec.model) == pytest.approx(ACTIVE.get(name, published), rel=1e-3)
 
 
 def test_each_docstring_says_what_it_is():
