@@ -11,6 +11,7 @@ KINDS = {  # of model that an objective trains; those that are not here train an
     "masked_lm": "encoder",
     "masked_lm_nsp": "encoder",
     "span_corruption": "encoder_decoder",
+    "seq2seq": "encoder_decoder",
 }
 SPECIAL_TOKENS = {  # that the tokenizer gets
     "masked_lm": "[MASK],[CLS],[SEP]",
@@ -25,7 +26,7 @@ def check_kind(config: Config) -> None:
     name, kind = config.objective, config.model.kind
     if kind == KINDS.get(name, kind):
         return
-    fitting = [other for other, its in KINDS.items() if its == kind and other != "distill"]
+    fitting = [o for o, its in KINDS.items() if its == kind and o not in ("distill", "seq2seq")]
     raise BadInput(
         f"objective={name} needs model.kind={KINDS[name]}, not {kind}; of that kind"
         f" objective={' or '.join(fitting)} learns from text"

@@ -30,7 +30,7 @@ import json
 import os
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
@@ -223,12 +223,18 @@ def read_splits(folder: Path, *names: str) -> tuple[dict, list[Split]]:
     """Returns meta.json and the splits `names`, their tokens memory-mapped. Raises `BadInput` if
     there is no such split, or any file of the folder is damaged."""
     meta = read_meta(folder)
+    return meta, open_splits(folder, meta, names, _split)
+
+
+def open_splits(folder: Path, meta: dict, names: Sequence[str], open_one: Callable) -> list:
+    """Returns `open_one(folder, name, meta)` of the splits `names`, once the files are verified.
+    Raises `BadInput` if there is no such split, or a file is damaged."""
     for name in names:
         if name not in meta["splits"]:
             raise BadInput(f"{folder} has no split {name!r}, only {', '.join(meta['splits'])}")
     verify_checksums(folder, meta["checksums"])
     try:
-        return meta, [_split(folder, name, meta) for name in names]
+        return [open_one(folder, name, meta) for name in names]
     except (OSError, TypeError, ValueError) as e:  # meta.json is older than its own checksum
         raise Damaged(folder, f"{META} does not fit its files ({e})") from e
 

@@ -1,5 +1,6 @@
 """What a run on corrupted text takes from its objective besides the function."""
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +28,10 @@ from jaxgpt.denoising.rows import (
     MiddleRows,
     NumberedStream,
     PairRows,
+    PrefixRows,
     Rows,
     SpanRows,
     Windows,
-    prefix_rows,
 )
 from jaxgpt.denoising.spans import Lengths, longest
 from jaxgpt.denoising.words import words_of
@@ -54,16 +55,17 @@ Arrays = dict[str, tuple[tuple[int, ...], np.dtype]]
 Step = Callable[[dict, dict], dict]  # (parameters, batch) -> figures of each row
 
 
-class Task:
+class Task(abc.ABC):
     """What is an objective's own: its rows, what is evaluated, a head. The base is that of a
     decoder's objective on chunks of running text."""
 
     def check(self, config: Config) -> None:
         """Raises `BadInput` if the objective's fields do not go with the model's or the data's."""
+        return
 
+    @abc.abstractmethod
     def rows(self, config: Config, tokenizer: Tokenizer) -> Rows:
         """Returns how rows are made. Raises `BadInput` if the tokenizer lacks a special token."""
-        raise NotImplementedError
 
     def sources(self, config: Config, split: Split, rows: Rows) -> Stream:
         """Returns the stream of the chunks that rows are made of."""
@@ -98,11 +100,21 @@ class Task:
         return lambda params: {}
 
 
-class MaskedLm(Task):
-    """`masked_lm`."""
+class MaskedTask(Task):
+    """What the objectives on masked tokens share."""
 
     def check(self, config: Config) -> None:
         check_shares(config)
+
+    def step(self, spec: ModelSpec, config: Config) -> Step:
+        return masked_step(spec, most_masked(config))
+
+    def prompt(self, words: list[str], tokenizer: Tokenizer) -> str:
+        return " ".join([*words[:-1], mask_name(tokenizer)])
+
+
+class MaskedLm(MaskedTask):
+    """`masked_lm`."""
 
     def rows(self, config: Config, tokenizer: Tokenizer) -> Rows:
         around, room = around_of(tokenizer), config.model.max_seq_len
@@ -111,23 +123,17 @@ class MaskedLm(Task):
             raise BadInput(f"model.max_seq_len={config.model.max_seq_len} leaves no room for text")
         return Rows(room, masked_rows(config, tokenizer))
 
-    def step(self, spec: ModelSpec, config: Config) -> Step:
-        return masked_step(spec, most_masked(config))
-
-    def prompt(self, words: list[str], tokenizer: Tokenizer) -> str:
-        return " ".join([*words[:-1], mask_name(tokenizer)])
-
     def further(self, trained: Trained, restore: Restoration, limit: int) -> Callable[[dict], dict]:
         one = dataclasses.replace(restore, step=masked_step(trained.spec, 1))
         rows = masked_rows(trained.config, trained.tokenizer)
         return lambda params: pseudo_perplexity(one, params, rows, limit or PSEUDO_WINDOWS)
 
 
-class NextSentence(Task):
+class NextSentence(MaskedTask):
     """`masked_lm_nsp`."""
 
     def check(self, config: Config) -> None:
-        check_shares(config)
+        super().check(config)
         check_unpacked(config, "its rows are pairs of texts")
         if config.model.type_vocab_size == 1:
             raise BadInput(
@@ -159,12 +165,6 @@ class NextSentence(Task):
         row = (config.model.max_seq_len,), INT32
         names = ("inputs", "targets", "types", "segments")
         return dict.fromkeys(names, row) | {"labels": ((), INT32)}
-
-    def step(self, spec: ModelSpec, config: Config) -> Step:
-        return masked_step(spec, most_masked(config))
-
-    def prompt(self, words: list[str], tokenizer: Tokenizer) -> str:
-        return " ".join([*words[:-1], mask_name(tokenizer)])
 
     def head(self, config: Config, spec: ModelSpec) -> dict:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the model's
@@ -212,7 +212,7 @@ class PrefixLm(Task):
     """`prefix_lm`."""
 
     def rows(self, config: Config, tokenizer: Tokenizer) -> Rows:
-        return Rows(config.model.max_seq_len, prefix_rows)
+        return Rows(config.model.max_seq_len, PrefixRows())
 
     def arrays(self, config: Config) -> Arrays:
         return super().arrays(config) | {"prefix": ((), INT32)}
@@ -288,11 +288,8 @@ class OnCorruptedText(Companions):
         """Returns what validates while training."""
         config = self.config
         rows = evaluated(config, data.tokenizer, data.validation, "the validation part")
-        step, batch = (
-            TASKS[config.objective].step(spec, config),
-            config.batch_size // config.grad_accum,
-        )
-        return Restoration(step, sharding, rows, batch)
+        step = TASKS[config.objective].step(spec, config)
+        return Restoration(step, sharding, rows, config.batch_size // config.grad_accum)
 
     @staticmethod
     def example(config: Config, data: Prepared) -> Example:

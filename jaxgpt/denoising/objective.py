@@ -142,7 +142,7 @@ def _guessed(
         is_target = jnp.arange(logits.shape[-1]) == target[:, None]
         picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
         nats = jax.nn.logsumexp(logits, axis=-1) - picked
-        is_right = picked >= jnp.max(logits, axis=-1)
+        is_right = jnp.argmax(logits, axis=-1) == target
         return jnp.where(target == IGNORE, 0, jnp.stack([nats, is_right]))
 
     places = jnp.moveaxis(x, 1, 0), jnp.moveaxis(targets, 1, 0)

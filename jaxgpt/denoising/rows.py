@@ -1,7 +1,7 @@
 """Rows of batches from chunks of tokens: each objective's `Rows`, and the chunks that they read."""
 
+import abc
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +19,23 @@ from jaxgpt.denoising.words import Words
 Arrays = dict[str, np.ndarray]
 
 
+class RowMaker(abc.ABC):
+    """What makes rows of chunks."""
+
+    @abc.abstractmethod
+    def __call__(self, chunks: Chunks, which: np.ndarray, seed: int, rows: np.ndarray) -> Arrays:
+        """Returns the arrays of the chunks `which`, drawn for the numbers `rows`."""
+
+    def num_targets(self, chunks: Chunks, which: np.ndarray, seed: int, rows: np.ndarray) -> int:
+        """Returns how many targets those have together."""
+        return int(np.count_nonzero(self(chunks, which, seed, rows)["targets"] != IGNORE))
+
+
 class Rows(NamedTuple):
-    """How rows are made: of chunks of `chunk_len` tokens, by `make(chunks, which, seed, rows)`,
-    which returns the arrays of the chunks `which`, drawn for the numbers `rows`."""
+    """How rows are made: by `make`, of chunks of `chunk_len` tokens."""
 
     chunk_len: int
-    make: Callable[[Chunks, np.ndarray, int, np.ndarray], Arrays]
+    make: RowMaker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Corrupted(Chunks):
 
     def num_targets(self, numbered: np.ndarray) -> int:
         """Returns how many targets the rows have together."""
-        return int(np.count_nonzero(self.read(numbered)["targets"] != IGNORE))
+        return self.rows.make.num_targets(self.chunks, numbered[:, 0], self.seed, numbered[:, 1])
 
     def segments(self, chunk: int) -> list[tuple[int, int]]:
         """Returns the (start, length) of what a chunk is of."""
@@ -109,7 +120,7 @@ class Around(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedRows:
+class MaskedRows(RowMaker):
     """Makes rows of masked language modelling: framed by `around`, or packed, where each document
     begins with the first of its tokens instead of end-of-text."""
 
@@ -149,7 +160,7 @@ class MaskedRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairRows:
+class PairRows(RowMaker):
     """Makes rows of masked language modelling and next sentence prediction."""
 
     frame: Frame
@@ -162,7 +173,7 @@ class PairRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanRows:
+class SpanRows(RowMaker):
     """Makes rows of span corruption: `sources` as long as the encoder takes, and what the decoder
     reads and predicts, `length` tokens."""
 
@@ -186,22 +197,32 @@ class SpanRows:
             "source_segments": _padded(np.ones_like(sources), self.source_len, 0),
         }
 
+    def num_targets(self, chunks: Chunks, which: np.ndarray, seed: int, rows: np.ndarray) -> int:
+        """Returns how many targets the rows have: all as many."""
+        return len(which) * self.lengths.targets
+
 
 def _padded(array: np.ndarray, length: int, value: int) -> np.ndarray:
     room = length - array.shape[1]
     return np.pad(array, ((0, 0), (0, room)), constant_values=value).astype(np.int32)
 
 
-def prefix_rows(chunks: Chunks, which: np.ndarray, seed: int, rows: np.ndarray) -> Arrays:
-    """Returns rows of prefix language modelling."""
-    return split_rows(chunks.read(which), seed, rows)
+class PrefixRows(RowMaker):
+    """Makes rows of prefix language modelling."""
+
+    def __call__(self, chunks: Chunks, which: np.ndarray, seed: int, rows: np.ndarray) -> Arrays:
+        return split_rows(chunks.read(which), seed, rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class MiddleRows:
+class MiddleRows(RowMaker):
     """Makes rows whose documents' middles are moved."""
 
     how: Middle
 
     def __call__(self, chunks: Chunks, which: np.ndarray, seed: int, rows: np.ndarray) -> Arrays:
         return move_middles(chunks.read(which), self.how, seed, rows)
+
+    def num_targets(self, chunks: Chunks, which: np.ndarray, seed: int, rows: np.ndarray) -> int:
+        """Returns how many targets the chunks have: a moved middle changes none into no target."""
+        return chunks.num_targets(which)

@@ -13,6 +13,7 @@ from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.config.fields import INT32
 from jaxgpt.config.stored import check_resume, read_config, to_json
+from jaxgpt.data.pipeline import Stream
 from jaxgpt.data.prepare import Data, check_shards
 from jaxgpt.data.show import Example, in_shell, save_example
 from jaxgpt.inference.chat import Chat
@@ -62,11 +63,11 @@ def train(workdir: epath.Path, config: Config) -> int:
     run = make_training(config, mesh)
     with jax.set_mesh(mesh):
         check_memory(run.abstract_state(), mesh, run.abstract_companions())
-        describe(run, data, workdir)
         hosts.check_same(to_json(config), "the config")
         hosts.check_same(data.fingerprint, "the prepared text or tokenizer")
         hosts.check_same(str(run.companions.reference), f"what {config.objective} learns from")
         stream, example = run.companions.stream(config, data), run.companions.example(config, data)
+        describe(run, data, stream, workdir)
         evaluate = run.companions.evaluator(run.spec, run.batch_sharding, data)
         sample = run.companions.training_sample(run.spec, data, example)
         with only_trainer(workdir):
@@ -256,15 +257,11 @@ def resolve_epochs(config: Config, data: Data) -> Config:
     """Returns `config` with `num_steps` set by `num_epochs`, where that is given."""
     if not config.num_epochs:
         return config
-    steps = max(1, round(config.num_epochs * chunks_of(config, data) / config.batch_size))
+    chunks = sum(map(len, companions_of(config.objective).stream(config, data).sources))
+    steps = max(1, round(config.num_epochs * chunks / config.batch_size))
     if steps > INT32:
         raise BadInput(f"num_epochs={config.num_epochs} is {steps:,} steps, more than {INT32:,}")
     return dataclasses.replace(config, num_steps=steps)
-
-
-def chunks_of(config: Config, data: Data) -> int:
-    """Returns how many rows of batches an epoch has."""
-    return sum(map(len, companions_of(config.objective).stream(config, data).sources))
 
 
 def is_finished(workdir: epath.Path, config: Config) -> bool:
@@ -323,12 +320,12 @@ def trained_share(config: Config, params: dict) -> str:
     )
 
 
-def describe(training: Training, data: Data, workdir: epath.Path) -> None:
+def describe(training: Training, data: Data, stream: Stream, workdir: epath.Path) -> None:
     """Says what runs where."""
     config, devices = training.config, training.mesh.devices
     model = config.model
     params = training.abstract_state().params
-    epochs = config.num_steps * config.batch_size / chunks_of(config, data)
+    epochs = config.num_steps * config.batch_size / sum(map(len, stream.sources))
     kind = devices.flat[0].device_kind
     shape = " x ".join(f"{axis} {training.mesh.shape[axis]}" for axis in AXES)
     attention = kernel_name(model, training.spec.kernel)

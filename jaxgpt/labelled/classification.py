@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxgpt.config.schema import IGNORE
-from jaxgpt.labelled.examples import Arrays, Example, RowTask
+from jaxgpt.labelled.examples import Arrays, Example, RowChunks, RowTask
 from jaxgpt.labelled.labels import label_text
 from jaxgpt.labelled.rows import Row, field_of, text_of
 from jaxgpt.labelled.store import RowSplit
@@ -66,12 +66,13 @@ class Classification(RowTask):
         names = ("text", "pair") if self.cfg.pair_field else ("text",)
         return [split.arrays[name][row] for name in names]
 
-    def batch(self, split: RowSplit, rows: np.ndarray, label_ids: np.ndarray) -> Arrays:
+    def read(self, chunks: RowChunks, which: np.ndarray) -> Arrays:
         """Returns the model's arrays and `labels`."""
-        pairs = [(*self.texts(split, row), None)[:2] for row in rows.tolist()]
+        split, rows = chunks.split, chunks.rows[which].tolist()
+        pairs = [(*self.texts(split, row), None)[:2] for row in rows]
         arrays = self.layout([self.framed(*pair, self.room) for pair in pairs])
-        labels = np.array([split.arrays["label"][row][0] for row in rows.tolist()], np.int64)
-        return arrays | {"labels": label_ids[labels].astype(np.int32)}
+        labels = np.array([split.arrays["label"][row][0] for row in rows], np.int64)
+        return arrays | {"labels": chunks.label_ids[labels].astype(np.int32)}
 
     def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Returns the arrays' shapes and dtypes."""
@@ -125,21 +126,26 @@ class TokenClassification(RowTask):
             mark[:1] = label
         return {"text": np.concatenate(ids), "labels": np.concatenate(marks)}
 
-    def batch(self, split: RowSplit, rows: np.ndarray, label_ids: np.ndarray) -> Arrays:
+    def read(self, chunks: RowChunks, which: np.ndarray) -> Arrays:
         """Returns the model's arrays and `targets`."""
+        split = chunks.split
         special, before = len(framed(self.tokenizer, [])[0]), _before_text(self.tokenizer)
         before += self.kind == "encoder_decoder"  # its decoder's start token
         texts, targets = [], []
-        for row in rows.tolist():
+        for row in chunks.rows[which].tolist():
             texts.append(self.framed(split.arrays["text"][row], None, self.room))
             stored = split.arrays["labels"][row][: len(texts[-1][0]) - special]
-            marks = np.where(stored == IGNORE, IGNORE, label_ids[stored])
+            marks = np.where(stored == IGNORE, IGNORE, chunks.label_ids[stored])
             targets.append([IGNORE] * before + marks.tolist())
         return self.layout(texts, targets=targets)
 
     def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Returns the arrays' shapes and dtypes."""
         return self.layout_arrays("targets")
+
+    def num_targets(self, chunks: RowChunks, which: np.ndarray) -> int:
+        """Returns how many words of some rows have a label that is not cut."""
+        return int(np.count_nonzero(self.read(chunks, which)["targets"] != IGNORE))
 
     def cut(self, split: RowSplit) -> dict[str, int]:
         """Returns how many texts are too long."""

@@ -1,5 +1,6 @@
 """What every objective on labelled rows says: how a row is read, and how rows become a batch."""
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
@@ -31,7 +32,7 @@ class Example(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowTask:
+class RowTask(abc.ABC):
     """An objective on rows, for a config; to make batches it needs the tokenizer too. Labels in
     batches are numbers of `names`."""
 
@@ -40,7 +41,6 @@ class RowTask:
 
     name: ClassVar[str] = ""
     dtypes: ClassVar[dict[str, str]] = {}  # of the arrays that are stored
-    kinds: ClassVar[tuple[str, ...]] = ("decoder", "encoder", "encoder_decoder")
     labels_in: ClassVar[str] = ""  # the stored array with the numbers of labels
 
     @property
@@ -96,18 +96,13 @@ class RowTask:
         )
 
     def check(self) -> None:
-        """Raises `BadInput` if the model cannot learn it or a field is unusable."""
-        kind = self.kind
-        if kind not in self.kinds:
-            raise BadInput(
-                f"objective={self.name} needs model.kind={' or '.join(self.kinds)}, not {kind}"
-            )
-        assert self.names is not None  # for its errors
+        """Raises `BadInput` if a field is unusable."""
+        list(self.names)  # for its errors
 
+    @abc.abstractmethod
     def fields_of(self, prompt: str) -> dict:
         """Returns the fields of a row that a prompt stands for, without a label or an answer.
         Raises `BadInput` if it is none."""
-        raise NotImplementedError
 
     def split_of(self, prompt: str) -> RowSplit:
         """Returns a split of one row, which a prompt stands for; its labels are the first."""
@@ -122,30 +117,34 @@ class RowTask:
         size = sum(len(text.encode()) for text in example.texts)
         return RowSplit("prompt", arrays, np.zeros((1, 2), int), [""], 1, size, size, 0, 0, names)
 
+    @abc.abstractmethod
     def parse(self, row: Row) -> Example:
         """Returns the row, checked. Raises `BadInput`, which names it, if it is unusable."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode(self, example: Example, ids: list[np.ndarray], labels: list[int]) -> Arrays:
         """Returns what is stored of a row, from its texts' tokens and its labels' numbers."""
-        raise NotImplementedError
 
     def chunks(self, split: RowSplit, first: int, end: int, label_ids: np.ndarray) -> Chunks:
         """Returns rows `first` .. `end` - 1 as chunks; `label_ids` gives the number among `names`
         of each stored label."""
         return RowChunks(self, split, np.arange(first, end), label_ids)
 
-    def batch(self, split: RowSplit, rows: np.ndarray, label_ids: np.ndarray) -> Arrays:
-        """Returns the arrays of some rows, [n, ...]."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def read(self, chunks: "RowChunks", which: np.ndarray) -> Arrays:
+        """Returns the arrays of some chunks, [n, ...]."""
 
+    @abc.abstractmethod
     def batch_arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Returns a batch's arrays by name: the shape behind [grad_accum, batch], and the dtype."""
-        raise NotImplementedError
 
+    def num_targets(self, chunks: "RowChunks", which: np.ndarray) -> int:
+        """Returns how many targets some chunks have together: one each."""
+        return len(which)
+
+    @abc.abstractmethod
     def cut(self, split: RowSplit) -> dict[str, int]:
         """Returns in how many rows what is too long and loses its end: {"texts": 3}."""
-        raise NotImplementedError
 
     def layout(self, framed_rows: Sequence[Framed], **more: Sequence[Sequence[int]]) -> Arrays:
         """Returns what the model reads of framed texts: a decoder or an encoder as `inputs`; an
@@ -219,17 +218,15 @@ class RowChunks(Chunks):
 
     def read(self, chunks: np.ndarray) -> Arrays:
         """Returns the arrays of the chunks, [n, ...]."""
-        return self.task.batch(self.split, self.rows[chunks], self.label_ids)
+        return self.task.read(self, chunks)
 
     def segments(self, chunk: int) -> list[tuple[int, int]]:
         """Returns [(the row, 1)]."""
         return [(int(self.rows[chunk]), 1)]
 
     def num_targets(self, chunks: np.ndarray) -> int:
-        """Returns how many targets the chunks have together: tokens, or one a row."""
-        if "targets" not in self.task.batch_arrays():
-            return len(chunks)
-        return int(np.count_nonzero(self.read(chunks)["targets"] != IGNORE))
+        """Returns how many targets the chunks have together."""
+        return self.task.num_targets(self, chunks)
 
 
 def cut_longest(parts: list[np.ndarray], room: int) -> list[np.ndarray]:

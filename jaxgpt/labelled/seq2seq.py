@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxgpt.config.schema import IGNORE
-from jaxgpt.labelled.examples import Arrays, Example, RowTask, decoder_arrays, padded
+from jaxgpt.labelled.examples import Arrays, Example, RowChunks, RowTask, decoder_arrays, padded
 from jaxgpt.labelled.rows import Row, text_of
 from jaxgpt.labelled.store import RowSplit
 from jaxgpt.tokenizer.roles import framed
@@ -15,7 +15,10 @@ class Seq2Seq(RowTask):
 
     name = "seq2seq"
     dtypes = {"source": "<i4", "target": "<i4", "reference": "u1"}
-    kinds = ("encoder_decoder",)
+
+    def fields_of(self, prompt: str) -> dict:
+        """Returns the fields that a source stands for."""
+        return {self.cfg.source_field: prompt, self.cfg.target_field: ""}
 
     def parse(self, row: Row) -> Example:
         """Returns the row's source, with the prompt in front, and target."""
@@ -32,8 +35,9 @@ class Seq2Seq(RowTask):
         """Returns the framed sources of some rows."""
         return [self.framed(split.arrays["source"][r], None, self.length)[0] for r in rows.tolist()]
 
-    def batch(self, split: RowSplit, rows: np.ndarray, label_ids: np.ndarray) -> Arrays:
+    def read(self, chunks: RowChunks, which: np.ndarray) -> Arrays:
         """Returns the encoder's and the decoder's arrays."""
+        split, rows = chunks.split, chunks.rows[which]
         length, sources = self.config.model.max_seq_len, self.sources(split, rows)
         stored = [split.arrays["target"][row].tolist() for row in rows.tolist()]
         targets = [framed(self.tokenizer, target)[0][:length] for target in stored]
@@ -48,11 +52,16 @@ class Seq2Seq(RowTask):
         """Returns the arrays' shapes and dtypes."""
         return self.layout_arrays("targets")
 
+    def num_targets(self, chunks: RowChunks, which: np.ndarray) -> int:
+        """Returns how many tokens the targets of some rows have, by their lengths alone."""
+        lengths = chunks.split.arrays["target"].lengths_of(chunks.rows[which])
+        return int(np.minimum(self.framed_lengths(lengths), self.config.model.max_seq_len).sum())
+
     def target_bytes(self, split: RowSplit, rows: np.ndarray) -> int:
         """Returns the bytes of the rows' targets; of one that is cut, of what is left of it."""
         special = len(framed(self.tokenizer, [])[0])
-        room, sizes = self.config.model.max_seq_len, split.arrays["reference"].lengths[rows]
-        lengths = split.arrays["target"].lengths[rows] + special
+        room, sizes = self.config.model.max_seq_len, split.arrays["reference"].lengths_of(rows)
+        lengths = split.arrays["target"].lengths_of(rows) + special
         before = framed(self.tokenizer, [-1])[0].index(-1)
         for i in np.flatnonzero(lengths > room):
             kept = split.arrays["target"][int(rows[i])][: room - before]

@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxgpt.data.packing import count_up
 from jaxgpt.labelled.examples import Arrays, Example, RowChunks, RowTask, padded
 from jaxgpt.labelled.rows import Row, field_of, text_of
 from jaxgpt.labelled.store import RowSplit
@@ -61,33 +62,32 @@ class SpanQa(RowTask):
 
     def chunks(self, split: RowSplit, first: int, end: int, label_ids) -> "WindowChunks":
         """Returns the windows of rows `first` .. `end` - 1 as chunks."""
-        windows = [(row, start) for row in range(first, end) for start in self.starts(split, row)]
-        rows, starts = np.array(windows, np.int64).reshape(-1, 2).T
-        return WindowChunks(self, split, rows, label_ids, starts)
+        rows = np.arange(first, end)
+        rooms, lengths = self._rooms(split, rows), split.arrays["context"].lengths_of(rows)
+        steps = np.maximum(rooms // 2, 1)
+        counts = 1 + np.maximum(0, -(-(lengths - rooms) // steps))
+        starts = np.repeat(steps, counts) * count_up(counts)
+        return WindowChunks(self, split, np.repeat(rows, counts), label_ids, starts)
 
     def _question(self, split: RowSplit, row: int) -> np.ndarray:
         return split.arrays["question"][row][: self.room // LONGEST_QUESTION]
 
-    def _room(self, split: RowSplit, row: int) -> int:
-        """Returns how many tokens of the context fit beside the row's question."""
+    def _rooms(self, split: RowSplit, rows: np.ndarray) -> np.ndarray:
+        """Returns how many tokens of the context fit beside each row's question."""
         special = len(framed(self.tokenizer, [], [])[0])
-        room = self.room - special - len(self._question(split, row))
-        if room < 1:
+        questions = split.arrays["question"].lengths_of(rows)
+        rooms = self.room - special - np.minimum(questions, self.room // LONGEST_QUESTION)
+        if (rooms < 1).any():
             raise BadInput(f"{self.room} tokens (model.max_seq_len) have no room for a context")
-        return room
+        return rooms
 
-    def starts(self, split: RowSplit, row: int) -> list[int]:
-        """Returns at which tokens of a row's context its windows start."""
-        length, room = len(split.arrays["context"][row]), self._room(split, row)
-        count = 1 + max(0, -(-(length - room) // max(room // 2, 1)))
-        return [i * max(room // 2, 1) for i in range(count)]
-
-    def window_batch(self, split: RowSplit, rows: np.ndarray, starts: np.ndarray) -> Arrays:
+    def read(self, chunks: "WindowChunks", which: np.ndarray) -> Arrays:
         """Returns the arrays of some windows, [n, ...]."""
-        texts, spans, allowed = [], [], []
-        for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
+        split, rows, texts, spans, allowed = chunks.split, chunks.rows[which], [], [], []
+        windows = np.stack([rows, chunks.starts[which], self._rooms(split, rows)], axis=1)
+        for row, start, room in windows.tolist():
             question = self._question(split, row).tolist()
-            context = split.arrays["context"][row][start : start + self._room(split, row)].tolist()
+            context = split.arrays["context"][row][start : start + room].tolist()
             texts.append(framed(self.tokenizer, question, context))
             before = self.before_context(len(question))
             spans.append(self._span(split, row, start, len(context), before))
@@ -149,10 +149,6 @@ class WindowChunks(RowChunks):
     """Chunks of which each is a window of a row's context."""
 
     starts: np.ndarray
-
-    def read(self, chunks: np.ndarray) -> Arrays:
-        """Returns the arrays of the windows, [n, ...]."""
-        return self.task.window_batch(self.split, self.rows[chunks], self.starts[chunks])
 
 
 def best_span(start: np.ndarray, end: np.ndarray) -> tuple[float, tuple[int, int]]:

@@ -21,10 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt.data.shards import META, read_meta, verify_checksums, write_meta
+from jaxgpt.data.shards import open_splits, read_meta, write_meta
 from jaxgpt.system.encoding import printable
-from jaxgpt.system.errors import BadInput
-from jaxgpt.system.files import Damaged
 
 FORMAT = 1001  # apart from the numbers of token shards
 COUNTS = {"rows": int, "tokens": int, "bytes": int, "target_bytes": int}
@@ -59,6 +57,11 @@ class Ragged:
     def __getitem__(self, row: int) -> np.ndarray:
         start = int(self.ends[row - 1]) if row else 0
         return self.values[start : int(self.ends[row])]
+
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the lengths of some rows' parts, int64, without reading the others'."""
+        ends = self.ends[rows].astype(np.int64)
+        return ends - np.where(rows > 0, self.ends[np.maximum(rows - 1, 0)].astype(np.int64), 0)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -164,14 +167,7 @@ def read_row_splits(folder: Path, *names: str) -> tuple[dict, list[RowSplit]]:
     """Returns meta.json and the splits `names`, memory-mapped. Raises `BadInput` if there is no
     such split, or any file of the folder is damaged."""
     meta = read_rows_meta(folder)
-    for name in names:
-        if name not in meta["splits"]:
-            raise BadInput(f"{folder} has no split {name!r}, only {', '.join(meta['splits'])}")
-    verify_checksums(folder, meta["checksums"])
-    try:
-        return meta, [_split(folder, name, meta) for name in names]
-    except (OSError, TypeError, ValueError) as e:  # meta.json is older than its own checksum
-        raise Damaged(folder, f"{META} does not fit its files ({e})") from e
+    return meta, open_splits(folder, meta, names, _split)
 
 
 def _split(folder: Path, name: str, meta: dict) -> RowSplit:
