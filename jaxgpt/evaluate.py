@@ -14,6 +14,9 @@ training job. A run that was killed has not ended; --watch waits for it to resum
 matrix), questions (exact match and F1), hellaswag, arc (accuracy, and by character), lambada
 (accuracy and perplexity of the last word). --lm_eval=TASK,TASK runs tasks of EleutherAI's harness
 (`pip install -e '.[lm-eval]'`) by name, or by a task's .yaml file, on --limit rows each.
+
+Of a run on labelled rows it prints what its objective is judged by, on --limit rows; the targets of
+seq2seq are written greedily, or by a search of --num_beams=K with --length_penalty=P.
 """
 
 import json
@@ -24,6 +27,7 @@ from jaxgpt.checkpointing.choice import check_run, define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
 from jaxgpt.evaluation.benchmarks import BENCHMARKS, read_items
+from jaxgpt.inference.requests import BeamSettings
 from jaxgpt.processes.flags import define_flags
 from jaxgpt.system.errors import BadInput, did_you_mean
 from jaxgpt.text.files import list_files
@@ -46,6 +50,9 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("lm_eval", "", "tasks of lm-eval, comma-separated", flag_values=values)
     rows = "rows at most: of an lm-eval task, of labelled rows, of the pseudo-perplexity"
     flags.DEFINE_integer("limit", None, rows, flag_values=values)
+    beams = "width of the beam search that writes a seq2seq's targets; 0 = greedy"
+    flags.DEFINE_integer("num_beams", 0, beams, flag_values=values)
+    flags.DEFINE_float("length_penalty", 1.0, "of --num_beams; larger: longer", flag_values=values)
     define_flags(values)
     parse(values, argv, __doc__)
     check_flags(values)
@@ -76,6 +83,9 @@ def check_flags(values: flags.FlagValues) -> None:
         raise BadInput(f"--split={values.split} is unknown; choose validation or train")
     if values.stride < 0:
         raise BadInput(f"--stride={values.stride} must be at least 0")
+    BeamSettings(values.num_beams, values.length_penalty).check()
+    if values.num_beams and (values.task or values.lm_eval):
+        raise BadInput("--num_beams writes the targets of objective=seq2seq, not a task's answers")
     if values.watch_every <= 0:
         raise BadInput(f"--watch_every={values.watch_every} must be above 0")
     given = [name for name in ("step", "all_steps", "watch") if values[name].value]

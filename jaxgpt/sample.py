@@ -37,6 +37,7 @@ from jaxgpt.inference.requests import (
     MAX_UINT32,
     REFUSE,
     SLIDE,
+    BeamSettings,
     GenerationRequest,
     Sampling,
     check_range,
@@ -48,7 +49,6 @@ from jaxgpt.text.chat import chat_messages
 from jaxgpt.text.files import list_files
 from jaxgpt.text.formats import json_rows
 
-MAX_LENGTH_PENALTY = 10
 DOES = {
     "encoder": "fills in the masks of a prompt",
     "encoder_decoder": "writes the target of a prompt",
@@ -118,7 +118,6 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
         ("max_new_tokens", 1, MAX_UINT32),
         ("num_samples", 1, MAX_SAMPLES),
         ("seed", 0, MAX_UINT32),
-        ("num_beams", 0, MAX_SAMPLES),
     ):
         check_range(f"--{name}", values[name].value, low, high)
     if values.chat and not given:
@@ -136,13 +135,7 @@ def read_flags(values: flags.FlagValues) -> GenerationRequest:
         raise BadInput(
             f"--num_samples={values.num_samples} are more than --num_beams={values.num_beams}"
         )
-    if values["length_penalty"].present and not values.num_beams:
-        raise BadInput("--length_penalty goes with --num_beams: samples are not ranked")
-    if not abs(values.length_penalty) <= MAX_LENGTH_PENALTY:
-        raise BadInput(
-            f"--length_penalty={values.length_penalty} must be from -{MAX_LENGTH_PENALTY} to"
-            f" {MAX_LENGTH_PENALTY}"
-        )
+    BeamSettings(values.num_beams, values.length_penalty).check()
     if "" in values.stop:
         raise BadInput("--stop must not be empty")
     check_stops(values.stop, "--stop")

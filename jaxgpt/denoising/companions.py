@@ -40,7 +40,7 @@ from jaxgpt.inference.trained import Trained
 from jaxgpt.model import ModelSpec
 from jaxgpt.objectives.companions import INT32, Companions, NoSample
 from jaxgpt.objectives.language import make_eval_step
-from jaxgpt.objectives.text import Measure, batch_sharding, open_split
+from jaxgpt.objectives.text import Asked, Measure, batch_sharding, open_split
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
@@ -315,20 +315,19 @@ class OnCorruptedText(Companions):
         return trained.params((lambda: task.head(config, trained.spec)) if own else None)
 
     @staticmethod
-    def measure(
-        trained: Trained, source: str, split: str, stride: int = 0, limit: int = 0
-    ) -> Measure:
-        """Returns what `evaluate` measures, on the whole of `source`, else on the run's `split`; of
-        `masked_lm` also the pseudo-perplexity of `limit` windows."""
-        if stride:
-            raise BadInput(f"--stride={stride} is for prediction left to right; leave it out")
-        name, config, task = source or split, trained.config, TASKS[trained.config.objective]
-        text = open_split(trained, source, split)
+    def measure(trained: Trained, asked: Asked) -> Measure:
+        """Returns what `evaluate` measures; of `masked_lm` also the pseudo-perplexity of `limit`
+        windows."""
+        asked.refuse_beams()
+        if asked.stride:
+            raise BadInput(f"--stride={asked.stride} is for prediction left to right; leave it out")
+        name, config, task = asked.name, trained.config, TASKS[trained.config.objective]
+        text = open_split(trained, asked.source, asked.split)
         rows = evaluated(config, trained.tokenizer, text, name)
         with jax.set_mesh(trained.mesh):
             step, sharding = task.step(trained.spec, config), batch_sharding(trained)
             restore = Restoration(step, sharding, rows, config.batch_size)
-            further = task.further(trained, restore, limit)
+            further = task.further(trained, restore, asked.limit)
 
         def measure(params: dict) -> dict:
             figures = restore(params) | {"bytes": text.bytes} | further(params)

@@ -15,7 +15,8 @@ from jaxgpt.metrics.rows import EVALUATIONS, ROW, read_rows
 from jaxgpt.system.console import say
 from jaxgpt.system.stores import is_object_store, read_bytes
 
-RESULTS = ROW | {"on": str, "stride?": int, "limit?": int}
+FLAGS = {"stride": int, "limit": int, "num_beams": int, "length_penalty": float}  # of `evaluate`
+RESULTS = ROW | {"on": str} | {f"{name}?": kind for name, kind in FLAGS.items()}
 
 
 def add_result(workdir: str, row: dict, on: str, stride: int = 0, limit: int | None = None) -> None:
@@ -38,5 +39,5 @@ def add_result(workdir: str, row: dict, on: str, stride: int = 0, limit: int | N
 def read_results(workdir: epath.Path) -> list[dict]:
     """Returns the evaluations of a run by step, of those that measured the same the last."""
     rows = read_rows(workdir / EVALUATIONS, RESULTS)
-    same = {(r["step"], r["on"], r.get("stride"), r.get("limit")): r for r in rows}
+    same = {(r["step"], r["on"], *map(r.get, FLAGS)): r for r in rows}
     return sorted(same.values(), key=lambda row: row["step"])

@@ -13,6 +13,7 @@ from jaxgpt.text.pieces import Span
 MAX_TEMPERATURE = 1e6
 MAX_STOP_LENGTH = 1000  # characters
 REFUSE, SLIDE = "refuse", "slide"  # what to do with texts longer than the context
+MAX_BEAMS, MAX_LENGTH_PENALTY = 1024, 10
 MAX_UINT32 = 2**32 - 1  # the largest seed, and the largest max_new_tokens
 
 
@@ -49,6 +50,15 @@ class BeamSettings:
     num_beams: int
     length_penalty: float = 1.0
     early_stopping: bool = False
+
+    def check(self) -> None:
+        """Raises `BadInput`, naming the flag, for a value out of range; no beams are no search."""
+        check_range("--num_beams", self.num_beams, 0, MAX_BEAMS)
+        penalty, most = self.length_penalty, MAX_LENGTH_PENALTY
+        if not abs(penalty) <= most:
+            raise BadInput(f"--length_penalty={penalty} must be from -{most} to {most}")
+        if penalty != 1 and not self.num_beams:
+            raise BadInput("--length_penalty goes with --num_beams: nothing else is ranked")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ from jaxgpt.evaluation.benchmarks import BENCHMARKS
 from jaxgpt.evaluation.multiple_choice import last_words, multiple_choice
 from jaxgpt.evaluation.tasks import AnswerScorer, classification, document_start, questions
 from jaxgpt.inference.decode import Decoder, generate, tokens_before
-from jaxgpt.inference.requests import Sampling
+from jaxgpt.inference.requests import BeamSettings, Sampling
 from jaxgpt.inference.trained import Trained, open_trained
 from jaxgpt.objectives.language import make_eval_step
-from jaxgpt.objectives.text import Measure, batch_sharding
+from jaxgpt.objectives.text import Asked, Measure, batch_sharding
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
@@ -46,7 +46,9 @@ def evaluate(values: flags.FlagValues, rows: list) -> Iterator[dict]:
     else:
         parameters = companions.trained_parameters
         limit = values.limit or 0
-        measure = companions.measure(trained, values.data, values.split, values.stride, limit)
+        beams = BeamSettings(values.num_beams, values.length_penalty) if values.num_beams else None
+        asked = Asked(values.data, values.split, values.stride, limit, beams)
+        measure = companions.measure(trained, asked)
     steps = [trained.step]
     if values.all_steps:
         steps = trained.checkpoints.whole()

@@ -35,7 +35,7 @@ from jaxgpt.labelled.prepare import (
 from jaxgpt.labelled.store import RowSplit
 from jaxgpt.model import ModelSpec
 from jaxgpt.objectives.companions import Companions, NoSample
-from jaxgpt.objectives.text import Measure, batch_sharding
+from jaxgpt.objectives.text import Asked, Measure, batch_sharding
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
@@ -143,15 +143,15 @@ class OnRows(Companions):
         return partial(predict, spec, sharding, task, params, config.batch_size)
 
     @staticmethod
-    def measure(
-        trained: Trained, source: str, split: str, stride: int = 0, limit: int = 0
-    ) -> Measure:
-        """Returns what `evaluate` measures, on the whole of `source`, else on the run's `split`; of
-        `limit` rows at most (0: all)."""
-        if stride:
-            raise BadInput(f"--stride={stride} is for running text; leave it out")
-        name, task = source or split, task_of(trained.config, trained.tokenizer)
-        rows = open_rows_split(trained, source, split)
+    def measure(trained: Trained, asked: Asked) -> Measure:
+        """Returns what `evaluate` measures, of `limit` rows at most (0: all)."""
+        task = task_of(trained.config, trained.tokenizer)
+        if asked.stride:
+            raise BadInput(f"--stride={asked.stride} is for running text; leave it out")
+        if task.name != "seq2seq":
+            asked.refuse_beams()
+        name, limit = asked.name, asked.limit
+        rows = open_rows_split(trained, asked.source, asked.split)
         say_cut(task, rows)
         with jax.set_mesh(trained.mesh):
             sharding = batch_sharding(trained)
@@ -161,7 +161,7 @@ class OnRows(Companions):
             figures = evaluate(params, limit)
             if task.name == "seq2seq":
                 count = min(limit, rows.rows) if limit else rows.rows
-                figures |= decoded_scores(trained.spec, task, rows, params, count)
+                figures |= decoded_scores(trained.spec, task, rows, params, count, asked.beams)
             shown = {n: f for n, f in figures.items() if isinstance(f, float)}
             say(f"{name}: " + ", ".join(f"{n} {f:.4f}" for n, f in shown.items()))
             return {"split": name} | figures

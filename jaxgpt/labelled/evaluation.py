@@ -1,5 +1,6 @@
 """How well a trained model does on labelled rows: classes, words' classes, answers, targets."""
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from jaxgpt.data.pipeline import of_array
 from jaxgpt.evaluation.classes import class_scores, confusion_matrix
 from jaxgpt.evaluation.spans import span_scores
 from jaxgpt.evaluation.text_overlap import overlap_scores
+from jaxgpt.inference.requests import BeamSettings
 from jaxgpt.inference.seq2seq import Seq2SeqDecoder, decode_batch
 from jaxgpt.labelled.examples import Arrays, RowChunks, RowTask
 from jaxgpt.labelled.heads import class_logits, class_losses, span_logits, span_losses, token_logits
@@ -210,22 +212,28 @@ FIGURES = {
 
 
 def decoded_scores(
-    spec: ModelSpec, task: RowTask, split: RowSplit, params: dict, count: int
+    spec: ModelSpec,
+    task: RowTask,
+    split: RowSplit,
+    params: dict,
+    count: int,
+    beams: BeamSettings | None = None,
 ) -> dict:
     """Returns the scores (see `evaluation.text_overlap`) of the targets that the model writes for
-    the first `count` sources of a split, token by token the likeliest; without `[metrics]`
-    `exact_match` alone."""
+    the first `count` sources of a split, token by token the likeliest, or the best that `beams`
+    find; without `[metrics]` `exact_match` alone."""
     decoder = Seq2SeqDecoder.of(spec, params, task.tokenizer)
     sources = task.sources(split, np.arange(count))
-    written = decode_batch(decoder, task.tokenizer, sources)
+    written = decode_batch(decoder, task.tokenizer, sources, beams=beams)
     stored = split.arrays["reference"]
+    search = {} if beams is None else dataclasses.asdict(beams)
     wanted = [stored[row].tobytes().decode() for row in range(count)]
     try:
-        return overlap_scores(written, wanted)
+        return search | overlap_scores(written, wanted)
     except BadInput as e:
         say(f"metrics   exact match alone: {e}")
         hits = sum(map(str.__eq__, written, wanted))
-        return {"examples": len(written), "exact_match": hits / max(len(written), 1)}
+        return search | {"examples": len(written), "exact_match": hits / max(len(written), 1)}
 
 
 def predict(

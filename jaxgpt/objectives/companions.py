@@ -18,7 +18,7 @@ from jaxgpt.evaluation.perplexity import Perplexity
 from jaxgpt.inference.trained import Trained
 from jaxgpt.model import ModelSpec
 from jaxgpt.objectives.language import make_eval_step
-from jaxgpt.objectives.text import Measure, loss_measure
+from jaxgpt.objectives.text import Asked, Measure, loss_measure
 from jaxgpt.objectives.training_sample import TrainingSample
 from jaxgpt.text.chat import save_template
 from jaxgpt.tokenizer import Tokenizer
@@ -143,9 +143,8 @@ class Companions:
         return trained.params()
 
     @staticmethod
-    def measure(
-        trained: Trained, source: str, split: str, stride: int = 0, limit: int = 0
-    ) -> Measure:
-        """Returns what `evaluate` measures of parameters, on the whole of `source`, else on the
-        run's own `split`. Objectives that read rows take `limit` of them at most (0: all)."""
-        return loss_measure(trained, source, split, stride)
+    def measure(trained: Trained, asked: Asked) -> Measure:
+        """Returns what `evaluate` measures of parameters. Raises `BadInput` if it is asked for what
+        the objective has not."""
+        asked.refuse_beams()
+        return loss_measure(trained, asked.source, asked.split, asked.stride)

@@ -1,6 +1,7 @@
 """Evaluation of what a model learns from running text: the loss on a whole split."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
 from jaxgpt.data.shards import Split
 from jaxgpt.evaluation.perplexity import Perplexity
+from jaxgpt.inference.requests import BeamSettings
 from jaxgpt.inference.trained import Trained
 from jaxgpt.objectives.language import make_eval_step
 from jaxgpt.system.console import say
@@ -16,6 +18,30 @@ from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 
 Measure = Callable[[dict], dict]  # parameters -> figures
+
+
+class Asked(NamedTuple):
+    """What `evaluate` is to measure: on the whole of `source`, else on the run's own `split`.
+
+    `stride` is that of windows of running text (0: they do not overlap), `limit` the most rows of
+    an objective that reads rows (0: its own choice), and `beams` write targets (None: greedily).
+    """
+
+    source: str
+    split: str
+    stride: int = 0
+    limit: int = 0
+    beams: BeamSettings | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in the figures."""
+        return self.source or self.split
+
+    def refuse_beams(self) -> None:
+        """Raises `BadInput` if there are any."""
+        if self.beams:
+            raise BadInput("--num_beams writes the targets of objective=seq2seq; leave it out")
 
 
 def loss_measure(trained: Trained, source: str, split_name: str, stride: int = 0) -> Measure:

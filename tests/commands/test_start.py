@@ -48,6 +48,10 @@ WRONG = {  # command: arguments, the error
         "a file of its rows: --task=hellaswag:",
     ),
     "evaluate near": (["--workdir={}", "--task=helaswag:x"], "did you mean hellaswag?"),
+    "evaluate beams": (
+        ["--workdir={}", "--num_beams=2", "--task=arc:{}/c.py"],
+        "--num_beams writes the targets of objective=seq2seq",
+    ),
     "evaluate row": (["--workdir={}", "--task=arc:{}/c.py"], "c.py, line 2"),
     "sample": (["--workdir={}", "--temperature=-1"], "--temperature=-1.0 must be"),
     "sample file": (["--workdir={}", "--prompt_file={}/c.py"], "c.py, line 2"),

@@ -6,13 +6,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from jaxgpt import evaluate, sample, serve
 from jaxgpt.checkpointing.checkpoints import save_weights
 from jaxgpt.config.stored import to_json
+from jaxgpt.evaluation.results import read_results
 from jaxgpt.inference.decode import sample_keys
 from jaxgpt.inference.requests import BeamSettings, Sampling
 from jaxgpt.inference.seq2seq import GREEDY, Seq2SeqDecoder, decode_batch, encode_source
+from jaxgpt.labelled import evaluation
 from jaxgpt.model import ModelSpec
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import make_tokenizer, save_tokenizer
@@ -148,6 +151,25 @@ def test_sample_prints_the_target_alone(workdir, command):
     ):
         code, out, err = command(sample.main, f"--workdir={folder}", "--prompt=you", *flags)
         assert (code, out) == (0, expected + "\n"), err
+
+
+def test_evaluate_searches_with_the_beams_it_is_given(workdir, command, monkeypatch, tmp_path):
+    folder, given = workdir[0], []
+
+    def decode(decoder, tokenizer, sources, beams=None):
+        given.append(beams)
+        return ["yes"] * len(sources)
+
+    monkeypatch.setattr(evaluation, "decode_batch", decode)
+    rows = [{"source": "a", "target": "yes"}, {"source": "b", "target": "no"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = f"--workdir={folder}", f"--data=jsonl:{tmp_path}/rows.jsonl"
+    for more in ([], ["--num_beams=3", "--length_penalty=0.5"]):
+        code, out, err = command(evaluate.main, *flags, *more)
+        assert code == 0 and json.loads(out.splitlines()[-1])["exact_match"] == 0.5, err
+    assert given == [None, BeamSettings(3, 0.5)]
+    kept = [(row.get("num_beams"), row.get("length_penalty")) for row in read_results(epath.Path(folder))]
+    assert kept == [(None, None), (3, 0.5)]
 
 
 @pytest.mark.slow

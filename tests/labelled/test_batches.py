@@ -112,6 +112,7 @@ def test_a_decoder_learns_what_its_encoder_reads(tmp_path):
     assert [shown(row) for row in batch["inputs"]] == ["|xyz..", "|bbbbb"]
     assert shown(batch["targets"][0][:4]) == "xyz|" and batch["targets"][0][4:].tolist() == [-1, -1]
     assert shown(batch["targets"][1]) == "bbbbbb"  # cut: what would follow is not the end
+    assert OnRows.stream(done, data).num_targets(0) == (batch["targets"] != IGNORE).sum() == 10
     assert task_of(done, data.tokenizer).cut(data.train) == {"sources": 1, "targets": 1}
     arrays = task_of(done).batch_arrays()
     assert {n: (a.shape[1:], a.dtype) for n, a in batch.items()} == arrays
@@ -173,6 +174,32 @@ def test_an_answer_is_found_in_the_window_that_holds_it(tmp_path):
         span = tuple(read["spans"][chunk].tolist())
         assert [task.answer(split, row, start, span)] == task.references(split, row)
     assert task.answer(split, 0, 0, (0, 0)) == "" and task.references(split, 2) == []
+
+
+def test_windows_of_every_row_are_those_of_a_plain_loop(tmp_path):
+    """Each starts half a window behind the one before, until one reaches the context's end."""
+    rows = [squad("c" * size, "q" * asked) for size in range(0, 48, 3) for asked in (0, 3, 4, 40)]
+    for length in (9, 10, 13):
+        model = ENCODER | {"max_seq_len": length}
+        config = config_of(write(tmp_path, rows), "span_qa", model=model, **BERT)
+        _, data, done = batch_of(config)
+        chunks = OnRows.stream(done, data).sources[0]
+        windows = []
+        for row in range(data.train.rows):
+            question, context = (len(data.train.arrays[n][row]) for n in ("question", "context"))
+            room = length - 3 - min(question, length // 2)  # [CLS] and two [SEP]
+            start = 0
+            windows.append((row, start))
+            while start + room < context:
+                start += max(room // 2, 1)
+                windows.append((row, start))
+        assert list(zip(chunks.rows, chunks.starts)) == windows
+        read = chunks.read(np.arange(len(chunks)))
+        seen = np.zeros((data.train.rows, 48), bool)
+        for (row, start), allowed in zip(windows, read["context"]):
+            seen[row, start : start + allowed[1:].sum()] = True
+        contexts = data.train.arrays["context"].lengths
+        assert (seen.sum(1) == contexts).all()  # no token is in no window
 
 
 def test_the_best_span_is_that_of_all_pairs():

@@ -191,6 +191,12 @@ def test_every_objective_from_its_rows_to_a_prompt(tmp_path, command, objective)
     assert code == 0 and found.keys() >= {"loss", "perplexity", "tokens", *figures}, err
     score = figures[0] if figures[0] in ("exact_match", "accuracy") else "exact_match"
     assert found[score] == 1.0 and found["loss"] < 0.5
+    code, out, err = command(evaluate.main, f"--workdir={tmp_path}/w", "--num_beams=2")
+    if objective == "seq2seq":
+        row = json.loads(out.splitlines()[-1])
+        assert (row["num_beams"], row["exact_match"]) == (2, 1.0), err
+    else:
+        assert code == 2 and "--num_beams writes the targets of" in err
     flags = ["--temperature=0", "--max_new_tokens=10"] * (objective == "seq2seq")
     code, out, err = command(sample.main, f"--workdir={tmp_path}/w", f"--prompt={prompt}", *flags)
     assert code == 0 and out == f"{answer}\n", err
