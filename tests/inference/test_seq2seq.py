@@ -168,7 +168,10 @@ def test_evaluate_searches_with_the_beams_it_is_given(workdir, command, monkeypa
         code, out, err = command(evaluate.main, *flags, *more)
         assert code == 0 and json.loads(out.splitlines()[-1])["exact_match"] == 0.5, err
     assert given == [None, BeamSettings(3, 0.5)]
-    kept = [(row.get("num_beams"), row.get("length_penalty")) for row in read_results(epath.Path(folder))]
+    kept = [
+        (row.get("num_beams"), row.get("length_penalty"))
+        for row in read_results(epath.Path(folder))
+    ]
     assert kept == [(None, None), (3, 0.5)]
 
 
