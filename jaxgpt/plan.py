@@ -4,13 +4,15 @@
 
 Compiles the real train step, on any machine, for a TPU slice (`pip install -e '.[plan]'`) or for
 GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`); without --topology, for this machine's
-devices. Prints what a step needs and the shortest time it can take: a table on stderr, JSON as the
+devices. --slices=N plans for N such slices joined by the data-centre network, over which a chip
+sends --slice_bandwidth GB/s (default: what Google publishes). Prints what a step needs and the shortest time it can take: a table on stderr, JSON as the
 last line of stdout. If it does not fit, it says by how much, and suggests the cheapest change that
 does; if nothing that was tried fits, it names the nearest and exits with 1.
 --search tries meshes, remat policies, accumulation and larger batches, and ranks what fits.
 --price=DOLLARS is the cost of one device per hour.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 
@@ -20,7 +22,7 @@ from jaxgpt.cli.flags import config_of, define_config_flag, parse
 from jaxgpt.cli.run import run
 from jaxgpt.config import Config
 from jaxgpt.config.schema import differing
-from jaxgpt.planning.topology import check_topology
+from jaxgpt.planning.topology import check_slices, check_topology
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.programs import keep_no_programs
@@ -35,12 +37,20 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string(
         "topology", "", "v5e:2x4, h200, h200:8...; default: here", flag_values=values
     )
+    flags.DEFINE_integer("slices", 1, "so many slices of that topology", flag_values=values)
+    flags.DEFINE_float(
+        "slice_bandwidth",
+        0.0,
+        "GB/s that a chip sends to other slices; 0: v5e 3.125, v5p 6.25, v6e 12.5",
+        flag_values=values,
+    )
     flags.DEFINE_bool("search", False, "try other meshes and policies", flag_values=values)
     flags.DEFINE_float("price", 0.0, "dollars per device and hour", flag_values=values)
     config = config_of(parse(values, argv, __doc__))
     if not 0 <= values.price < float("inf"):
         raise BadInput(f"--price={values.price} must be a number of dollars, at least 0")
     check_topology(values.topology)
+    check_slices(values.topology, values.slices, values.slice_bandwidth)
     # JAX is imported only now, so that wrong flags are reported at once
     from jaxgpt.planning.estimate import make_plan
     from jaxgpt.planning.hardware import devices_of, use_compilers_alone
@@ -54,7 +64,9 @@ def main(argv: list[str]) -> int:
     keep_no_programs()  # what is compiled is timed
     if values.topology:
         use_compilers_alone()
-    devices, chip = devices_of(values.topology)
+    devices, chip = devices_of(values.topology, values.slices)
+    if values.slice_bandwidth:
+        chip = dataclasses.replace(chip, between=values.slice_bandwidth * 1e9)
     if values.search and chip is None:
         raise BadInput(
             "--search ranks by the devices' speed, which is unknown here: give --topology"
@@ -102,8 +114,9 @@ def table(plan: dict) -> Iterator[str]:
     memory, mesh = plan["bytes_per_device"], plan["mesh"]
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
     limit = f" of {memory['limit'] / GIB:.2f} GiB" if memory["limit"] else " GiB"
+    slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
     yield (
-        f"devices   {plan['devices']} ({plan['topology']}), mesh {shape},"
+        f"devices   {plan['devices']} ({slices}{plan['topology']}), mesh {shape},"
         f" {plan['attention']} attention"
     )
     yield f"model     {plan['parameters']:,} parameters"

@@ -45,7 +45,7 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     explicit = (AxisType.Explicit,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slices_of(devices)
     fsdp, data = shape[AXES.index("fsdp")], shape[AXES.index("data")]
     if slices == 1 and fsdp == len(devices) and (ordered := _by_coordinates(devices)):
         return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=explicit)
@@ -60,6 +60,11 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     inside = [size // slices for size, slices in zip(shape, outside, strict=True)]
     grid = create_hybrid_device_mesh(inside, outside, devices)
     return Mesh(grid, AXES, axis_types=explicit)
+
+
+def slices_of(devices) -> int:
+    """Returns over how many slices of TPUs the devices, a list or an array, are spread."""
+    return len({getattr(device, "slice_index", 0) for device in np.ravel(devices)})
 
 
 def devices_along(mesh: Mesh, axis: str) -> np.ndarray:

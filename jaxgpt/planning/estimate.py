@@ -15,7 +15,7 @@ from jaxgpt.config.schema import BATCH_AXES, SPLIT_BY
 from jaxgpt.model.gpt import layer_windows
 from jaxgpt.ops.sparse.kernels import kernel_name
 from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
-from jaxgpt.parallel.mesh import AXES, make_mesh
+from jaxgpt.parallel.mesh import AXES, make_mesh, slices_of
 from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.planning.hardware import Chip, quiet
 from jaxgpt.planning.program import VMEM, Collective, Program
@@ -40,6 +40,7 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
         state = training.abstract_state()
         plan = {
             "devices": len(devices),
+            "slices": slices_of(mesh.devices),
             "parameters": count_parameters(state.params, training.spec.model),
             "mesh": dict(zip(AXES, mesh.devices.shape, strict=True)),
             "attention": kernel_name(training.spec.model, training.spec.kernel),
@@ -90,7 +91,7 @@ def _measure(
         "limit": chip and chip.hbm,
     }
     flops = program.flops() + _kernel_flops(program, training)
-    collectives = program.collectives(AXES, mesh.devices.shape)
+    collectives = program.collectives(AXES, mesh.devices.shape, slices_of(mesh.devices))
     roofline = chip and {
         "compute": flops / chip.flops,
         "memory": program.hbm_bytes() / chip.hbm_bandwidth,

@@ -35,29 +35,32 @@ class Chip:
     hbm_bandwidth: float
     network: float  # sent over a torus axis, both directions together; of a GPU: inside its host
     hbm: int  # bytes that a program may use
-    between: float | None = None  # sent to other hosts; None: as inside (TPUs)
+    between: float  # sent to other slices of TPUs, to other hosts of GPUs
+    joins: str = "slice_index"  # what `between` lies between, as an attribute of a device
 
     def seconds(self, sent: float, group: list) -> float:
         """Returns the least seconds that a collective takes if each of `group` sends `sent` bytes.
 
-        TPUs send over every torus axis along which the group extends, GPUs between hosts through
-        the network cards of all the group's devices on a host.
+        TPUs send over every torus axis along which the group extends. What leaves a slice or a host
+        goes through the network cards of all the group's devices in it.
         """
-        if self.between is None:
-            coordinates = zip(*(device.coords for device in group), strict=True)
-            axes = sum(len(set(along)) > 1 for along in coordinates)
-            return sent / self.network / max(1, axes)
-        hosts = len({device.process_index for device in group})
-        across = sent / self.between / (len(group) / hosts) if hosts > 1 else 0.0
-        return max(sent / self.network, across)
+        places = [getattr(device, self.joins, 0) for device in group]
+        parts = len(set(places))
+        across = sent / self.between / (len(group) / parts) if parts > 1 else 0.0
+        inside = [d for d, place in zip(group, places, strict=True) if place == places[0]]
+        coordinates = zip(*(getattr(device, "coords", ()) for device in inside), strict=True)
+        axes = sum(len(set(along)) > 1 for along in coordinates)
+        return max(sent / self.network / max(1, axes) if len(inside) > 1 else 0.0, across)
 
 
-# From Google's system architecture pages; memory as libtpu reports it. No v4: its topology counts
-# its two cores as devices, a v4 itself does not, and this was not tried on one.
+# From Google's pages on each generation's system architecture, also the data-centre network: 6.4
+# and 25.6 Tb/s for 256 chips of v5e and v6e, 50 Gb/s for a chip of v5p. Memory as libtpu reports
+# it. No v4: its topology counts its two cores as devices, a v4 itself does not, and this was not
+# tried on one.
 TPUS = {
-    "v5e": Chip(PEAK_FLOPS["TPU v5e"], 0.82e12, 2 * 50e9, int(15.75 * GIB)),
-    "v5p": Chip(PEAK_FLOPS["TPU v5p"], 2.77e12, 2 * 100e9, int(95.73 * GIB)),
-    "v6e": Chip(PEAK_FLOPS["TPU v6e"], 1.64e12, 2 * 100e9, int(31.24 * GIB)),
+    "v5e": Chip(PEAK_FLOPS["TPU v5e"], 0.82e12, 2 * 50e9, int(15.75 * GIB), 3.125e9),
+    "v5p": Chip(PEAK_FLOPS["TPU v5p"], 2.77e12, 2 * 100e9, int(95.73 * GIB), 6.25e9),
+    "v6e": Chip(PEAK_FLOPS["TPU v6e"], 1.64e12, 2 * 100e9, int(31.24 * GIB), 12.5e9),
 }
 KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # JAX's `device_kind`
 KINDS |= {f"TPU {name}": name for name in TPUS}
@@ -72,12 +75,13 @@ def gpu_chip(name: str) -> Chip:
             f"XLA_PYTHON_CLIENT_MEM_FRACTION={share} is not a share of memory, as in 0.92"
         )
     memory, nvlink = int(gpu.memory * GIB * float(share)), gpu.links * 25e9
-    return Chip(PEAK_FLOPS[gpu.kind], gpu.bandwidth * 1e9, nvlink, memory, gpu.card * 1e9)
+    peak, card = PEAK_FLOPS[gpu.kind], gpu.card * 1e9
+    return Chip(peak, gpu.bandwidth * 1e9, nvlink, memory, card, "process_index")
 
 
-def devices_of(topology: str) -> tuple[list, Chip | None]:
-    """Returns the devices of a TPU slice (`v5e:2x4`) or of described GPUs (`h200`, `h200:8` in one
-    host, `h200:2x8` in two), and their chip.
+def devices_of(topology: str, slices: int = 1) -> tuple[list, Chip | None]:
+    """Returns the devices of so many TPU slices (`v5e:2x4`) or of described GPUs (`h200`, `h200:8`
+    in one host, `h200:2x8` in two), and their chip.
 
     An empty `topology` means this machine's devices; their chip is None if it is unknown.
 
@@ -97,7 +101,8 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
     require("libtpu", "plan", "jaxgpt.plan")
     try:
         with quiet():
-            devices = topologies.get_topology_desc(topology, platform="tpu").devices
+            several = {"num_slices": slices} if slices > 1 else {}
+            devices = topologies.get_topology_desc(topology, platform="tpu", **several).devices
     except Exception as e:
         reason = str(e).splitlines()[0][:200]
         raise BadInput(f"--topology={topology}: libtpu does not know this slice: {reason}") from e

@@ -29,6 +29,7 @@ NO_TRAFFIC = (  # instructions that read and write no memory themselves
 SLICES = ("dynamic-slice", "slice", "gather")
 KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
 FUSIONS = ("fusion", "fusion-start")  # a GPU starts those that run beside others
+BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 VMEM = "S(1)"  # in a TPU's layouts: memory on the chip
 
 
@@ -187,10 +188,20 @@ class Program:
                 total += operands[number].hbm_bytes
         return total + written
 
-    def collectives(self, axes: Sequence[str], sizes: Sequence[int]) -> list[Collective]:
-        """Every collective once, by its channel; `axes` and `sizes` are those of the mesh."""
+    def collectives(
+        self, axes: Sequence[str], sizes: Sequence[int], slices: int = 1
+    ) -> list[Collective]:
+        """Every collective once, by its channel; `axes` and `sizes` are those of the mesh, whose
+        first axis goes over the slices. The program is that of one slice: its groups are of its
+        devices, and what goes to other slices is sent and received through the host."""
         collectives, seen = [], set()
+        whole, sizes = sizes, (sizes[0] // slices, *sizes[1:])
         for i, where, times in self:
+            if between := _between_slices(i):
+                group = tuple(range(0, math.prod(whole), math.prod(sizes)))
+                sent = where[i.operands[0]].bytes * (slices if between == "all-gather" else 1)
+                axis = axis_of(group, axes, whole)
+                collectives.append(Collective(between, axis, group, times, sent))
             if not _is_collective(i.opcode) or i.opcode.endswith("-done"):
                 continue
             channel = re.search(r"channel_id=(\d+)", i.rest)
@@ -219,6 +230,13 @@ def axis_of(group: Iterable[int], axes: Sequence[str], sizes: Sequence[int]) -> 
     indices = np.unravel_index(sorted(group), tuple(sizes))
     varying = [axis for axis, along in zip(axes, indices, strict=True) if len(set(along)) > 1]
     return "+".join(varying) or "none"
+
+
+def _between_slices(i: Instruction) -> str:
+    """Returns the kind of a collective between slices that an instruction sends for, or ""."""
+    sent = BETWEEN_SLICES.search(i.rest) if i.opcode == "send" else None
+    kind = sent[1].lower().replace("_", "-") if sent else ""
+    return "collective-permute" if kind == "one-to-one" else kind
 
 
 def _group(rest: str, devices: int) -> list[int]:

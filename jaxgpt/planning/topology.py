@@ -19,3 +19,19 @@ def check_topology(topology: str) -> None:
             f" ({', '.join(TPUS)}), nor GPUs as in h200, h200:8 or, hosts x GPUs, h200:2x8"
             f" ({', '.join(GPUS)})"
         )
+
+
+def check_slices(topology: str, slices: int, bandwidth: float) -> None:
+    """Raises `BadInput` if there cannot be so many slices, or a chip cannot send so many GB/s to
+    other slices."""
+    if slices < 1:
+        raise BadInput(f"--slices={slices} must be at least 1")
+    if slices > 1 and topology.partition(":")[0] not in TPUS:
+        raise BadInput(
+            f"--slices={slices} needs a --topology of TPUs, that of one slice, as in v5p:4x4x4;"
+            " hosts of GPUs are written h200:2x8"
+        )
+    if not 0 <= bandwidth < float("inf"):
+        raise BadInput(f"--slice_bandwidth={bandwidth} must be a number of GB/s, 0 for the default")
+    if bandwidth and slices == 1:
+        raise BadInput(f"--slice_bandwidth={bandwidth} needs several --slices")

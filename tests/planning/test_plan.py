@@ -69,6 +69,11 @@ def test_bad_input(command, file):
         (["--topology=h200:0x8"], "h200:2x8"),
         (["--topology=h200:2x2x2"], "h200:2x8"),
         (["--price=-1"], "--price=-1"),
+        (["--slices=2"], "--slices=2 needs a --topology of TPUs"),
+        (["--slices=2", "--topology=h200:8"], "written h200:2x8"),
+        (["--slices=0"], "--slices=0 must be at least 1"),
+        (["--slice_bandwidth=9"], "--slice_bandwidth=9.0 needs several --slices"),
+        (["--slices=2", "--topology=v5e:2x2", "--slice_bandwidth=-1"], "a number of GB/s"),
         (["--search"], "give --topology"),
         (["--config.data.tokenizer=char"], "set model.vocab_size"),
         (["--config.mesh.data=3"], "devices"),
@@ -118,6 +123,7 @@ def test_where_nothing_fits_the_nearest_is_named(command, file, monkeypatch, sea
         total = least + config.batch_size // config.grad_accum - (config.compute.remat == "full")
         return {
             "devices": 1,
+            "slices": 1,
             "parameters": 1,
             "attention": "xla",
             "mesh": {"data": 1},
@@ -135,7 +141,7 @@ def test_where_nothing_fits_the_nearest_is_named(command, file, monkeypatch, sea
         }
 
     monkeypatch.setattr(estimate, "make_plan", plan_of)
-    monkeypatch.setattr(hardware, "devices_of", lambda topology: ([None], TPUS["v5e"]))
+    monkeypatch.setattr(hardware, "devices_of", lambda topology, slices: ([None], TPUS["v5e"]))
     monkeypatch.setattr(hardware, "use_compilers_alone", lambda: None)
     flags = ["--topology=v5e:1x1", "--config.batch_size=4", "--config.grad_accum=1"]
     flags += ["--config.mesh.data=1", "--config.mesh.fsdp=1"] + ["--search"] * search
@@ -172,11 +178,15 @@ def test_a_gpu_s_memory_is_jax_s_share_of_it(monkeypatch):
 
 
 def test_the_network_s_time():
-    """By hand: a torus sends along each axis at once; hosts share all their GPUs' network cards."""
+    """By hand: a torus sends along each axis at once; hosts and slices share all their devices'
+    network cards."""
     torus = [SimpleNamespace(coords=(x, y, 0)) for x in range(4) for y in range(4)]
-    chip = Chip(1.0, 1.0, network=100.0, hbm=1)
+    chip = Chip(1.0, 1.0, network=100.0, hbm=1, between=10.0)
     assert chip.seconds(600.0, torus[:4]) == 6.0 and chip.seconds(600.0, torus) == 3.0
-    chip = dataclasses.replace(chip, between=10.0)
+    both = [SimpleNamespace(coords=(x, 0, 0), slice_index=s) for s in (0, 1) for x in range(4)]
+    assert chip.seconds(600.0, both[:4]) == 6.0 and chip.seconds(600.0, both[4:]) == 6.0
+    assert chip.seconds(600.0, both) == 15.0 and chip.seconds(600.0, both[::4]) == 60.0
+    chip = dataclasses.replace(chip, joins="process_index")
     hosts = [SimpleNamespace(process_index=host) for host in (0, 0, 0, 0, 1, 1, 1, 1)]
     assert chip.seconds(600.0, hosts[:4]) == 6.0
     assert chip.seconds(600.0, hosts) == 15.0  # 4 cards of 10 a host

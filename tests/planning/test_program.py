@@ -256,3 +256,26 @@ def test_elements_of_tuples_inside_operands():
     sent = 8 * 64 * 2 + 4 * 4 + 12 * 64 * 2
     assert program.collectives(AXES, SIZES) == [Collective("all-reduce", "data", (0, 4), 1, sent)]
     assert program.hbm_bytes() == 12 * 64 * 2 + 12 * 64 * 4
+
+
+# One of two slices of four chips, as libtpu writes what goes over the data-centre network.
+SLICE = """ENTRY %main (x: f32[6,8]) -> f32[6,8] {
+  %x = f32[6,8]{1,0} parameter(0)
+  %inside = f32[6,8]{1,0} all-reduce(%x), channel_id=3, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%add
+  %after = token[] after-all()
+  %send.1 = (f32[6,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%inside, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send.1), channel_id=2
+  %recv.1 = (f32[6,8]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%sent), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %received = (f32[6,8]{1,0}, token[]) recv-done(%recv.1), channel_id=4
+  ROOT %y = f32[6,8]{1,0} get-tuple-element(%received), index=0
+}
+"""
+
+
+def test_what_goes_between_slices():
+    """A slice's program numbers its own devices; one from each slice takes part in the sum."""
+    found = Program(SLICE).collectives(AXES, (4, 2, 1), slices=2)
+    assert found == [
+        Collective("all-reduce", "data+fsdp", (0, 1, 2, 3), 1, 6 * 8 * 4),
+        Collective("all-reduce", "data", (0, 4), 1, 6 * 8 * 4),
+    ]
