@@ -5,9 +5,10 @@
 Compiles the real train step, on any machine, for a TPU slice (`pip install -e '.[plan]'`) or for
 GPUs (--topology=h200, h100:8, a100:2x8; `'.[plan-gpu]'`); without --topology, for this machine's
 devices. --slices=N plans for N such slices joined by the data-centre network, over which a chip
-sends --slice_bandwidth GB/s (default: what Google publishes). Prints what a step needs and the shortest time it can take: a table on stderr, JSON as the
-last line of stdout. If it does not fit, it says by how much, and suggests the cheapest change that
-does; if nothing that was tried fits, it names the nearest and exits with 1.
+sends --slice_bandwidth GB/s (default: what Google publishes). Prints what a step needs and the
+shortest time it can take: a table on stderr, JSON as the last line of stdout. If it does not fit,
+it says by how much, and suggests the cheapest change that does; if nothing that was tried fits, it
+names the nearest and exits with 1.
 --search tries meshes, remat policies, accumulation and larger batches, and ranks what fits.
 --price=DOLLARS is the cost of one device per hour.
 """
