@@ -71,17 +71,6 @@ class Axis(NamedTuple):
     batch: bool
     logical: tuple[str, ...]
 
-    @property
-    def replicates(self) -> bool:
-        """Whether its devices hold equal parameters, but for experts, whose gradients are summed
-        over them."""
-        return self.batch and not self.splits_all
-
-    @property
-    def splits_all(self) -> bool:
-        """Whether its devices hold parts of every large parameter."""
-        return self.batch and "embed" in self.logical
-
 
 def axis(default: int, *logical: str, batch: bool = False):
     """Returns the field of a mesh axis."""

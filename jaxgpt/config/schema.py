@@ -231,7 +231,9 @@ class MeshConfig:
     data: int = axis(-1, batch=True)
     fsdp: int = axis(1, "embed", batch=True)  # data parallelism whose parameters are split too
     tensor: int = axis(1, "heads", "kv_heads", "mlp", "vocab")
-    expert: int = axis(1, "experts", batch=True)
+    expert: int = axis(1, "experts", "embed", batch=True)
+    context: int = axis(1, "seq", "embed")
+    pipeline: int = axis(1, "layers", "embed", batch=True)
     # Split positions between the layers over `tensor`
     sequence_activations: bool = may_change(False)
 
@@ -241,10 +243,11 @@ MESH_AXES: dict[str, Axis] = {
     for field in dataclasses.fields(MeshConfig)
     if "axis" in field.metadata
 }
-REPLICAS = tuple(name for name, axis in MESH_AXES.items() if axis.replicates)
-# Replicas first: what `fsdp` divides is then a run of rows, see `parallel.fsdp`
-BATCH_AXES = REPLICAS + tuple(name for name, axis in MESH_AXES.items() if axis.splits_all)
-SPLIT_BY = {logical: name for name, axis in MESH_AXES.items() for logical in axis.logical}
+# The axes that split every large parameter, and those whose devices hold equal ones
+SHARDING = tuple(name for name, axis in MESH_AXES.items() if "embed" in axis.logical)
+REPLICAS = tuple(name for name, axis in MESH_AXES.items() if not axis.logical)
+# Replicas first, and the others the other way round: see `parallel.fsdp.embed_columns_to_rows`
+BATCH_AXES = REPLICAS + tuple(name for name in reversed(SHARDING) if MESH_AXES[name].batch)
 
 
 @dataclasses.dataclass

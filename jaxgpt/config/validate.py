@@ -15,7 +15,7 @@ from jaxgpt.config.objectives import check_kind, with_special_tokens
 from jaxgpt.config.schema import (
     BATCH_AXES,
     MESH_AXES,
-    SPLIT_BY,
+    SHARDING,
     VOCAB_MULTIPLE,
     Config,
     ModelConfig,
@@ -275,35 +275,30 @@ def check_divisible(config: Config, mesh: dict[str, int]) -> None:
     model = config.model
     microbatch = config.batch_size // config.grad_accum
     if microbatch % (devices := math.prod(mesh[name] for name in BATCH_AXES)):
-        product = " x ".join(f"mesh.{name}={mesh[name]}" for name in BATCH_AXES)
+        product = " x ".join(f"mesh.{name}={mesh[name]}" for name in BATCH_AXES if mesh[name] > 1)
         raise BadInput(
             f"batch_size={config.batch_size} / grad_accum={config.grad_accum} = {microbatch}"
             f" sequences cannot be divided over {product} devices;"
             f" make batch_size a multiple of {config.grad_accum * devices}"
         )
-    for logical, name, size in (
-        ("heads", "model.num_heads", model.num_heads),
-        ("kv_heads", "model.num_kv_heads", model.num_kv_heads),
-        ("mlp", "model.mlp_dim", model.mlp_dim),
-        ("embed", "model.embed_dim", model.embed_dim),
-        ("vocab", "the padded vocabulary", VOCAB_MULTIPLE),
-        (
-            "heads",  # the same devices
-            "model.max_seq_len, as mesh.sequence_activations splits it,",
-            model.max_seq_len if config.mesh.sequence_activations else 0,
-        ),
-        (
-            "heads",
-            "model.max_source_len, as mesh.sequence_activations splits it,",
-            model.max_source_len if config.mesh.sequence_activations else 0,
-        ),
+    split = model.max_seq_len, model.max_source_len
+    split = split if config.mesh.sequence_activations else (0, 0)
+    for axes, name, size in (
+        (("tensor",), "model.num_heads", model.num_heads),
+        (("tensor",), "model.num_kv_heads", model.num_kv_heads),
+        (("tensor",), "model.mlp_dim", model.mlp_dim),
+        (SHARDING, "model.embed_dim", model.embed_dim),
+        (("tensor",), "the padded vocabulary", VOCAB_MULTIPLE),
+        (("tensor",), "model.max_seq_len, as mesh.sequence_activations splits it,", split[0]),
+        (("tensor",), "model.max_source_len, as mesh.sequence_activations splits it,", split[1]),
     ):
-        axis = SPLIT_BY[logical]
-        if size % mesh[axis]:
-            raise BadInput(
-                f"{name} = {size} cannot be divided over mesh.{axis}={mesh[axis]} devices"
-            )
+        if size % math.prod(mesh[axis] for axis in axes):
+            product = " x ".join(f"mesh.{axis}={mesh[axis]}" for axis in axes if mesh[axis] > 1)
+            raise BadInput(f"{name} = {size} cannot be divided over {product} devices")
     check_expert_axis(config, mesh)
+    for axis in ("context", "pipeline"):
+        if mesh[axis] > 1:
+            raise BadInput(f"mesh.{axis}={mesh[axis]}: this axis has no more than one device yet")
 
 
 def _check_data(config: Config) -> None:

@@ -19,7 +19,7 @@ from jaxgpt.distillation.top_k import top_k_losses
 from jaxgpt.model import GPT
 from jaxgpt.objectives.auxiliary import with_auxiliary
 from jaxgpt.objectives.language import hidden, hidden_and_figures
-from jaxgpt.parallel.rules import AxisRules, rowwise, without_fsdp
+from jaxgpt.parallel.rules import AxisRules, rowwise, whole
 
 
 def distill(config: Config) -> Callable:
@@ -84,7 +84,7 @@ def hidden_distance(
     rules: AxisRules,
 ) -> Float[Array, "B T"]:
     """Returns the mean over E of (x kernel - theirs)**2 (arXiv:1909.10351, eq. 8)."""
-    kernel = jax.sharding.reshard(kernel.astype(x.dtype), without_fsdp(kernel))
+    kernel = whole(kernel.astype(x.dtype))
     projected = rowwise("MD,DE->ME", x, kernel, rules("batch", "seq", None), jnp.float32)
     return jnp.mean(jnp.square(projected - theirs.astype(jnp.float32)), axis=-1)
 

@@ -18,7 +18,7 @@ from jaxgpt.model import Model, ModelSpec
 from jaxgpt.model.layers import INIT_STD, dropout
 from jaxgpt.objectives.auxiliary import with_auxiliary
 from jaxgpt.objectives.language import Micro, hidden_and_figures
-from jaxgpt.parallel.rules import AxisRules, rowwise, without_fsdp
+from jaxgpt.parallel.rules import AxisRules, rowwise, whole
 
 Head = dict[str, Array]
 NEVER = -1e30  # the logit of a token that may not be in an answer: finite, so that 0 * it is 0
@@ -62,7 +62,7 @@ def class_logits(
     states, figures = hidden_and_figures(model, micro, key)
     x = pooled(states, micro["segments"], pooling, model.rules)
     x = dropout(x, rate, None if key is None else jax.random.fold_in(key, 1))
-    kernel = jax.sharding.reshard(head["kernel"], without_fsdp(head["kernel"]))
+    kernel = whole(head["kernel"])
     out = model.rules("batch", None)
     logits = jnp.einsum("BD,DC->BC", x, kernel.astype(x.dtype), out_sharding=out)
     return logits + head["bias"].astype(jnp.float32), figures
@@ -74,7 +74,7 @@ def token_logits(
     """Returns the logits of each token's classes, float32, and the model's figures."""
     x, figures = hidden_and_figures(model, micro, key)
     x = dropout(x, rate, None if key is None else jax.random.fold_in(key, 1))
-    kernel = jax.sharding.reshard(head["kernel"].astype(x.dtype), without_fsdp(head["kernel"]))
+    kernel = whole(head["kernel"].astype(x.dtype))
     logits = rowwise("MD,DC->MC", x, kernel, model.rules("batch", "seq", None), jnp.float32)
     return logits + head["bias"].astype(jnp.float32), figures
 

@@ -14,7 +14,7 @@ from jaxgpt.model.relative import bias_of, relative_bias
 from jaxgpt.model.vocabulary import Vocabulary
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.remat import REMAT, RESIDUAL_STREAM
-from jaxgpt.parallel.rules import AxisRules, weight
+from jaxgpt.parallel.rules import AxisRules, num_shards, weight
 from jaxgpt.parameters.weights import normal
 
 
@@ -99,7 +99,7 @@ class Stack(nnx.Module):
                 losses.append(layer_losses)
             return x, jax.tree.map(lambda *a: jnp.stack(a), *losses)
 
-        if self.remat != "none" or jax.sharding.get_abstract_mesh().shape["fsdp"] > 1:
+        if self.remat != "none" or num_shards() > 1:
             apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
         keys = None if key is None else jax.random.split(key, self.num_layers)
         layers = (nnx.state(self.blocks), keys)

@@ -17,7 +17,7 @@ class LearnedPositions(nnx.Module):
         self.out = rules("batch", "residual", None)
         shape = config.model.max_seq_len, config.model.embed_dim
         self.storage = table_storage(config, "positions", shape)
-        self.kernel = self.storage.make(rngs, rules("seq", "embed"), INIT_STD)
+        self.kernel = self.storage.make(rngs, rules(None, "embed"), INIT_STD)
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
         return x + self.storage.lookup(self.kernel, positions, x.dtype, self.out)

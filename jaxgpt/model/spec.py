@@ -62,7 +62,7 @@ class ModelSpec:
 
     def for_decoding(self) -> "ModelSpec":
         """Returns the same model with activations whole over the batch axis."""
-        return dataclasses.replace(self, rules=AxisRules(split_batch=False))
+        return dataclasses.replace(self, rules=dataclasses.replace(self.rules, split_batch=False))
 
     def _make(self, key) -> GPT | EncoderDecoder:
         kind = KINDS[self.model.kind]

@@ -43,13 +43,13 @@ class Vocabulary(nnx.Module):
         """Returns the tokens' embeddings. Every device looks up its own columns for the rows of all
         that share its other axes, and they trade: fewer bytes than gathering the table, and its
         gradient stays split."""
-        tokens = jax.sharding.reshard(tokens, self.rules("lookup_batch", "seq"))
-        out = self.rules("lookup_batch", "seq", "embed")
+        tokens = jax.sharding.reshard(tokens, self.rules("lookup_batch", "lookup_seq"))
+        out = self.rules("lookup_batch", "lookup_seq", "embed")
         x = self.storage.lookup(self.tokens, tokens, self.dtype, out)
         return embed_columns_to_rows(x, self.rules) * self.embed_scale
 
     def table(self):
-        """Returns the output embedding as it is stored, whole over `fsdp`: gathered once, however
+        """Returns the output embedding as it is stored, but unsharded: gathered once, however
         often `storage.rows` reads it."""
         return self.storage.whole(self.tokens if self.head is None else self.head, self.dtype)
 

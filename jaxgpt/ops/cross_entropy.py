@@ -53,7 +53,7 @@ def cross_entropy(
     """Returns (-log p(target) in nats, logsumexp of the logits), both 0 where target is IGNORE.
 
     Logits are `finish(x @ table.T + bias in float32, ids)`, elementwise, with the columns' ids [V].
-    `table` is the parameter as it is split, V over `tensor` and D over `fsdp`, or what `reader`
+    `table` is the parameter as it is split, V over `tensor` and D over the others, or what `reader`
     reads. Each part of its rows is gathered when its turn comes, in both passes, and its gradient
     scattered at once; the backward pass makes a part's logits anew, one more product for never
     keeping them. x's gradient adds up in float32; all follow from p - onehot, as logsumexp's is p.
@@ -132,7 +132,7 @@ def _backward(finish, rules, reader, kept, cotangents):
         return grad_x, reader.join(grad_table), grad_bias
 
     specs = vectors, split, rows, rules("vocab"), rows, rows, rows
-    each = jax.P(REPLICAS, *split), jax.P(BATCH_AXES, *rules("vocab"))
+    each = jax.P(REPLICAS, *split), jax.P((*BATCH_AXES, "context"), *rules("vocab"))
     run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, *each), check_vma=False)
     grad_x, *grads = run(*kept, *cotangents)
     # summed out here, XLA may send it together with other gradients

@@ -1,7 +1,8 @@
 """Fully sharded data parallelism (FSDP; ZeRO stage 3, arXiv:1910.02054, section 5.3).
 
 Every device of the mesh axis `fsdp` trains its own rows of the batch, as in data parallelism, but
-keeps only its part of each parameter, gradient and optimizer moment. A layer's weight is gathered
+keeps only its part of each parameter, gradient and optimizer moment. So do the devices of `expert`,
+`context` and `pipeline`, whose business is another. A layer's weight is gathered
 just before it multiplies (all-gather), in the forward pass and again in the backward pass, and
 dropped at once: kept, the gathered weights would be as large as the model. Its gradient, which each
 device has for its own rows only, is summed and cut into parts in one step (reduce-scatter), so that
@@ -20,9 +21,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.config.schema import BATCH_AXES, REPLICAS
-from jaxgpt.parallel.collectives import all_gather, all_to_all, reduce_scatter
-from jaxgpt.parallel.rules import AxisRules, without_fsdp
+from jaxgpt.parallel.collectives import all_gather, columns_to_rows, reduce_scatter
+from jaxgpt.parallel.rules import AxisRules, sharded_axis, sharding_axes, unsharded
 
 GATHERED = "gathered_weights"  # what no remat policy keeps: as large as the model
 
@@ -65,15 +65,11 @@ def _backward(out, rules, matmul, saved, grad_y):
     x, whole, kernel = saved
     grad_x = matmul.grad_x(x, whole, grad_y, out)
     spec = jax.typeof(kernel).sharding.spec
-    if not _is_split(kernel):
+    if not _is_split(spec):
         grad_whole = matmul.grad_w(x, whole, grad_y, out)
         return grad_x, jax.sharding.reshard(grad_whole, spec).astype(kernel.dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     grad_own = matmul.grad_w_by_device(
-        _rows_by_device(x, devices),
-        _rows_by_device(grad_y, devices),
-        P(BATCH_AXES, *without_fsdp(kernel)),
+        _rows_by_device(x, rules), _rows_by_device(grad_y, rules), P(rules.rows, *unsharded(spec))
     )
     return grad_x, sum_gradient(grad_own, spec, rules).astype(kernel.dtype)
 
@@ -81,53 +77,63 @@ def _backward(out, rules, matmul, saved, grad_y):
 _product.defvjp(_forward, _backward)
 
 
-def _is_split(a: jax.Array) -> bool:
-    """Says whether more than one device of `fsdp` holds parts of `a`."""
-    size = jax.sharding.get_abstract_mesh().shape["fsdp"]
-    return size > 1 and "fsdp" in jax.typeof(a).sharding.spec
+def _is_split(spec: P) -> bool:
+    """Says whether several devices hold parts of an array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in sharding_axes(spec)) > 1
 
 
 def gather_weight(a: jax.Array, rules: AxisRules) -> jax.Array:
-    """Returns `a` whole over `fsdp`, by an all-gather."""
-    if not _is_split(a):
-        return jax.sharding.reshard(a, without_fsdp(a))
+    """Returns `a` whole over the axes that split every parameter, by all-gathers."""
     spec = jax.typeof(a).sharding.spec
+    if not _is_split(spec):
+        return jax.sharding.reshard(a, unsharded(spec))
 
     def local(a):
-        return all_gather(a, spec.index("fsdp"), rules.torus)
+        return all_gather(a, sharded_axis(spec), rules.torus, sharding_axes(spec))
 
-    return jax.shard_map(local, in_specs=spec, out_specs=without_fsdp(a), check_vma=False)(a)
+    return jax.shard_map(local, in_specs=spec, out_specs=unsharded(spec), check_vma=False)(a)
 
 
-def _rows_by_device(a: jax.Array, devices: int) -> jax.Array:
-    """Returns [B, T, ...] as [S, B/S * T, ...]: the rows of each of S devices."""
+def _rows_by_device(a: jax.Array, rules: AxisRules) -> jax.Array:
+    """Returns [B, T, ...] as [S, B * T / S, ...]: the rows of each of S devices."""
     spec = jax.typeof(a).sharding.spec
-    a = jax.sharding.reshard(a, P(spec[0], None, *spec[2:]))  # positions may be split over tensor
-    shape = (devices, a.shape[0] // devices * a.shape[1], *a.shape[2:])
-    return jax.lax.reshape(a, shape, out_sharding=P(BATCH_AXES, None, *spec[2:]))
+    rows = P(*rules("batch", "seq"), *spec[2:])  # positions may be split over tensor as well
+    run = jax.shard_map(
+        lambda a: a.reshape(1, -1, *a.shape[2:]),
+        in_specs=rows,
+        out_specs=P(rules.rows, None, *spec[2:]),
+    )
+    return run(jax.sharding.reshard(a, rows))
 
 
 def sum_gradient(own: jax.Array, spec: P, rules: AxisRules) -> jax.Array:
-    """Returns the sum over the first axis of [S, ...], one array of each device of `BATCH_AXES`,
-    split as `spec` says: a reduce-scatter over `fsdp`, then an all-reduce over the other axes."""
+    """Returns the sum over the first axis of [S, ...], one array of each device with rows of its
+    own, split as `spec` says: a reduce-scatter, then an all-reduce over the other axes."""
+    axes = sharding_axes(spec)
+    others = tuple(axis for axis in rules.rows if axis not in axes)
 
     def local(own):
-        return reduce_scatter(own[0], spec.index("fsdp"), rules.torus)[None]
+        return reduce_scatter(own[0], sharded_axis(spec), rules.torus, axes)[None]
 
-    split = P(BATCH_AXES, *(None if axis == "fsdp" else axis for axis in spec))
-    run = jax.shard_map(local, in_specs=split, out_specs=P(REPLICAS, *spec), check_vma=False)
+    split = P(rules.rows, *unsharded(spec))
+    run = jax.shard_map(local, in_specs=split, out_specs=P(others, *spec), check_vma=False)
     return jnp.sum(run(own), axis=0)
 
 
 def embed_columns_to_rows(x: jax.Array, rules: AxisRules) -> jax.Array:
     """Returns looked-up embeddings [B, T, D] as the residual stream has them, each device with all
-    columns of its own rows, from each device's own columns of all rows: an all-to-all."""
+    columns of its own rows, from each device's own columns of all rows: an all-to-all.
+
+    Axes trade the last first, so that columns come in order; rows then are in order only if
+    `BATCH_AXES` names the same axes the other way round.
+    """
     out = rules("batch", "residual", None)
     if not rules.split_batch:  # every device has all rows
         return jax.sharding.reshard(x, out)
 
     def local(x):
-        return all_to_all(x, rules.torus)
+        return columns_to_rows(x, rules.torus)
 
-    given = rules("lookup_batch", "residual", "embed")
+    given = rules("lookup_batch", "lookup_seq", "embed")
     return jax.shard_map(local, in_specs=given, out_specs=out)(jax.sharding.reshard(x, given))

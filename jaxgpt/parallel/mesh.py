@@ -10,6 +10,8 @@ from jax.sharding import AxisType, Mesh
 from jaxgpt.config import Config
 from jaxgpt.config.schema import MESH_AXES
 from jaxgpt.config.validate import check_divisible
+from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parallel.torus import torus_of
 from jaxgpt.system.errors import BadInput
 
 AXES = tuple(MESH_AXES)
@@ -65,6 +67,13 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
 def slices_of(devices) -> int:
     """Returns over how many slices of TPUs the devices, a list or an array, are spread."""
     return len({getattr(device, "slice_index", 0) for device in np.ravel(devices)})
+
+
+def rules_of(mesh: Mesh, split_residual: bool = False) -> AxisRules:
+    """Returns how arrays are split over a mesh."""
+    axes = tuple(axis for axis, size in mesh.shape.items() if size > 1)
+    torus = torus_of(devices_along(mesh, "fsdp"))
+    return AxisRules(axes, split_residual=split_residual, torus=torus)
 
 
 def devices_along(mesh: Mesh, axis: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The table from logical array axes to mesh axes, and the two reshardings the model needs."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +9,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
-from jaxgpt.config.schema import BATCH_AXES, REPLICAS, SPLIT_BY
+from jaxgpt.config.schema import BATCH_AXES, MESH_AXES, REPLICAS, SHARDING
 from jaxgpt.parallel.torus import Torus
 
 TABLE = {
-    **SPLIT_BY,  # parameters; activations keep `embed` whole and name it None
+    **{logical: (name,) for name, axis in MESH_AXES.items() for logical in axis.logical},
+    "embed": SHARDING,  # of parameters; activations keep `embed` whole and name it None
     "batch": BATCH_AXES,
-    "lookup_batch": REPLICAS,  # of embeddings while `embed` is still split over fsdp
-    "seq": None,
-    "residual": None,  # positions of the residual stream, between the layers
-    "head_dim": None,
+    "lookup_batch": REPLICAS,  # of embeddings while `embed` is still split
+    "lookup_seq": (),
+    "residual": ("context",),  # positions of the residual stream, between the layers
+    "head_dim": (),
 }
 
 
@@ -25,35 +27,79 @@ TABLE = {
 class AxisRules:
     """Maps logical axis names to a `PartitionSpec`: `rules("batch", "seq", None)`.
 
-    `split_batch` says whether activations are split over their batch axis: training splits it,
+    `axes` are named, no others: `parallel.mesh.rules_of` has those of more than one device. An axis
+    that could split two of an array's axes splits the one that is not `embed`: experts' matrices
+    are split by expert.
+    `split_batch` says whether activations are split over batch and positions: training splits them,
     while decoding a handful of samples need not have a batch that the mesh divides.
     `split_residual` splits the positions of the residual stream over `tensor`, so that norms and
     what a layer keeps for the backward pass are split too (sequence parallelism, arXiv:2205.05198,
     section 4.2.2).
     """
 
+    axes: tuple[str, ...] = ("data", "fsdp", "tensor", "expert")
     split_batch: bool = True
     split_residual: bool = False
     torus: Torus = ()  # the mesh's, along which collectives over `fsdp` run
 
     def __call__(self, *logical: str | None) -> P:
-        table = TABLE if self.split_batch else TABLE | {"batch": None, "lookup_batch": None}
-        table = table | {"residual": "tensor"} if self.split_residual else table
-        return P(*(name and table[name] for name in logical))
+        table = TABLE
+        if not self.split_batch:
+            whole = ("batch", "lookup_batch", "seq", "residual")
+            table = table | dict.fromkeys(whole, ())
+        elif self.split_residual:
+            table = table | {"residual": ("context", "tensor"), "lookup_seq": ("tensor",)}
+        taken = {axis for name in logical if name not in (None, "embed") for axis in table[name]}
+        table = table | {"embed": [axis for axis in SHARDING if axis not in taken]}
+        return P(*(self._used(table[name]) if name else None for name in logical))
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The axes whose devices have rows or positions of their own."""
+        return names(self("batch")[0]) + names(self("seq")[0])
+
+    def _used(self, axes) -> tuple[str, ...] | None:
+        return tuple(axis for axis in axes if axis in self.axes) or None
 
 
 def weight(param: nnx.Param, dtype) -> jax.Array:
-    """Returns a parameter as a matrix product wants it: in the compute dtype, whole over `fsdp`.
+    """Returns a parameter as a matrix product wants it: in the compute dtype, whole over the axes
+    that split every parameter.
 
     Casting first halves the all-gather's bytes; its transpose is the gradient's reduce-scatter.
     """
-    value = param[...].astype(dtype)
-    return reshard(value, without_fsdp(value))
+    return whole(param[...].astype(dtype))
 
 
-def without_fsdp(array: jax.Array) -> P:
-    """Returns an array's sharding, but whole over `fsdp`."""
-    return P(*(None if axis == "fsdp" else axis for axis in jax.typeof(array).sharding.spec))
+def whole(array: jax.Array) -> jax.Array:
+    """Returns a parameter whole over the axes that split every parameter."""
+    return reshard(array, unsharded(jax.typeof(array).sharding.spec))
+
+
+def unsharded(spec: P) -> P:
+    """Returns a parameter's sharding, but whole over the axes that split every parameter."""
+    return P(*(None if sharding_axes(P(entry)) else entry for entry in spec))
+
+
+def sharding_axes(spec: P) -> tuple[str, ...]:
+    """Returns those of the axes that split every parameter that split this one, in order."""
+    return tuple(axis for entry in spec for axis in names(entry) if axis in SHARDING)
+
+
+def sharded_axis(spec: P) -> int:
+    """Returns which of a parameter's own axes they split."""
+    return next(i for i, entry in enumerate(spec) if sharding_axes(P(entry)))
+
+
+def names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a `PartitionSpec`."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def num_shards() -> int:
+    """Returns over how many devices of the mesh in use a parameter is split."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in SHARDING)
 
 
 def rowwise(equation: str, x: jax.Array, kernel: jax.Array, out: P, dtype=None) -> jax.Array:

@@ -116,7 +116,7 @@ class FakeTable:
         return self.floats.lookup(self._read(table), rows, dtype, out)
 
     def whole(self, table, dtype):
-        """Returns what `rows` reads, whole over `fsdp`."""
+        """Returns what `rows` reads, unsharded."""
         return self.floats.whole(self._read(table), dtype)
 
     def rows(self, whole, dtype):
@@ -128,7 +128,7 @@ class FakeTable:
         return self.floats.few_logits(x, whole, out)
 
     def mean_row(self, table, count: int):
-        """Returns the mean of the first `count` rows in float32, whole over `fsdp`."""
+        """Returns the mean of the first `count` rows in float32, unsharded."""
         return self.floats.mean_row(self._read(table), count)
 
     def parts(self, table):

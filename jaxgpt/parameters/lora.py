@@ -11,7 +11,7 @@ from jax.sharding import reshard
 from jaxtyping import Array, Float
 
 from jaxgpt.config import LoraConfig
-from jaxgpt.parallel.rules import rowwise, weight
+from jaxgpt.parallel.rules import rowwise, unsharded, weight
 
 NAMES = ("lora_in", "lora_out", "magnitude")  # the last word of an addition's path
 
@@ -108,6 +108,6 @@ def make_adapter(linear_shape, inputs: int, specs: P, cfg: LoraConfig, dtype, ke
     lora_out = jnp.zeros((cfg.rank, *shape[inputs:]), dtype, out_sharding=P(None, *spec[inputs:]))
     adapter = {"lora_in": nnx.Param(lora_in), "lora_out": nnx.Param(lora_out)}
     if cfg.dora:
-        whole = [None if axis == "fsdp" else axis for axis in spec[inputs:]]
-        adapter["magnitude"] = nnx.Param(jnp.ones(shape[inputs:], dtype, out_sharding=P(*whole)))
+        ones = jnp.ones(shape[inputs:], dtype, out_sharding=unsharded(P(*spec[inputs:])))
+        adapter["magnitude"] = nnx.Param(ones)
     return adapter

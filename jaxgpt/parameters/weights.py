@@ -22,7 +22,7 @@ from jaxgpt.config.validate import LORA_TARGETS, parse_ranks
 from jaxgpt.ops.cross_entropy import FLOATS, Reader
 from jaxgpt.ops.matmul import PLAIN
 from jaxgpt.parallel.fsdp import flat, product
-from jaxgpt.parallel.rules import AxisRules, rowwise, weight, without_fsdp
+from jaxgpt.parallel.rules import AxisRules, names, rowwise, unsharded, weight, whole
 from jaxgpt.parameters import few_rows
 from jaxgpt.parameters.fake import FakeKernel, FakeTable, read, read_kernel
 from jaxgpt.parameters.quantised import Format
@@ -71,7 +71,7 @@ class Quantised(nnx.Module):
 
     def __init__(self, fmt: Format, shape: tuple, spec: P, axis: int):
         inputs, mesh = shape[axis], jax.sharding.get_abstract_mesh().shape
-        devices = mesh.get(spec[axis], 1) if spec[axis] else 1
+        devices = math.prod(mesh[name] for name in names(spec[axis]))
         if not fmt.is_divisible(inputs, devices):
             spec = P(*(None if i == axis % 2 else name for i, name in enumerate(spec)))
         for name, size, dtype in zip(
@@ -81,9 +81,9 @@ class Quantised(nnx.Module):
             setattr(self, name, constant(0.0, sizes, spec, dtype))
 
     def whole(self) -> dict[str, jax.Array]:
-        """Returns values and scales, whole over `fsdp`."""
+        """Returns values and scales, unsharded."""
         arrays = {"values": self.values[...], "scales": self.scales[...]}
-        return {name: jax.sharding.reshard(a, without_fsdp(a)) for name, a in arrays.items()}
+        return jax.tree.map(whole, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class FloatKernel:
         return product(equation, x, kernel[...], out, rules, PLAIN)
 
     def dense(self, kernel: nnx.Param, dtype) -> jax.Array:
-        """Returns the kernel in its own shape, as floats, whole over `fsdp`."""
+        """Returns the kernel in its own shape, as floats, unsharded."""
         return weight(kernel, dtype)
 
 
@@ -132,17 +132,15 @@ class QuantisedKernel:
         )
 
     def dense(self, kernel: Quantised, dtype) -> jax.Array:
-        """Returns the kernel in its own shape, as floats, whole over `fsdp`."""
-        spec = P(*(None if axis == "fsdp" else axis for axis in self.shape.spec))
+        """Returns the kernel in its own shape, as floats, unsharded."""
         matrix = self._matrix(**kernel.whole(), dtype=dtype)
-        return jax.lax.reshape(matrix, self.shape.sizes, out_sharding=spec)
+        return jax.lax.reshape(matrix, self.shape.sizes, out_sharding=unsharded(self.shape.spec))
 
     def _matrix(self, values, scales, dtype) -> Float[Array, "I O"]:
-        """Returns the weights as one matrix, whole over `fsdp`, split over `tensor` as x is."""
+        """Returns the weights as one matrix, unsharded, split over `tensor` as x is."""
         inputs, _ = self.shape.matrix
         matrix = self.format.dequantise(values, scales, axis=-2, inputs=inputs, dtype=dtype)
-        spec = self.shape.spec[0], self.shape.spec[self.shape.inputs]
-        spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+        spec = unsharded(P(self.shape.spec[0], self.shape.spec[self.shape.inputs]))
         return jax.lax.stop_gradient(jax.sharding.reshard(matrix, spec))
 
 
@@ -260,7 +258,7 @@ class FloatTable:
         return table[...].astype(dtype).at[rows].get(out_sharding=out)
 
     def whole(self, table: nnx.Param, dtype) -> Float[Array, "V D"]:
-        """Returns what `rows` reads, whole over `fsdp`: float32 holding values of `dtype`, so that
+        """Returns what `rows` reads, unsharded: float32 holding values of `dtype`, so that
         gradients of several readings add up in float32."""
         return weight(table, dtype).astype(jnp.float32)
 
@@ -282,7 +280,7 @@ class FloatTable:
         return (y if x.shape[0] == 1 else jax.lax.optimization_barrier(y)).T
 
     def mean_row(self, table: nnx.Param, count: int) -> Float[Array, "D"]:
-        """Returns the mean of the first `count` rows in float32, whole over `fsdp`."""
+        """Returns the mean of the first `count` rows in float32, unsharded."""
         return _mean_row(table[...], count)
 
     def parts(self, table: nnx.Param) -> tuple[jax.Array, Reader]:
@@ -319,7 +317,7 @@ class QuantisedTable:
         return jax.sharding.reshard(self._floats(picked, -1, dtype), out)
 
     def whole(self, table: Quantised, dtype) -> dict[str, jax.Array]:
-        """Returns what `rows` reads, whole over `fsdp`."""
+        """Returns what `rows` reads, unsharded."""
         return table.whole()
 
     def rows(self, whole: dict[str, jax.Array], dtype) -> Float[Array, "V D"]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.config.schema import BATCH_AXES, SPLIT_BY
+from jaxgpt.config.schema import BATCH_AXES
 from jaxgpt.model.gpt import layer_windows
 from jaxgpt.ops.sparse.kernels import kernel_name
 from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
@@ -183,7 +183,7 @@ def _kernel_flops(program: Program, training: Training) -> int:
     cfg, mesh = training.spec.model, training.mesh.shape
     rows = training.config.batch_size // training.config.grad_accum
     rows //= math.prod(mesh[axis] for axis in BATCH_AXES)
-    width = cfg.head_dim * cfg.num_heads // mesh[SPLIT_BY["heads"]]
+    width = cfg.head_dim * cfg.num_heads // mesh["tensor"]
     one = 2 * int(np.mean(_pairs(cfg))) * width * rows
     total = 0
     for name, times in program.kernels().items():

@@ -15,9 +15,7 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.model.spec import choose_kernel, resolve_scan
 from jaxgpt.objectives.companions import Companions
 from jaxgpt.optim.optimizers import make_optimizer
-from jaxgpt.parallel.mesh import devices_along
-from jaxgpt.parallel.rules import AxisRules
-from jaxgpt.parallel.torus import torus_of
+from jaxgpt.parallel.mesh import rules_of
 from jaxgpt.parameters.flops import flops_per_token
 from jaxgpt.system.errors import BadInput
 from jaxgpt.training.objectives import companions_of
@@ -51,11 +49,7 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
             "compute.remat=offload: on a CPU there is no other memory to move to; set none"
         )
     split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
-    return ModelSpec(
-        resolve_scan(config, platform),
-        kernel,
-        AxisRules(split_residual=split, torus=torus_of(devices_along(mesh, "fsdp"))),
-    )
+    return ModelSpec(resolve_scan(config, platform), kernel, rules_of(mesh, split))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,8 +75,7 @@ def measure_loader() -> dict:
     from jax.sharding import NamedSharding
 
     from jaxgpt.data.pipeline import device_batches, training_stream
-    from jaxgpt.parallel.mesh import make_mesh
-    from jaxgpt.parallel.rules import AxisRules
+    from jaxgpt.parallel.mesh import make_mesh, rules_of
 
     found = {}
     for pack in (False, True):
@@ -93,7 +92,7 @@ def measure_loader() -> dict:
             stream.batch(k)
         found[f"{name}_host"] = count * per_batch / (time.perf_counter() - began) / 1e6
         with jax.set_mesh(mesh := make_mesh(config)):
-            sharding = NamedSharding(mesh, AxisRules()(None, "batch", "seq"))
+            sharding = NamedSharding(mesh, rules_of(mesh)(None, "batch", "seq"))
             batches = device_batches(stream, sharding, 0, count + 1)
             jax.block_until_ready(next(batches))
             began = time.perf_counter()

@@ -140,7 +140,7 @@ def test_cross_field_checks(path, value, message):
 
 def test_mesh_shape():
     config = Config(batch_size=16, mesh=MeshConfig(-1, 2, 2))
-    assert mesh_shape(config, 8) == (2, 2, 2, 1)
+    assert mesh_shape(config, 8) == (2, 2, 2, 1, 1, 1)
     with pytest.raises(BadInput, match="a multiple of 4 devices, but there are 6"):
         mesh_shape(config, 6)
     with pytest.raises(BadInput, match="needs 4 devices, but there are 8"):
@@ -157,7 +157,8 @@ def test_what_a_resumed_run_may_change():
         *("log_every", "eval_every", "sample_every", "checkpoint_every"),
         *("keep_checkpoints", "keep_every", "track"),
         *("compute.attention", "compute.remat", "compute.scan_layers"),
-        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence_activations"),
+        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert"),
+        *("mesh.context", "mesh.pipeline", "mesh.sequence_activations"),
         "compute.expert_buffer",
         "objectives.distill.teacher",  # its place; a checkpoint knows which teacher it was
     }

@@ -61,6 +61,8 @@ def in_format_1(config: Config) -> str:
         ("optim", "warmup_fraction"),
         ("optim", "label_smoothing"),
         ("mesh", "expert"),
+        ("mesh", "context"),
+        ("mesh", "pipeline"),
     ):
         del nested[group][later]
     return json.dumps(nested, indent=2) + "\n"

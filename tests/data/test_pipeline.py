@@ -14,7 +14,7 @@ from jaxgpt.data.chunks import ContiguousChunks
 from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream, _local_rows, device_batches
 from jaxgpt.evaluation.windows import evaluation_batch, evaluation_windows
-from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parallel.mesh import rules_of
 from tests.conftest import mesh_of, tiny_config
 
 TOKENS = np.arange(1000, dtype=np.uint16)
@@ -62,7 +62,7 @@ def test_grad_accum_splits_the_same_batch():
 def test_loader_starts_anywhere_and_ends():
     config = tiny_config()
     with jax.set_mesh(mesh := mesh_of(config)):
-        sharding = NamedSharding(mesh, AxisRules()(None, "batch", "seq"))
+        sharding = NamedSharding(mesh, rules_of(mesh)(None, "batch", "seq"))
         every = list(device_batches(windows(), sharding, 0, 7))
         late = list(device_batches(windows(), sharding, 5, 7))
     assert (len(every), len(late)) == (7, 2)
@@ -74,7 +74,7 @@ def test_loader_starts_anywhere_and_ends():
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 4)])
 def test_batches_on_a_mesh_equal_the_host_batch(shape):
     with jax.set_mesh(mesh := mesh_of(tiny_config(shape))):
-        sharding = NamedSharding(mesh, AxisRules()(None, "batch", "seq"))
+        sharding = NamedSharding(mesh, rules_of(mesh)(None, "batch", "seq"))
         (batch,) = device_batches(windows(), sharding, 2, 3)
         assert batch["inputs"].sharding == sharding
         assert list(_local_rows(sharding, (1, 8, 10))) == list(range(8))

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxgpt.config import MeshConfig
 from jaxgpt.model.experts import Experts
 from jaxgpt.model.experts.grouped import collect, group, grouped_product, spread
-from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parallel.mesh import rules_of
 from tests.conftest import mesh_of, tiny_config
 
 EXPERTS, WIDTH = 8, 24
@@ -30,7 +30,8 @@ def layer(config) -> tuple:
         values = rng.normal(size=a.shape) * (0.3 if a.ndim > 1 else 0.05)
         return jax.device_put(values.astype(a.dtype), a.sharding.spec)
 
-    made = nnx.eval_shape(lambda: Experts(config, AxisRules(), rngs=nnx.Rngs(0)))
+    rules = rules_of(jax.sharding.get_mesh())
+    made = nnx.eval_shape(lambda: Experts(config, rules, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(made)
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=(2, 8, 24, 32)).astype(np.float32)
@@ -40,9 +41,9 @@ def layer(config) -> tuple:
 def value_and_gradient(config):
     """Of one mixture: (the sum, (gradients of the parameters, of x)), and the rest of the result;
     plain arrays."""
-    with jax.set_mesh(mesh_of(config)):
-        graph, params, x, weight = layer(config)
-        x, weight = (jax.device_put(a, AxisRules()("batch", None, None)) for a in (x, weight))
+    with jax.set_mesh(mesh := mesh_of(config)):
+        rules, (graph, params, x, weight) = rules_of(mesh), layer(config)
+        x, weight = (jax.device_put(a, rules("batch", None, None)) for a in (x, weight))
 
         def total(params, x):
             y, figures = nnx.merge(graph, params)(x)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, MeshConfig, presets
-from jaxgpt.config.schema import BATCH_AXES
 from jaxgpt.data.chunks import ContiguousChunks
 from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream, device_batches
@@ -111,44 +110,64 @@ def test_everything_at_once_on_a_mesh_equals_one_device(everything_on_one, shape
     assert_same(ten_steps(everything(shape, **mesh)), everything_on_one)
 
 
-PHASES = pytest.mark.parametrize("phases", [(2, 4), (4, 2), (2, 2, 2)])
+SPLITS = pytest.mark.parametrize(
+    ("sizes", "phases"),
+    [
+        ({"fsdp": 8}, (2, 4)),
+        ({"fsdp": 8}, (4, 2)),
+        ({"fsdp": 8}, (2, 2, 2)),
+        ({"fsdp": 2, "expert": 2, "context": 2}, (2,)),
+        ({"data": 2, "context": 2, "pipeline": 2}, (1,)),
+    ],
+)
 
 
-@PHASES
-def test_gathers_and_trades_in_phases_move_and_nothing_else(phases):
+def split_mesh(sizes: dict, phases: tuple):
+    """A mesh of axes of these sizes, and the rules for it."""
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    mesh = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
+    return mesh, AxisRules(axes=tuple(sizes), torus=Torus(phases))
+
+
+@SPLITS
+def test_gathers_and_trades_move_and_nothing_else(sizes, phases):
     """Weights come together in order; each device gets all columns of its rows, and gives back
     theirs."""
-    rules = AxisRules(torus=Torus(phases))
-    weight, x = (np.random.default_rng(0).normal(size=shape) for shape in ((3, 16), (16, 5, 32)))
-    with jax.set_mesh(mesh_of(tiny_config((1, 8, 1)))):
+    mesh, rules = split_mesh(sizes, phases)
+    weight, x = (np.random.default_rng(0).normal(size=shape) for shape in ((3, 16), (16, 6, 32)))
+    with jax.set_mesh(mesh):
         found = jax.jit(lambda a: gather_weight(a, rules))(
-            jax.device_put(weight, jax.P(None, "fsdp"))
+            jax.device_put(weight, rules(None, "embed"))
         )
         assert found.sharding.is_fully_replicated
         np.testing.assert_array_equal(found, weight.astype(found.dtype))
-        columns = jax.device_put(x, jax.P("data", None, "fsdp"))
+        columns = jax.device_put(x, rules("lookup_batch", "lookup_seq", "embed"))
         rows, back = jax.jit(lambda a: jax.vjp(lambda a: embed_columns_to_rows(a, rules), a))(
             columns
         )
-        assert rows.sharding.spec == jax.P(BATCH_AXES, None, None)
+        assert rows.sharding.spec == rules("batch", "seq", None)
         np.testing.assert_array_equal(rows, columns)
         (returned,) = jax.jit(back)(rows)
         assert returned.sharding == columns.sharding
         np.testing.assert_array_equal(returned, columns)
 
 
-@PHASES
-def test_sums_in_phases_are_sums(phases):
-    config = tiny_config((1, 8, 1))
+@SPLITS
+def test_sums_of_gradients_are_sums(sizes, phases):
+    mesh, rules = split_mesh(sizes, phases)
     own = np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
-    with jax.set_mesh(mesh_of(config)):
-        given = jax.device_put(own, jax.P(BATCH_AXES))
-        run = jax.jit(
-            lambda a: sum_gradient(a, jax.P(None, "fsdp"), AxisRules(torus=Torus(phases)))
-        )
-        found = run(given)
-        assert found.sharding.spec == jax.P(None, "fsdp")
+    spec = rules(None, "embed")
+    with jax.set_mesh(mesh):
+        given = jax.device_put(own, jax.P(rules.rows))
+        found = jax.jit(lambda a: sum_gradient(a, spec, rules))(given)
+        assert found.sharding.spec == spec
     np.testing.assert_allclose(found, own.sum(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_are_split_by_expert_and_the_rest_by_everything():
+    rules = AxisRules(axes=("fsdp", "expert", "context"))
+    assert rules("embed", "mlp") == jax.P(("fsdp", "expert", "context"), None)
+    assert rules("experts", "embed", "mlp") == jax.P("expert", ("fsdp", "context"), None)
 
 
 class Chip:

@@ -17,7 +17,7 @@ from jaxgpt.model.layers import GatedMlp, Mlp, hidden_std, residual_std
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
 from jaxgpt.parallel.collectives import gather
 from jaxgpt.parallel.fsdp import GATHERED
-from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parallel.rules import AxisRules, names
 from jaxgpt.parameters.weights import constant, normal
 
 IN, OUT = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
@@ -78,7 +78,7 @@ class Experts(nnx.Module):
         self.shared = _shared(config, rules, gated, rngs) if cfg.shared_experts else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict]:
-        rows, sums = self.rules("batch", None, None), self.rules("batch")
+        rows, sums = self.rules("batch", "seq", None), P(self.rules.rows)
         router, weights = self.router.kernel[...], self.experts.arrays()
         bias = None if self.router.bias is None else self.router.bias[...]
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (router, bias, weights))
@@ -94,11 +94,11 @@ class Experts(nnx.Module):
 
     def _local(self, x, router, bias, weights):
         """The same of one device's rows [B, T, D], and its sums with an axis in front."""
-        gathered = self._whole(router.astype(jnp.float32), 0)
+        gathered = self._whole(router.astype(jnp.float32), ("embed", None))
         logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), gathered)
         (ids, gates), sums = self.choose(logits, bias)
         whole = {
-            name: self._whole(w.astype(x.dtype), 2 if name == "down" else 1)
+            name: self._whole(w.astype(x.dtype), OUT if name == "down" else IN)
             for name, w in weights.items()
         }
         k = ids.shape[-1]
@@ -112,8 +112,10 @@ class Experts(nnx.Module):
         y = jax.lax.psum(y, "tensor").reshape(x.shape)
         return y, jax.tree.map(lambda a: a[None], sums)
 
-    def _whole(self, a, axis: int):
-        return checkpoint_name(gather(a, axis, self.rules.torus), GATHERED)
+    def _whole(self, a, axes: tuple):
+        axis = axes.index("embed")
+        over = names(self.rules(*axes)[axis])
+        return checkpoint_name(gather(a, axis, self.rules.torus, over), GATHERED)
 
 
 def _shared(config: Config, rules: AxisRules, gated: bool, rngs: nnx.Rngs) -> Mlp | GatedMlp:
