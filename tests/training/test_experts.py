@@ -1,4 +1,5 @@
-"""Mixtures in training: on meshes, what the loss is, the router's balance, the rows."""
+"""Mixtures in training: what the loss is, the router's balance, what a mesh moves; ten steps on
+meshes are in test_meshes.py."""
 
 import dataclasses
 
@@ -13,7 +14,6 @@ from jaxgpt.planning.program import Program
 from jaxgpt.training.objectives import OBJECTIVES
 from jaxgpt.training.setup import make_training
 from tests.conftest import mesh_of, random_batch, tiny_config
-from tests.training.test_sharding import assert_same, ten_steps
 
 
 def mixture(mesh=(1, 1, 1, 1), compute=None, **fields) -> Config:
@@ -23,17 +23,6 @@ def mixture(mesh=(1, 1, 1, 1), compute=None, **fields) -> Config:
     config = tiny_config(compute=compute or {"remat": "full"}, **given)
     config.data.pack, config.batch_size, config.grad_accum = True, 16, 2
     return dataclasses.replace(config, mesh=MeshConfig(*mesh))
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return ten_steps(mixture(dropout=0.1))
-
-
-@pytest.mark.parametrize("mesh", [(1, 4, 1, 2), (1, 1, 1, 4), (1, 2, 2, 2)])
-@pytest.mark.slow
-def test_ten_steps_of_experts_on_a_mesh_equal_one_device(alone, mesh):
-    assert_same(ten_steps(mixture(mesh, dropout=0.1)), alone)
 
 
 def steps(config: Config, count: int) -> tuple:

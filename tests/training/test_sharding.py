@@ -1,4 +1,4 @@
-"""Sharded equals unsharded; microbatches equal the batch; a golden curve."""
+"""What a mesh moves between devices; microbatches equal the batch; a golden curve."""
 
 import dataclasses
 import json
@@ -23,91 +23,9 @@ from jaxgpt.system.accelerators import allow_libtpu
 from jaxgpt.system.errors import BadInput
 from jaxgpt.training.setup import make_training
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
+from tests.training.test_meshes import assert_same, ten_steps
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "curve.json"
-
-
-def ten_steps(config: Config):
-    """(losses and gradient norms of ten steps, final parameters); packed where the config is."""
-    with jax.set_mesh(mesh := mesh_of(config)):
-        training = make_training(config, mesh)
-        state, step, found = jax.jit(training.init)(), training.compile_step(), []
-        for k in range(10):
-            host = random_batch(config, seed=k)
-            if config.data.pack:
-                host |= random_documents(host["inputs"].shape, seed=k)
-            batch = {n: jax.device_put(a, training.batch_sharding) for n, a in host.items()}
-            state, metrics = step(state, batch)
-            found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        assert int(state.step) == 10
-        return np.array(found), jax.device_get(state.params)
-
-
-def random_documents(shape, seed: int) -> dict[str, np.ndarray]:
-    """Segments that begin anywhere, and positions that begin with them."""
-    starts = np.random.default_rng(seed).random(shape) < 0.2
-    starts[..., 0] = True
-    at = np.broadcast_to(np.arange(shape[-1]), shape)
-    first = np.maximum.accumulate(np.where(starts, at, 0), axis=-1)
-    return {
-        "segments": np.cumsum(starts, -1).astype(np.int32),
-        "positions": (at - first).astype(np.int32),
-    }
-
-
-def assert_same(a, b):
-    np.testing.assert_allclose(a[0], b[0], atol=1e-4, rtol=1e-4)
-    # Adam divides by the gradient's size, so rounding noise in a gradient near 0 reaches
-    # the parameters at the scale of the learning rate (1e-2) times its share of the steps
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), a[1], b[1])
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    return ten_steps(tiny_config(dropout=0.1))
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)])
-def test_ten_steps_on_a_mesh_equal_one_device(one_device, shape):
-    assert_same(ten_steps(tiny_config(shape, dropout=0.1)), one_device)
-
-
-def everything(shape, **mesh) -> Config:
-    """Packed documents, windows, grouped queries, an untied head, a pattern of layers."""
-    config = tiny_config(
-        shape,
-        position="rope",
-        num_heads=8,
-        num_kv_heads=4,
-        window=5,
-        full_attention_every=2,
-        norm="rmsnorm",
-        activation="swiglu",
-        tie_embeddings=False,
-        logit_softcap=9.0,
-    )
-    config.data.pack, config.optim.z_loss = True, 1e-3
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
-
-
-@pytest.fixture(scope="module")
-def everything_on_one():
-    return ten_steps(everything((1, 1, 1)))
-
-
-@pytest.mark.parametrize(
-    ("shape", "mesh"),
-    [
-        ((8, 1, 1), {}),
-        ((1, 8, 1), {}),
-        ((1, 1, 4), {}),
-        ((2, 2, 2), {}),
-        ((1, 1, 4), {"sequence_activations": True}),
-        ((2, 2, 2), {"sequence_activations": True}),
-    ],
-)
-def test_everything_at_once_on_a_mesh_equals_one_device(everything_on_one, shape, mesh):
-    assert_same(ten_steps(everything(shape, **mesh)), everything_on_one)
 
 
 SPLITS = pytest.mark.parametrize(
