@@ -91,10 +91,10 @@ def one_device(model: str):
 
 SLOW = pytest.mark.slow
 MESHES = [
-    ("dense", dict(data=8)),
     ("dense", dict(fsdp=8)),
     ("dense", dict(tensor=4, sequence_activations=True)),
     ("dense", dict(data=2, fsdp=2, tensor=2)),
+    pytest.param("dense", dict(data=8), marks=SLOW),
     pytest.param("dense", dict(tensor=4), marks=SLOW),
     pytest.param("dense", dict(data=2, fsdp=2, tensor=2, sequence_activations=True), marks=SLOW),
     pytest.param("mixture", dict(expert=4), marks=SLOW),
