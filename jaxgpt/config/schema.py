@@ -82,6 +82,9 @@ class ModelConfig:
     scale_attention: bool = True  # divide scores by sqrt(head_dim); T5 does not
     scale_logits: bool = False  # divide logits by sqrt(embed_dim) (T5 with tied embeddings)
     num_experts: int = number(0, 0, 2**16)  # 0 = dense; the fields below are of mixtures alone
+    # Every so many-th layer is a mixture, but for the first so many: the others are dense
+    expert_every: int = number(1, 1, 10_000)
+    first_dense_layers: int = number(0, 0, 10_000)
     experts_per_token: int = number(2, 1, 2**16)
     expert_dim: int = number(0, 0, 2**22)  # hidden width of one expert; 0 = mlp_dim
     shared_experts: int = number(0, 0, 2**16)  # so many more that every token goes through

@@ -19,7 +19,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.samplers import BatchSampling, next_token
 from jaxgpt.model import ModelSpec, decoding
-from jaxgpt.model.gpt import layer_windows
+from jaxgpt.model.stacked.blocks import layer_windows
 from jaxgpt.ops.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
 from jaxgpt.parameters.weights import as_read
 from jaxgpt.system.errors import BadInput
@@ -236,7 +236,7 @@ def _decoding_params(spec: ModelSpec, params: dict) -> dict:
 
     stacks = [name for name in ("encoder", "decoder") if name in params]
     params = params | {name: cast_blocks(params[name]) for name in stacks}
-    return decoding.split_layers(params if stacks else cast_blocks(params))
+    return decoding.split_layers(params if stacks else cast_blocks(params), spec.model)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

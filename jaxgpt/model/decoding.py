@@ -10,8 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
+from jaxgpt.config import ModelConfig
+from jaxgpt.config.experts import layers_with
 from jaxgpt.model.attention import Attention
 from jaxgpt.model.encoder_decoder import EncoderDecoder
 from jaxgpt.model.gpt import GPT, make_mask
@@ -20,6 +23,7 @@ from jaxgpt.ops.cache import Cache, KeysValues, write_column
 from jaxgpt.ops.cached_attention import sharded_cached
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.parameters.weights import turned
+from jaxgpt.system.trees import leaves_by_path
 
 
 class Memory(NamedTuple):
@@ -30,22 +34,24 @@ class Memory(NamedTuple):
     segments: Int[Array, "B S"]
 
 
-def split_layers(params: dict) -> dict:
+def split_layers(params: dict, cfg: ModelConfig) -> dict:
     """Returns `params` with `blocks`, the decoder's of an encoder-decoder, as a tuple of each
     layer's own arrays, and the tables as `extend` reads them."""
     if "decoder" in params:
-        return turned(params) | {"decoder": _split(params["decoder"])}
-    return _split(turned(params))
+        return turned(params) | {"decoder": _split(params["decoder"], cfg)}
+    return _split(turned(params), cfg)
 
 
-def _split(stack: dict) -> dict:
-    def layer(stacked, i):
+def _split(stack: dict, cfg: ModelConfig) -> dict:
+    def row(stacked, i):
         spec = jax.typeof(stacked).sharding.spec
         return jax.sharding.reshard(stacked[i], jax.P(*spec[1:]))
 
-    count = jax.tree.leaves(stack["blocks"])[0].shape[0]
-    blocks = (jax.tree.map(lambda a, i=i: layer(a, i), stack["blocks"]) for i in range(count))
-    return stack | {"blocks": tuple(blocks)}
+    layers: list[dict] = [{} for _ in range(cfg.num_layers)]
+    for path, stacked in leaves_by_path(stack["blocks"]).items():
+        for i, layer in enumerate(layers_with(path, cfg)):
+            layers[layer][path] = row(stacked, i)
+    return stack | {"blocks": tuple(unflatten_dict(layer, sep="/") for layer in layers)}
 
 
 def blocks_of(params: dict) -> Sequence[dict]:
@@ -168,10 +174,7 @@ def _read_memory(memory: Memory, i: int, cross_attention, x):
 
 
 def _block(model, i: int, params: dict):
-    stack = model.stack
-    structure = jax.tree.structure(nnx.state(stack.blocks))
-    state = jax.tree.unflatten(structure, jax.tree.leaves(params))
-    return nnx.merge(stack.graphdefs[i % len(stack.layer_windows)], state)
+    return model.stack.blocks.block(i, nnx.State(params))
 
 
 def next_logits(model: GPT | EncoderDecoder, x: Float[Array, "B D"], table) -> Float[Array, "B V"]:

@@ -6,11 +6,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config import Config
 from jaxgpt.model.block import Block
 from jaxgpt.model.layers import INIT_STD, NORMS, dropout
 from jaxgpt.model.positions import POSITIONS
 from jaxgpt.model.relative import bias_of, relative_bias
+from jaxgpt.model.stacked.blocks import Blocks, Part, added
 from jaxgpt.model.vocabulary import Vocabulary
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.remat import REMAT, RESIDUAL_STREAM
@@ -21,8 +22,8 @@ from jaxgpt.parameters.weights import normal
 class Stack(nnx.Module):
     """Layers, the embeddings beside the tokens' own, and the last norm.
 
-    `blocks` is one Block whose parameters have a leading axis L, in a scan or unrolled, so that a
-    checkpoint fits either. Layers differ at most in their window, by a pattern that repeats.
+    `blocks` has the parameters of all layers, stacked, and runs in scans or unrolled, so that a
+    checkpoint fits either.
     """
 
     def __init__(
@@ -39,12 +40,8 @@ class Stack(nnx.Module):
         self.rules, self.dropout, self.remat = rules, cfg.dropout, compute.remat
         self.reach, self.num_layers = Reach(causal), cfg.num_layers
         self.positions = POSITIONS[cfg.position](config, rules, rngs=rngs)
-        self.layer_windows = layer_windows(cfg)
-        groups = cfg.num_layers // len(self.layer_windows)
-        self.unroll = groups if compute.scan_layers == "false" else 1
-        self.blocks, self.graphdefs = _stack(
-            config, rules, kernel, block, self.layer_windows, rngs.params()
-        )
+        self.unroll = compute.scan_layers == "false"
+        self.blocks = Blocks(config, rules, kernel, block, rngs.params())
         norm, pre = NORMS[cfg.norm], cfg.norm_position == "pre"
         self.final_norm = norm(config, cfg.embed_dim) if pre else lambda x: x
         self.embedding_norm = norm(config, cfg.embed_dim) if cfg.embedding_norm else lambda x: x
@@ -87,25 +84,31 @@ class Stack(nnx.Module):
 
     def run(self, x: Float[Array, "B T D"], mask: AttentionMask, *arguments) -> tuple:
         """Returns the last layer's output and the auxiliary losses; `arguments`: of `__call__`."""
-        period, (key, *rest) = len(self.layer_windows), arguments
-
-        def apply(x, group):
-            """One turn of the pattern: `period` layers, each with its own window."""
-            x, losses = checkpoint_name(x, RESIDUAL_STREAM), []
-            for i, graphdef in enumerate(self.graphdefs):
-                params, layer_key = jax.tree.map(lambda a, i=i: a[i], group)
-                block = nnx.merge(graphdef, params)
-                x, layer_losses = block(x, mask, layer_key, *rest)
-                losses.append(layer_losses)
-            return x, jax.tree.map(lambda *a: jnp.stack(a), *losses)
-
-        if self.remat != "none" or num_shards() > 1:
-            apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
+        key, *rest = arguments
         keys = None if key is None else jax.random.split(key, self.num_layers)
-        layers = (nnx.state(self.blocks), keys)
-        groups = jax.tree.map(lambda a: a.reshape(-1, period, *a.shape[1:]), layers)
-        x, losses = jax.lax.scan(apply, x, groups, unroll=self.unroll)
-        return x, jax.tree.map(lambda a: jnp.sum(a, axis=(0, 1)), losses)
+        params, losses = nnx.state(self.blocks), []
+        for part in self.blocks.parts:
+            x, of_part = self._run_part(part, params, x, mask, keys, rest)
+            losses.append(of_part)
+        return x, added(losses)
+
+    def _run_part(self, part: Part, params, x, mask: AttentionMask, keys, rest) -> tuple:
+        """Returns the same of one part, in a scan."""
+
+        def apply(x, turn):
+            x, losses, (arrays, keys) = checkpoint_name(x, RESIDUAL_STREAM), [], turn
+            for i, block in enumerate(self.blocks.blocks_of(part, arrays)):
+                x, of_layer = block(x, mask, None if keys is None else keys[i], *rest)
+                losses.append(of_layer)
+            return x, added(losses)
+
+        unroll = part.turns if self.unroll else 1
+        if self.remat != "none" or num_shards() > 1:
+            apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=unroll > 1)
+        if keys is not None:
+            keys = keys[part.start : part.stop].reshape(part.turns, part.period)
+        x, losses = jax.lax.scan(apply, x, (self.blocks.turns(part, params), keys), unroll=unroll)
+        return x, jax.tree.map(lambda a: jnp.sum(a, axis=0), losses)
 
 
 class GPT(nnx.Module):
@@ -157,26 +160,3 @@ def make_mask(
     mask = AttentionMask(positions, positions, segments, segments, prefix, reach)
     specs = jax.tree.map(lambda a: rules("batch", "seq") if a.ndim > 1 else rules("batch"), mask)
     return jax.sharding.reshard(mask, specs)
-
-
-def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:
-    """Returns the windows of the repeating pattern of layers: (4, 4, 0) = two local, one full."""
-    if not cfg.window or not cfg.full_attention_every:
-        return (cfg.window,)
-    return (cfg.window,) * (cfg.full_attention_every - 1) + (0,)
-
-
-def _stack(config: Config, rules, kernel: str, block: type, windows: tuple, key: PRNGKeyArray):
-    """Returns a block with every parameter stacked over layers, each layer from its own key, and
-    the graph of a block for each window of the pattern."""
-
-    def make(key, window: int):
-        return block(config, rules, kernel, window, rngs=nnx.Rngs(params=key))
-
-    def graph(window: int):
-        return nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0), window)))
-
-    keys = jax.random.split(key, config.model.num_layers)
-    stacked = jax.vmap(lambda key: nnx.state(make(key, windows[0])))(keys)
-    graphs = tuple(map(graph, windows))
-    return nnx.merge(graphs[0], stacked), graphs

@@ -105,20 +105,20 @@ def join(trained: dict, frozen: dict) -> dict:
     )
 
 
-def as_matrices(blocks: dict) -> dict:
+def as_matrices(blocks: dict, stacked: int = 1) -> dict:
     """Returns the stacked parameters of the blocks with each layer's own part as one matrix or
     vector: kernels as [L, inputs, outputs], LoRA's as [L, inputs, R] and [L, R, outputs], biases
-    and scales as [L, outputs].
+    and scales as [L, outputs]. Those of experts are `stacked` over two axes.
     """
 
     def flat(path: tuple, leaf):
         name = leaf_path(path).split("/")[-1]
-        layers, shape = leaf.shape[0], leaf.shape[1:]
+        layers, shape = leaf.shape[:stacked], leaf.shape[stacked:]
         if name in VECTORS:
-            return leaf.reshape(layers, -1)
+            return leaf.reshape(*layers, -1)
         inputs = {"lora_in": len(shape) - 1, "lora_out": 1}.get(name)
         inputs = inputs or len(inputs_outputs(leaf_path(path))[0])
-        return leaf.reshape(layers, math.prod(shape[:inputs]), math.prod(shape[inputs:]))
+        return leaf.reshape(*layers, math.prod(shape[:inputs]), math.prod(shape[inputs:]))
 
     return jax.tree_util.tree_map_with_path(flat, blocks)
 

@@ -33,6 +33,10 @@ def adafactor(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformat
 
     # Each stack has its own number of layers
     stacks = {"blocks/": "stacked"}
+    if model.num_experts:
+        of_dense = {f"blocks/mlp/{name}/": "dense" for name in ("gate", "up", "down")}
+        of_mixture = {"blocks/mlp/experts/": "experts", "blocks/mlp/": "mixtures"}
+        stacks = of_dense | of_mixture | stacks
     if model.kind == "encoder_decoder":
         stacks = {f"{stack}/blocks/": stack for stack in ("encoder", "decoder")}
 
@@ -40,23 +44,32 @@ def adafactor(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformat
         return next((name for start, name in stacks.items() if path.startswith(start)), "alone")
 
     parts = {name: per_layer(alone, axes) for name in stacks.values()} | {"alone": alone}
+    if model.num_experts:
+        parts["experts"] = per_layer(alone, axes, stacked=2)
     return optax.partition(parts, lambda params: by_path(kind, params))
 
 
-def per_layer(inner: optax.GradientTransformation, axes) -> optax.GradientTransformation:
+def per_layer(
+    inner: optax.GradientTransformation, axes, stacked: int = 1
+) -> optax.GradientTransformation:
     """Returns `inner` run on the matrices of each layer apart (see `as_matrices`); `axes` says
     where its state gets the axis of layers, as `jax.vmap` has it."""
 
+    def each(f, **axes):
+        for _ in range(stacked):
+            f = jax.vmap(f, **axes)
+        return f
+
     def init(params):
-        if not jax.tree.leaves(params):  # all frozen
+        if not jax.tree.leaves(params):  # all frozen, or no such layer
             return inner.init(params)
-        return jax.vmap(inner.init, out_axes=axes)(as_matrices(params))
+        return each(inner.init, out_axes=axes)(as_matrices(params, stacked))
 
     def update(updates, state, params):
         if not jax.tree.leaves(updates):
             return updates, state
-        run = jax.vmap(inner.update, in_axes=(0, axes, 0), out_axes=(0, axes))
-        new, state = run(as_matrices(updates), state, as_matrices(params))
+        run = each(inner.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+        new, state = run(as_matrices(updates, stacked), state, as_matrices(params, stacked))
         return jax.tree.map(lambda a, like: a.reshape(like.shape), new, updates), state
 
     return optax.GradientTransformation(init, update)

@@ -1,6 +1,7 @@
 """Parameters, model FLOPs, and how much of the devices' peak they use."""
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.config.experts import mixture_layers
 from jaxgpt.ops.activations import GATED
 from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
 from jaxgpt.system.trees import leaves_by_path
@@ -63,15 +64,15 @@ def flops_per_token(cfg: ModelConfig, logits: float = 1.0) -> int:
     d, matrices, length = cfg.embed_dim, 3 if cfg.activation in GATED else 2, cfg.max_seq_len
     reading, read = (2 * heads * cfg.head_dim * d for heads in (cfg.num_heads, cfg.num_kv_heads))
     own = read // 2 if cfg.attention_pattern == "lsh" else read  # whose queries are its keys
-    mlp = matrices * cfg.mlp_dim
-    if cfg.num_experts:  # those that a token goes through, and the router
-        mlp = matrices * (cfg.experts_per_token + cfg.shared_experts) * cfg.expert_dim
-        mlp += cfg.num_experts
-    layer = reading + own + mlp * d
+    layer, mixtures = reading + own + matrices * cfg.mlp_dim * d, len(mixture_layers(cfg))
+    # Those experts that a token goes through, and the router
+    expert = matrices * (cfg.experts_per_token + cfg.shared_experts) * cfg.expert_dim
+    layers = cfg.num_layers * layer
+    layers += mixtures * (expert + cfg.num_experts - matrices * cfg.mlp_dim) * d
     square = 12 * cfg.num_heads * cfg.head_dim  # for each pair of positions
     head = logits * (d * cfg.vocab_size + d * d * cfg.head_transform)
     keys = _keys_seen(cfg, length, cfg.kind != "encoder")
-    row = length * (6 * (cfg.num_layers * layer + head) + square * cfg.num_layers * keys)
+    row = length * (6 * (layers + head) + square * cfg.num_layers * keys)
     if cfg.kind == "encoder_decoder":
         sources = cfg.max_source_len
         keys = _keys_seen(cfg, sources, False)

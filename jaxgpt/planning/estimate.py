@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import BATCH_AXES
-from jaxgpt.model.gpt import layer_windows
+from jaxgpt.model.stacked.blocks import layer_windows
 from jaxgpt.ops.sparse.kernels import kernel_name
 from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
 from jaxgpt.parallel.mesh import AXES, make_mesh, slices_of

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from jaxgpt.metrics.progress import Bar
-from jaxgpt.model import GPT, ModelSpec
+from jaxgpt.model import ModelSpec
 from jaxgpt.model.layers import Linear
+from jaxgpt.model.stacked.blocks import layer_windows
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.parallel.fsdp import flat
 from jaxgpt.shrinking.source import Source
@@ -46,7 +47,7 @@ def through_layers(source: Source, count: int) -> Iterator[tuple[list[jax.Array]
     rest = _without_blocks(source)
     xs = [_embed(spec, rest, window) for window in windows]
     yield list(xs), {}
-    period, total = len(spec.bind(rest).stack.layer_windows), spec.model.num_layers * len(windows)
+    period, total = len(layer_windows(spec.model)), spec.model.num_layers * len(windows)
     with Bar("calibrate", total, "batches") as bar:
         for i in range(spec.model.num_layers):
             layer = jax.tree.map(lambda a, i=i: jnp.asarray(a[i]), source.params["blocks"])
@@ -78,7 +79,7 @@ def _through_layer(spec: ModelSpec, kind: int, rest: dict, layer: dict, x, windo
     """Returns a layer's output and the sums of x x^T of its projections' inputs; `kind` is the
     layer's place in the pattern of windows."""
     model = spec.bind(rest)
-    block, sums = _block(model, kind, layer), {}
+    block, sums = model.stack.blocks.block(kind, nnx.State(layer)), {}
     for path, part in nnx.iter_graph(block):
         if isinstance(part, Linear):
             part.storage = _Recording(part.storage, path[-1], sums)
@@ -86,12 +87,6 @@ def _through_layer(spec: ModelSpec, kind: int, rest: dict, layer: dict, x, windo
     mask = AttentionMask(positions, positions, segments, segments)
     x, _ = block(x, jax.sharding.reshard(mask, spec.rules("batch", "seq")))
     return jax.sharding.reshard(x, spec.rules("batch", "residual", None)), sums
-
-
-def _block(model: GPT, kind: int, layer: dict):
-    stack, leaves = model.stack, jax.tree.leaves(layer)
-    structure = jax.tree.structure(nnx.state(stack.blocks))
-    return nnx.merge(stack.graphdefs[kind], jax.tree.unflatten(structure, leaves))
 
 
 class _Recording:

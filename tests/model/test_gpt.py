@@ -198,7 +198,7 @@ def test_cached_extension_equals_the_whole(variant):
 
         @jax.jit
         def start(params):
-            model, layers = spec.bind(params), decoding.split_layers(params)["blocks"]
+            model, layers = spec.bind(params), decoding.split_layers(params, spec.model)["blocks"]
             read = decoding.prefill(model, layers, tokens[:, :7], positions[:, :7])[1]
             return write_recent(
                 empty_cache(spec.config, 3, 24, spec.rules),
@@ -208,7 +208,7 @@ def test_cached_extension_equals_the_whole(variant):
 
         @jax.jit
         def extend(params, t, cache, recent, slot):
-            model, layers = spec.bind(params), decoding.split_layers(params)["blocks"]
+            model, layers = spec.bind(params), decoding.split_layers(params, spec.model)["blocks"]
             x, recent = decoding.extend(
                 model, layers, tokens[:, t], positions[:, t], cache, recent, slot
             )

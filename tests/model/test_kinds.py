@@ -204,7 +204,7 @@ def test_cached_decoding_equals_the_whole(model):
     with jax.set_mesh(mesh_of(config)):
         spec = spec.for_decoding()
         whole = jax.jit(lambda p: spec.bind(p)(tokens, **sources))(params)
-        split = jax.jit(decoding.split_layers)(params)
+        split = jax.jit(lambda p: decoding.split_layers(p, spec.model))(params)
 
         @jax.jit
         def start(params):

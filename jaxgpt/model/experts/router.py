@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.config.experts import mixture_layers
 
 
 class Choice(NamedTuple):
@@ -123,4 +124,4 @@ def _toward_even(bias: Float[Array, "E"], share: Float[Array, "E"]) -> Float[Arr
 
 def num_mixtures(cfg: ModelConfig) -> int:
     """Returns how many layers have experts."""
-    return cfg.num_layers if cfg.num_experts else 0
+    return len(mixture_layers(cfg))
