@@ -12,6 +12,7 @@ from pathlib import Path
 from etils import epath
 
 from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config.experts import mixture_layers
 from jaxgpt.config.schema import get_field, left_open, model_differences, set_field
 from jaxgpt.config.stored import read_config
 from jaxgpt.config.validate import (
@@ -71,7 +72,7 @@ def chosen_layers(config: Config, count: int) -> list[int]:
 
 def _taken(config: Config) -> ModelConfig:
     """Returns the architecture at `init_from`, of the layers that are taken. Raises `BadInput` if
-    one would come to stand where the model has another window."""
+    one would come to stand where the model has another window or feed-forward."""
     theirs = model_of(config.init_from)
     layers, every = chosen_layers(config, theirs.num_layers), theirs.full_attention_every
     if every and any(layer % every != place % every for place, layer in enumerate(layers)):
@@ -79,7 +80,14 @@ def _taken(config: Config) -> ModelConfig:
             f"init_layers={config.init_layers}: in init_from={config.init_from} every"
             f" {every}th layer attends to all; choose layers that keep that order"
         )
-    return dataclasses.replace(theirs, num_layers=len(layers))
+    taken = dataclasses.replace(theirs, num_layers=len(layers))
+    there, here = set(mixture_layers(theirs)), set(mixture_layers(taken))
+    if any((layer in there) != (place in here) for place, layer in enumerate(layers)):
+        raise BadInput(
+            f"init_layers={config.init_layers}: in init_from={config.init_from} layers"
+            f" {', '.join(map(str, sorted(there)))} are mixtures; choose layers that keep that order"
+        )
+    return taken
 
 
 def tokenizer_of(path: str) -> Tokenizer | None:

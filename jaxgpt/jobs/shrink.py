@@ -46,6 +46,11 @@ def shrink(
         trained = open_trained(workdir, step)
         if (kind := trained.config.model.kind) != "decoder":
             raise BadInput(f"{workdir} holds an {kind}: shrink knows decoders only")
+        if experts := trained.config.model.num_experts:
+            raise BadInput(
+                f"{workdir} holds a mixture (model.num_experts={experts}): shrink knows dense models"
+                " only"
+            )
         before = figures_of(trained, options.data)
         with jax.set_mesh(trained.mesh):
             source = Source(trained, options.data)

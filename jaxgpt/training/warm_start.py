@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config.experts import layers_with
 from jaxgpt.config.validate import parse_patterns
 from jaxgpt.interchange.init_from import check_model, chosen_layers, tokenizer_of
 from jaxgpt.interchange.load import load_weights, put_like
@@ -54,7 +55,7 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
     source, theirs = load_weights(config.init_from, config.shrink)
     layers = chosen_layers(config, theirs.num_layers)
     if len(layers) < theirs.num_layers:
-        source = {p: a[layers] if p.startswith("blocks/") else a for p, a in source.items()}
+        source = {path: _taken(path, a, layers, theirs) for path, a in source.items()}
     fresh = jax.jit(spec.init)(jax.random.key(config.seed))
     wanted, anew = leaves_by_path(fresh), parse_patterns(config.init_fresh, "init_fresh")
     if strange := set(source) - set(wanted) - {p for p in source if _any(anew, p)}:
@@ -79,6 +80,14 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
             kernel = hosts.gather_to_host(params[path.replace("magnitude", "kernel")])
             params[path] = put_like(column_norms(kernel, leaf.shape), leaf)
     return unflatten_dict(params, sep="/")
+
+
+def _taken(path: str, a: np.ndarray, layers: list[int], model: ModelConfig) -> np.ndarray:
+    """Returns the rows of an array that are of these layers; the array if it is of none."""
+    if not path.startswith("blocks/"):
+        return a
+    stacked = layers_with(path.removeprefix("blocks/"), model)
+    return a[[row for row, layer in enumerate(stacked) if layer in layers]]
 
 
 def _any(patterns: list[re.Pattern], path: str) -> bool:

@@ -200,6 +200,13 @@ def test_resume_rules():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (
+            {"model.expert_every": 5},
+            "model.expert_every=5 must divide the 12 layers that model.num_layers=12 has after"
+            " model.first_dense_layers=0",
+        ),
+        ({"model.first_dense_layers": 12}, "the 0 layers that model.num_layers=12 has after"),
+        ({"model.num_experts": 0, "model.expert_every": 2}, "model.expert_every=2 and"),
         ({"mesh.expert": 3}, "model.num_experts = 4 cannot be divided over mesh.expert=3"),
         ({"model.expert_dim": 15, "mesh.tensor": 2}, "model.expert_dim = 15 cannot be divided"),
         ({"lora.rank": 2, "lora.targets": "up"}, "experts have no additions; choose from"),

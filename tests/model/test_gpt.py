@@ -316,6 +316,8 @@ MODERN_CHANGES = {
 ENCODER_DECODER = ("encoder_layers", "max_source_len", "relative_buckets", "relative_max_distance")
 EXPERT_CHANGES = {
     "num_experts": 6,
+    "expert_every": 2,
+    "first_dense_layers": 1,
     "experts_per_token": 3,
     "expert_dim": 20,
     "shared_experts": 2,
@@ -385,7 +387,7 @@ def test_every_field_of_a_pattern_changes_what_is_seen(attention):
 
 @pytest.mark.slow
 def test_every_field_of_a_mixture_changes_the_program():
-    fields = dict(num_experts=4, router="sigmoid_topk", num_layers=1)
+    fields = dict(num_experts=4, router="sigmoid_topk", num_layers=2)
     before = traced(tiny_config(**fields))
     assert traced(tiny_config(**fields)) == before
     for name, value in EXPERT_CHANGES.items():
