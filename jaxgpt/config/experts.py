@@ -1,7 +1,5 @@
 """Which layers of a model are mixtures of experts, and checks of mixtures across fields."""
 
-import functools
-
 from jaxgpt.config.schema import Config, ModelConfig
 from jaxgpt.system.errors import BadInput
 
@@ -9,27 +7,14 @@ ATTENTION_TARGETS = {"query", "key", "value", "out"}
 OF_MIXTURES = ("mlp/router/", "mlp/experts/", "mlp/shared/")  # the paths of a layer's arrays
 
 
-@functools.lru_cache
-def _mixtures(layers: int, every: int, first_dense: int) -> tuple[int, ...]:
-    return tuple(i for i in range(first_dense, layers) if (i + 1) % every == 0)
-
-
-def mixture_layers(model: ModelConfig) -> tuple[int, ...]:
-    """Returns the layers whose feed-forward is a mixture, counted from 0: with `expert_every=2` 1,
-    3, 5, ..., whatever `first_dense_layers` is."""
-    if not model.num_experts:
-        return ()
-    return _mixtures(model.num_layers, model.expert_every, model.first_dense_layers)
-
-
 def layers_with(path: str, model: ModelConfig) -> tuple[int, ...]:
     """Returns the layers that have the array at `path` below `blocks`: the rows of its stack."""
-    every, mixtures = tuple(range(model.num_layers)), mixture_layers(model)
+    every, mixtures = tuple(range(model.num_layers)), model.mixture_layers
     if not path.startswith("mlp/") or not mixtures:
         return every
     if path.startswith(OF_MIXTURES):
-        return mixtures
-    return tuple(i for i in every if i not in set(mixtures))
+        return tuple(mixtures)
+    return tuple(i for i in every if i not in mixtures)
 
 
 def check_experts(config: Config, model: ModelConfig) -> None:

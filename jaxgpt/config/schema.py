@@ -24,7 +24,8 @@ class ModelConfig:
     num_kv_heads: int = number(0, 0, 2**16)  # 0 = num_heads; fewer: grouped-query attention
     head_dim: int = number(0, 0, 2**16)  # 0 = embed_dim / num_heads
     embed_dim: int = number(768, 1, 2**20)
-    mlp_dim: int = number(0, 0, 2**22)  # 0 = 4 * embed_dim
+    # 0 = 4 * embed_dim
+    mlp_dim: int = needs("has_dense_layers", True, field=number(0, 0, 2**22))
     norm: str = choice("layernorm", "rmsnorm")
     norm_eps: float = number(1e-5, 0, 1, "()")
     norm_position: str = choice("pre", "post")
@@ -114,6 +115,19 @@ class ModelConfig:
             expert_dim=self.expert_dim
             or bool(self.num_experts) * (self.mlp_dim or 4 * self.embed_dim),
         )
+
+    @property
+    def mixture_layers(self) -> range:
+        """The layers whose feed-forward is a mixture, counted from 0: with `expert_every=2` 1, 3,
+        5, ... that are not among `first_dense_layers`."""
+        every, dense = self.expert_every, self.first_dense_layers
+        first = -(-(dense + 1) // every) * every - 1
+        return range(first, self.num_layers, every) if self.num_experts else range(0)
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether some layer is no mixture."""
+        return len(self.mixture_layers) < self.num_layers
 
     @property
     def width_ratio(self) -> float:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from jaxgpt.config.experts import check_expert_axis, check_experts, mixture_layers
+from jaxgpt.config.experts import check_expert_axis, check_experts
 from jaxgpt.config.fields import ANY_FLOAT, ANY_INT
 from jaxgpt.config.migrate import RENAMED
 from jaxgpt.config.objectives import check_kind, with_special_tokens
@@ -249,7 +249,7 @@ def _check_kind(model: ModelConfig) -> None:
 def _parameters(model: ModelConfig) -> int:
     """Returns the number of parameters, but for biases, norms, gates and cross-attention."""
     heads, layers = model.num_heads + model.num_kv_heads, model.num_layers + model.encoder_layers
-    mixtures = len(mixture_layers(model))
+    mixtures = len(model.mixture_layers)
     mixture = mixtures * (model.num_experts + model.shared_experts) * model.expert_dim
     widths = layers * heads * model.head_dim + mixture + (layers - mixtures) * model.mlp_dim
     return model.embed_dim * (model.vocab_size + 2 * widths)

@@ -12,7 +12,6 @@ from pathlib import Path
 from etils import epath
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.config.experts import mixture_layers
 from jaxgpt.config.schema import get_field, left_open, model_differences, set_field
 from jaxgpt.config.stored import read_config
 from jaxgpt.config.validate import (
@@ -81,11 +80,11 @@ def _taken(config: Config) -> ModelConfig:
             f" {every}th layer attends to all; choose layers that keep that order"
         )
     taken = dataclasses.replace(theirs, num_layers=len(layers))
-    there, here = set(mixture_layers(theirs)), set(mixture_layers(taken))
+    there, here = theirs.mixture_layers, taken.mixture_layers
     if any((layer in there) != (place in here) for place, layer in enumerate(layers)):
         raise BadInput(
             f"init_layers={config.init_layers}: in init_from={config.init_from} layers"
-            f" {', '.join(map(str, sorted(there)))} are mixtures; choose layers that keep that order"
+            f" {', '.join(map(str, there))} are mixtures; choose layers that keep that order"
         )
     return taken
 

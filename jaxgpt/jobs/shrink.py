@@ -48,8 +48,8 @@ def shrink(
             raise BadInput(f"{workdir} holds an {kind}: shrink knows decoders only")
         if experts := trained.config.model.num_experts:
             raise BadInput(
-                f"{workdir} holds a mixture (model.num_experts={experts}): shrink knows dense models"
-                " only"
+                f"{workdir} holds a mixture (model.num_experts={experts}): shrink knows dense"
+                " models only"
             )
         before = figures_of(trained, options.data)
         with jax.set_mesh(trained.mesh):

@@ -1,7 +1,6 @@
 """Parameters, model FLOPs, and how much of the devices' peak they use."""
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.config.experts import mixture_layers
 from jaxgpt.ops.activations import GATED
 from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
 from jaxgpt.system.trees import leaves_by_path
@@ -64,7 +63,7 @@ def flops_per_token(cfg: ModelConfig, logits: float = 1.0) -> int:
     d, matrices, length = cfg.embed_dim, 3 if cfg.activation in GATED else 2, cfg.max_seq_len
     reading, read = (2 * heads * cfg.head_dim * d for heads in (cfg.num_heads, cfg.num_kv_heads))
     own = read // 2 if cfg.attention_pattern == "lsh" else read  # whose queries are its keys
-    layer, mixtures = reading + own + matrices * cfg.mlp_dim * d, len(mixture_layers(cfg))
+    layer, mixtures = reading + own + matrices * cfg.mlp_dim * d, len(cfg.mixture_layers)
     # Those experts that a token goes through, and the router
     expert = matrices * (cfg.experts_per_token + cfg.shared_experts) * cfg.expert_dim
     layers = cfg.num_layers * layer

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, MeshConfig
-from jaxgpt.config.experts import mixture_layers
 from jaxgpt.config.schema import ModelConfig
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.stacked.blocks import Part, layer_kinds, parts_of
@@ -119,7 +118,7 @@ def test_the_parts_of_a_stack():
         return list(parts_of(layer_kinds(cfg), cfg.first_dense_layers))
 
     def mixtures(**fields):
-        return list(mixture_layers(ModelConfig(**fields)))
+        return list(ModelConfig(**fields).mixture_layers)
 
     assert parts(num_layers=6) == [Part(0, 6, 1)]
     assert parts(num_layers=6, window=2, full_attention_every=3) == [Part(0, 6, 3)]

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.config.experts import mixture_layers
 
 
 class Choice(NamedTuple):
@@ -124,4 +123,4 @@ def _toward_even(bias: Float[Array, "E"], share: Float[Array, "E"]) -> Float[Arr
 
 def num_mixtures(cfg: ModelConfig) -> int:
     """Returns how many layers have experts."""
-    return len(mixture_layers(cfg))
+    return len(cfg.mixture_layers)

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.config.experts import layers_with, mixture_layers
+from jaxgpt.config.experts import layers_with
 
 
 class Kind(NamedTuple):
@@ -108,7 +108,7 @@ def layer_windows(cfg: ModelConfig) -> tuple[int, ...]:
 
 def layer_kinds(cfg: ModelConfig) -> tuple[Kind, ...]:
     """Returns the kind of each layer."""
-    windows, mixtures = layer_windows(cfg), set(mixture_layers(cfg))
+    windows, mixtures = layer_windows(cfg), cfg.mixture_layers
     return tuple(Kind(windows[i % len(windows)], i in mixtures) for i in range(cfg.num_layers))
 
 
