@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.validate import validate
-from jaxgpt.interchange.families import FAMILIES, GPT2, Family
+from jaxgpt.interchange.families import FAMILIES, GPT2, LATENT, Family
 from jaxgpt.interchange.safetensors import SafetensorsFile
 from jaxgpt.interchange.tf_checkpoint import TfCheckpoint
 from jaxgpt.interchange.torch_file import TorchFile
@@ -97,8 +97,10 @@ def open_folder(path: Path) -> Folder:
     hf = read_json(path / "config.json", dict)
     family = FAMILIES.get(str(hf.get("model_type")))
     if family is None:
+        kind = hf.get("model_type")
+        latent = ": jaxgpt has no multi-head latent attention" if kind in LATENT else ""
         raise BadInput(
-            f"{path}/config.json: model_type={hf.get('model_type')!r} is not supported; only"
+            f"{path}/config.json: model_type={kind!r} is not supported{latent}; only"
             f" {', '.join(FAMILIES)} are"
         )
     names: dict[str, tuple] = {}
@@ -145,6 +147,11 @@ def _open(path: Path, family: Family, hf: dict, names: dict[str, tuple], skipped
     if layers > len(names):
         raise BadInput(
             f"{path}: its config says {layers} layers, its files hold {len(names)} tensors"
+        )
+    if model.num_experts * len(model.mixture_layers) > len(names):
+        raise BadInput(
+            f"{path}: its config says {len(model.mixture_layers)} layers of {model.num_experts}"
+            f" experts, its files hold {len(names)} tensors"
         )
     return Folder(path, family, model, names, skipped)
 

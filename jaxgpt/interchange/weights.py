@@ -1,12 +1,14 @@
 """Our parameters from a model folder's tensors, and the other way round."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.config.experts import layers_with
 from jaxgpt.interchange.families import Family, Rule
 from jaxgpt.interchange.folder import Folder
 from jaxgpt.interchange.safetensors import write_safetensors
@@ -75,12 +77,13 @@ def write_params(file: Path, family: Family, params: dict, cfg: ModelConfig, dty
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of theirs: its rule, its layer (None: no layer's), and the shapes of what it
-    contains of ours: of a stack the shape of one layer, of a table the shape without padding rows.
+    """A tensor of theirs: its rule, its place in our arrays (the row of its layer, its expert), and
+    the shapes of what it contains of ours: of a stack the shape of one layer, of a table the shape
+    without padding rows.
     """
 
     rule: Rule
-    layer: int | None
+    index: tuple[int, ...]
     shapes: list[tuple]
 
     @property
@@ -90,9 +93,7 @@ class Tensor:
 
     def arrays(self, params: dict) -> list[np.ndarray]:
         """Returns what it contains of `params`, as views where those are NumPy's."""
-        arrays = [
-            params[p] if self.layer is None else params[p][self.layer] for p in self.rule.ours
-        ]
+        arrays = [params[path][self.index] for path in self.rule.ours]
         return [np.asarray(a)[: shape[0]] for a, shape in zip(arrays, self.shapes, strict=True)]
 
 
@@ -100,13 +101,23 @@ def tensors_of(family: Family, ours: dict, cfg: ModelConfig) -> dict[str, Tensor
     """Returns the family's tensors by name, for a model whose arrays by path are `ours`."""
     tensors = {}
     for rule in family.rules_of(ours):
-        stacked = "{layer}" in rule.theirs
-        shapes = [tuple(ours[path].shape)[stacked:] for path in rule.ours]
+        axes = ("{layer}" in rule.theirs) + ("{expert}" in rule.theirs)
+        shapes = [tuple(ours[path].shape)[axes:] for path in rule.ours]
         if rule.ours[0] in TABLES:
             shapes = [(cfg.vocab_size, *shape[1:]) for shape in shapes]
-        for layer in range(ours[rule.ours[0]].shape[0]) if stacked else [None]:
-            tensors[rule.theirs.format(layer=layer)] = Tensor(rule, layer, shapes)
+        first, counts = rule.ours[0], ours[rule.ours[0]].shape[:axes]
+        layers = _layers(first, counts, cfg)
+        for index in np.ndindex(*counts):
+            layer = layers[index[0]] if index else 0
+            name = rule.theirs.format(layer=layer, expert=index[-1] if index else 0)
+            tensors[name] = Tensor(rule, index, shapes)
     return tensors
+
+
+def _layers(path: str, counts: tuple, cfg: ModelConfig) -> Sequence[int]:
+    """Returns the layers whose arrays are stacked at `path`."""
+    own = path.removeprefix("blocks/")
+    return layers_with(own, cfg) if own != path else range(counts[0] if counts else 0)
 
 
 def _aligned_zeros(shape: tuple, dtype) -> np.ndarray:

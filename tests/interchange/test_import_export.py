@@ -93,6 +93,8 @@ def model_folder(folder, **model):
         {"tie_embeddings": False, "activation": "gelu", "norm_eps": 1e-3},
         LLAMA,
         LLAMA | {"qk_norm": True, "norm_eps": 1e-4, "rope_theta": 5e5},
+        LLAMA | {"num_experts": 4, "expert_dim": 12, "mlp_dim": 12, "balance_loss": 0.5},
+        LLAMA | {"num_experts": 3, "expert_dim": 12, "qk_norm": True, "first_dense_layers": 1},
         LLAMA
         | {
             "tie_embeddings": False,

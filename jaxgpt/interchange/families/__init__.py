@@ -6,12 +6,14 @@ from jaxgpt.interchange.families.bert import BERT, ROBERTA
 from jaxgpt.interchange.families.family import Family, Rule
 from jaxgpt.interchange.families.gpt2 import GPT2
 from jaxgpt.interchange.families.llama import LLAMA, QWEN3
+from jaxgpt.interchange.families.mixtures import MIXTRAL, QWEN3_MOE
 from jaxgpt.interchange.families.t5 import T5
 from jaxgpt.system.errors import BadInput
 
-__all__ = ["FAMILIES", "GPT2", "Family", "Rule", "family_of"]
+__all__ = ["FAMILIES", "GPT2", "LATENT", "Family", "Rule", "family_of"]
 
-ALL = (GPT2, LLAMA, QWEN3, BERT, ROBERTA, T5, BART)
+ALL = (GPT2, LLAMA, QWEN3, MIXTRAL, QWEN3_MOE, BERT, ROBERTA, T5, BART)
+LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2")  # with multi-head latent attention
 FAMILIES = {family.name: family for family in ALL}
 
 

@@ -16,7 +16,8 @@ TABLES = ("positions/kernel", "relative/kernel")  # of rows that are looked up
 class Rule:
     """One tensor of theirs and the parameters of ours that it contains.
 
-    `theirs` may contain {layer}. Several of ours are concatenated along the output axis.
+    `theirs` may contain {layer}, and {expert} too. Several of ours are concatenated along the
+    output axis.
     `transposed`: theirs is [out, in] where ours is [in, out]. `skipped`: so many rows of theirs,
     which nothing looks up, come before ours. `is_row`: theirs has an axis of 1 in front. It is no
     tensor of a model that has the parameter `unless`, or lacks `needs`.
@@ -31,7 +32,7 @@ class Rule:
     needs: str = ""
 
     def to_theirs(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """Returns their tensor, made of our arrays (of one layer)."""
+        """Returns their tensor, made of our arrays (of one layer, of one expert)."""
         matrices = [a.reshape(_matrix_shape(p, a.shape)) for p, a in zip(self.ours, arrays)]
         joined = matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=-1)
         if self.skipped:
@@ -188,6 +189,7 @@ COMMON = dict(
 COMMON |= dict(scale_embeddings=(False,), scale_attention=(True,), scale_logits=(False,))
 COMMON |= dict(type_vocab_size=(0,), embedding_norm=(False,))
 COMMON |= dict(head_transform=(False,), head_bias=(False,), attention_pattern=("full",))
+COMMON |= dict(num_experts=(0,))
 
 
 def require(hf: dict, fixed: dict) -> None:

@@ -72,7 +72,7 @@ def _llama_model_config(hf: dict) -> ModelConfig:
         rope_original_len=rope.get("original_max_position_embeddings", 8192),
         activation="swiglu",
         bias=False,
-        qk_norm=hf.get("model_type") == "qwen3",
+        qk_norm=str(hf.get("model_type")).startswith("qwen3"),
     )
 
 
