@@ -25,6 +25,7 @@ from jaxgpt.config.validate import (
 from jaxgpt.hub.models import located
 from jaxgpt.interchange.folder import is_model_folder, name_on_hub, open_folder
 from jaxgpt.interchange.tokenizers import read_tokenizer
+from jaxgpt.interchange.upcycling import FIELDS, check_upcycling, is_upcycled
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
@@ -197,6 +198,8 @@ def check_model(config: Config) -> None:
     path, mine, taken = config.init_from, config.model, config.init_layers
     theirs, fresh = _taken(config), parse_patterns(config.init_fresh, "init_fresh")
     differing = model_differences(theirs, mine)
+    if is_upcycled(theirs, mine):
+        differing = [name for name in differing if name not in FIELDS]
     rope = [name for name in differing if name.startswith("rope_")]
     if any(pattern.search("rope") for pattern in fresh):
         differing = [name for name in differing if name not in rope]
@@ -215,6 +218,8 @@ def check_model(config: Config) -> None:
         )
         what = f"{path} with init_layers={taken}" if taken else path
         raise BadInput(f"init_from={what} is another model: {'; '.join(differences)}{hint}")
+    if is_upcycled(theirs, mine):
+        check_upcycling(path, theirs, mine)
     for field in ("max_seq_len", "max_source_len"):
         there, here = getattr(theirs, field), getattr(mine, field)
         if mine.position == "learned" and here > there:

@@ -75,5 +75,5 @@ def as_floats(
 
 def put_like(value: np.ndarray, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """Returns `value`, which every process holds whole, in the dtype and sharding of `like`."""
-    value = value.astype(like.dtype)
+    value = value.astype(like.dtype, copy=False)
     return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])

@@ -11,6 +11,7 @@ from jaxgpt.config.experts import layers_with
 from jaxgpt.config.validate import parse_patterns
 from jaxgpt.interchange.init_from import check_model, chosen_layers, tokenizer_of
 from jaxgpt.interchange.load import load_weights, put_like
+from jaxgpt.interchange.upcycling import ROUTER, describe, is_upcycled, upcycled
 from jaxgpt.model import ModelSpec
 from jaxgpt.parameters.lora import column_norms, is_addition
 from jaxgpt.processes import hosts
@@ -58,6 +59,10 @@ def warm_params(config: Config, spec: ModelSpec) -> dict:
         source = {path: _taken(path, a, layers, theirs) for path, a in source.items()}
     fresh = jax.jit(spec.init)(jax.random.key(config.seed))
     wanted, anew = leaves_by_path(fresh), parse_patterns(config.init_fresh, "init_fresh")
+    if is_upcycled(theirs, spec.model):
+        say(describe(config.init_from, spec.model))
+        source = upcycled(source, spec.model, wanted)
+        anew.append(re.compile(ROUTER))
     if strange := set(source) - set(wanted) - {p for p in source if _any(anew, p)}:
         raise BadInput(
             f"init_from={config.init_from} has {', '.join(sorted(strange))}, which this model"
