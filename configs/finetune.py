@@ -3,8 +3,8 @@
     python -m jaxgpt.train --config=configs/finetune.py --config.init_from=DIR \\
         --config.data.source='sft:rows.jsonl'
 
-DIR is a Hugging Face folder (GPT-2, Llama, Qwen3; BERT, RoBERTa, T5 or BART with an objective of
-theirs), OpenAI's GPT-2 release or a workdir. A field of the model that is given all the same must
+DIR is a Hugging Face folder (GPT-2, Llama, Qwen3, Mixtral; BERT, RoBERTa, T5 or BART with an objective
+of theirs), OpenAI's GPT-2 release or a workdir. A field of the model that is given all the same must
 be as it is there, but for `dropout` and a shorter `max_seq_len` (1024, or the model's if that is
 less). The recipe is for hundreds to thousands of rows: a large batch would leave few steps. 5e-5 is
 the learning rate of Hugging Face's Trainer.

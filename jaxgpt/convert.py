@@ -4,9 +4,9 @@
     python -m jaxgpt.convert export --workdir=DIR --to=HF_DIR [--step=N|best] [--dtype=float32]
     python -m jaxgpt.convert export --workdir=DIR --to=DIR2 --format=gguf
 
-`import` reads GPT-2, Llama, Qwen3, BERT, RoBERTa, T5 and BART folders (safetensors or
-pytorch_model.bin), also by their name on the Hugging Face hub (--from=openai-community/gpt2), and
-OpenAI's own GPT-2 release. It writes a workdir with one checkpoint, for evaluate, sample, export
+`import` reads GPT-2, Llama, Qwen3, Mixtral, Qwen3-MoE, BERT, RoBERTa, T5 and BART folders
+(safetensors or pytorch_model.bin), also by their name on the Hugging Face hub
+(--from=openai-community/gpt2), and OpenAI's own GPT-2 release. It writes a workdir with one checkpoint, for evaluate, sample, export
 and init_from.
 `export` writes a folder that transformers loads, reads it back and compares logits; a folder that
 does not match is removed. --format=gguf writes DIR2/model.gguf, of GPT-2's architecture: int8 as

@@ -19,7 +19,6 @@ from jaxgpt.interchange.folder import open_folder
 from jaxgpt.interchange.load import put_like
 from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
-from jaxgpt.objectives.language import token_losses
 from jaxgpt.system.errors import BadInput
 from tests.conftest import config_flag, mesh_of, tiny_config
 from tests.golden import mixtures_torch
@@ -48,12 +47,11 @@ def test_logits_loss_and_gradients(tmp_path, name, source):
     spec = ModelSpec(Config(model=opened.model), "xla")
 
     def loss_of(params):
-        model, micro = spec.bind(params), {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-        loss, figures = (
-            jnp.mean(token_losses(model, micro, None)[0]),
-            model.hidden(tokens[:, :-1])[1],
-        )
-        return loss + figures["auxiliary_loss"], (loss, model(tokens[:, :-1]), figures)
+        vocabulary = (model := spec.bind(params)).vocabulary
+        x, figures = model.hidden(tokens[:, :-1])
+        loss = jnp.mean(vocabulary.losses(x, tokens[:, 1:])[0])
+        logits = vocabulary.logits(x, vocabulary.table())
+        return loss + figures["auxiliary_loss"], (loss, logits, figures)
 
     with jax.set_mesh(mesh_of(tiny_config())):
         abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
@@ -78,7 +76,10 @@ QWEN3 = json.loads(str(np.load(mixtures_torch.FOLDER / "qwen3_moe.npz")["config"
     [
         (dict(mlp_only_layers=[0, 2]), "mlp_only_layers=[0, 2] with decoder_sparse_step=1 is not"),
         (dict(mlp_only_layers=[0, 1, 2, 3]), "mlp_only_layers=[0, 1, 2, 3] with"),
-        (dict(num_experts=60_000, num_experts_per_tok=1), "4 layers of 60000 experts, its files"),
+        (
+            dict(num_local_experts=60_000, num_experts_per_tok=1),
+            "4 layers of 60000 experts, its files",
+        ),
         (dict(model_type="mixtral", sliding_window=4), "sliding_window=4 is not supported"),
         (
             dict(model_type="deepseek_v2"),
@@ -123,7 +124,7 @@ def test_mixtures_that_have_no_counterpart(fields, difference):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", FAMILIES)
-def test_folders_of_transformers_and_back(command, tmp_path, name):
+def test_folders_of_transformers_and_back(command, tmp_path, corpus, name):
     """Split over files as theirs are; and what two steps of a run of ours made is read there."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -141,8 +142,11 @@ def test_folders_of_transformers_and_back(command, tmp_path, name):
     )
     own = dict(qk_norm=True, expert_every=2, normalize_gates=False) if name == "qwen3_moe" else {}
     fields = dict(num_layers=2, num_heads=4, embed_dim=32, max_seq_len=24) | MIXTRAL | own
-    flag = config_flag(tmp_path, f"num_steps=2, batch_size=2, model=ModelConfig(**{fields})")
-    assert command(train.main, flag, f"--workdir={tmp_path}/w")[0] == 0
+    flag = config_flag(
+        tmp_path, f"num_steps=2, model=ModelConfig(**{fields}), data=DataConfig('text:{corpus}/*')"
+    )
+    code, _, err = command(train.main, flag, f"--workdir={tmp_path}/w")
+    assert code == 0, err
     run_export(command, tmp_path / "w", tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(again).__name__ == mixtures_torch.CONFIGS[name][0]

@@ -53,7 +53,7 @@ def test_its_logits_are_those_of_the_dense_model(dense, capsys, case):
     with jax.set_mesh(mesh_of(config)):
         spec = ModelSpec(config, "xla")
         params = warm_params(config, spec)
-        logits = jax.jit(lambda p, t: spec.bind(p)(t))(params, jnp.asarray(tokens))
+        logits = np.asarray(jax.jit(lambda p, t: spec.bind(p)(t))(params, jnp.asarray(tokens)))
     experts = params["blocks"]["mlp"]["experts"]["up"]["kernel"]
     assert experts.shape[:2] == (len(mixtures), config.model.num_experts)
     finite = np.isfinite(wanted)

@@ -20,7 +20,12 @@ FAMILIES = {family.name: family for family in ALL}
 def family_of(cfg: ModelConfig) -> Family:
     """Returns the family that computes exactly what a model of this config does. Raises `BadInput`
     if there is none; it names the fields in which the nearest family differs."""
-    nearest = min(FAMILIES.values(), key=lambda family: len(family.differences(cfg)))
+
+    def distance(family: Family) -> tuple:
+        is_other = cfg.num_experts not in family.exact["num_experts"]  # a mixture, or not one
+        return is_other, len(family.differences(cfg))
+
+    nearest = min(FAMILIES.values(), key=distance)
     if differences := nearest.differences(cfg):
         raise BadInput(
             "no Hugging Face architecture computes exactly what this model does: the nearest,"

@@ -1,4 +1,8 @@
-"""Mixtral and Qwen3-MoE as Hugging Face stores them: Llama and Qwen3 with mixtures of experts."""
+"""Mixtral and Qwen3-MoE as Hugging Face stores them: Llama and Qwen3 with mixtures of experts.
+
+Their balance loss is ours for one mixture: of several they multiply the means over all layers,
+where we take the mean over layers of each one's product.
+"""
 
 import dataclasses
 
@@ -48,6 +52,8 @@ def _mixtral_model_config(hf: dict) -> ModelConfig:
 
 
 def _qwen3_model_config(hf: dict) -> ModelConfig:
+    if "num_local_experts" in hf:  # as transformers 5 writes it
+        hf = {"num_experts": hf["num_local_experts"]} | hf
     cfg = QWEN3.model_config(hf)
     cfg = dataclasses.replace(cfg, **_given(hf, QWEN3_FIELDS, QWEN3_DEFAULTS))
     dense = hf.get("mlp_only_layers") or []
@@ -101,5 +107,7 @@ QWEN3_MOE = dataclasses.replace(
     ),
     model_config=_qwen3_model_config,
     hf_config=_qwen3_hf_config,
-    schema=QWEN3.schema | schema_of(QWEN3_FIELDS) | {"mlp_only_layers?": list | None},
+    schema=QWEN3.schema
+    | schema_of(QWEN3_FIELDS)
+    | {"mlp_only_layers?": list | None, "num_local_experts?": int},
 )
