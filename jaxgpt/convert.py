@@ -6,8 +6,8 @@
 
 `import` reads GPT-2, Llama, Qwen3, Mixtral, Qwen3-MoE, BERT, RoBERTa, T5 and BART folders
 (safetensors or pytorch_model.bin), also by their name on the Hugging Face hub
-(--from=openai-community/gpt2), and OpenAI's own GPT-2 release. It writes a workdir with one checkpoint, for evaluate, sample, export
-and init_from.
+(--from=openai-community/gpt2), and OpenAI's own GPT-2 release. It writes a workdir with one
+checkpoint, for evaluate, sample, export and init_from.
 `export` writes a folder that transformers loads, reads it back and compares logits; a folder that
 does not match is removed. --format=gguf writes DIR2/model.gguf, of GPT-2's architecture: int8 as
 Q8_0, int4 as Q4_0, everything else as float32.

@@ -30,12 +30,12 @@ CONFIGS = {
         | dict(num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2)
         | dict(router_aux_loss_coef=0.0),
     ),
-    # The first two layers are dense, then every second one
+    # The first layer is dense
     "qwen3_moe": (
         *("Qwen3MoeForCausalLM", "Qwen3MoeConfig"),
         SHAPE
-        | dict(num_hidden_layers=4, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=12)
-        | dict(norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[0, 1]),
+        | dict(num_hidden_layers=2, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=12)
+        | dict(norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[]),
     ),
 }
 LENGTH, BATCH = 17, 3

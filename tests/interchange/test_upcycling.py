@@ -44,7 +44,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("all", marks=pytest.mark.slow), "some"])
 def test_its_logits_are_those_of_the_dense_model(dense, capsys, case):
     folder, tokens, wanted = dense
     fields, mesh, mixtures = CASES[case]
