@@ -4,11 +4,11 @@
         --config.data.source='sft:rows.jsonl'
 
 DIR is a Hugging Face folder (GPT-2, Llama, Qwen3, Mixtral; BERT, RoBERTa, T5 or BART with an
-objective of theirs), OpenAI's GPT-2 release or a workdir. A field of the model that is given all the
-same must be as it is there, but for `dropout`, a shorter `max_seq_len` (1024, or the model's if that
-is less) and `num_experts` of a dense model, which starts a mixture. The recipe is for hundreds to
-thousands of rows: a large batch would leave few steps. 5e-5 is the learning rate of Hugging Face's
-Trainer.
+objective of theirs), OpenAI's GPT-2 release or a workdir. A field of the model that is given all
+the same must be as it is there, but for `dropout`, a shorter `max_seq_len` (1024, or the model's if
+that is less) and `num_experts` of a dense model, which starts a mixture. The recipe is for hundreds
+to thousands of rows: a large batch would leave few steps. 5e-5 is the learning rate of Hugging
+Face's Trainer.
 `--config.lora.rank=8 --config.optim.learning_rate=3e-4` trains low-rank additions alone.
 """
 
