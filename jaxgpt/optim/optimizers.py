@@ -11,19 +11,20 @@ from jaxgpt.optim.groups import as_matrices, by_path, decay_mask, lr_factors
 from jaxgpt.optim.muon import muon_direction
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.optim.sparsity import sparsity
+from jaxgpt.parallel.torus import Torus
 
 
-def adamw(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
+def adamw(cfg: OptimConfig, model: ModelConfig, torus: Torus) -> optax.GradientTransformation:
     """Adam's direction (arXiv:1711.05101, algorithm 2), `eps` outside the root as torch has it."""
     return optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, mu_dtype=cfg.moment_dtype or None)
 
 
-def lion(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
+def lion(cfg: OptimConfig, model: ModelConfig, torus: Torus) -> optax.GradientTransformation:
     """The sign of a momentum (arXiv:2302.06675); wants a third to a tenth of AdamW's rate."""
     return optax.scale_by_lion(b1=cfg.b1, b2=cfg.b2, mu_dtype=cfg.moment_dtype or None)
 
 
-def adafactor(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
+def adafactor(cfg: OptimConfig, model: ModelConfig, torus: Torus) -> optax.GradientTransformation:
     """Factored second moments (arXiv:1804.04235, algorithm 4) with update clipping at 1, for each
     layer's own matrices."""
     alone = optax.chain(
@@ -75,13 +76,13 @@ def per_layer(
     return optax.GradientTransformation(init, update)
 
 
-def sgd(cfg: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
+def sgd(cfg: OptimConfig, model: ModelConfig, torus: Torus) -> optax.GradientTransformation:
     """Momentum `b1`, no dampening, as torch has it."""
     dtype = cfg.moment_dtype or None
     return optax.trace(decay=cfg.b1, nesterov=False, accumulator_dtype=dtype)
 
 
-DIRECTIONS: dict[str, Callable[[OptimConfig, ModelConfig], optax.GradientTransformation]] = {
+DIRECTIONS: dict[str, Callable[[OptimConfig, ModelConfig, Torus], optax.GradientTransformation]] = {
     "adamw": adamw,
     "lion": lion,
     "adafactor": adafactor,
@@ -91,15 +92,19 @@ DIRECTIONS: dict[str, Callable[[OptimConfig, ModelConfig], optax.GradientTransfo
 
 
 def make_optimizer(
-    cfg: OptimConfig, num_steps: int, model: ModelConfig, shrink: ShrinkConfig | None = None
+    cfg: OptimConfig,
+    num_steps: int,
+    model: ModelConfig,
+    shrink: ShrinkConfig | None = None,
+    torus: Torus = (),
 ) -> optax.GradientTransformation:
     """Returns: clip by global norm; the direction of `optim.name`; decoupled weight decay on
     matrices; learning-rate factors by path; the schedule; what keeps zeros.
-    Raises `BadInput` on the first use, if a
+    `torus` is the mesh's (see `parallel.torus`). Raises `BadInput` on the first use, if a
     pattern of `optim.lr_multipliers` matches nothing."""
     parts = [
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        DIRECTIONS[cfg.name](cfg, model),
+        DIRECTIONS[cfg.name](cfg, model, torus),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
     ]
     if cfg.lr_multipliers or model.mup_base_width:

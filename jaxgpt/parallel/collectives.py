@@ -14,7 +14,7 @@ Axes = tuple[str, ...]
 
 def all_gather(a: jax.Array, axis: int, torus: Torus, over: Axes = SHARDING) -> jax.Array:
     """Returns the parts that all devices of `over` hold, joined along `axis`."""
-    for name, _, groups in reversed(_phases(over, torus)):
+    for name, _, groups in reversed(phases_over(over, torus)):
         a = jax.lax.all_gather(a, name, axis=axis, tiled=True, axis_index_groups=groups)
     return a
 
@@ -40,7 +40,7 @@ def reduce_scatter(a: jax.Array, axis: int, torus: Torus, over: Axes = SHARDING)
     permutes.
     """
     a = jnp.moveaxis(a, axis, 0)
-    for name, parts, groups in _phases(over, torus):
+    for name, parts, groups in phases_over(over, torus):
         a = a.reshape(parts, a.shape[0] // parts, *a.shape[1:])
         a = jax.lax.psum_scatter(a, name, scatter_dimension=0, axis_index_groups=groups)
     return jnp.moveaxis(a, 0, axis)
@@ -57,7 +57,7 @@ def columns_to_rows(x: jax.Array, torus: Torus) -> jax.Array:
 
 def _trade(x: jax.Array, name: str, axis: int, torus: Torus) -> jax.Array:
     """Returns `columns_to_rows` over one mesh axis that splits `axis`."""
-    in_order, devices = _phases((name,), torus), jax.lax.axis_size(name)
+    in_order, devices = phases_over((name,), torus), jax.lax.axis_size(name)
     x = jnp.moveaxis(x, axis, 0)
     shape = x.shape
     x = x.reshape(*(parts for _, parts, _ in in_order), shape[0] // devices, *shape[1:])
@@ -69,7 +69,7 @@ def _trade(x: jax.Array, name: str, axis: int, torus: Torus) -> jax.Array:
     return jnp.moveaxis(x, 0, axis)
 
 
-def _phases(over: Axes, torus: Torus) -> list[tuple[str, *Phase]]:
+def phases_over(over: Axes, torus: Torus) -> list[tuple[str, *Phase]]:
     """Returns axis, devices in a group and groups of each phase of a scatter."""
     sizes = {name: jax.lax.axis_size(name) for name in over}
     return [

@@ -65,7 +65,9 @@ class Training:
     def init(self) -> Callable[[], TrainState]:
         """The function that makes the first state."""
         cfg = self.config
-        optimizer = make_optimizer(cfg.optim, cfg.num_steps, self.spec.model, cfg.shrink)
+        optimizer = make_optimizer(
+            cfg.optim, cfg.num_steps, self.spec.model, cfg.shrink, self.spec.rules.torus
+        )
         own = partial(self.companions.own_parameters, self.spec)
         return partial(init_state, self.spec, optimizer, cfg, own)
 

@@ -31,7 +31,9 @@ def make_train_step(
     is one, see `objectives.language`), `grad_norm` (before clipping), `learning_rate` (that of the
     update), `in_a_row` and `skipped` (bad steps, see `training.divergence`).
     """
-    optimizer = make_optimizer(config.optim, config.num_steps, spec.model, config.shrink)
+    optimizer = make_optimizer(
+        config.optim, config.num_steps, spec.model, config.shrink, spec.rules.torus
+    )
     schedule = make_schedule(config.optim, config.num_steps)
     objective = OBJECTIVES[config.objective](config)
 
