@@ -161,9 +161,9 @@ def test_ten_steps_on_a_mesh_unrolled_equal_one_device_in_scans():
     """With Muon, which orthogonalises matrices of all stacks."""
 
     def config(compute: dict, *mesh: int) -> Config:
-        config = tiny_config(**FIELDS, dropout=0.1, compute=compute)
+        config = tiny_config(**FIELDS | {"num_layers": 4}, dropout=0.1, compute=compute)
         config.optim.name, config.mesh = "muon", MeshConfig(*mesh)
         return config
 
     alone = ten_steps(config({"remat": "full"}, 1, 1, 1))
-    assert_same(ten_steps(config({"scan_layers": "false"}, 1, 2, 2, 2)), alone)
+    assert_same(ten_steps(config({"scan_layers": "false"}, 1, 2, 1, 2)), alone)
