@@ -14,8 +14,8 @@ from jaxgpt.model.relative import bias_of, relative_bias
 from jaxgpt.model.stacked.blocks import Blocks, Part, added
 from jaxgpt.model.vocabulary import Vocabulary
 from jaxgpt.ops.mask import AttentionMask, Reach
-from jaxgpt.ops.remat import REMAT, RESIDUAL_STREAM
-from jaxgpt.parallel.rules import AxisRules, num_shards, weight
+from jaxgpt.ops.remat import RESIDUAL_STREAM, scan_layers
+from jaxgpt.parallel.rules import AxisRules, weight
 from jaxgpt.parameters.weights import normal
 
 
@@ -95,19 +95,20 @@ class Stack(nnx.Module):
     def _run_part(self, part: Part, params, x, mask: AttentionMask, keys, rest) -> tuple:
         """Returns the same of one part, in a scan."""
 
-        def apply(x, turn):
+        def apply(x, turn, given):
+            mask, rest = given
             x, losses, (arrays, keys) = checkpoint_name(x, RESIDUAL_STREAM), [], turn
             for i, block in enumerate(self.blocks.blocks_of(part, arrays)):
                 x, of_layer = block(x, mask, None if keys is None else keys[i], *rest)
                 losses.append(of_layer)
             return x, added(losses)
 
-        unroll = part.turns if self.unroll else 1
-        if self.remat != "none" or num_shards() > 1:
-            apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=unroll > 1)
         if keys is not None:
             keys = keys[part.start : part.stop].reshape(part.turns, part.period)
-        x, losses = jax.lax.scan(apply, x, (self.blocks.turns(part, params), keys), unroll=unroll)
+        turns = self.blocks.turns(part, params), keys
+        x, losses = scan_layers(
+            apply, x, turns, (mask, rest), remat=self.remat, unroll=part.turns if self.unroll else 1
+        )
         return x, jax.tree.map(lambda a: jnp.sum(a, axis=0), losses)
 
 

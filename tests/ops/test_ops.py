@@ -1,10 +1,15 @@
 """Pure functions against float64 NumPy, value and gradient."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.ops.norm import layer_norm, rms_norm
+from jaxgpt.ops.remat import scan_layers
 from jaxgpt.ops.rope import rope_frequencies, rotate, sinusoids
+from tests.conftest import mesh_of, tiny_config
 
 
 def normal(*shape, seed=0):
@@ -62,3 +67,41 @@ def test_layer_norm_against_float64():
     low = layer_norm(args[0].astype(jnp.bfloat16), *args[1:], 1e-5)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), want, atol=0.1)
+
+
+def test_full_remat_equals_a_checkpointed_scan_to_the_bit_with_narrow_gradients():
+    """Float32 kernels in bfloat16 products, a router that is float32 throughout, an array that all
+    layers read, integers, keys."""
+
+    def apply(x, turn, rest):
+        (params, key), (positions, bias) = turn, rest
+        kept = jax.random.bernoulli(key, 0.5, x.shape)
+        x = x + kept * jnp.tanh(x @ params["up"]["kernel"].astype(x.dtype))
+        weight = jnp.tanh(x.astype(jnp.float32) @ params["router"]["kernel"])
+        x = x + (weight + bias * params["scale"] + positions[..., None] / 8).astype(x.dtype)
+        return x, {"loss": jnp.sum(weight)}
+
+    rng = np.random.default_rng(0)
+    kernels = jnp.asarray(rng.normal(size=(2, 3, 8, 8)), jnp.float32) / 3
+    params = {
+        "up": {"kernel": kernels[0]},
+        "router": {"kernel": kernels[1]},
+        "scale": jnp.asarray(rng.normal(size=(3, 8)), jnp.float32),
+    }
+    x, bias = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.bfloat16), jnp.ones(8)
+    keys, positions = jax.random.split(jax.random.key(0), 3), jnp.arange(8).reshape(2, 4)
+
+    def total(remat: str, params, x, bias):
+        turns, rest = (params, keys), (positions, bias)
+        x, y = scan_layers(apply, x, turns, rest, remat=remat, unroll=1)
+        return jnp.sum(jnp.square(x.astype(jnp.float32))) + jnp.sum(y["loss"])
+
+    def gradients(remat: str):
+        return jax.value_and_grad(functools.partial(total, remat), (0, 1, 2))
+
+    remats = ("full", "none")
+    with jax.set_mesh(mesh_of(tiny_config())):
+        found, wanted = (jax.jit(gradients(remat))(params, x, bias) for remat in remats)
+        text = str(jax.make_jaxpr(gradients("full"))(params, x, bias))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert "bf16[3,8,8]" in text, "the stack of gradients"
