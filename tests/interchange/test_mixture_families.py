@@ -23,7 +23,7 @@ from jaxgpt.system.errors import BadInput
 from tests.conftest import config_flag, mesh_of, tiny_config
 from tests.golden import mixtures_torch
 from tests.interchange.test_hf_parity import our_logits
-from tests.interchange.test_import_export import LLAMA, run_export
+from tests.interchange.test_import_export import LLAMA, model_folder, run_export
 from tests.interchange.test_more_families import arrays_of, write_folder
 from tests.model.test_gpt2_parity import assert_gradients_agree, named
 
@@ -141,14 +141,16 @@ def test_folders_of_transformers_and_back(command, tmp_path, corpus, name):
     np.testing.assert_allclose(
         our_logits(tmp_path / "hf", tokens), theirs(model, tokens), atol=1e-4
     )
-    own = dict(qk_norm=True, expert_every=2, normalize_gates=False) if name == "qwen3_moe" else {}
-    fields = dict(num_layers=2, num_heads=4, embed_dim=32, max_seq_len=24) | MIXTRAL | own
-    flag = config_flag(
-        tmp_path, f"num_steps=2, model=ModelConfig(**{fields}), data=DataConfig('text:{corpus}/*')"
-    )
-    code, _, err = command(train.main, flag, f"--workdir={tmp_path}/w")
-    assert code == 0, err
-    run_export(command, tmp_path / "w", tmp_path / "out")
+    fields = dict(num_layers=2, num_heads=4, embed_dim=32, max_seq_len=24) | MIXTRAL
+    if name == "mixtral":
+        model_folder(tmp_path / "out", **fields)
+    else:
+        fields |= dict(qk_norm=True, expert_every=2, normalize_gates=False)
+        data = f"DataConfig('text:{corpus}/*')"
+        flag = config_flag(tmp_path, f"num_steps=2, model=ModelConfig(**{fields}), data={data}")
+        code, _, err = command(train.main, flag, f"--workdir={tmp_path}/w")
+        assert code == 0, err
+        run_export(command, tmp_path / "w", tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(again).__name__ == mixtures_torch.CONFIGS[name][0]
     found = our_logits(tmp_path / "out", tokens)
