@@ -228,8 +228,9 @@ def _decoding_params(spec: ModelSpec, params: dict) -> dict:
     dtype = jnp.dtype(spec.config.compute.dtype)
     _, params = as_read(spec.config, params, spec.config.compute.dtype)
 
-    def cast(path, p):
-        return p.astype(dtype) if path[-1].key == "kernel" else p
+    def cast(path, p):  # routers choose in float32
+        names = [entry.key for entry in path[-2:]]
+        return p.astype(dtype) if names[1] == "kernel" and names[0] != "router" else p
 
     def cast_blocks(stack: dict) -> dict:
         return stack | {"blocks": jax.tree_util.tree_map_with_path(cast, stack["blocks"])}

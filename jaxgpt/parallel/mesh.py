@@ -4,7 +4,7 @@ import math
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from jaxgpt.config import Config
@@ -52,7 +52,8 @@ def make_mesh(config: Config, devices: list | None = None) -> Mesh:
     if slices == 1 and fsdp == len(devices) and (ordered := _by_coordinates(devices)):
         return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=explicit)
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=explicit, devices=devices)
+        grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=explicit)
     if data % slices:
         raise BadInput(
             f"mesh.data={data} cannot go over {slices} slices of devices; make it a multiple of"

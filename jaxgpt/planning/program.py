@@ -28,6 +28,7 @@ NO_TRAFFIC = (  # instructions that read and write no memory themselves
 )
 SLICES = ("dynamic-slice", "slice", "gather")
 KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
+RAGGED = re.compile(r"ragged-dot-(?!metadata)")  # a TPU's kernels of `jax.lax.ragged_dot`
 FUSIONS = ("fusion", "fusion-start")  # a GPU starts those that run beside others
 BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 VMEM = "S(1)"  # in a TPU's layouts: memory on the chip
@@ -293,7 +294,18 @@ def _flops(i: Instruction, where: dict[str, Instruction]) -> int:
         return 2 * math.prod(i.shapes[0]) * depth
     if i.opcode == "convolution":
         return _convolution_flops(i, where[i.operands[0]].shapes[0], where[i.operands[1]].shapes[0])
+    if i.opcode == "custom-call" and RAGGED.match(i.name):
+        return _ragged_flops(i, where)
     return 0
+
+
+def _ragged_flops(i: Instruction, where: dict[str, Instruction]) -> int:
+    """Of a product of rows with a matrix of each one's group, [P, I] by [E, I, O], or of the sums
+    of outer products of rows, [P, I] by [P, O]; each row counts once."""
+    rows, width = next(
+        shape for name in i.operands for shape in where[name].shapes if len(shape) > 1
+    )
+    return 2 * rows * width * i.shapes[0][-1]
 
 
 def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:

@@ -10,8 +10,9 @@ from flax import nnx
 
 from jaxgpt.config import MeshConfig
 from jaxgpt.model.experts import Experts
-from jaxgpt.model.experts.grouped import collect, group, grouped_product, spread
-from jaxgpt.parallel.mesh import rules_of
+from jaxgpt.model.experts.grouped import collect, group, products, spread
+from jaxgpt.parallel.mesh import AXES, rules_of
+from jaxgpt.planning.program import Program
 from tests.conftest import mesh_of, tiny_config
 
 EXPERTS, WIDTH = 8, 24
@@ -179,18 +180,37 @@ def test_rows_come_back_in_order_from_groups(block):
     w = jax.random.normal(jax.random.key(1), (5, 3, 2))
     at = group(ids, 5, block)
     assert at.sizes.tolist() == [-(-n // block) * block for n in (2, 0, 4, 2, 0)]
-    y = collect(grouped_product(spread(x, at, 2), w, at.sizes, block), at)
+    y = collect(products(spread(x, at, 2), w, at.sizes, block), at)
     wanted = [x[i // 2] @ w[e] if e < 5 else np.zeros(2) for i, e in enumerate(ids.tolist())]
     np.testing.assert_allclose(y, wanted, rtol=1e-5)
 
 
-def test_a_token_costs_its_own_experts_alone():
-    """On a CPU too: FLOPs that the program executes do not grow with the number of experts."""
+@pytest.mark.parametrize("mesh", [(1, 1, 1, 1), (1, 2, 2, 2)])
+def test_one_token_reads_its_own_experts_alone(mesh):
+    """In decoding, where all devices have the token: FLOPs, bytes read and bytes sent, as the
+    compiled program has them, do not grow with the number of experts; the result is training's."""
 
-    def flops(experts: int) -> float:
-        at = group(jnp.arange(64) % experts, experts, 1)
-        x, w = jnp.ones((64, 32)), jnp.ones((experts, 32, 16))
-        program = jax.jit(lambda x, w: grouped_product(x, w, at.sizes, 1)).lower(x, w).compile()
-        return program.cost_analysis()["flops"]
+    def decode(experts: int, x):
+        config = mixture(num_experts=experts, expert_dim=512)
+        config = dataclasses.replace(config, mesh=MeshConfig(*mesh))
+        with jax.set_mesh(devices := mesh_of(config)):
+            rules = dataclasses.replace(rules_of(devices), split_batch=False)
+            made = nnx.eval_shape(lambda: Experts(config, rules, rngs=nnx.Rngs(0)))
+            graph, params = nnx.split(made)[0], layer(config)[1]
+            x = jax.device_put(x, rules("batch", None, None))
+            run = jax.jit(lambda params, x: nnx.merge(graph, params)(x)[0])
+            compiled = run.lower(params, x[:1, :1]).compile()
+            return jax.device_get(run(params, x)), compiled, devices.devices.shape
 
-    assert flops(64) < 1.5 * flops(8)
+    def costs(experts: int) -> np.ndarray:
+        _, compiled, shape = decode(experts, x)
+        program = Program(compiled.as_text())
+        sent = sum(c.bytes for c in program.collectives(AXES, shape))
+        return np.array([compiled.cost_analysis()["flops"], program.hbm_bytes(), sent])
+
+    config = mixture(expert_dim=512)
+    with jax.set_mesh(mesh_of(config)):
+        _, params, x, _ = jax.device_get(layer(config))
+    wanted = loop_over_experts(nnx.to_pure_dict(params), x, config)
+    np.testing.assert_allclose(decode(EXPERTS, x)[0], wanted, atol=1e-5 * np.abs(wanted).max())
+    assert np.all(costs(64) <= 1.5 * costs(8)), (costs(64), costs(8))

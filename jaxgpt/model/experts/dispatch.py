@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config.schema import MESH_AXES
-from jaxgpt.model.experts.grouped import Groups, block_size, collect, group, grouped_product, spread
+from jaxgpt.model.experts.feed_forward import FeedForward, Weights
+from jaxgpt.model.experts.grouped import Groups, block_size, collect, group, spread
+from jaxgpt.parallel.collectives import all_gather
 
 BUFFER_MULTIPLE = 8  # rows of a TPU's tile
 
@@ -20,48 +22,50 @@ def mix(
     x: Float[Array, "N D"],
     ids: Int[Array, "N k"],
     gates: Float[Array, "N k"],
-    weights: dict[str, Float[Array, "E I O"]],
-    act: Callable,
+    weights: Weights,
+    feed_forward: FeedForward,
 ) -> Float[Array, "N D"]:
     """Returns the sum over each token's experts of gate times expert, of the experts that are here;
     ids from their number on have none."""
     experts, k = len(weights["down"]), ids.shape[1]
     block = block_size(ids.size, experts)
     at = group(ids.reshape(-1), experts, block)
-    rows = _through(spread(x, at, k), at.sizes, weights, act, block)
-    return _weighted(collect(rows, at), gates)
+    rows = feed_forward(spread(x, at, k), _spread_gates(gates, at), weights, at.sizes, block)
+    return _summed(collect(rows, at), k)
 
 
-def _through(rows, sizes, weights: dict, act: Callable, block: int) -> Float[Array, "P D"]:
-    """Returns `down(act(...))` of each row by its own expert."""
-
-    def product(x, name: str):
-        return grouped_product(x, weights[name], sizes, block)
-
-    with jax.named_scope("experts"):
-        hidden = act(*(product(rows, name) for name in ("gate", "up") if name in weights))
-        return product(hidden, "down")
+def _spread_gates(gates: Float[Array, "..."], at: Groups) -> Float[Array, "P"]:
+    return spread(gates.reshape(-1, 1), at, 1)[:, 0]
 
 
-def _weighted(choices: Float[Array, "M D"], gates: Float[Array, "N k"]) -> Float[Array, "N D"]:
-    choices = choices.reshape(*gates.shape, -1)
-    summed = jnp.einsum("NkD,Nk->ND", choices, gates, preferred_element_type=jnp.float32)
-    return summed.astype(choices.dtype)
+def _summed(choices: Float[Array, "M D"], k: int) -> Float[Array, "N D"]:
+    """Returns the sum over the k choices of each token."""
+    choices = choices.reshape(-1, k, choices.shape[1])
+    return jnp.sum(choices, axis=1, dtype=jnp.float32).astype(choices.dtype)
 
 
-def mix_own(x, ids, gates, weights, act) -> Float[Array, "N D"]:
-    """Returns `mix` over all experts of tokens that every device of `expert` has."""
+def mix_where_they_are(x, ids, gates, weights, feed_forward) -> Float[Array, "N D"]:
+    """Returns `mix` over all experts of tokens that every device has, without gathering a matrix:
+    each multiplies by its part of those that it holds and the tokens chose."""
     own = ids - jax.lax.axis_index("expert") * (here := len(weights["down"]))
     own = jnp.where((own >= 0) & (own < here), own, here)
-    return jax.lax.psum(mix(x, own, gates, weights, act), "expert")
+    width, k, over = weights["up"].shape[1], ids.shape[1], feed_forward.over
+    device = jax.lax.axis_index(over) if over else 0
+    columns = jax.lax.dynamic_slice_in_dim(x, device * width, width, axis=1)
+    block = block_size(ids.size, here)
+    at = group(own.reshape(-1), here, block)
+    scales = _spread_gates(gates, at)
+    rows = feed_forward.of_columns(spread(columns, at, k), scales, weights, at.sizes, block)
+    y = jax.lax.psum(_summed(collect(rows, at), k), "expert")
+    return all_gather(y, 1, feed_forward.torus, over)
 
 
 def mix_over_devices(
     x: Float[Array, "N D"],
     ids: Int[Array, "N k"],
     gates: Float[Array, "N k"],
-    weights: dict[str, Float[Array, "E I O"]],
-    act: Callable,
+    weights: Weights,
+    feed_forward: FeedForward,
     buffer: float,
 ) -> Float[Array, "N D"]:
     """Returns `mix` over all experts, whose tokens travel to them and back (all-to-all).
@@ -76,12 +80,11 @@ def mix_over_devices(
     room = min(room, ids.size)
 
     def one_round(number, ids, x, gates, weights):
-        return _send_and_return(number, ids, x, gates, weights, act, room)
+        return _send_and_return(number, ids, x, gates, weights, feed_forward, room)
 
     @jax.custom_vjp
     def rounds(ids, x, gates, weights):
-        first = one_round(0, ids, x, gates, weights)
-        return _further(lambda n: one_round(n, ids, x, gates, weights), first, _rounds(ids))
+        return _sum(lambda n: one_round(n, ids, x, gates, weights), _rounds(ids))
 
     def _rounds(ids):
         here = len(weights["down"])
@@ -95,33 +98,39 @@ def mix_over_devices(
         def of_round(number):
             return jax.vjp(lambda *given: one_round(number, ids, *given), *given)[1](grad)
 
-        return None, *_further(of_round, of_round(0), _rounds(ids))
+        return None, *_sum(of_round, _rounds(ids))
 
     rounds.defvjp(lambda *given: (rounds(*given), given), backward)
     return rounds(ids, x, gates, weights)
 
 
-def _further(of_round: Callable, first, rounds: Int[Array, ""]):
-    """Returns the sum of `first` and `of_round(n)` for n from 1 on."""
+def _sum(of_round: Callable, rounds: Int[Array, ""]):
+    """Returns the sum of `of_round(n)` for n from 0 on. One loop for the first round, which is
+    mostly the only one, and further ones: the program has each round's code once."""
 
     def add(carry):
         number, total = carry
         return number + 1, jax.tree.map(jnp.add, total, of_round(number))
 
-    return jax.lax.while_loop(lambda carry: carry[0] < rounds, add, (jnp.int32(1), first))[1]
+    number = jnp.int32(0)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_round, number))
+    return jax.lax.while_loop(lambda carry: carry[0] < rounds, add, (number, zeros))[1]
 
 
-def _send_and_return(number, ids, x, gates, weights, act, room: int) -> Float[Array, "N D"]:
+def _send_and_return(
+    number, ids, x, gates, weights, feed_forward, room: int
+) -> Float[Array, "N D"]:
     """Returns what the choices of one round add to the result."""
     devices, here, k = jax.lax.axis_size("expert"), len(weights["down"]), ids.shape[1]
     flat = ids.reshape(-1)
     at = _by_device(flat // here, devices, room, number)
     sent = jnp.where(at.item < flat.size, flat.at[at.item].get(mode="clip") % here, here)
-    rows, owner = _exchange(spread(x, at, k)), _exchange(sent)
+    rows, scales = _exchange(spread(x, at, k)), _exchange(_spread_gates(gates, at))
     block = block_size(flat.size, here)
-    inside = group(owner, here, block)
-    rows = _through(spread(rows, inside, 1), inside.sizes, weights, act, block)
-    return _weighted(collect(_exchange(collect(rows, inside)), at), gates)
+    inside = group(_exchange(sent), here, block)
+    rows, scales = spread(rows, inside, 1), _spread_gates(scales, inside)
+    rows = feed_forward(rows, scales, weights, inside.sizes, block)
+    return _summed(collect(_exchange(collect(rows, inside)), at), k)
 
 
 def _exchange(a: Array) -> Array:

@@ -84,17 +84,18 @@ def _rows(a: Float[Array, "A D"], numbers: Int[Array, "B"]) -> Float[Array, "B D
     return a.at[numbers].get(mode="fill", fill_value=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_product(
-    x: Float[Array, "P I"], w: Float[Array, "E I O"], sizes: Int[Array, "E"], block: int
-) -> Float[Array, "P O"]:
-    """Returns each row of x times the matrix of its group; undefined after the last group."""
-    return _products(x, w, sizes, block)
-
-
-def _products(x, w, sizes, block: int, *, turned: bool = False):
-    """`turned` multiplies by the matrices' transposes."""
+def products(
+    x: Float[Array, "P _"],
+    w: Float[Array, "E _ _"],
+    sizes: Int[Array, "E"],
+    block: int,
+    *,
+    turned: bool = False,
+) -> Float[Array, "P _"]:
+    """Returns each row of x times the matrix of its group, or times its transpose where `turned`,
+    in the dtype of x; undefined after the last group."""
     if on_tpu():
+        w = w.astype(x.dtype)
         return jax.lax.ragged_dot(x, w.swapaxes(1, 2) if turned else w, sizes)
     contracted = (1,), (int(turned),)
     width = w.shape[1 if turned else 2]
@@ -102,46 +103,33 @@ def _products(x, w, sizes, block: int, *, turned: bool = False):
     def multiply(i, y):
         own = jax.lax.dynamic_slice_in_dim(x, i * block, block)
         matrix = jax.lax.dynamic_index_in_dim(w, _group_of(i, sizes, block), keepdims=False)
-        product = jax.lax.dot_general(own, matrix, (contracted, ((), ())))
+        product = jax.lax.dot_general(own, matrix.astype(x.dtype), (contracted, ((), ())))
         return jax.lax.dynamic_update_slice_in_dim(y, product, i * block, axis=0)
 
     zeros = jnp.zeros((len(x), width), x.dtype)
     return jax.lax.fori_loop(0, jnp.sum(sizes) // block, multiply, zeros)
 
 
-def _outer_products(x, grad, sizes, block: int) -> Float[Array, "E I O"]:
-    """Returns the sum over each group's rows of the outer products of x and grad."""
+def outer_products(
+    x: Float[Array, "P I"], y: Float[Array, "P O"], sizes: Int[Array, "E"], block: int
+) -> Float[Array, "E I O"]:
+    """Returns the sum over each group's rows of the outer products of x and y."""
     if on_tpu():
-        return jax.lax.ragged_dot_general(
-            x,
-            grad,
-            sizes,
-            jax.lax.RaggedDotDimensionNumbers(
-                dot_dimension_numbers=(((0,), (0,)), ((), ())),
-                lhs_ragged_dimensions=[0],
-                rhs_group_dimensions=[],
-            ),
+        dimensions = jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((0,), (0,)), ((), ())),
+            lhs_ragged_dimensions=[0],
+            rhs_group_dimensions=[],
         )
+        return jax.lax.ragged_dot_general(x, y, sizes, dimensions)
 
     def add(i, total):
-        own, its_grad = (jax.lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, grad))
-        product = jnp.einsum("BI,BO->IO", own, its_grad, preferred_element_type=jnp.float32)
+        own, other = (jax.lax.dynamic_slice_in_dim(a, i * block, block) for a in (x, y))
+        product = jnp.einsum("BI,BO->IO", own, other, preferred_element_type=jnp.float32)
         return total.at[_group_of(i, sizes, block)].add(product)
 
-    zeros = jnp.zeros((len(sizes), x.shape[1], grad.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, jnp.sum(sizes) // block, add, zeros).astype(grad.dtype)
+    zeros = jnp.zeros((len(sizes), x.shape[1], y.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, jnp.sum(sizes) // block, add, zeros).astype(y.dtype)
 
 
 def _group_of(i, sizes: Int[Array, "E"], block: int) -> Int[Array, ""]:
     return jnp.sum(jnp.cumsum(sizes) <= i * block)
-
-
-def _backward(block: int, saved, grad):
-    x, w, sizes = saved
-    grad_x = _products(grad, w, sizes, block, turned=True)
-    return grad_x, _outer_products(x, grad, sizes, block).astype(w.dtype), None
-
-
-grouped_product.defvjp(
-    lambda x, w, sizes, block: (grouped_product(x, w, sizes, block), (x, w, sizes)), _backward
-)

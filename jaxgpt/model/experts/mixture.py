@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxgpt.config import Config
-from jaxgpt.model.experts.dispatch import mix, mix_over_devices, mix_own
+from jaxgpt.model.experts.dispatch import mix, mix_over_devices, mix_where_they_are
+from jaxgpt.model.experts.feed_forward import FeedForward
 from jaxgpt.model.experts.router import choose, measure
 from jaxgpt.model.layers import GatedMlp, Mlp, hidden_std, residual_std
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
@@ -65,8 +66,10 @@ class Experts(nnx.Module):
         self.measure = functools.partial(measure, cfg=cfg)
         self.rules, gated = rules, cfg.activation in GATED
         self.buffer = config.compute.expert_buffer
-        act = ACTIVATIONS[GATED.get(cfg.activation, cfg.activation)]
-        self.act = keep_inputs_only((lambda gate, up: act(gate) * up) if gated else act)
+        kind = ACTIVATIONS[GATED.get(cfg.activation, cfg.activation)]
+        act = keep_inputs_only((lambda gate, up: kind(gate) * up) if gated else kind)
+        over = names(rules(*IN)[1])
+        self.feed_forward = FeedForward(act, config.compute.remat == "none", over, rules.torus)
         dtype = jnp.dtype(config.compute.param_dtype)
         shape, spec = (cfg.embed_dim, cfg.num_experts), rules("embed", None)
         drawn = normal(rngs, shape, spec, dtype, hidden_std(cfg))
@@ -94,28 +97,20 @@ class Experts(nnx.Module):
 
     def _local(self, x, router, bias, weights):
         """The same of one device's rows [B, T, D], and its sums with an axis in front."""
-        gathered = self._whole(router.astype(jnp.float32), ("embed", None))
-        logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), gathered)
+        over = names(self.rules("embed")[0])
+        whole = gather(router.astype(jnp.float32), 0, self.rules.torus, over)
+        logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), checkpoint_name(whole, GATHERED))
         (ids, gates), sums = self.choose(logits, bias)
-        whole = {
-            name: self._whole(w.astype(x.dtype), OUT if name == "down" else IN)
-            for name, w in weights.items()
-        }
         k = ids.shape[-1]
         flat = x.reshape(-1, x.shape[-1]), ids.reshape(-1, k), gates.reshape(-1, k)
-        if jax.lax.axis_size("expert") == 1:
-            y = mix(*flat, whole, self.act)
-        elif self.rules.split_batch:
-            y = mix_over_devices(*flat, whole, self.act, self.buffer)
+        if not self.rules.split_batch:
+            y = mix_where_they_are(*flat, weights, self.feed_forward)
+        elif jax.lax.axis_size("expert") > 1:
+            y = mix_over_devices(*flat, weights, self.feed_forward, self.buffer)
         else:
-            y = mix_own(*flat, whole, self.act)
+            y = mix(*flat, weights, self.feed_forward)
         y = jax.lax.psum(y, "tensor").reshape(x.shape)
         return y, jax.tree.map(lambda a: a[None], sums)
-
-    def _whole(self, a, axes: tuple):
-        axis = axes.index("embed")
-        over = names(self.rules(*axes)[axis])
-        return checkpoint_name(gather(a, axis, self.rules.torus, over), GATHERED)
 
 
 def _shared(config: Config, rules: AxisRules, gated: bool, rngs: nnx.Rngs) -> Mlp | GatedMlp:
