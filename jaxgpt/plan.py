@@ -120,7 +120,9 @@ def table(plan: dict) -> Iterator[str]:
         f"devices   {plan['devices']} ({slices}{plan['topology']}), mesh {shape},"
         f" {plan['attention']} attention"
     )
-    yield f"model     {plan['parameters']:,} parameters"
+    active = plan["active_parameters"]
+    of_a_token = f", of which a token goes through {active:,}" * (active < plan["parameters"])
+    yield f"model     {plan['parameters']:,} parameters{of_a_token}"
     yield (
         f"memory    {memory['total'] / GIB:.2f}{limit} a device:"
         f" {memory['arguments'] / GIB:.2f} state and batch,"

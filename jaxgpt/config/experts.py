@@ -59,12 +59,18 @@ def check_experts(config: Config, model: ModelConfig) -> None:
 
 def check_expert_axis(config: Config, mesh: dict[str, int]) -> None:
     """Raises `BadInput` where `mesh.expert` has no experts to split, or does not divide them, or
-    `mesh.tensor` an expert."""
+    `mesh.tensor` an expert, or `mesh.context` the sequences of which full experts drop tokens."""
     model = config.model
     if mesh["expert"] > 1 and not model.num_experts:
         raise BadInput(
             f"mesh.expert={mesh['expert']} needs a mixture (model.num_experts); a dense model is"
             " split by mesh.fsdp"
+        )
+    if mesh["context"] > 1 and model.num_experts and model.expert_capacity:
+        raise BadInput(
+            f"mesh.context={mesh['context']} with model.expert_capacity={model.expert_capacity}:"
+            " what an expert has room for is counted along whole sequences; set the capacity to 0,"
+            " which drops no token"
         )
     for axis, name, size in (
         ("expert", "model.num_experts", model.num_experts),

@@ -16,7 +16,7 @@ from jaxgpt.model.stacked.blocks import layer_windows
 from jaxgpt.ops.sparse.kernels import kernel_name
 from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
 from jaxgpt.parallel.mesh import AXES, make_mesh, slices_of
-from jaxgpt.parameters.flops import count_parameters
+from jaxgpt.parameters.flops import count_active, count_parameters
 from jaxgpt.planning.hardware import Chip, quiet
 from jaxgpt.planning.program import VMEM, Collective, Program
 from jaxgpt.system.errors import BadInput
@@ -42,6 +42,7 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
             "devices": len(devices),
             "slices": slices_of(mesh.devices),
             "parameters": count_parameters(state.params, training.spec.model),
+            "active_parameters": count_active(state.params, training.spec.model),
             "mesh": dict(zip(AXES, mesh.devices.shape, strict=True)),
             "attention": kernel_name(training.spec.model, training.spec.kernel),
         }

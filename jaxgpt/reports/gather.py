@@ -20,8 +20,9 @@ from jaxgpt.system.files import Damaged
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_POINTS = 1500  # of a curve: more than a screen has pixels
 MAX_SAMPLES = 60
+MAX_EXPERTS = 16  # that have a curve each
 TRAIN = ("step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "tokens_per_second")
-TRAIN += ("mfu",)
+TRAIN += ("mfu", "router_entropy", "dropped_share", "expert_load")
 VALIDATION = ("step", "tokens", "seconds", "loss", "bits_per_byte")
 EXTREMES = ("loss", "grad_norm")  # whose spikes stay when a curve is thinned
 
@@ -41,7 +42,8 @@ def gather(workdir: str) -> dict:
     default = Config()
     return {
         "name": folder.resolve().name,
-        "train": _columns(_thin_curve(train), TRAIN),
+        "train": _columns(thinned := _thin_curve(train), TRAIN),
+        "expert_shares": _expert_shares(thinned),
         "validation": _columns(validation, VALIDATION),
         "bits_per_nat": _bits_per_nat(validation),
         "samples": _thin(read_rows(folder / "samples.jsonl", SAMPLES), MAX_SAMPLES),
@@ -107,6 +109,18 @@ def _newest_meta(folder: epath.Path) -> dict:
 
 def _columns(rows: list[dict], names: tuple[str, ...]) -> dict[str, list]:
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _expert_shares(rows: list[dict]) -> dict[str, list]:
+    """Returns the curves of the experts' shares of the tokens by name; of many experts those of the
+    fullest, the median and the emptiest at each step. {} of a dense model."""
+    experts = sum(name.startswith("expert_share/") for name in (rows[-1] if rows else {}))
+    shares = [[row.get(f"expert_share/{i}") for i in range(experts)] for row in rows]
+    if experts <= MAX_EXPERTS:
+        return {f"expert {i}": [row[i] for row in shares] for i in range(experts)}
+    ranked = [row if None in row else sorted(row) for row in shares]
+    places = {"fullest expert": -1, "median expert": experts // 2, "emptiest expert": 0}
+    return {name: [row[place] for row in ranked] for name, place in places.items()}
 
 
 def _thin_curve(rows: list[dict]) -> list[dict]:

@@ -25,6 +25,7 @@ function bytes(v) {
     if (v >= unit) return `${(v / unit).toPrecision(3)} ${name}`;
   return `${v} B`;
 }
+const percent = v => `${+(100 * v).toPrecision(3)}%`;
 function duration(s) {
   const parts = [[86400, "d"], [3600, "h"], [60, "m"], [1, "s"]];
   const first = parts.findIndex(([size]) => s >= size);
@@ -78,8 +79,13 @@ function range(values, { zero, log }) {
 
 // ---- charts
 
-// The lines of a chart: where `train` and `validation` say how a run's columns become values.
-function linesOf({ train, validation }) {
+// The lines of a chart: where `train` and `validation` say how a run's columns become values, or
+// `series` names the curves of a run, one value for each row of `train`.
+function linesOf({ train, validation, series }) {
+  if (series) return RUNS.flatMap((run, i) => Object.entries(series(run)).map(([name, values], j) => ({
+    points: values.map((y, k) => ({ step: run.train.step[k], tokens: run.train.tokens[k], seconds: run.train.seconds[k], y })),
+    label: MANY ? `${run.name}, ${name}` : name, colour: colourOf(MANY ? i : j),
+  })));
   return RUNS.flatMap((run, i) => [["train", train], ["validation", validation]].map(([split, value]) => {
     const rows = run[split], points = [];
     if (value) rows.step.forEach((step, k) => points.push({ step, tokens: rows.tokens[k], seconds: rows.seconds[k], y: value(rows, k, run) }));
@@ -209,7 +215,11 @@ function charts() {
     { ...column("learning_rate"), title: "Learning rate" },
     { ...column("grad_norm"), title: "Gradient norm", log: true, unit: "before clipping" },
     { ...column("tokens_per_second"), title: "Throughput", unit: "tokens per second" },
-    { ...column("mfu"), title: "Model FLOPs utilisation", unit: "share of the devices' peak", format: v => `${+(100 * v).toPrecision(3)}%` },
+    { ...column("mfu"), title: "Model FLOPs utilisation", unit: "share of the devices' peak", format: percent },
+    { series: run => run.expert_shares, zero: true, title: "Tokens per expert", unit: "share of all choices", format: percent },
+    { ...column("expert_load"), title: "Fullest expert", unit: "its tokens over the mean" },
+    { ...column("router_entropy"), title: "Router entropy", unit: "nats per token" },
+    { ...column("dropped_share"), title: "Dropped choices", unit: "share of all choices", format: percent },
   ].map(chart).filter(Boolean);
 }
 

@@ -187,8 +187,8 @@ def test_rows_come_back_in_order_from_groups(block):
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1, 1), (1, 2, 2, 2)])
 def test_one_token_reads_its_own_experts_alone(mesh):
-    """In decoding, where all devices have the token: FLOPs, bytes read and bytes sent, as the
-    compiled program has them, do not grow with the number of experts; the result is training's."""
+    """In decoding, where all devices have the token: FLOPs and bytes read, as the compiled program
+    has them, do not grow with the number of experts, and no matrix is sent."""
 
     def decode(experts: int, x):
         config = mixture(num_experts=experts, expert_dim=512)
@@ -206,7 +206,8 @@ def test_one_token_reads_its_own_experts_alone(mesh):
         _, compiled, shape = decode(experts, x)
         program = Program(compiled.as_text())
         sent = sum(c.bytes for c in program.collectives(AXES, shape))
-        return np.array([compiled.cost_analysis()["flops"], program.hbm_bytes(), sent])
+        assert sent < 32 * 512 * 4, "less than one matrix of one expert"
+        return np.array([compiled.cost_analysis()["flops"], program.hbm_bytes()])
 
     config = mixture(expert_dim=512)
     with jax.set_mesh(mesh_of(config)):

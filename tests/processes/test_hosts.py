@@ -15,6 +15,7 @@ from jaxgpt.processes.hosts import HEARTBEAT
 from tests.conftest import CORPUS, wait_until, xla_flags
 from tests.processes.forks import Python
 from tests.processes.processes import (
+    ACROSS,
     CONFIG,
     finish,
     free_port,
@@ -137,6 +138,24 @@ def test_a_killed_process_ends_the_other_and_four_go_on(place):
     found = json.loads(out[0].splitlines()[-1])
     assert found["loss"] == pytest.approx(rows(place / "one", "validation")[24], abs=1e-5)
     assert "{" not in out[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ACROSS)
+def test_an_axis_across_two_processes_trains_and_goes_on_after_one_was_killed(place, axis):
+    mesh = "--config.mesh.data=1", "--config.mesh.fsdp=1"
+    args = *flags(place, axis), *ACROSS[axis], *mesh, f"--config.mesh.{axis}=2"
+    children = start("train", 2, 1, *args)
+    wait_for_checkpoint(place / axis, 8, children)
+    children[1].kill()
+    children[0].kill()  # without waiting until it misses the other: a test above does
+    finish(children)
+    codes, _, errors = finish(start("train", 2, 1, *args))
+    assert codes == [0, 0] and "resume    from checkpoint" in errors[0], errors
+    alone = place / f"{axis} alone"
+    codes, _, errors = finish(start("train", 1, 1, *flags(place, alone), *ACROSS[axis], *mesh))
+    assert codes == [0], errors
+    assert rows(place / axis) == pytest.approx(rows(alone), rel=1e-5)
 
 
 @pytest.mark.slow

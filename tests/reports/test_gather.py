@@ -56,6 +56,24 @@ def test_facts_by_hand(tmp_path):
     assert found["config"]["optim.learning_rate"] == 1e-2
 
 
+def test_shares_of_few_experts_are_curves_of_many_their_extremes(tmp_path):
+    def rows(experts: int):
+        return [
+            train(
+                step,
+                **{f"expert_share/{i}": float((i * 7 + step) % experts) for i in range(experts)},
+            )
+            for step in (1, 2)
+        ]
+
+    few = gather(written(tmp_path / "few", rows(3)))["expert_shares"]
+    assert few == {"expert 0": [1.0, 2.0], "expert 1": [2.0, 0.0], "expert 2": [0.0, 1.0]}
+    many = gather(written(tmp_path / "many", rows(18)))["expert_shares"]
+    named = zip(("fullest expert", "median expert", "emptiest expert"), (17.0, 9.0, 0.0))
+    assert many == {name: [value] * 2 for name, value in named}
+    assert gather(written(tmp_path / "dense", [train(1)]))["expert_shares"] == {}
+
+
 def test_long_runs_are_thinned_but_not_of_spikes(tmp_path):
     rows = [train(step) for step in range(1, 40 * MAX_POINTS + 2)]
     rows[7777] |= {"loss": 99.0, "grad_norm": 2e3}

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.browser  # needs chromium, chromedriver and the extra [
 LONG = "a-name-that-is-much-longer-than-its-place-in-a-legend-or-a-table" * 2
 
 
-def run(folder, tokens_per_byte: float):
-    """A run of 1,000 steps that overfits after step 600."""
+def run(folder, tokens_per_byte: float, **more):
+    """A run of 1,000 steps that overfits after step 600, whose rows have `more`."""
     rows = []
     for step in range(10, 1001, 10):
         loss, passed = 1.5 + 8 / step + abs(step - 600) / 2000, 0.3 * step
@@ -22,6 +22,7 @@ def run(folder, tokens_per_byte: float):
             dict(step=step, split="train", loss=loss - step / 5000, tokens=2048 * step)
             | dict(learning_rate=1e-2 / step, grad_norm=1 + 35 / step, tokens_per_second=41234.5)
             | dict(mfu=0.4, seconds=passed)
+            | more
         )
         if step % 100 == 0:
             bits = loss * tokens_per_byte / 0.6931
@@ -54,7 +55,9 @@ UNITS = ("documents", "tokens", "bytes")
 def pages(tmp_path_factory):
     """The address of a page with one run, and of one with two of different tokenizers."""
     folder = tmp_path_factory.mktemp("reports")
-    one, two = run(folder / "one", 0.3), run(folder / LONG, 1.0)
+    experts = {f"expert_share/{i}": i / 15 for i in range(6)}
+    experts |= dict(router_entropy=1.2, dropped_share=0.05, expert_load=2.0)
+    one, two = run(folder / "one", 0.3), run(folder / LONG, 1.0, **experts)
     report.main(["report", one, f"--out={folder}/one.html"])
     report.main(["report", one, two, f"--out={folder}/two.html"])
     return {count: f"file://{folder}/{count}.html" for count in ("one", "two")}
@@ -157,6 +160,11 @@ def test_axes_are_honest(browser, pages):  # noqa: F811
     assert units == ["nats per token", "bits per byte"]
     browser.get(pages["two"])
     assert [box[0] for box in boxes(browser, "figure.wide .units span")] == units[::-1]
+    figures = browser.find_elements("css selector", "figure")[-4:]
+    lines = [len(figure.find_elements("css selector", "svg path")) for figure in figures]
+    names = [figure.find_element("tag name", "figcaption").text for figure in figures]
+    assert names == ["Tokens per expert", "Fullest expert", "Router entropy", "Dropped choices"]
+    assert lines == [6, 1, 1, 1], "of the run with experts alone"
 
 
 def test_a_pointer_reads_the_numbers(browser, pages):  # noqa: F811

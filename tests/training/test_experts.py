@@ -91,7 +91,8 @@ def test_auxiliary_losses_reach_the_loss(objective):
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_gradients_of_experts_are_scattered_and_weights_gathered_once_a_pass(remat):
-    config = mixture((1, 4, 1, 2), {"remat": remat, "scan_layers": "true"}, shared_experts=0)
+    compute = {"remat": remat, "scan_layers": "true"}
+    config = mixture((1, 4, 1, 2), compute, shared_experts=0, expert_dim=24)
     config.grad_accum = 1
     with jax.set_mesh(mesh := mesh_of(config)):
         training = make_training(config, mesh)
