@@ -124,7 +124,7 @@ MESHES = {"expert": (1, 1, 1, 4), "expert fsdp": (1, 4, 1, 2), "all": (1, 2, 2, 
 )
 def test_experts_on_a_mesh_equal_one_device(mesh, buffer, monkeypatch):
     """Also where the tokens need further rounds, as they do with a third of the mean, and where the
-    experts' width is worked off in three parts."""
+    experts' width is computed in three parts."""
     monkeypatch.setattr(feed_forward, "MOST_BYTES", 4 * 32 * WIDTH * 4 // 3)
     monkeypatch.setattr(feed_forward, "LANES", 8)
     config = mixture(compute=dict(expert_buffer=buffer), router="sigmoid_topk")

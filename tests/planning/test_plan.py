@@ -125,6 +125,7 @@ def test_where_nothing_fits_the_nearest_is_named(command, file, monkeypatch, sea
             "devices": 1,
             "slices": 1,
             "parameters": 1,
+            "active_parameters": 1,
             "attention": "xla",
             "mesh": {"data": 1},
             "tokens_per_step": 8,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.config.schema import MESH_AXES
 from jaxgpt.model.experts.feed_forward import FeedForward, Weights
-from jaxgpt.model.experts.grouped import Groups, block_size, collect, group, spread
+from jaxgpt.model.experts.grouped import Groups, block_size, collect, group, places, spread
 from jaxgpt.parallel.collectives import all_gather
 
 BUFFER_MULTIPLE = 8  # rows of a TPU's tile
@@ -140,9 +140,8 @@ def _exchange(a: Array) -> Array:
 
 def _by_device(device: Int[Array, "M"], devices: int, room: int, number) -> Groups:
     """Returns the places of one round: `room` rows for each device."""
-    counts = jnp.sum(device[:, None] == jnp.arange(devices), axis=0, dtype=jnp.int32)
-    rank = jnp.argsort(jnp.argsort(device, stable=True)).astype(jnp.int32)
-    within = rank - jnp.append(jnp.cumsum(counts) - counts, 0)[device] - number * room
+    counts, within = places(device, devices)
+    within = within - number * room
     valid = (device < devices) & (within >= 0) & (within < room)
     row = jnp.where(valid, device * room + within, devices * room)
     empty = jnp.full(devices * room, len(device), jnp.int32)

@@ -1,8 +1,9 @@
 """Rows through the experts they belong to, whose matrices are gathered just before they multiply.
 
 What a device holds of each matrix is gathered in the forward pass and again in the backward pass,
-and each gradient is scattered as soon as it is made. Where the gathered matrices of a layer would
-fill memory, the experts' width is worked off in parts: an expert's output is the sum over them.
+and each gradient is scattered as soon as it is made. Where a layer's gathered matrices, or what
+they make of the rows, are large, the experts' width is computed in parts: an expert's output is the
+sum over them.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jaxgpt.model.experts.grouped import on_tpu, outer_products, products
 from jaxgpt.parallel.collectives import all_gather, reduce_scatter
 from jaxgpt.parallel.torus import Torus
 
-MOST_BYTES = 2**28  # of one gathered matrix
+MOST_BYTES = 2**28  # of one gathered matrix, and of what it makes of the rows
 LANES = 128  # a TPU's: parts are multiples of them
 
 Weights = dict[str, Float[Array, "E _ _"]]  # gate (of gated ones), up [E, D, F] and down [E, F, D]
@@ -50,13 +51,14 @@ class FeedForward:
         with jax.named_scope("experts"):
             if self.devices() > 1:  # half the bytes to gather
                 turned = {name: _cast(w, rows.dtype) for name, w in turned.items()}
-            if (parts := self.parts(turned["up"])) == 1:
+            if (parts := self.parts(turned["up"], len(rows))) == 1:
                 return run(rows, scales, turned, sizes)
+
+            def add(y, part):
+                return y + run(rows, scales, part, sizes), None
+
             cut = jax.tree.map(lambda w: _cut(w, parts), turned)
-            y = jnp.zeros_like(rows)
-            return jax.lax.scan(lambda y, part: (y + run(rows, scales, part, sizes), None), y, cut)[
-                0
-            ]
+            return jax.lax.scan(add, jnp.zeros_like(rows), cut)[0]
 
     def devices(self) -> int:
         """Returns over how many devices the matrices' D is split."""
@@ -76,10 +78,10 @@ class FeedForward:
         made = (jax.lax.psum(a.astype(jnp.float32), self.over).astype(a.dtype) for a in made)
         return products(_scaled(self.act(*made), scales), weights["down"], sizes, block)
 
-    def parts(self, w: Float[Array, "E d F"]) -> int:
-        """Returns in how many parts the experts' width is worked off."""
+    def parts(self, w: Float[Array, "E d F"], rows: int) -> int:
+        """Returns in how many parts the experts' width is computed."""
         devices, width = self.devices(), w.shape[2]
-        size = w.size * devices * w.dtype.itemsize
+        size = max(w.size * devices, rows * width) * w.dtype.itemsize
         fit = (n for n in range(1, width) if width % (n * LANES) == 0 and size <= n * MOST_BYTES)
         return next(fit, 1) if devices > 1 else 1
 

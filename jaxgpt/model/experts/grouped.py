@@ -40,15 +40,23 @@ def group(ids: Int[Array, "M"], groups: int, block: int) -> Groups:
     """Returns the items sorted by their group, in order within it, each group padded to whole
     blocks; items whose id is `groups` have none."""
     items = len(ids)
-    counts = jnp.sum(ids[:, None] == jnp.arange(groups), axis=0, dtype=jnp.int32)
-    rank = jnp.argsort(jnp.argsort(ids, stable=True)).astype(jnp.int32)
+    counts, within = places(ids, groups)
     sizes = -(-counts // block) * block
-    # Padding moves a group's first row from where the unpadded groups would put it
-    moved = jnp.append(_starts(sizes) - _starts(counts), 0)
     blocks = min(items, items // block + groups)
-    row = jnp.where(ids < groups, rank + moved[ids], blocks * block)
+    row = jnp.where(ids < groups, jnp.append(_starts(sizes), 0)[ids] + within, blocks * block)
     empty = jnp.full(blocks * block, items, jnp.int32)
     return Groups(empty.at[row].set(jnp.arange(items), mode="drop"), row, sizes)
+
+
+def places(ids: Int[Array, "M"], groups: int) -> tuple[Int[Array, "E"], Int[Array, "M"]]:
+    """Returns how many items each group has, and how many of its group come before each item.
+
+    Counted, not sorted: compiling one argsort of 32,768 for a TPU takes 4 s, and a program would
+    have a dozen.
+    """
+    members = (ids[:, None] == jnp.arange(groups)).astype(jnp.int32)
+    before = jnp.cumsum(members, axis=0) - members
+    return jnp.sum(members, axis=0), jnp.sum(before * members, axis=1)
 
 
 def _starts(sizes: Int[Array, "E"]) -> Int[Array, "E"]:
