@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.config.schema import MESH_AXES
 from jaxgpt.model.experts.feed_forward import FeedForward, Weights
-from jaxgpt.model.experts.grouped import Groups, block_size, collect, group, places, spread
+from jaxgpt.model.experts.grouped import Groups, block_size, collect, group, on_tpu, places, spread
 from jaxgpt.parallel.collectives import all_gather
 
 BUFFER_MULTIPLE = 8  # rows of a TPU's tile
@@ -125,12 +125,35 @@ def _send_and_return(
     flat = ids.reshape(-1)
     at = _by_device(flat // here, devices, room, number)
     sent = jnp.where(at.item < flat.size, flat.at[at.item].get(mode="clip") % here, here)
-    rows, scales = _exchange(spread(x, at, k)), _exchange(_spread_gates(gates, at))
+    going = jnp.clip(at.sizes - number * room, 0, room)
+    coming = _exchange(going)
+    rows, scales = _send(spread(x, at, k), going, coming), _exchange(_spread_gates(gates, at))
     block = block_size(flat.size, here)
     inside = group(_exchange(sent), here, block)
     rows, scales = spread(rows, inside, 1), _spread_gates(scales, inside)
     rows = feed_forward(rows, scales, weights, inside.sizes, block)
-    return _summed(collect(_exchange(collect(rows, inside)), at), k)
+    return _summed(collect(_send(collect(rows, inside), coming, going), at), k)
+
+
+@jax.custom_vjp
+def _send(
+    rows: Float[Array, "P D"], going: Int[Array, "devices"], coming: Int[Array, "devices"]
+) -> Float[Array, "P D"]:
+    """Returns each device's part of the rows, from all devices in order. Of each part the first so
+    many are `going` and `coming`; TPUs send no others."""
+    if not on_tpu():
+        return _exchange(rows)
+    starts = jnp.arange(len(going)) * (room := len(rows) // len(going))
+    here = jnp.full_like(going, jax.lax.axis_index("expert") * room)
+    return jax.lax.ragged_all_to_all(
+        rows, jnp.zeros_like(rows), starts, going, here, coming, axis_name="expert"
+    )
+
+
+_send.defvjp(
+    lambda rows, going, coming: (_send(rows, going, coming), (going, coming)),
+    lambda saved, grad: (_send(grad, *saved[::-1]), None, None),
+)
 
 
 def _exchange(a: Array) -> Array:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.model.experts.grouped import on_tpu, outer_products, products
@@ -46,11 +47,11 @@ class FeedForward:
         sizes: Int[Array, "E"],
         block: int,
     ) -> Float[Array, "P D"]:
-        turned = weights | {"down": weights["down"].swapaxes(1, 2)}
         run = functools.partial(_through, self, block)
         with jax.named_scope("experts"):
             if self.devices() > 1:  # half the bytes to gather
-                turned = {name: _cast(w, rows.dtype) for name, w in turned.items()}
+                weights = {name: _cast(w, rows.dtype) for name, w in weights.items()}
+            turned = weights | {"down": weights["down"].swapaxes(1, 2)}
             if (parts := self.parts(turned["up"], len(rows))) == 1:
                 return run(rows, scales, turned, sizes)
 
@@ -106,22 +107,22 @@ class FeedForward:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _cast(w: Float[Array, "E d F"], dtype) -> Float[Array, "E d F"]:
-    """Returns w in another dtype.
-
-    XLA's TPU compiler would convert the matrices of all layers before the loop over the layers, and
-    keep them; of what it sees as plain bits it does not.
-    """
-    if not on_tpu() or w.dtype != jnp.float32:
-        return w.astype(dtype)
-    bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(w, jnp.uint32))
-    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
+def _cast(w: Float[Array, "E _ _"], dtype) -> Float[Array, "E _ _"]:
+    """Returns w in another dtype; it and its gradient stay in the layout of parameters. XLA's TPU
+    compiler would turn the stacks of all layers into what a product likes, and keep the copies."""
+    return _as_stored(w).astype(dtype)
 
 
 _cast.defvjp(
     lambda w, dtype: (_cast(w, dtype), jnp.zeros(0, w.dtype)),
-    lambda _, like, grad: (grad.astype(like.dtype),),
+    lambda _, like, grad: (_as_stored(grad.astype(like.dtype)),),
 )
+
+
+def _as_stored(w: Float[Array, "E _ _"]) -> Float[Array, "E _ _"]:
+    """Returns w in the layout that a TPU's parameters have."""
+    whole_lanes = w.shape[2] % LANES == 0  # otherwise the axis before may come last
+    return with_layout_constraint(w, Layout((0, 1, 2))) if on_tpu() and whole_lanes else w
 
 
 def _cut(w: Float[Array, "E d F"], parts: int) -> Float[Array, "n E d f"]:
