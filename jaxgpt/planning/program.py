@@ -216,7 +216,9 @@ class Program:
             if len(group) == 1:
                 continue  # it sends nothing
             kind = i.opcode.removesuffix("-start")
-            given = sum(where[name].bytes for name in i.operands if name in where)
+            # A ragged one also names the array that it writes to, and offsets and sizes
+            sent = i.operands[:1] if kind.startswith("ragged") else i.operands
+            given = sum(where[name].bytes for name in sent if name in where)
             moved = given * (len(group) if kind == "all-gather" else 1)
             if kind == "all-reduce" and _is_scattered(i, where):
                 kind = "reduce-scatter"

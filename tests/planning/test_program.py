@@ -279,3 +279,25 @@ def test_what_goes_between_slices():
         Collective("all-reduce", "data+fsdp", (0, 1, 2, 3), 1, 6 * 8 * 4),
         Collective("all-reduce", "data", (0, 4), 1, 6 * 8 * 4),
     ]
+
+
+RAGGED = """HloModule jit_f
+
+ENTRY %main (x: bf16[96,64], w: bf16[4,64,32], n: s32[4], y: bf16[96,32]) -> bf16[96,64] {
+  %x = bf16[96,64]{1,0} parameter(0)
+  %w = bf16[4,64,32]{2,1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  %y = bf16[96,32]{1,0} parameter(3)
+  %ragged-dot-metadata = (s32[5]{0}, s32[1]{0}) custom-call(%n), custom_call_target="tpu_custom_call"
+  %ragged-dot-none.1 = bf16[96,32]{1,0} custom-call(%ragged-dot-metadata#1, %ragged-dot-metadata#0, %x, %w), custom_call_target="tpu_custom_call"
+  %ragged-dot-none.2 = bf16[4,64,32]{2,1,0} custom-call(%ragged-dot-metadata#1, %ragged-dot-metadata#0, %x, %y), custom_call_target="tpu_custom_call"
+  ROOT %sent = bf16[96,64]{1,0} ragged-all-to-all(%x, %x, %n, %n, %n, %n), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}
+}
+"""
+
+
+def test_ragged_products_and_collectives_count_by_their_rows():
+    program = Program(RAGGED)
+    assert program.flops() == 2 * (2 * 96 * 64 * 32)
+    (sent,) = program.collectives(AXES, SIZES)
+    assert sent == Collective("ragged-all-to-all", "tensor", (0, 1), 1, 96 * 64 * 2)
