@@ -32,9 +32,15 @@ class ModelConfig:
     position: str = choice("learned", "sinusoidal", "rope", "none", "relative")
     rope_theta: float = needs("position", "rope", field=number(10_000.0, 1, opened="("))
     # For contexts beyond rope_original_len
-    rope_scaling: str = needs("position", "rope", field=choice("none", "linear", "llama3"))
-    rope_factor: float = needs("rope_scaling", "linear", "llama3", field=number(1.0, 1))
-    rope_original_len: int = needs("rope_scaling", "llama3", field=number(8192, 1))
+    rope_scaling: str = needs("position", "rope", field=choice("none", "linear", "llama3", "yarn"))
+    rope_factor: float = needs("rope_scaling", "linear", "llama3", "yarn", field=number(1.0, 1))
+    rope_original_len: int = needs("rope_scaling", "llama3", "yarn", field=number(8192, 1))
+    # Of yarn (arXiv:2309.00071): pairs that turn more often within rope_original_len stay, those
+    # that turn less often are divided by rope_factor
+    rope_beta_fast: float = needs("rope_scaling", "yarn", field=number(32.0, 0, opened="("))
+    rope_beta_slow: float = needs("rope_scaling", "yarn", field=number(1.0, 0, opened="("))
+    # What queries and keys are multiplied by; 0 = 0.1 ln(rope_factor) + 1
+    rope_attention_factor: float = needs("rope_scaling", "yarn", field=number(0.0, 0))
     activation: str = choice(
         "gelu_tanh", "gelu", "relu", "leaky_relu", "relu2", "silu", "swiglu", "geglu"
     )
@@ -147,6 +153,8 @@ class ComputeConfig:
     dtype: str = choice("float32", "bfloat16", "float16")  # of activations and matrix products
     param_dtype: str = choice("float32", "bfloat16")  # of parameters and optimizer state
     attention: str = may_change(choice("auto", "xla", "cudnn", "splash"))
+    # Over mesh.context: keys and values go around, or are gathered; auto: by their size
+    context_attention: str = may_change(choice("auto", "ring", "all_gather"))
     remat: str = may_change(choice("none", "dots", "full", "offload"))
     # One compiled layer in a loop, or each its own; auto: by platform and depth
     scan_layers: str = may_change(choice("auto", "true", "false"))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from jaxgpt.config.context import check_context
 from jaxgpt.config.experts import check_expert_axis, check_experts
 from jaxgpt.config.fields import ANY_FLOAT, ANY_INT
 from jaxgpt.config.migrate import RENAMED
@@ -297,9 +298,11 @@ def check_divisible(config: Config, mesh: dict[str, int]) -> None:
             product = " x ".join(f"mesh.{axis}={mesh[axis]}" for axis in axes if mesh[axis] > 1)
             raise BadInput(f"{name} = {size} cannot be divided over {product} devices")
     check_expert_axis(config, mesh)
-    for axis in ("context", "pipeline"):
-        if mesh[axis] > 1:
-            raise BadInput(f"mesh.{axis}={mesh[axis]}: this axis has no more than one device yet")
+    check_context(config, mesh)
+    if mesh["pipeline"] > 1:
+        raise BadInput(
+            f"mesh.pipeline={mesh['pipeline']}: this axis has no more than one device yet"
+        )
 
 
 def _check_data(config: Config) -> None:

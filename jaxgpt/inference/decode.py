@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.config.context import CACHE_BLOCK
 from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.samplers import BatchSampling, next_token
 from jaxgpt.model import ModelSpec, decoding
@@ -25,7 +26,6 @@ from jaxgpt.parameters.weights import as_read
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
 
-CACHE_BLOCK = 64  # a cache's slots are a multiple of this, so that few shapes are compiled
 PROMPT_BLOCK = 16  # padded prompts are a multiple of this
 CHUNK = 20  # tokens generated between two returns to the host
 NUM_TOP = 5  # alternatives that are reported for each token
@@ -258,7 +258,7 @@ def _prefill(
     blocks = decoding.blocks_of(params)
     _, layers = decoding.prefill(spec.bind(params), blocks, prompts, positions, memory, prefix)
     written = jnp.where(positions < lengths[:, None] - 1, positions, UNWRITTEN)
-    cache = empty_cache(spec.config, batch, slots, spec.rules)
+    cache = empty_cache(spec.config, batch, slots, spec.rules, split=True)
     cache = write_recent(cache, Cache(layers, written), spec.rules)
     seen = jnp.zeros((batch, spec.model.padded_vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], prompts].max(positions < lengths[:, None])

@@ -24,6 +24,7 @@ from jaxgpt.interchange.init_from import check_model, check_source
 from jaxgpt.metrics.progress import duration
 from jaxgpt.metrics.rows import Reporter
 from jaxgpt.metrics.trackers import Trackers, open_trackers
+from jaxgpt.ops.context.sharded import said
 from jaxgpt.ops.sparse.kernels import kernel_name
 from jaxgpt.optim.groups import split, trainable
 from jaxgpt.optim.schedules import warmup_steps
@@ -328,7 +329,8 @@ def describe(training: Training, data: Data, stream: Stream, workdir: epath.Path
     epochs = config.num_steps * config.batch_size / sum(map(len, stream.sources))
     kind = devices.flat[0].device_kind
     shape = " x ".join(f"{axis} {training.mesh.shape[axis]}" for axis in AXES)
-    attention = kernel_name(model, training.spec.kernel)
+    kernel, sizes = training.spec.kernel, training.mesh.shape
+    attention = kernel_name(model, kernel) + said(config, sizes, kernel)
     say(
         f"devices   {devices.size} x {kind}, {jax.process_count()} process(es), mesh {shape},"
         f" jax {jax.__version__}\n"

@@ -8,7 +8,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
-from jaxgpt.ops.attention import default_scale, sharded
+from jaxgpt.ops.attention import default_scale
+from jaxgpt.ops.context.order import exchanged
+from jaxgpt.ops.context.sharded import sharded
+from jaxgpt.ops.context.yarn import attention_factor
 from jaxgpt.ops.kernels import KERNELS
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.ops.rope import rope_frequencies, rotate
@@ -33,11 +36,11 @@ class Attention(nnx.Module):
         self.patterns = patterns_of(cfg)
         either = self.patterns[0]
         attend = SPARSE_KERNELS[sparse_kernel(kernel, either)] if either else KERNELS[kernel]
-        self.attend = sharded(attend, rules, scale=self.scale)
+        given = dict(rules=rules, method=config.compute.context_attention, scale=self.scale)
+        self.attend = sharded(attend, **given)
         hashes = isinstance(either, Lsh)  # not in decoding: see `ops.sparse.lsh`
-        start = KERNELS["xla"] if hashes else attend
-        self.attend_start = sharded(start, rules, scale=self.scale)
-        self.attend_dropping = sharded(KERNELS["xla"], rules, scale=self.scale, dropout=cfg.dropout)
+        self.attend_start = sharded(KERNELS["xla"] if hashes else attend, **given)
+        self.attend_dropping = sharded(KERNELS["xla"], **given, dropout=cfg.dropout)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
         self.query = Linear("query", "MD,DNH->MNH", config, rules, **shared)
         self.key = None if hashes else Linear("key", "MD,DKH->MKH", config, rules, **shared)
@@ -65,7 +68,7 @@ class Attention(nnx.Module):
             if key is None or self.dropout == 0:
                 attended = self.attend(q, k, v, mask, bias=bias)
             else:
-                kept = self._dropout_mask(x, key)
+                kept = exchanged(self._dropout_mask(x, key), mask.reach, axis=2)
                 attended = self.attend_dropping(q, k, v, mask, kept, bias)
         return self.out(attended)
 
@@ -79,7 +82,7 @@ class Attention(nnx.Module):
     def _dropout_mask(self, x, key):
         """Which attention weights dropout keeps, drawn here so that no mesh can change them."""
         batch, length, _ = x.shape
-        spec = self.rules("batch", "heads", None, None)
+        spec = self.rules("batch", "heads", "seq", None)
         shape = (batch, self.num_heads, length, length)
         return jax.random.bernoulli(key, 1 - self.dropout, shape, out_sharding=spec)
 
@@ -89,7 +92,9 @@ def _identity(x, *_):
 
 
 def _make_rotation(cfg: ModelConfig):
-    frequencies = rope_frequencies(
-        cfg.head_dim, cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor, cfg.rope_original_len
-    )
-    return functools.partial(rotate, frequencies=tuple(frequencies))
+    sizes = cfg.rope_scaling, cfg.rope_factor, cfg.rope_original_len
+    betas = cfg.rope_beta_fast, cfg.rope_beta_slow
+    frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, *sizes, betas)
+    is_yarn = cfg.rope_scaling == "yarn"
+    factor = cfg.rope_attention_factor or attention_factor(cfg.rope_factor) if is_yarn else 1.0
+    return functools.partial(rotate, frequencies=tuple(frequencies), factor=factor)

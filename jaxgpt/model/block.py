@@ -67,21 +67,24 @@ class Block(nnx.Module):
         is added to the scores."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
 
+        def drop(y, key):
+            return dropout(y, self.dropout, key, mask.reach)
+
         def attend(attention, x):
             x = jax.sharding.reshard(x, self.whole)
-            return dropout(attention(x, mask, keys[0], bias), self.dropout, keys[1]), None
+            return drop(attention(x, mask, keys[0], bias), keys[1]), None
 
-        x, _, losses = self._run(x, attend, keys[2])
+        x, _, losses = self._run(x, attend, lambda y: drop(y, keys[2]))
         return x, losses
 
     def decoding(self, x: Float[Array, "B T D"], attend: Callable) -> tuple:
         """Returns the layer's output and the updated cache, both from `attend(attention, x)`."""
-        return self._run(x, attend, None)[:2]
+        return self._run(x, attend, lambda y: y)[:2]
 
-    def _run(self, x, attend, key):
+    def _run(self, x, attend, drop):
         def feed_forward(x):
             y, losses = self.mlp(jax.sharding.reshard(x, self.whole))
-            return dropout(y, self.dropout, key), losses
+            return drop(y), losses
 
         x, cache = self.add(x, self.attention_norm, functools.partial(attend, self.attention))
         x, losses = self.add(x, self.mlp_norm, feed_forward)

@@ -1,5 +1,7 @@
 """Attention of a decoder's tokens to an encoder's output."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,9 +9,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxgpt.config import Config
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
-from jaxgpt.ops.attention import default_scale, sharded
+from jaxgpt.ops.attention import default_scale
 from jaxgpt.ops.cache import UNWRITTEN, KeysValues
 from jaxgpt.ops.cached_attention import sharded_cached
+from jaxgpt.ops.context.order import exchanged
+from jaxgpt.ops.context.sharded import sharded
 from jaxgpt.ops.kernels import KERNELS
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.parallel.rules import AxisRules
@@ -23,9 +27,11 @@ class CrossAttention(nnx.Module):
         cfg = config.model
         self.rules, self.dropout, self.num_heads = rules, cfg.dropout, cfg.num_heads
         scale = default_scale(cfg)
-        self.attend = sharded(KERNELS[kernel], rules, scale=scale)
+        method = config.compute.context_attention
+        attend = functools.partial(sharded, rules=rules, method=method, scale=scale)
+        self.attend = attend(KERNELS[kernel])
         self.attend_cached = sharded_cached(rules, scale=scale)
-        self.attend_dropping = sharded(KERNELS["xla"], rules, scale=scale, dropout=cfg.dropout)
+        self.attend_dropping = attend(KERNELS["xla"], dropout=cfg.dropout)
         shared = dict(bias=cfg.bias or cfg.qkv_bias, std=hidden_std(cfg), rngs=rngs)
         self.query = Linear("query", "MD,DNH->MNH", config, rules, **shared)
         self.key = Linear("key", "MD,DKH->MKH", config, rules, **shared)
@@ -54,8 +60,9 @@ class CrossAttention(nnx.Module):
             if key is None or self.dropout == 0:
                 return self.out(self.attend(q, k, v, mask))
             shape = x.shape[0], self.num_heads, x.shape[1], memory.shape[1]
-            spec = self.rules("batch", "heads", None, None)
+            spec = self.rules("batch", "heads", "seq", None)
             kept = jax.random.bernoulli(key, 1 - self.dropout, shape, out_sharding=spec)
+            kept = exchanged(kept, Reach(), axis=2)  # a decoder's queries
             return self.out(self.attend_dropping(q, k, v, mask, kept))
 
     def keys_values(self, memory: Float[Array, "B S D"]) -> KeysValues:

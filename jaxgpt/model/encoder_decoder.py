@@ -49,28 +49,33 @@ class DecoderBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
         """Returns the layer's output and its auxiliary losses by name."""
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)
+        if mask.q_segments is not None:  # in the layers' order
+            memory_mask = memory_mask._replace(q_segments=mask.q_segments)
+
+        def drop(y, key):
+            return dropout(y, self.dropout, key, mask.reach)
 
         def attend(attention, x):
-            return dropout(attention(x, mask, keys[0], bias), self.dropout, keys[1]), None
+            return drop(attention(x, mask, keys[0], bias), keys[1]), None
 
         def cross(attention, x):
-            return dropout(attention(x, memory, memory_mask, keys[2]), self.dropout, keys[3])
+            return drop(attention(x, memory, memory_mask, keys[2]), keys[3])
 
-        x, _, losses = self._run(x, attend, cross, keys[4])
+        x, _, losses = self._run(x, attend, cross, lambda y: drop(y, keys[4]))
         return x, losses
 
     def decoding(self, x: Float[Array, "B T D"], attend: Callable, cross: Callable) -> tuple:
         """Returns the layer's output and the updated cache, the latter from `attend(attention,
         x)`; `cross(cross_attention, x)` attends to the encoder's output."""
-        return self._run(x, attend, cross, None)[:2]
+        return self._run(x, attend, cross, lambda y: y)[:2]
 
-    def _run(self, x, attend, cross, key):
+    def _run(self, x, attend, cross, drop):
         def part(f):
             return lambda x: f(jax.sharding.reshard(x, self.whole))
 
         def feed_forward(x):
             y, losses = self.mlp(x)
-            return dropout(y, self.dropout, key), losses
+            return drop(y), losses
 
         x, cache = self.add(x, self.attention_norm, part(lambda x: attend(self.attention, x)))
         x, _ = self.add(x, self.cross_norm, part(lambda x: (cross(self.cross_attention, x), None)))
@@ -151,6 +156,8 @@ def encoder_config(config: Config) -> Config:
 
 def positions_in(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """Returns each token's place within its segment: of [1 1 2 2 2 0] it is [0 1 0 1 2 0]."""
+    spec = jax.typeof(segments).sharding.spec
+    segments = jax.sharding.reshard(segments, jax.P(*spec[:1], None))  # whole sequences
     index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     return index - jax.lax.cummax(jnp.where(segments != before, index, 0), axis=1)

@@ -13,6 +13,7 @@ from jaxgpt.model.positions import POSITIONS
 from jaxgpt.model.relative import bias_of, relative_bias
 from jaxgpt.model.stacked.blocks import Blocks, Part, added
 from jaxgpt.model.vocabulary import Vocabulary
+from jaxgpt.ops.context.order import exchanged
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.remat import RESIDUAL_STREAM, scan_layers
 from jaxgpt.parallel.rules import AxisRules, weight
@@ -64,7 +65,10 @@ class Stack(nnx.Module):
         attention; blocks are given `context` too."""
         layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(x, mask.q_positions, types), self.dropout, embed_key)
+        x, mask = exchanged((x, mask), self.reach)
+        bias = exchanged(bias, self.reach, axis=2)
         x, losses = self.run(x, mask, layers_key, bias, *context)
+        x = exchanged(x, self.reach, back=True)
         return jax.sharding.reshard(self.final_norm(x), self.rules("batch", "seq", None)), losses
 
     def embed(

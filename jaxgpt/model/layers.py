@@ -8,11 +8,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
+from jaxgpt.ops.context.order import exchanged
+from jaxgpt.ops.mask import Reach
 from jaxgpt.ops.norm import layer_norm, rms_norm
 from jaxgpt.parallel.rules import AxisRules, weight
 from jaxgpt.parameters import lora
 from jaxgpt.parameters.weights import Shape, constant, kernel_storage
 
+NATURAL = Reach(causal=False)  # whose positions are in natural order
 INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings
 
 
@@ -29,13 +32,15 @@ def residual_std(cfg: ModelConfig) -> float:
     return hidden_std(cfg) / (2 * cfg.num_layers) ** 0.5
 
 
-def dropout(x: Float[Array, "*S"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*S"]:
+def dropout(
+    x: Float[Array, "*S"], rate: float, key: PRNGKeyArray | None, reach: Reach = NATURAL
+) -> Float[Array, "*S"]:
     """Returns x with a share `rate` zeroed and the rest scaled by 1/(1-rate); x where key is
-    None."""
+    None. In layers of a `reach` no order of positions changes which (see `context.order`)."""
     if key is None or rate == 0:
         return x
     spec = jax.typeof(x).sharding.spec
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=spec)
+    kept = exchanged(jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=spec), reach)
     return jnp.where(kept, x / (1 - rate), 0)
 
 

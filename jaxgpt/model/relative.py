@@ -3,6 +3,7 @@ head's scores for each bucket of distances."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -31,9 +32,10 @@ class RelativeBias(nnx.Module):
     ) -> Float[Array, "B N T S"]:
         """Returns the additions for queries and keys at these positions; B is 1 where all rows have
         the same."""
+        keys = jax.sharding.reshard(keys, jax.P(*jax.typeof(keys).sharding.spec[:1], None))
         by_distance = self.kernel[...].astype(jnp.float32)[buckets_by_distance(*self.buckets)]
         distance = jnp.clip(keys[:, None] - queries[:, :, None], -self.furthest, self.furthest)
-        spec = self.rules("batch" if len(queries) > 1 else None, None, None, "heads")
+        spec = self.rules("batch" if len(queries) > 1 else None, "seq", None, "heads")
         bias = by_distance.at[distance + self.furthest].get(out_sharding=spec)
         return bias.transpose(0, 3, 1, 2)
 

@@ -1,7 +1,5 @@
-"""Attention: the signature that all of `ops.kernels` have, and the only `shard_map` around
-them."""
+"""Attention: the signature that all of `ops.kernels` have, and the reference."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -11,7 +9,6 @@ from jaxtyping import Array, Bool, Float
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops.mask import AttentionMask
-from jaxgpt.parallel.rules import AxisRules
 
 Kernel = Callable[..., Float[Array, "B T N H"]]
 
@@ -48,31 +45,6 @@ def xla_attention(
     weights = weights.astype(v.dtype).reshape(b, heads, groups * t, s)
     out = jnp.einsum("BKMS,BKSH->BKMH", weights, v).reshape(b, heads, groups, t, h)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
-
-
-def sharded(kernel: Kernel, rules: AxisRules, **fixed) -> Kernel:
-    """Returns `kernel` run on each device's own sequences and heads; attention never mixes them.
-
-    `fixed` are the kernel's keyword arguments (scale, dropout). Beside the mask it is given `kept`
-    and `bias` where there are any.
-    """
-    kernel = functools.partial(kernel, **fixed)
-    queries, keys = rules("batch", None, "heads", None), rules("batch", None, "kv_heads", None)
-
-    def attend(q, k, v, mask: AttentionMask, kept=None, bias=None):
-        rows = jax.tree.map(lambda a: rules("batch", *(None,) * (a.ndim - 1)), mask)
-        more = {name: a for name, a in (("kept", kept), ("bias", bias)) if a is not None}
-        each = {name: jax.typeof(a).sharding.spec for name, a in more.items()}
-        # Pallas says nothing of how its outputs vary over the mesh: they do as the queries do
-        run = jax.shard_map(
-            lambda q, k, v, mask, more: kernel(q, k, v, mask, **more),
-            in_specs=(queries, keys, keys, rows, each),
-            out_specs=queries,
-            check_vma=False,
-        )
-        return run(q, k, v, mask, more)
-
-    return attend
 
 
 def default_scale(cfg: ModelConfig) -> float:

@@ -5,11 +5,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Bool, Float
 
 from jaxgpt.ops.attention import Kernel, xla_attention
+from jaxgpt.ops.context.order import zigzag
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.system.errors import BadInput
 
@@ -98,14 +100,31 @@ def splash_attention(
         )
         arrays.append(kernels.SegmentIds(*padded))
     shape = arrays[0].shape[2], arrays[1].shape[2]
-    out = jax.vmap(_kernel(shape, q.shape[2], mask.reach, interpret))(*arrays)
+    kernel = splash_kernel(shape, q.shape[2], mask.reach, interpret=interpret, name=SAVED)
+    out = jax.vmap(kernel)(*arrays)
     return out.transpose(0, 2, 1, 3)[:, :length]
 
 
-def _kernel(shape: tuple[int, int], heads: int, reach: Reach, interpret: bool):
+def splash_kernel(
+    shape: tuple[int, int],
+    heads: int,
+    reach: Reach,
+    *,
+    interpret: bool = False,
+    devices: int = 1,
+    name: str | None = None,
+    with_logsumexp: bool = False,
+) -> kernels.SplashAttentionKernel:
+    """Returns splash attention of so many queries and keys, with blocks that divide them.
+
+    Of more than one of `devices` the queries are those of all, for each to take its part: under a
+    causal mask in zig-zag order (see `context.order`). `name` is what remat policies call the
+    result.
+    """
     most = min(BLOCK, max(reach.pattern.grain, LEAST)) if reach.pattern else BLOCK
     block_q, block_kv = (
-        next(b for b in range(min(most, length), 0, -LANES) if length % b == 0) for length in shape
+        next(b for b in range(min(most, length), 0, -LANES) if length % b == 0)
+        for length in (shape[0] // devices, shape[1])
     )
     sizes = kernels.BlockSizes(
         block_q=block_q,
@@ -118,45 +137,62 @@ def _kernel(shape: tuple[int, int], heads: int, reach: Reach, interpret: bool):
         block_kv_dq=block_kv,
     )
     return kernels.make_splash_mha(
-        _mask(shape, heads, reach),
+        _mask(shape, heads, reach, devices),
         block_sizes=sizes,
         head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name=SAVED,
+        q_seq_shards=devices,
+        residual_checkpoint_name=name,
+        save_residuals=with_logsumexp,
         interpret=interpret,
     )
 
 
-class PatternMask(masks._ComputableMask):
-    """The mask of a pattern (`ops.sparse`), computed in the kernel; nothing of it is stored."""
+class ReachMask(masks._ComputableMask):
+    """The mask of any reach, computed in the kernel; nothing of it is stored."""
 
-    def __init__(self, shape: tuple[int, int], reach: Reach):
-        def visible(q, k):
-            seen = reach.pattern.visible(q, k)
-            return seen & (k <= q) if reach.causal else seen
+    def __init__(self, shape: tuple[int, int], reach: Reach, devices: int):
+        super().__init__(shape, reach.visible)
+        self.reach, self.devices = reach, devices
+        if reach.causal:
+            self.q_sequence = zigzag(self.q_sequence, devices)
 
-        super().__init__(shape, visible)
-        self.reach = reach
+    def __getitem__(self, idx) -> np.ndarray:
+        """Returns a block of the mask, one element where all are equal: JAX looks at each block of
+        a long sequence, most of which a glance at the corners decides."""
+        rows, columns = self.q_sequence[idx[0]], idx[1]
+        first, last = rows.min(), rows.max()
+        start, end = columns.start, columns.stop - 1
+        causal, window = self.reach.causal, self.reach.window
+        near = not window or (start > last - window and end < first + window)
+        if (causal and start > last) or (
+            window and (end <= first - window or start >= last + window)
+        ):
+            return np.zeros((1, 1), bool)
+        if near and not (causal and end > first) and not self.reach.pattern:
+            return np.ones((1, 1), bool)
+        return super().__getitem__(idx)
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, PatternMask) and (self.shape, self.reach) == (
-            other.shape,
-            other.reach,
-        )
+        return isinstance(other, ReachMask) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.shape, self.reach))
+        return hash(self._key())
+
+    def _key(self):
+        return self.shape, self.reach, self.devices
 
 
 @functools.lru_cache
-def _mask(shape: tuple[int, int], heads: int, reach: Reach) -> masks.MultiHeadMask:
+def _mask(shape: tuple[int, int], heads: int, reach: Reach, devices: int) -> masks.MultiHeadMask:
     back = reach.window - 1
-    if reach.pattern:
-        mask = PatternMask(shape, reach)
+    if reach == Reach(causal=False):
+        mask = masks.FullMask(shape)
+    elif reach.pattern or devices > 1:
+        mask = ReachMask(shape, reach, devices)
     elif reach.window:
         mask = masks.LocalMask(shape, (back, 0 if reach.causal else back), 0)
     else:
-        mask = masks.CausalMask(shape) if reach.causal else masks.FullMask(shape)
+        mask = masks.CausalMask(shape)
     return masks.MultiHeadMask([mask] * heads)
 
 

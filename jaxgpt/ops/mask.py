@@ -22,6 +22,13 @@ class Reach:
     window: int = 0
     pattern: Pattern | Lsh | None = None
 
+    def visible(self, q, k):
+        """Says which pairs of positions it lets see."""
+        seen = k <= q if self.causal else (k == k) & (q == q)
+        if self.window:
+            seen &= (k > q - self.window) & (k < q + self.window)
+        return seen & self.pattern.visible(q, k) if self.pattern else seen
+
 
 class AttentionMask(NamedTuple):
     """The positions of queries and keys, and which keys a query may see.
@@ -57,11 +64,7 @@ class AttentionMask(NamedTuple):
     def visible(self) -> Bool[Array, "B T S"]:
         """Returns which keys each query sees."""
         q, kv = self.q_positions[:, :, None], self.kv_positions[:, None, :]
-        seen = kv <= q if self.reach.causal else kv == kv
-        if self.reach.window:
-            seen &= (kv > q - self.reach.window) & (kv < q + self.reach.window)
-        if self.reach.pattern:
-            seen &= self.reach.pattern.visible(q, kv)
+        seen = self.reach.visible(q, kv)
         if self.prefix is not None:
             seen |= kv < self.prefix[:, None, None]
         if self.q_segments is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import BATCH_AXES
 from jaxgpt.model.stacked.blocks import layer_windows
+from jaxgpt.ops.context.sharded import method_of, said
 from jaxgpt.ops.sparse.kernels import kernel_name
 from jaxgpt.ops.sparse.patterns import keys_seen, patterns_of
 from jaxgpt.parallel.mesh import AXES, make_mesh, slices_of
@@ -44,7 +45,8 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
             "parameters": count_parameters(state.params, training.spec.model),
             "active_parameters": count_active(state.params, training.spec.model),
             "mesh": dict(zip(AXES, mesh.devices.shape, strict=True)),
-            "attention": kernel_name(training.spec.model, training.spec.kernel),
+            "attention": kernel_name(training.spec.model, training.spec.kernel)
+            + said(config, mesh.shape, training.spec.kernel),
         }
         arguments = _arguments(training, state)
         try:
@@ -185,7 +187,8 @@ def _kernel_flops(program: Program, training: Training) -> int:
     rows = training.config.batch_size // training.config.grad_accum
     rows //= math.prod(mesh[axis] for axis in BATCH_AXES)
     width = cfg.head_dim * cfg.num_heads // mesh["tensor"]
-    one = 2 * int(np.mean(_pairs(cfg))) * width * rows
+    hops = mesh["context"] if method_of(training.config, mesh) == "ring" else 1
+    one = 2 * int(np.mean(_pairs(cfg))) * width * rows // (mesh["context"] * hops)
     total = 0
     for name, times in program.kernels().items():
         kind = next((kind for kind in MATMULS if f"_{kind}" in name), None)

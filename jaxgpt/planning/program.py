@@ -46,8 +46,8 @@ class Instruction:
     root: bool
 
     def called(self, attribute: str) -> str | None:
-        """The computation that an attribute names: `body`, `calls`, ..."""
-        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
+        """The first computation that an attribute names: `body`, `calls`, ..."""
+        match = re.search(rf"\b{attribute}={{?%?([\w.\-]+)", self.rest)
         return match and match[1]
 
     @functools.cached_property
@@ -100,7 +100,8 @@ class Program:
                 trips = self.trips(instruction)
                 self._count(instruction.called("body"), times * trips)
             else:
-                for attribute in ("calls", "to_apply", "true_computation", "false_computation"):
+                # Of the branches of a conditional one runs; ours are equal work
+                for attribute in ("calls", "to_apply", "true_computation", "branch_computations"):
                     called = instruction.called(attribute)
                     if called in self.computations and not _is_reduction(instruction.opcode):
                         self._count(called, times)
@@ -243,9 +244,10 @@ def _between_slices(i: Instruction) -> str:
 
 
 def _group(rest: str, devices: int) -> list[int]:
-    """Returns the first replica group, or the first pair of a permutation."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-        return [int(pairs[1]), int(pairs[2])]
+    """Returns the first replica group, or the first pair of a permutation that sends anything."""
+    if pairs := re.search(r"source_target_pairs=\{([{}\d,]*)\}", rest):
+        sent = [m for m in re.finditer(r"(\d+),(\d+)", pairs[1]) if m[1] != m[2]]
+        return [int(n) for n in sent[0].groups()] if sent else [0]
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
         sizes = {m[1]: int(m[2]) for m in re.finditer(r"'([\w.:]+)'=(\d+)", mesh[1])}
         ids = _iota(mesh[2], math.prod(sizes.values())).reshape(tuple(sizes.values()))

@@ -159,7 +159,7 @@ def test_what_a_resumed_run_may_change():
         *("compute.attention", "compute.remat", "compute.scan_layers"),
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert"),
         *("mesh.context", "mesh.pipeline", "mesh.sequence_activations"),
-        "compute.expert_buffer",
+        *("compute.expert_buffer", "compute.context_attention"),
         "objectives.distill.teacher",  # its place; a checkpoint knows which teacher it was
     }
 
@@ -218,5 +218,32 @@ def test_what_does_not_go_with_experts(fields, message):
     config = Config(batch_size=24)
     for path, value in ({"model.num_experts": 4} | fields).items():
         set_field(config, path, value)
+    with pytest.raises(BadInput, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, ""),
+        ({"model.max_seq_len": 1028}, "model.max_seq_len=1028 cannot be cut into 8 chunks"),
+        ({"model.kind": "encoder", "objective": "masked_lm"}, "masked_lm, which picks positions"),
+        ({"mesh.context": 3}, "mesh.context=3 must divide 64"),
+        ({"model.attention_pattern": "lsh"}, "lsh, which sorts whole sequences"),
+        ({"model.num_experts": 4, "model.expert_capacity": 1.0}, "whole sequences; set model.exp"),
+        ({"model.dropout": 0.1}, "context_attention=ring with model.dropout=0.1, which needs all"),
+        ({"model.window": 9}, "context_attention=ring with model.window=9, which needs all keys"),
+        ({"model.window": 9, "model.full_attention_every": 2}, ""),
+        ({"objective": "prefix_lm"}, "context_attention=ring with objective=prefix_lm"),
+    ],
+)
+def test_what_does_not_go_with_a_split_context(fields, message):
+    config = Config()
+    given = {"mesh.context": 4, "compute.context_attention": "ring"} | fields
+    for path, value in given.items():
+        set_field(config, path, value)
+    if not message:
+        validate(config)
+        return
     with pytest.raises(BadInput, match=message):
         validate(config)

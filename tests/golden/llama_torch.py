@@ -30,16 +30,26 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
 )
 
+YARN = dict(
+    rope_type="yarn",
+    rope_theta=THETA,
+    factor=4.0,
+    beta_fast=4.0,
+    beta_slow=0.5,
+    original_max_position_embeddings=16,
+)
+
 
 def make_model(name: str, seed: int):
-    """A Llama (with llama3 RoPE scaling) or a Qwen3 (with qk-norm), every parameter random."""
+    """A Llama (llama3's RoPE scaling, or yarn's) or a Qwen3 (qk-norm), every parameter random."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    if name == "llama":
+    if name != "qwen3":
+        rope = YARN if name == "yarn" else LLAMA3
         config = transformers.LlamaConfig(
-            **SHAPE, rope_parameters=LLAMA3, attn_implementation="eager"
+            **SHAPE, rope_parameters=rope, attn_implementation="eager"
         )
         model = transformers.LlamaForCausalLM(config)
     else:

@@ -60,7 +60,7 @@ def test_greedy_equals_the_plain_loop_in_every_variant(variant):
             np.testing.assert_allclose(scores[i], wanted_scores, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2, 1, 2)])
 def test_greedy_equals_the_plain_loop_for_unequal_prompts(shape):
     config = tiny_config(shape, position="rope", num_kv_heads=2)
     prompts = [np.array(p, np.int32) for p in ([5], [9, 8, 7, 6], list(range(15)))]
@@ -88,14 +88,18 @@ def test_a_prefix_model_reads_its_prompt_in_both_directions():
             np.testing.assert_array_equal(got, want)
 
 
-def test_a_windowed_model_slides_past_its_context():
-    """Far past the ring's end: the cache has 64 slots, the text grows to 5 + 100 tokens."""
-    config = tiny_config(position="rope", window=6)
+@pytest.mark.parametrize("context", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_a_windowed_model_slides_past_its_context(context):
+    """Far past the ring's end: the cache has 64 slots, split over devices or not, and the text
+    grows to 5 + 100 tokens."""
+    config = tiny_config((1, 1, 1, 1, context), position="rope", window=6)
     with jax.set_mesh(mesh_of(config)):
         decoder, forward = model_of(config)
         prompt = np.array([5, 9, 8, 7, 6], np.int32)
         rows = decoder.prefill([prompt], [GREEDY], sample_keys([(0, 0)]), 100)
         assert rows.cache.positions.shape == (1, 64)
+        held = rows.cache.layers[0].k.addressable_shards[0].data.shape
+        assert held == (1, 4, 64 // context, 8)
         (found,), _ = generate(decoder, [prompt], 100, GREEDY)
         np.testing.assert_array_equal(found, plain_greedy(forward, prompt, 100)[0])
         long = np.arange(90, dtype=np.int32)  # a prompt longer than max_seq_len

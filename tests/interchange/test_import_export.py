@@ -349,7 +349,8 @@ def test_configs_that_are_not_ours(tmp_path, edit, message):
 
 def test_both_spellings_of_rope(tmp_path):
     """`rope_parameters` of today's transformers; `rope_theta` and `rope_scaling` of before."""
-    scaling = dict(rope_scaling="llama3", rope_factor=4.0, rope_original_len=16)
+    scaling = dict(rope_scaling="yarn", rope_factor=4.0, rope_original_len=16)
+    scaling |= dict(rope_beta_fast=16.0, rope_beta_slow=2.0, rope_attention_factor=1.5)
     cfg, _ = model_folder(tmp_path / "hf", **LLAMA, rope_theta=5e5, **scaling)
     file = tmp_path / "hf/config.json"
     whole = json.loads(file.read_text())
@@ -357,6 +358,10 @@ def test_both_spellings_of_rope(tmp_path):
         others = {"rope_parameters", "rope_theta", "rope_scaling"} - set(spelling)
         file.write_text(json.dumps({k: v for k, v in whole.items() if k not in others}))
         assert open_folder(tmp_path / "hf").model == cfg, spelling
+    whole["rope_parameters"] |= {"attention_factor": None, "mscale": 1.0, "mscale_all_dim": 0.5}
+    file.write_text(json.dumps(whole))
+    found = open_folder(tmp_path / "hf").model.rope_attention_factor
+    assert found == pytest.approx(1.0648216253695715), "what transformers makes of them"
 
 
 def test_bfloat16_is_what_every_tensor_is(tmp_path):

@@ -311,6 +311,9 @@ MODERN_CHANGES = {
     "rope_factor": 4.0,
     "rope_original_len": 99,
     "rope_scaling": "linear",
+    "rope_beta_fast": 9.0,
+    "rope_beta_slow": 0.1,
+    "rope_attention_factor": 1.5,
     "full_attention_every": 1,
 }
 ENCODER_DECODER = ("encoder_layers", "max_source_len", "relative_buckets", "relative_max_distance")
@@ -341,10 +344,10 @@ def modern() -> Config:
     config = tiny_config(
         bias=False,
         position="rope",
-        rope_scaling="llama3",
+        rope_scaling="yarn",
         rope_factor=2.0,
         rope_theta=1000.0,
-        rope_original_len=16,
+        rope_original_len=512,
         window=4,
     )
     config.lora.rank = 2
@@ -397,7 +400,7 @@ def test_every_field_of_a_mixture_changes_the_program():
 @pytest.mark.parametrize("base", [gpt2, modern])
 def test_no_field_is_read_by_nobody(base):
     """Perturbing any model or optimizer field changes the train step's program."""
-    before, untouched = traced(base()), {"compute.attention"}  # picks a kernel: test_kernel_choice
+    before, untouched = traced(base()), {"compute.attention", "compute.context_attention"}
     assert traced(base()) == before
     for path in fields_of(base()):
         room, _, name = path.rpartition(".")
@@ -429,7 +432,7 @@ def test_no_field_is_read_by_nobody(base):
     other = GPT2_CHANGES if base is modern else MODERN_CHANGES
     group, rest = ("compute", COMPUTE_CHANGES) if base is modern else ("lora", LORA_CHANGES)
     named = {f"model.{n}" for n in other} | {f"{group}.{n}" for n in rest}
-    named |= {"compute.attention", "optim.decay_fraction"}
+    named |= {"compute.attention", "compute.context_attention", "optim.decay_fraction"}
     named |= {f"model.{n}" for n in EXPERT_CHANGES} | {"compute.expert_buffer"}
     named |= {f"model.{n}" for changes in SPARSE_CHANGES.values() for n in changes}
     named |= {f"model.{n}" for n in ENCODER_DECODER}  # tests/model/test_encoder_decoder.py

@@ -19,6 +19,8 @@ from tests.model.test_gpt2_parity import assert_gradients_agree, named
 def model_config(name: str) -> ModelConfig:
     shape = torch_side.SHAPE
     scaled = dict(rope_scaling="llama3", rope_factor=8.0, rope_original_len=16)
+    if name == "yarn":
+        scaled |= dict(rope_scaling=name, rope_factor=4.0, rope_beta_fast=4.0, rope_beta_slow=0.5)
     return ModelConfig(
         vocab_size=shape["vocab_size"],
         max_seq_len=shape["max_position_embeddings"],
@@ -36,12 +38,18 @@ def model_config(name: str) -> ModelConfig:
         bias=False,
         tie_embeddings=False,
         qk_norm=name == "qwen3",
-        **(scaled if name == "llama" else {}),
+        **({} if name == "qwen3" else scaled),
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("source", ["golden", pytest.param("live", marks=pytest.mark.parity)])
+LIVE = pytest.mark.parity
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("llama", "golden"), ("qwen3", "golden")]
+    + [pytest.param(name, "live", marks=LIVE) for name in ("llama", "qwen3", "yarn")],
+)
 def test_logits_loss_and_gradients(name, source):
     if source == "golden":
         found = dict(np.load(torch_side.FOLDER / f"{name}.npz"))

@@ -5,7 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from jaxgpt.ops.context.yarn import attention_factor
 from jaxgpt.ops.norm import layer_norm, rms_norm
 from jaxgpt.ops.remat import scan_layers
 from jaxgpt.ops.rope import rope_frequencies, rotate, sinusoids
@@ -46,6 +48,24 @@ def test_rope_scaling():
     # one radian a position makes 16 / (2 pi) = 2.546 turns in 16, 0.5155 of the way from 1 to 4
     (between,) = rope_frequencies(2, 10_000.0, "llama3", 8.0, 16)
     np.testing.assert_allclose(between, 0.5155 + 0.4845 / 8, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("betas", "expected"),
+    [
+        ((32.0, 1.0), [1, 0.3162278, 0.1, 0.02569351, 0.00625, 0.001383497, 0.00025, 7.905695e-05]),
+        ((8.0, 2.0), [1, 0.3162278, 0.1, 0.03162278, 0.0075, 0.001581139, 0.00025, 7.905695e-05]),
+    ],
+)
+def test_yarn_is_that_of_transformers(betas, expected):
+    """What 5.0's `ROPE_INIT_FUNCTIONS["yarn"]` returns for these sizes."""
+    found = rope_frequencies(16, 1e4, "yarn", 4.0, 4096, betas)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert attention_factor(4.0) == pytest.approx(1.138629436111989)
+    assert attention_factor(4.0) / attention_factor(4.0, 0.5) == pytest.approx(1.0648216253695715)
+    x = jnp.asarray(normal(1, 3, 2, 16), jnp.float32)
+    given = x, jnp.arange(3)[None], tuple(found)
+    np.testing.assert_allclose(rotate(*given, 1.5), 1.5 * rotate(*given), rtol=1e-6)
 
 
 def test_sinusoids_against_the_formula():

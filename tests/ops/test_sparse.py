@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.ops import kernels
-from jaxgpt.ops.attention import sharded
+from jaxgpt.ops.context.sharded import sharded
 from jaxgpt.ops.kernels import splash_attention
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.sparse.gathered import gathered_attention

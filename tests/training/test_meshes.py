@@ -28,6 +28,8 @@ MODELS = {
         tie_embeddings=False,
         logit_softcap=9.0,
     ),
+    # what a ring computes; dropout of attention weights is for gathered keys
+    "ring": dict(position="rope", num_kv_heads=2, bias=False, dropout=0.0),
     # eight experts behind a biased router and a shared one; learned positions, a tied head
     "mixture": dict(
         num_experts=8,
@@ -43,7 +45,8 @@ MODELS = {
 
 def everything(model: str, **mesh) -> Config:
     """A run with dropout, packed documents, microbatches and recomputation on such a mesh."""
-    config = tiny_config(num_layers=4, dropout=0.1, compute={"remat": "full"}, **MODELS[model])
+    compute = {"remat": "full"} | ({"context_attention": "ring"} if model == "ring" else {})
+    config = tiny_config(**{"num_layers": 4, "dropout": 0.1} | MODELS[model], compute=compute)
     config.data.pack, config.optim.z_loss = True, 1e-3
     config.batch_size, config.grad_accum = 16, 2
     return dataclasses.replace(config, mesh=MeshConfig(**({"data": 1} | mesh)))
@@ -93,7 +96,11 @@ SLOW = pytest.mark.slow
 MESHES = [
     ("dense", dict(fsdp=8)),
     ("dense", dict(tensor=4, sequence_activations=True)),
-    ("dense", dict(data=2, fsdp=2, tensor=2)),
+    ("dense", dict(context=2, fsdp=2, tensor=2)),
+    pytest.param("ring", dict(context=4), marks=SLOW),
+    pytest.param("dense", dict(context=4), marks=SLOW),
+    pytest.param("dense", dict(context=2, tensor=2, sequence_activations=True), marks=SLOW),
+    pytest.param("dense", dict(data=2, fsdp=2, tensor=2), marks=SLOW),
     pytest.param("dense", dict(data=8), marks=SLOW),
     pytest.param("dense", dict(tensor=4), marks=SLOW),
     pytest.param("dense", dict(data=2, fsdp=2, tensor=2, sequence_activations=True), marks=SLOW),

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.interchange.families.family import COMMON, Family, require, rules_from, schema_of
+from jaxgpt.ops.context.yarn import attention_factor
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import check_json
 
@@ -13,6 +14,8 @@ LLAMA_FIXED |= dict(use_sliding_window=False, pretraining_tp=1)
 ROPE_SCHEMA = {
     **{"rope_type?": str, "type?": str, "rope_theta?": float, "factor?": float},
     "original_max_position_embeddings?": int,
+    **{f"{name}?": float | None for name in ("beta_fast", "beta_slow", "attention_factor")},
+    **{f"{name}?": float | None for name in ("mscale", "mscale_all_dim")},
 }
 LLAMA_FIELDS = {  # theirs: ours
     "vocab_size": "vocab_size",
@@ -44,7 +47,8 @@ QWEN3_TENSORS = LLAMA_TENSORS | {
     "layers.{layer}.self_attn.q_norm.weight": "blocks/attention/query_norm/scale",
     "layers.{layer}.self_attn.k_norm.weight": "blocks/attention/key_norm/scale",
 }
-ROPE_SCALING = {"default": "none", "linear": "linear", "llama3": "llama3"}  # theirs: ours
+# theirs: ours
+ROPE_SCALING = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 LLAMA3_FACTORS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -70,10 +74,26 @@ def _llama_model_config(hf: dict) -> ModelConfig:
         rope_scaling=ROPE_SCALING[kind],
         rope_factor=float(rope.get("factor", 1.0)),
         rope_original_len=rope.get("original_max_position_embeddings", 8192),
+        **(_yarn_fields(rope) if kind == "yarn" else {}),
         activation="swiglu",
         bias=False,
         qk_norm=str(hf.get("model_type")).startswith("qwen3"),
     )
+
+
+def _yarn_fields(rope: dict) -> dict[str, float]:
+    """Returns the fields of YaRN; `mscale` and `mscale_all_dim` (DeepSeek's) say the attention
+    factor where it is not given."""
+    require(rope, {"truncate": True})
+    given, scales = rope.get("attention_factor"), (rope.get("mscale"), rope.get("mscale_all_dim"))
+    if given is None and all(scales):
+        one, other = (attention_factor(rope.get("factor", 1.0), scale) for scale in scales)
+        given = one / other
+    return {
+        "rope_beta_fast": float(rope.get("beta_fast") or 32),
+        "rope_beta_slow": float(rope.get("beta_slow") or 1),
+        "rope_attention_factor": float(given or 0),
+    }
 
 
 def _llama_hf_config(cfg: ModelConfig) -> dict:
@@ -83,6 +103,11 @@ def _llama_hf_config(cfg: ModelConfig) -> dict:
         rope["factor"] = cfg.rope_factor
     if kind == "llama3":
         rope |= LLAMA3_FACTORS | {"original_max_position_embeddings": cfg.rope_original_len}
+    if kind == "yarn":
+        rope |= {"original_max_position_embeddings": cfg.rope_original_len}
+        rope |= {"beta_fast": cfg.rope_beta_fast, "beta_slow": cfg.rope_beta_slow}
+        if cfg.rope_attention_factor:
+            rope["attention_factor"] = cfg.rope_attention_factor
     return {
         "model_type": "qwen3" if cfg.qk_norm else "llama",
         **{theirs: getattr(cfg, ours) for theirs, ours in LLAMA_FIELDS.items()},

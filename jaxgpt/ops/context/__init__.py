@@ -1,0 +1,1 @@
+"""Attention whose positions are split over the mesh axis `context`."""

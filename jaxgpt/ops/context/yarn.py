@@ -1,0 +1,34 @@
+"""YaRN: rotary positions for contexts longer than those of pretraining (arXiv:2309.00071)."""
+
+import math
+
+import numpy as np
+
+
+def yarn_frequencies(
+    frequencies: np.ndarray,
+    theta: float,
+    factor: float,
+    original_len: int,
+    betas: tuple[float, float],
+) -> np.ndarray:
+    """Returns the rotations of head_dim/2 pairs in radians per position: those that turn more than
+    betas[0] times within `original_len` as they are, those that turn less than betas[1] times
+    divided by `factor`, and a blend between them, linear in the number of the pair (section 3.2;
+    its ends are rounded outwards to whole pairs, as in the authors' code)."""
+    pairs = len(frequencies)
+
+    def pair_that_turns(times: float) -> float:
+        return pairs * math.log(original_len / (times * 2 * math.pi)) / math.log(theta)
+
+    low = max(math.floor(pair_that_turns(betas[0])), 0)
+    high = min(math.ceil(pair_that_turns(betas[1])), 2 * pairs - 1)
+    high = high if high != low else high + 0.001  # as the authors do
+    divided = np.clip((np.arange(pairs) - low) / (high - low), 0, 1)
+    return frequencies * (1 - divided) + frequencies / factor * divided
+
+
+def attention_factor(factor: float, mscale: float = 1.0) -> float:
+    """Returns by what queries and keys are multiplied for a context `factor` times as long: the
+    root of section 3.3's 1/t (equation 22), `mscale` being DeepSeek's weight of the logarithm."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
