@@ -163,6 +163,9 @@ class ComputeConfig:
     fake_quantise: str = choice("none", "int8", "int4")
     # Rows that a device of mesh.expert sends to each other at once, over their mean
     expert_buffer: float = may_change(number(1.25, 0, 2**16, "("))
+    # In which gradients are summed over mesh.data, which goes over slices of TPUs: bfloat16 sends
+    # half as much; "" = their own
+    slice_gradient_dtype: str = choice("", "bfloat16")
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.config.schema import BATCH_AXES, IGNORE, REPLICAS
 from jaxgpt.parallel.collectives import all_gather, reduce_scatter
+from jaxgpt.parallel.replicas import sum_devices
 from jaxgpt.parallel.rules import AxisRules
 
 LOWEST = -1e30  # below every logit, and finite
@@ -58,7 +59,9 @@ def cross_entropy(
     scattered at once; the backward pass makes a part's logits anew, one more product for never
     keeping them. x's gradient adds up in float32; all follow from p - onehot, as logsumexp's is p.
     """
-    specs = rules("batch", "seq", None), rules(*reader.axes), rules("batch", "seq")
+    later = jax.typeof(jax.tree.leaves(table)[0]).sharding.spec.reduced
+    split = jax.P(*rules(*reader.axes), reduced=later)
+    specs = rules("batch", "seq", None), split, rules("batch", "seq")
     arrays = jax.sharding.reshard((x, table, targets, bias), (*specs, rules("vocab")))
     return _cross_entropy(*arrays, finish, rules, reader)
 
@@ -96,7 +99,7 @@ def _forward(x, table, targets, bias, finish, rules, reader):
 
     specs = vectors, split, rows, rules("vocab")
     run = jax.shard_map(local, in_specs=specs, out_specs=(rows, rows), check_vma=False)
-    nats, lse = run(x, table, targets, bias)
+    nats, lse = run(x, jax.sharding.reshard(table, split), targets, bias)
     return (nats, lse), (x, table, targets, bias, lse)
 
 
@@ -134,11 +137,15 @@ def _backward(finish, rules, reader, kept, cotangents):
     specs = vectors, split, rows, rules("vocab"), rows, rows, rows
     each = jax.P(REPLICAS, *split), jax.P((*BATCH_AXES, "context"), *rules("vocab"))
     run = jax.shard_map(local, in_specs=specs, out_specs=(vectors, *each), check_vma=False)
-    grad_x, *grads = run(*kept, *cotangents)
+    x, table, *others = kept
+    grad_x, grad_table, grad_bias = run(x, jax.sharding.reshard(table, split), *others, *cotangents)
     # summed out here, XLA may send it together with other gradients
-    grad_table, grad_bias = jax.tree.map(lambda g: jnp.sum(g, axis=0), grads)
-    grad_table = jax.tree.map(lambda g: g.astype(jax.tree.leaves(kept[1])[0].dtype), grad_table)
-    return grad_x, grad_table, None, jax.tree.map(lambda g: g.astype(kept[3].dtype), grad_bias)
+    leaf = jax.typeof(jax.tree.leaves(table)[0])
+    grad_table = jax.tree.map(
+        lambda g: sum_devices(g, leaf.sharding.spec).astype(leaf.dtype), grad_table
+    )
+    grad_bias = jax.tree.map(lambda g: jnp.sum(g, axis=0).astype(kept[3].dtype), grad_bias)
+    return grad_x, grad_table, None, grad_bias
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -17,11 +17,11 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.parallel.collectives import all_gather, columns_to_rows, reduce_scatter
+from jaxgpt.parallel.replicas import sum_devices
 from jaxgpt.parallel.rules import AxisRules, sharded_axis, sharding_axes, unsharded
 
 GATHERED = "gathered_weights"  # what no remat policy keeps: as large as the model
@@ -47,7 +47,9 @@ def flat(a: jax.Array, start: int, end: int) -> jax.Array:
     """Returns `a` with its axes from `start` up to `end` as one, split as the first of them is."""
     spec = jax.typeof(a).sharding.spec
     shape = (*a.shape[:start], math.prod(a.shape[start:end]), *a.shape[end:])
-    return jax.lax.reshape(a, shape, out_sharding=P(*spec[: start + 1], *spec[end:]))
+    parts = spec.partitions
+    kept = P(*parts[: start + 1], *parts[end:], reduced=spec.reduced)
+    return jax.lax.reshape(a, shape, out_sharding=kept)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -65,7 +67,7 @@ def _backward(out, rules, matmul, saved, grad_y):
     x, whole, kernel = saved
     grad_x = matmul.grad_x(x, whole, grad_y, out)
     spec = jax.typeof(kernel).sharding.spec
-    if not _is_split(spec):
+    if not _is_split(spec) and not spec.reduced:
         grad_whole = matmul.grad_w(x, whole, grad_y, out)
         return grad_x, jax.sharding.reshard(grad_whole, spec).astype(kernel.dtype)
     grad_own = matmul.grad_w_by_device(
@@ -85,14 +87,15 @@ def _is_split(spec: P) -> bool:
 
 def gather_weight(a: jax.Array, rules: AxisRules) -> jax.Array:
     """Returns `a` whole over the axes that split every parameter, by all-gathers."""
-    spec = jax.typeof(a).sharding.spec
+    spec = P(*jax.typeof(a).sharding.spec.partitions)
     if not _is_split(spec):
         return jax.sharding.reshard(a, unsharded(spec))
 
     def local(a):
         return all_gather(a, sharded_axis(spec), rules.torus, sharding_axes(spec))
 
-    return jax.shard_map(local, in_specs=spec, out_specs=unsharded(spec), check_vma=False)(a)
+    run = jax.shard_map(local, in_specs=spec, out_specs=unsharded(spec), check_vma=False)
+    return run(jax.sharding.reshard(a, spec))
 
 
 def _rows_by_device(a: jax.Array, rules: AxisRules) -> jax.Array:
@@ -109,16 +112,17 @@ def _rows_by_device(a: jax.Array, rules: AxisRules) -> jax.Array:
 
 def sum_gradient(own: jax.Array, spec: P, rules: AxisRules) -> jax.Array:
     """Returns the sum over the first axis of [S, ...], one array of each device with rows of its
-    own, split as `spec` says: a reduce-scatter, then an all-reduce over the other axes."""
+    own, split as `spec` says: a reduce-scatter, then an all-reduce over the other axes, unless it
+    is left for later (see `parallel.replicas`)."""
     axes = sharding_axes(spec)
     others = tuple(axis for axis in rules.rows if axis not in axes)
 
     def local(own):
-        return reduce_scatter(own[0], sharded_axis(spec), rules.torus, axes)[None]
+        return reduce_scatter(own[0], sharded_axis(spec), rules.torus, axes)[None] if axes else own
 
     split = P(rules.rows, *unsharded(spec))
-    run = jax.shard_map(local, in_specs=split, out_specs=P(others, *spec), check_vma=False)
-    return jnp.sum(run(own), axis=0)
+    run = jax.shard_map(local, in_specs=split, out_specs=P(others, *spec.partitions), check_vma=False)
+    return sum_devices(run(own), spec)
 
 
 def embed_columns_to_rows(x: jax.Array, rules: AxisRules) -> jax.Array:

@@ -78,17 +78,17 @@ def whole(array: jax.Array) -> jax.Array:
 
 def unsharded(spec: P) -> P:
     """Returns a parameter's sharding, but whole over the axes that split every parameter."""
-    return P(*(None if sharding_axes(P(entry)) else entry for entry in spec))
+    return P(*(None if sharding_axes(P(entry)) else entry for entry in spec.partitions))
 
 
 def sharding_axes(spec: P) -> tuple[str, ...]:
     """Returns those of the axes that split every parameter that split this one, in order."""
-    return tuple(axis for entry in spec for axis in names(entry) if axis in SHARDING)
+    return tuple(axis for entry in spec.partitions for axis in names(entry) if axis in SHARDING)
 
 
 def sharded_axis(spec: P) -> int:
     """Returns which of a parameter's own axes they split."""
-    return next(i for i, entry in enumerate(spec) if sharding_axes(P(entry)))
+    return next(i for i, entry in enumerate(spec.partitions) if sharding_axes(P(entry)))
 
 
 def names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from jaxgpt.objectives.language import Batch, Micro
 from jaxgpt.optim.groups import OWN, join, split, trainable
 from jaxgpt.optim.optimizers import at_step, make_optimizer
 from jaxgpt.optim.schedules import make_schedule
+from jaxgpt.parallel import replicas
 from jaxgpt.training import loss_scale
 from jaxgpt.training.divergence import count_bad
 from jaxgpt.training.objectives import OBJECTIVES
@@ -59,10 +60,12 @@ def make_train_step(
 
         def gradient(micro: Micro, index):
             grad = jax.grad(scaled_loss, has_aux=True)
-            grads, (*sums, filled) = grad(trained, micro, jax.random.fold_in(key, index))
-            return jax.tree.map(lambda g: g * filled, grads), tuple(sums)
+            grads, (*sums, filled) = grad(summed_later, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda g: replicas.scale(g, filled), grads), tuple(sums)
 
-        grads, (count, metrics) = _sum_over_microbatches(gradient, batch, trained)
+        summed_later = replicas.sum_later(trained, config)
+        grads, (count, metrics) = _sum_over_microbatches(gradient, batch, summed_later)
+        grads = replicas.sum_gradients(grads, config.compute.slice_gradient_dtype)
         share = positions / jnp.maximum(count, 1).astype(jnp.float32)
         grads = jax.tree.map(lambda g, p: (g * (share / scale)).astype(p.dtype), grads, trained)
         metrics = jax.tree.map(lambda mean: mean * share, metrics)
@@ -95,7 +98,7 @@ def _sum_over_microbatches(gradient: Callable, batch: Batch, params: dict):
         return jax.tree.map(jnp.add, total, gradient(micro, index)), None
 
     _, scalars = jax.eval_shape(gradient, first, 0)
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    zeros = jax.tree.map(lambda p: replicas.zeros_like_gradient(p, jnp.float32), params)
     start = zeros, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), scalars)
     return jax.lax.scan(add, start, (batch, jnp.arange(num_micro)))[0]
 
