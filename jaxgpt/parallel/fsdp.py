@@ -121,7 +121,9 @@ def sum_gradient(own: jax.Array, spec: P, rules: AxisRules) -> jax.Array:
         return reduce_scatter(own[0], sharded_axis(spec), rules.torus, axes)[None] if axes else own
 
     split = P(rules.rows, *unsharded(spec))
-    run = jax.shard_map(local, in_specs=split, out_specs=P(others, *spec.partitions), check_vma=False)
+    run = jax.shard_map(
+        local, in_specs=split, out_specs=P(others, *spec.partitions), check_vma=False
+    )
     return sum_devices(run(own), spec)
 
 

@@ -39,7 +39,11 @@ def sum_later(params: dict, config: Config) -> dict:
         name = leaf_path(path)
         inside = shape["pipeline"] > 1 and "blocks/" in name
         spec = jax.typeof(a).sharding.spec
-        return a if inside or not LARGE.fullmatch(name) else reshard(a, P(*spec.partitions, reduced=axes))
+        return (
+            a
+            if inside or not LARGE.fullmatch(name)
+            else reshard(a, P(*spec.partitions, reduced=axes))
+        )
 
     return jax.tree.map_with_path(one, params)
 
@@ -71,6 +75,10 @@ def sum_gradients(gradients: dict, dtype: str) -> dict:
 
     def one(g):
         spec = jax.typeof(g).sharding.spec
-        return reshard(g.astype(dtype or g.dtype), P(*spec.partitions)).astype(g.dtype) if spec.unreduced else g
+        return (
+            reshard(g.astype(dtype or g.dtype), P(*spec.partitions)).astype(g.dtype)
+            if spec.unreduced
+            else g
+        )
 
     return jax.tree.map(one, gradients)

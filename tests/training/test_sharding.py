@@ -15,12 +15,14 @@ from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream, device_batches
 from jaxgpt.parallel.fsdp import embed_columns_to_rows, gather_weight, sum_gradient
 from jaxgpt.parallel.mesh import AXES, devices_along, make_mesh
+from jaxgpt.parallel.replicas import sum_devices, sum_gradients
 from jaxgpt.parallel.rules import AxisRules
 from jaxgpt.parallel.torus import Torus, torus_of
 from jaxgpt.planning.hardware import LIBTPU_ENVIRONMENT
 from jaxgpt.planning.program import Program
 from jaxgpt.system.accelerators import allow_libtpu
 from jaxgpt.system.errors import BadInput
+from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.training.setup import make_training
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
 from tests.training.test_meshes import assert_same, ten_steps
@@ -86,6 +88,36 @@ def test_experts_are_split_by_expert_and_the_rest_by_everything():
     rules = AxisRules(axes=("fsdp", "expert", "context"))
     assert rules("embed", "mlp") == jax.P(("fsdp", "expert", "context"), None)
     assert rules("experts", "embed", "mlp") == jax.P("expert", ("fsdp", "context"), None)
+
+
+def test_gradients_cross_data_once_a_step():
+    """With two microbatches: that of every large matrix; norms and positions in each microbatch."""
+    config = tiny_config((2, 2), bias=False, num_layers=1)
+    config.grad_accum = 2
+    with jax.set_mesh(mesh := mesh_of(config)):
+        training = make_training(config, mesh)
+        program = Program(training.compile_step().as_text())
+        params = leaves_by_path(training.abstract_state().params)
+    split = (a for path, a in params.items() if "kernel" in path or path == "tokens")
+    large = sum(a.size * 4 // 2 for a in split) - params["positions/kernel"].size * 2
+    found = [c for c in program.collectives(AXES, mesh.devices.shape) if "data" in c.axis]
+    assert sum(c.bytes for c in found if c.count == 1) == large
+    assert 0 < sum(c.bytes * c.count for c in found if c.count > 1) < 0.2 * large
+
+
+def test_gradients_are_summed_over_data_in_the_dtype_that_is_asked_for():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    one = 1 + 2**-9  # which bfloat16 does not have
+
+    def total(own, dtype):
+        return sum_gradients({"g": sum_devices(own, jax.P(reduced={"data"}))}, dtype)["g"]
+
+    with jax.set_mesh(mesh):
+        own = jax.device_put(np.full((2, 4), one, np.float32), jax.P("data"))
+        for dtype, wanted in (("", 2 * one), ("bfloat16", 2.0)):
+            found = jax.jit(total, static_argnums=1)(own, dtype)
+            assert found.dtype == np.float32 and found.sharding.is_fully_replicated
+            np.testing.assert_array_equal(found, np.full(4, wanted, np.float32))
 
 
 class Chip:

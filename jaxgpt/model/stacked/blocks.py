@@ -69,7 +69,7 @@ class Blocks(nnx.Module):
             rows = [row for row, i in enumerate(layers) if part.start <= i < part.stop]
             if rows:
                 own = array if len(rows) == len(layers) else _rows(array, rows[0], rows[-1] + 1)
-                found[path] = jax.tree.map(lambda a: a.reshape(part.turns, -1, *a.shape[1:]), own)
+                found[path] = jax.tree.map(lambda a: _by_turn(a, part.turns), own)
         return found
 
     def blocks_of(self, part: Part, turn: dict) -> Iterator[nnx.Module]:
@@ -149,3 +149,10 @@ def _stacked(make, kinds: tuple[Kind, ...], keys) -> dict:
 
 def _rows(array, start: int, stop: int):
     return jax.tree.map(lambda a: a[start:stop], array)
+
+
+def _by_turn(a: jax.Array, turns: int) -> jax.Array:
+    """Returns [turns, layers / turns, ...] of [layers, ...]."""
+    spec, shape = jax.typeof(a).sharding.spec, (turns, a.shape[0] // turns, *a.shape[1:])
+    first, *rest = spec.partitions
+    return jax.lax.reshape(a, shape, out_sharding=jax.P(first, None, *rest, reduced=spec.reduced))
