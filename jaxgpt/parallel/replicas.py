@@ -1,12 +1,13 @@
 """Gradients of devices that hold equal parameters, summed once a step instead of once a microbatch.
 
-Over `data` gradients are summed whole (see `parallel.fsdp`), and it is `data` that goes over slices of
-TPUs, whose network is the slowest part of a machine. So with several microbatches each device adds up
-its own gradients, and the sum over devices comes last.
+Over `data` gradients are summed whole (see `parallel.fsdp`), and it is `data` that goes over slices
+of TPUs, whose network is the slowest part of a machine. So with several microbatches each device
+adds up its own gradients, and the sum over devices comes last.
 
-JAX's types say so: a parameter that is `reduced` over an axis has a gradient that is `unreduced`, one
-that still has to be summed over it. Large matrices are read in ways that leave their gradients so
-(`sum_devices`); all other parameters are small, and summed as the microbatch ends.
+JAX's types say so: a parameter that is `reduced` over an axis has a gradient that is `unreduced`,
+one that still has to be summed over it. Large matrices are read in ways that leave their gradients
+so (`sum_devices`); all other parameters are small, and summed as the microbatch ends. Experts'
+matrices are summed then too.
 """
 
 import re
