@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     check_topology(values.topology)
     check_slices(values.topology, values.slices, values.slice_bandwidth)
     # JAX is imported only now, so that wrong flags are reported at once
+    from jaxgpt.parallel.mesh import slices_of
     from jaxgpt.planning.estimate import make_plan
     from jaxgpt.planning.hardware import devices_of, use_compilers_alone
     from jaxgpt.planning.search import cheapest_that_fits, search
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> int:
         cheapest = cheapest_that_fits(config, plan_of)
         plan["suggestion"] = cheapest and {"change": cheapest[0], **cheapest[1]}
     if values.search:
-        plan["search"] = search(config, len(devices), plan_of)
+        plan["search"] = search(config, len(devices), plan_of, slices_of(devices))
     if not (fits := any(plan["fits"] for _, plan in tried)):
         plan["nearest"] = nearest(config, tried)
     if values.price:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from jaxgpt.config.validate import validate
 from jaxgpt.parameters.flops import flops_per_token
 from jaxgpt.planning import estimate, hardware, topology
 from jaxgpt.planning.hardware import TPUS, Chip, gpu_chip, local_chip
-from jaxgpt.planning.search import changed, cheapest_that_fits, search, smaller
+from jaxgpt.planning.search import changed, cheapest_that_fits, meshes, products, search, smaller
 from jaxgpt.system.errors import BadInput
 from tests.conftest import ROOT
 
@@ -204,6 +205,8 @@ def test_the_search_ranks_what_fits(capsys):
     each = [row["seconds"] / size for row, size in zip(found, batch, strict=True)]
     assert each == sorted(each) and batch[:2] == [64, 32] and batch[2:] == [16] * (len(found) - 2)
     assert {row["change"]["mesh.tensor"] for row in found} >= {1, 2}
+    tried = [row["change"] for row in found]
+    assert len(tried) == len({str(change) for change in tried})
     best = found[2]["change"]
     assert found[2]["seconds"] == 2 and (best["grad_accum"], best["compute.remat"]) in (
         (1, "full"),
@@ -212,6 +215,25 @@ def test_the_search_ranks_what_fits(capsys):
     assert found[0]["change"] == best | {"batch_size": 64}
     assert sum("bound by" in line for line in lines) == len(found)
     assert any("batch_size=128: does not fit" in line for line in lines)
+
+
+def test_the_search_tries_every_axis_that_the_model_admits():
+    """Few meshes; of a mixture of long sequences all axes, and products of the fastest two."""
+    model = {"model.num_experts": 8, "model.expert_dim": 64, "model.max_seq_len": 2**15}
+    config = changed(Config(), model | {"batch_size": 64, "model.num_layers": 16})
+    found = meshes(config, 64)
+    sizes = {axis: {mesh[axis] for mesh in found} - {1} for axis in found[0]}
+    assert sizes["mesh.expert"] == {2, 4, 8}, "eight experts"
+    assert sizes["mesh.context"] == {2, 4, 8, 16} and sizes["mesh.tensor"] == {2, 4}
+    assert len(found) < 20 and len({str(mesh) for mesh in found}) == len(found)
+    assert all(math.prod(mesh.values()) == 64 for mesh in found)
+    rows = [{"change": mesh} for mesh in found if mesh["mesh.expert"] == 8]
+    rows += [{"change": mesh} for mesh in found if mesh["mesh.context"] == 2]
+    (product,) = products(config, rows)
+    assert product == rows[0]["change"] | {"mesh.context": 2, "mesh.fsdp": 4}
+    dense = changed(Config(), {"batch_size": 64})
+    assert all(mesh["mesh.expert"] == mesh["mesh.context"] == 1 for mesh in meshes(dense, 64))
+    assert {mesh["mesh.data"] % 2 for mesh in meshes(dense, 64, slices=2)[1:]} == {0}
 
 
 def planned(args: str) -> tuple[dict, str]:
