@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import train
+from jaxgpt import shrink, train
 from jaxgpt.checkpointing.checkpoints import concrete
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.interchange.families import family_of
@@ -23,7 +23,7 @@ from jaxgpt.system.errors import BadInput
 from tests.conftest import config_flag, mesh_of, tiny_config
 from tests.golden import mixtures_torch
 from tests.interchange.test_hf_parity import our_logits
-from tests.interchange.test_import_export import LLAMA, model_folder, run_export
+from tests.interchange.test_import_export import LLAMA, model_folder, run_export, run_import
 from tests.interchange.test_more_families import arrays_of, write_folder
 from tests.model.test_gpt2_parity import assert_gradients_agree, named
 
@@ -155,3 +155,12 @@ def test_folders_of_transformers_and_back(command, tmp_path, corpus, name):
     assert type(again).__name__ == mixtures_torch.CONFIGS[name][0]
     found = our_logits(tmp_path / "out", tokens)
     np.testing.assert_allclose(found, theirs(again, tokens), atol=1e-4)
+
+
+def test_a_mixture_is_not_shrunk(command, tmp_path):
+    model_folder(tmp_path / "hf", **MIXTRAL)
+    run_import(command, tmp_path / "hf", tmp_path / "w")
+    flags = f"--workdir={tmp_path}/w", f"--out={tmp_path}/s", "--method=int8", "--data=builtin"
+    code, _, err = command(shrink.main, *flags)
+    assert code == 2 and "holds a mixture (model.num_experts=4): shrink knows dense models" in err
+    assert not (tmp_path / "s").exists()
