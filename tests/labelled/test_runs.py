@@ -10,6 +10,13 @@ import pytest
 
 from jaxgpt import evaluate, prepare, sample, train
 from jaxgpt.checkpointing.checkpoints import Checkpoints
+from jaxgpt.denoising.companions import OnCorruptedText
+from jaxgpt.inference.requests import BeamSettings
+from jaxgpt.inference.trained import open_trained
+from jaxgpt.labelled.companions import OnRows
+from jaxgpt.objectives.companions import Companions
+from jaxgpt.objectives.text import Asked
+from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 from tests.conftest import config_flag
 
@@ -88,6 +95,13 @@ def test_unknown_labels_and_strides_are_refused(folder, trained, command):
     assert code == 2 and "bad.jsonl, row 1: label 'plant' is unknown; known are animal, none" in err
     code, _, err = command(evaluate.main, f"--workdir={trained}", "--stride=3")
     assert code == 2 and "--stride=3 is for running text" in err
+
+
+@pytest.mark.parametrize("companions", [Companions, OnCorruptedText, OnRows])
+def test_beams_are_refused_by_what_writes_no_targets(trained, companions):
+    asked = Asked("", "validation", beams=BeamSettings(2))
+    with pytest.raises(BadInput, match="--num_beams writes the targets of objective=seq2seq"):
+        companions.measure(open_trained(str(trained), None), asked)
 
 
 def test_what_prepare_counts(folder, command):
@@ -191,12 +205,6 @@ def test_every_objective_from_its_rows_to_a_prompt(tmp_path, command, objective)
     assert code == 0 and found.keys() >= {"loss", "perplexity", "tokens", *figures}, err
     score = figures[0] if figures[0] in ("exact_match", "accuracy") else "exact_match"
     assert found[score] == 1.0 and found["loss"] < 0.5
-    code, out, err = command(evaluate.main, f"--workdir={tmp_path}/w", "--num_beams=2")
-    if objective == "seq2seq":
-        row = json.loads(out.splitlines()[-1])
-        assert (row["num_beams"], row["exact_match"]) == (2, 1.0), err
-    else:
-        assert code == 2 and "--num_beams writes the targets of" in err
     flags = ["--temperature=0", "--max_new_tokens=10"] * (objective == "seq2seq")
     code, out, err = command(sample.main, f"--workdir={tmp_path}/w", f"--prompt={prompt}", *flags)
     assert code == 0 and out == f"{answer}\n", err
