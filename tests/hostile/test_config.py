@@ -40,15 +40,14 @@ WRONG = {
 NO_CHOICE = ["nonsense", " ", "None", "1e30", "auto,xla", "é", "x" * 5000]
 
 
-def wrong_values() -> list[Case]:
-    """Every field with every value that it cannot have."""
-    found = []
-    for path, field in leaves_of().items():
-        wrong = WRONG[field.type] + (NO_CHOICE if "choices" in field.metadata else [])
-        for value in wrong:
-            name = f"{path}={value[:20]!a}"
-            found.append(Case(name, ["--config=c.py", f"--config.{path}={value}"], exits=(2,)))
-    return found
+def wrong_values(path: str) -> list[Case]:
+    """A field with every value that it cannot have."""
+    field = leaves_of()[path]
+    wrong = WRONG[field.type] + (NO_CHOICE if "choices" in field.metadata else [])
+    return [
+        Case(f"{path}={value[:20]!a}", ["--config=c.py", f"--config.{path}={value}"], exits=(2,))
+        for value in wrong
+    ]
 
 
 # Beyond what a machine can hold or count: they hung, or ended in a traceback, one by one.
@@ -203,16 +202,24 @@ VALUES = [
         ("import numpy; c.optim.eps = numpy.float32(3)", "expected float"),
     ]
 ]
-CASES = [*wrong_values(), *BOUNDS, *SPELLINGS, *FILES, *VALUES]
+CASES = [*BOUNDS, *SPELLINGS, *FILES, *VALUES]
+PLAIN = {"c.py": FILE.format("pass")}
+
+
+@pytest.mark.parametrize("path", leaves_of())
+def test_a_field_refuses_each_wrong_value_in_one_line(path, holds):
+    for case in wrong_values(path):
+        holds(main, case._replace(files=PLAIN))
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_a_config_is_refused_in_one_line(case, holds):
-    holds(main, case._replace(files={"c.py": FILE.format("pass")} | case.files))
+    holds(main, case._replace(files=PLAIN | case.files))
 
 
 def test_there_are_hundreds_of_cases():
-    assert len(CASES) > 800 and len({case.name for case in CASES}) == len(CASES)
+    cases = [*CASES, *(case for path in leaves_of() for case in wrong_values(path))]
+    assert len(cases) > 800 and len({case.name for case in cases}) == len(cases)
 
 
 def test_composed_and_decomposed_accents_are_names_like_others(holds):
