@@ -315,6 +315,26 @@ def test_fsdp_gathers_each_weight_twice_and_scatters_its_gradient():
 
 
 @pytest.mark.tpu_compile
+def test_a_mixture_sends_rows_scatters_gradients_and_multiplies_by_few_experts():
+    """Two of 16 experts a token, which are on two groups of chips: a product over all experts would
+    be six times the model's FLOPs."""
+    found, err = planned(
+        "--config=configs/qwen3_30b_a3b.py --topology=v5p:2x2x2 --config.batch_size=8"
+        " --config.model.num_experts=16 --config.model.experts_per_token=2"
+        " --config.model.num_layers=2 --config.model.max_seq_len=512 --config.model.vocab_size=2048"
+        " --config.mesh.fsdp=4 --config.mesh.expert=2"
+    )
+    rows = {(row["kind"], row["axis"]): row["bytes"] for row in found["collectives"]}
+    assert rows["ragged-all-to-all", "expert"] > 0
+    summed = sum(size for (kind, _), size in rows.items() if kind == "all-reduce")
+    assert summed < 0.01 * found["parameters"]
+    assert 1.2 < found["compiled_flops_per_step"] / found["flops_per_step"] < 1.8
+    idle = 2 * 14 * 3 * 2048 * 768
+    assert found["active_parameters"] == found["parameters"] - idle
+    assert f"goes through {found['active_parameters']:,}" in err
+
+
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize("split", [False, True])
 def test_tensor_parallelism_sums_twice_a_block(split):
     layers = 4
