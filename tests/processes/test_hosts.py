@@ -159,6 +159,29 @@ def test_an_axis_across_two_processes_trains_and_goes_on_after_one_was_killed(pl
 
 
 @pytest.mark.slow
+def test_every_axis_goes_over_two_processes_which_are_killed_and_go_on(place):
+    """Of one device each, so that the axis crosses from one to the other; each turn goes on from
+    the checkpoint of a mesh of another axis, after SIGKILL."""
+    args = ["--config.model.num_experts=2", "--config.model.expert_dim=16"]
+    args += ["--config.model.num_layers=2", "--config.checkpoint_every=4"]
+    alone = ["--config.mesh.data=1", "--config.mesh.fsdp=1"]
+    codes, _, errors = finish(start("train", 1, 1, *flags(place, "axes-one"), *args, *alone))
+    assert codes == [0], errors
+    turns = ["data", "fsdp", "tensor", "context", "expert"]
+    for turn, axis in enumerate(turns, start=1):
+        mesh = [*alone, f"--config.mesh.{axis}=2"]
+        children = start("train", 2, 1, *flags(place, "axes-two"), *args, *mesh)
+        if axis != turns[-1]:
+            wait_for_checkpoint(place / "axes-two", 4 * turn, children)
+            children[1].kill()  # the other would wait for it as long as a heartbeat may be late
+            children[0].kill()
+            finish(children)
+    codes, _, errors = finish(children)
+    assert codes == [0, 0] and f"checkpoint {4 * (len(turns) - 1)}" in errors[0], errors
+    assert rows(place / "axes-two") == pytest.approx(rows(place / "axes-one"), rel=1e-4)
+
+
+@pytest.mark.slow
 def test_weights_to_start_from_are_split_over_processes(place, command):
     """Some tokens have no row in the weights, which are drawn; DoRA's magnitudes are computed."""
     args = [

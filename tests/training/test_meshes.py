@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxgpt.checkpointing.checkpoints import Checkpoints
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.training.setup import make_training
 from tests.conftest import mesh_of, random_batch, tiny_config
@@ -108,9 +109,37 @@ MESHES = [
     pytest.param("mixture", dict(expert=2, fsdp=4), marks=SLOW),
     pytest.param("mixture", dict(expert=2, fsdp=2, tensor=2), marks=SLOW),
     pytest.param("mixture", dict(data=2, expert=2, fsdp=2), marks=SLOW),
+    pytest.param("mixture", dict(expert=2, context=2, fsdp=2), marks=SLOW),
+    pytest.param("mixture", dict(data=2, expert=2, context=2), marks=SLOW),
+    pytest.param("mixture", dict(expert=2, context=2, tensor=2), marks=SLOW),
 ]
 
 
 @pytest.mark.parametrize(("model", "mesh"), MESHES)
 def test_ten_steps_on_a_mesh_equal_one_device(model, mesh):
     assert_same(ten_steps(everything(model, **mesh)), one_device(model))
+
+
+def test_checkpoints_go_from_any_mesh_to_any_other(tmp_path):
+    """Saved on one mesh, restored onto the next, saved there, and so on: all bytes are the first's,
+    and lie where the mesh has them."""
+    turns = [dict(expert=2, context=2, fsdp=2), dict(tensor=4), dict(data=2, expert=4)]
+    turns += [dict(context=4, fsdp=2), dict(fsdp=8), dict()]
+    state = first = None
+    for step, mesh_ in enumerate(turns, start=1):
+        config = everything("mixture", **mesh_)
+        with jax.set_mesh(mesh := mesh_of(config)):
+            training = make_training(config, mesh)
+            if state is None:
+                state = jax.jit(training.init)()
+                first = jax.device_get(state)
+            else:
+                reader = Checkpoints(tmp_path, read_only=True)
+                state, _ = reader.restore(step - 1, training.abstract_state())
+                jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), first)
+                wanted = training.abstract_state().params
+                for a, like in zip(*map(jax.tree.leaves, (state.params, wanted)), strict=True):
+                    assert a.sharding.spec == like.sharding.spec, mesh_
+            writer = Checkpoints(tmp_path, keep=1)
+            writer.save(step, state, {"tokens": step})
+            writer.close()
