@@ -124,6 +124,8 @@ def table(plan: dict) -> Iterator[str]:
     active = plan["active_parameters"]
     of_a_token = f", of which a token goes through {active:,}" * (active < plan["parameters"])
     yield f"model     {plan['parameters']:,} parameters{of_a_token}"
+    if bubble := plan.get("pipeline_bubble"):
+        yield f"pipeline  stages wait {bubble:.1%} of the time (the bubble)"
     yield (
         f"memory    {memory['total'] / GIB:.2f}{limit} a device:"
         f" {memory['arguments'] / GIB:.2f} state and batch,"

@@ -161,6 +161,9 @@ class ComputeConfig:
     # Train weights that are read rounded to few bits, as `shrink` will store them (`shrink.keep`
     # stays float; int4 in groups of `shrink.group`, 0: of 32)
     fake_quantise: str = choice("none", "int8", "int4")
+    # Of mesh.pipeline: parts of a batch, and how often they pass all stages: `config.pipeline`
+    pipeline_microbatches: int = may_change(number(0, 0, 2**16))
+    pipeline_rounds: int = may_change(number(0, 0, 2**16))
     # Rows that a device of mesh.expert sends to each other at once, over their mean
     expert_buffer: float = may_change(number(1.25, 0, 2**16, "("))
     # In which gradients are summed over mesh.data, which goes over slices of TPUs: bfloat16 sends

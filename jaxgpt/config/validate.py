@@ -13,6 +13,7 @@ from jaxgpt.config.experts import check_expert_axis, check_experts
 from jaxgpt.config.fields import ANY_FLOAT, ANY_INT
 from jaxgpt.config.migrate import RENAMED
 from jaxgpt.config.objectives import check_kind, with_special_tokens
+from jaxgpt.config.pipeline import check_pipeline_axis
 from jaxgpt.config.schema import (
     BATCH_AXES,
     MESH_AXES,
@@ -299,10 +300,7 @@ def check_divisible(config: Config, mesh: dict[str, int]) -> None:
             raise BadInput(f"{name} = {size} cannot be divided over {product} devices")
     check_expert_axis(config, mesh)
     check_context(config, mesh)
-    if mesh["pipeline"] > 1:
-        raise BadInput(
-            f"mesh.pipeline={mesh['pipeline']}: this axis has no more than one device yet"
-        )
+    check_pipeline_axis(config, mesh)
 
 
 def _check_data(config: Config) -> None:

@@ -4,7 +4,7 @@ import functools
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
@@ -18,6 +18,7 @@ from jaxgpt.ops.rope import rope_frequencies, rotate
 from jaxgpt.ops.sparse.kernels import SPARSE_KERNELS, sparse_kernel
 from jaxgpt.ops.sparse.lsh import unit_length
 from jaxgpt.ops.sparse.patterns import Lsh, patterns_of
+from jaxgpt.parallel.dropout import Key, draw_kept
 from jaxgpt.parallel.rules import AxisRules
 
 
@@ -57,7 +58,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         mask: AttentionMask,
-        key: PRNGKeyArray | None = None,
+        key: Key | None = None,
         bias: Float[Array, "#B N T T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the attended x, `bias` added to the scores; with a `key`, dropout drops attention
@@ -68,7 +69,9 @@ class Attention(nnx.Module):
             if key is None or self.dropout == 0:
                 attended = self.attend(q, k, v, mask, bias=bias)
             else:
-                kept = exchanged(self._dropout_mask(x, key), mask.reach, axis=2)
+                shape = (x.shape[0], self.num_heads, x.shape[1], x.shape[1])
+                spec = self.rules("batch", "heads", "seq", None)
+                kept = exchanged(draw_kept(key, self.dropout, shape, spec), mask.reach, axis=2)
                 attended = self.attend_dropping(q, k, v, mask, kept, bias)
         return self.out(attended)
 
@@ -78,13 +81,6 @@ class Attention(nnx.Module):
         if self.key is None:
             return q, unit_length(q), self.value(x)
         return q, self.rotate(self.key_norm(self.key(x)), positions), self.value(x)
-
-    def _dropout_mask(self, x, key):
-        """Which attention weights dropout keeps, drawn here so that no mesh can change them."""
-        batch, length, _ = x.shape
-        spec = self.rules("batch", "heads", "seq", None)
-        shape = (batch, self.num_heads, length, length)
-        return jax.random.bernoulli(key, 1 - self.dropout, shape, out_sharding=spec)
 
 
 def _identity(x, *_):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.attention import Attention
@@ -17,6 +17,7 @@ from jaxgpt.model.experts import Experts
 from jaxgpt.model.layers import NORMS, GatedMlp, Mlp, dropout
 from jaxgpt.ops.activations import GATED
 from jaxgpt.ops.mask import AttentionMask
+from jaxgpt.parallel.dropout import Key, split
 from jaxgpt.parallel.rules import AxisRules
 
 ATTENTION = {"softmax": Attention}
@@ -60,12 +61,12 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         mask: AttentionMask,
-        key: PRNGKeyArray | None = None,
+        key: Key | None = None,
         bias: Float[Array, "#B N T T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
         """Returns the layer's output and its auxiliary losses by name; `key` is for dropout, `bias`
         is added to the scores."""
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        keys = split(key, 3)
 
         def drop(y, key):
             return dropout(y, self.dropout, key, mask.reach)

@@ -45,6 +45,7 @@ def split_layers(params: dict, cfg: ModelConfig) -> dict:
 def _split(stack: dict, cfg: ModelConfig) -> dict:
     def row(stacked, i):
         spec = jax.typeof(stacked).sharding.spec
+        stacked = jax.sharding.reshard(stacked, jax.P(None, *spec[1:]))  # of all stages' layers
         return jax.sharding.reshard(stacked[i], jax.P(*spec[1:]))
 
     layers: list[dict] = [{} for _ in range(cfg.num_layers)]

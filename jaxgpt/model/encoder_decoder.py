@@ -18,6 +18,7 @@ from jaxgpt.model.relative import bias_of
 from jaxgpt.model.vocabulary import Vocabulary
 from jaxgpt.ops.activations import GATED
 from jaxgpt.ops.mask import AttentionMask
+from jaxgpt.parallel.dropout import split
 from jaxgpt.parallel.rules import AxisRules
 
 
@@ -48,7 +49,7 @@ class DecoderBlock(nnx.Module):
         memory_mask: AttentionMask,
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
         """Returns the layer's output and its auxiliary losses by name."""
-        keys = (None,) * 5 if key is None else jax.random.split(key, 5)
+        keys = split(key, 5)
         if mask.q_segments is not None:  # in the layers' order
             memory_mask = memory_mask._replace(q_segments=mask.q_segments)
 
@@ -116,7 +117,7 @@ class EncoderDecoder(nnx.Module):
         same number. Segment 0 is padding; without `segments` all tokens are of segment 1, as the
         sources are without `source_segments`.
         """
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        keys = split(dropout_key, 2)
         memory, encoder_losses = self.encode(sources, source_segments, keys[0])
         if source_segments is None:
             source_segments = jnp.ones(sources.shape, jnp.int32)

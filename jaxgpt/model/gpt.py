@@ -1,5 +1,8 @@
 """One stack of like blocks: GPT-2, Llama, BERT, by its config."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxgpt.config import Config
 from jaxgpt.model.block import Block
 from jaxgpt.model.layers import INIT_STD, NORMS, dropout
+from jaxgpt.model.pipeline.stages import pipelined, stages_of
 from jaxgpt.model.positions import POSITIONS
 from jaxgpt.model.relative import bias_of, relative_bias
 from jaxgpt.model.stacked.blocks import Blocks, Part, added
@@ -16,6 +20,7 @@ from jaxgpt.model.vocabulary import Vocabulary
 from jaxgpt.ops.context.order import exchanged
 from jaxgpt.ops.mask import AttentionMask, Reach
 from jaxgpt.ops.remat import RESIDUAL_STREAM, scan_layers
+from jaxgpt.parallel.dropout import split
 from jaxgpt.parallel.rules import AxisRules, weight
 from jaxgpt.parameters.weights import normal
 
@@ -42,7 +47,9 @@ class Stack(nnx.Module):
         self.reach, self.num_layers = Reach(causal), cfg.num_layers
         self.positions = POSITIONS[cfg.position](config, rules, rngs=rngs)
         self.unroll = compute.scan_layers == "false"
-        self.blocks = Blocks(config, rules, kernel, block, rngs.params())
+        self.stages, inside = stages_of(config, rules)
+        split = jax.P("pipeline" if self.stages else None)
+        self.blocks = Blocks(config, inside, kernel, block, rngs.params(), split)
         norm, pre = NORMS[cfg.norm], cfg.norm_position == "pre"
         self.final_norm = norm(config, cfg.embed_dim) if pre else lambda x: x
         self.embedding_norm = norm(config, cfg.embed_dim) if cfg.embedding_norm else lambda x: x
@@ -63,7 +70,7 @@ class Stack(nnx.Module):
         """Returns the last layer's normalised output from the tokens' embeddings, and the layers'
         auxiliary losses by name, each summed over the layers. `bias` is added to the scores of
         attention; blocks are given `context` too."""
-        layers_key, embed_key = (None, None) if key is None else jax.random.split(key)
+        layers_key, embed_key = split(key, 2)
         x = dropout(self.embed(x, mask.q_positions, types), self.dropout, embed_key)
         x, mask = exchanged((x, mask), self.reach)
         bias = exchanged(bias, self.reach, axis=2)
@@ -91,28 +98,34 @@ class Stack(nnx.Module):
         key, *rest = arguments
         keys = None if key is None else jax.random.split(key, self.num_layers)
         params, losses = nnx.state(self.blocks), []
+        if self.stages:
+            part = Part(0, self.stages.layers, self.blocks.parts[0].period)
+            layers = functools.partial(self._run_part, part, rest)
+            return pipelined(layers, self.stages, params, x, mask, keys)
         for part in self.blocks.parts:
-            x, of_part = self._run_part(part, params, x, mask, keys, rest)
+            x, of_part = self._run_part(part, rest, params, x, mask, keys)
             losses.append(of_part)
         return x, added(losses)
 
-    def _run_part(self, part: Part, params, x, mask: AttentionMask, keys, rest) -> tuple:
-        """Returns the same of one part, in a scan."""
+    def _run_part(
+        self, part: Part, rest, params, x, mask: AttentionMask, keys, key_of: Callable = lambda k: k
+    ) -> tuple:
+        """Returns the same of one part, in a scan; its layers are given `key_of(key)`."""
 
         def apply(x, turn, given):
             mask, rest = given
             x, losses, (arrays, keys) = checkpoint_name(x, RESIDUAL_STREAM), [], turn
             for i, block in enumerate(self.blocks.blocks_of(part, arrays)):
-                x, of_layer = block(x, mask, None if keys is None else keys[i], *rest)
+                x, of_layer = block(x, mask, None if keys is None else key_of(keys[i]), *rest)
                 losses.append(of_layer)
             return x, added(losses)
 
         if keys is not None:
             keys = keys[part.start : part.stop].reshape(part.turns, part.period)
-        turns = self.blocks.turns(part, params), keys
-        x, losses = scan_layers(
-            apply, x, turns, (mask, rest), remat=self.remat, unroll=part.turns if self.unroll else 1
-        )
+        turns, unroll = (self.blocks.turns(part, params), keys), part.turns if self.unroll else 1
+        # A stage of one turn is computed again as a whole
+        remat = "none" if self.stages and part.turns == 1 else self.remat
+        x, losses = scan_layers(apply, x, turns, (mask, rest), remat=remat, unroll=unroll)
         return x, jax.tree.map(lambda a: jnp.sum(a, axis=0), losses)
 
 

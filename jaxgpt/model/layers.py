@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
 from jaxgpt.ops.context.order import exchanged
 from jaxgpt.ops.mask import Reach
 from jaxgpt.ops.norm import layer_norm, rms_norm
+from jaxgpt.parallel.dropout import Key, draw_kept
 from jaxgpt.parallel.rules import AxisRules, weight
 from jaxgpt.parameters import lora
 from jaxgpt.parameters.weights import Shape, constant, kernel_storage
@@ -33,14 +34,13 @@ def residual_std(cfg: ModelConfig) -> float:
 
 
 def dropout(
-    x: Float[Array, "*S"], rate: float, key: PRNGKeyArray | None, reach: Reach = NATURAL
+    x: Float[Array, "*S"], rate: float, key: Key | None, reach: Reach = NATURAL
 ) -> Float[Array, "*S"]:
     """Returns x with a share `rate` zeroed and the rest scaled by 1/(1-rate); x where key is
     None. In layers of a `reach` no order of positions changes which (see `context.order`)."""
     if key is None or rate == 0:
         return x
-    spec = jax.typeof(x).sharding.spec
-    kept = exchanged(jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=spec), reach)
+    kept = exchanged(draw_kept(key, rate, x.shape, jax.typeof(x).sharding.spec), reach)
     return jnp.where(kept, x / (1 - rate), 0)
 
 

@@ -37,10 +37,11 @@ def product(
     axis of their own, XLA's TPU compiler makes them a convolution's window. The gradient is sent in
     x's dtype.
     """
-    num_summed = equation.index(",") - 1
-    matrix = flat(flat(kernel, 0, num_summed), 1, kernel.ndim)
+    first = int(rules.gathered)
+    outputs = first + equation.index(",") - 1
+    matrix = flat(flat(kernel, first, outputs), first + 1, kernel.ndim)
     y = _product(flat(x, 2, x.ndim), matrix, P(*out[:3]), rules, matmul)
-    return jax.lax.reshape(y, (*y.shape[:2], *kernel.shape[num_summed:]), out_sharding=out)
+    return jax.lax.reshape(y, (*y.shape[:2], *kernel.shape[outputs:]), out_sharding=out)
 
 
 def flat(a: jax.Array, start: int, end: int) -> jax.Array:
@@ -67,12 +68,15 @@ def _backward(out, rules, matmul, saved, grad_y):
     x, whole, kernel = saved
     grad_x = matmul.grad_x(x, whole, grad_y, out)
     spec = jax.typeof(kernel).sharding.spec
-    if not _is_split(spec) and not spec.reduced:
+    if not (_is_split(spec) or spec.reduced or rules.gathered):
         grad_whole = matmul.grad_w(x, whole, grad_y, out)
         return grad_x, jax.sharding.reshard(grad_whole, spec).astype(kernel.dtype)
+    own = spec if rules.gathered else P(rules.rows, *unsharded(spec))
     grad_own = matmul.grad_w_by_device(
-        _rows_by_device(x, rules), _rows_by_device(grad_y, rules), P(rules.rows, *unsharded(spec))
+        _rows_by_device(x, rules), _rows_by_device(grad_y, rules), own
     )
+    if rules.gathered:
+        return grad_x, grad_own
     return grad_x, sum_gradient(grad_own, spec, rules).astype(kernel.dtype)
 
 
@@ -87,6 +91,10 @@ def _is_split(spec: P) -> bool:
 
 def gather_weight(a: jax.Array, rules: AxisRules) -> jax.Array:
     """Returns `a` whole over the axes that split every parameter, by all-gathers."""
+    if rules.gathered:
+        spec = jax.typeof(a).sharding.spec
+        out = P(*spec[1:])
+        return jax.shard_map(lambda a: a[0], in_specs=spec, out_specs=out, check_vma=False)(a)
     spec = P(*jax.typeof(a).sharding.spec.partitions)
     if not _is_split(spec):
         return jax.sharding.reshard(a, unsharded(spec))

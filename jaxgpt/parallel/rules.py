@@ -40,6 +40,7 @@ class AxisRules:
     axes: tuple[str, ...] = ("data", "fsdp", "tensor", "expert")
     split_batch: bool = True
     split_residual: bool = False
+    gathered: bool = False  # kernels come whole, a copy for each device: [devices, ...]
     torus: Torus = ()  # the mesh's, along which collectives over `fsdp` run
 
     def __call__(self, *logical: str | None) -> P:

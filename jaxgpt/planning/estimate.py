@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config.pipeline import schedule_of
 from jaxgpt.config.schema import BATCH_AXES
 from jaxgpt.model.stacked.blocks import layer_windows
 from jaxgpt.ops.context.sharded import method_of, said
@@ -47,6 +48,7 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
             "mesh": dict(zip(AXES, mesh.devices.shape, strict=True)),
             "attention": kernel_name(training.spec.model, training.spec.kernel)
             + said(config, mesh.shape, training.spec.kernel),
+            "pipeline_bubble": schedule_of(config, mesh.shape["pipeline"]).bubble,
         }
         arguments = _arguments(training, state)
         try:

@@ -160,6 +160,7 @@ def test_what_a_resumed_run_may_change():
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert"),
         *("mesh.context", "mesh.pipeline", "mesh.sequence_activations"),
         *("compute.expert_buffer", "compute.context_attention"),
+        *("compute.pipeline_microbatches", "compute.pipeline_rounds"),
         "objectives.distill.teacher",  # its place; a checkpoint knows which teacher it was
     }
 

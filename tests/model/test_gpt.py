@@ -434,6 +434,7 @@ def test_no_field_is_read_by_nobody(base):
     named = {f"model.{n}" for n in other} | {f"{group}.{n}" for n in rest}
     named |= {"compute.attention", "compute.context_attention", "optim.decay_fraction"}
     named |= {f"model.{n}" for n in EXPERT_CHANGES} | {"compute.expert_buffer"}
+    named |= {f"compute.pipeline_{n}" for n in ("microbatches", "rounds")}  # test_pipeline.py
     named |= {f"model.{n}" for changes in SPARSE_CHANGES.values() for n in changes}
     named |= {f"model.{n}" for n in ENCODER_DECODER}  # tests/model/test_encoder_decoder.py
     assert untouched <= named, f"no test perturbs {untouched - named}"

@@ -31,6 +31,15 @@ MODELS = {
     ),
     # what a ring computes; dropout of attention weights is for gathered keys
     "ring": dict(position="rope", num_kv_heads=2, bias=False, dropout=0.0),
+    # as many layers as four stages need for two rounds
+    "deep": dict(
+        num_layers=8,
+        position="rope",
+        num_kv_heads=2,
+        norm="rmsnorm",
+        activation="swiglu",
+        tie_embeddings=False,
+    ),
     # eight experts behind a biased router and a shared one; learned positions, a tied head
     "mixture": dict(
         num_experts=8,
@@ -105,6 +114,8 @@ MESHES = [
     pytest.param("dense", dict(data=8), marks=SLOW),
     pytest.param("dense", dict(tensor=4), marks=SLOW),
     pytest.param("dense", dict(data=2, fsdp=2, tensor=2, sequence_activations=True), marks=SLOW),
+    pytest.param("deep", dict(pipeline=4), marks=SLOW),
+    pytest.param("dense", dict(pipeline=2, data=2, tensor=2), marks=SLOW),
     pytest.param("mixture", dict(expert=4), marks=SLOW),
     pytest.param("mixture", dict(expert=2, fsdp=4), marks=SLOW),
     pytest.param("mixture", dict(expert=2, fsdp=2, tensor=2), marks=SLOW),

@@ -40,9 +40,10 @@ class Part(NamedTuple):
 
 
 class Blocks(nnx.Module):
-    """All layers of a stack, named as the parts of one: `attention`, `mlp`, ..."""
+    """All layers of a stack, named as the parts of one: `attention`, `mlp`, ...; the axis of layers
+    is split as `split` says."""
 
-    def __init__(self, config: Config, rules, kernel: str, block: type, key: PRNGKeyArray):
+    def __init__(self, config: Config, rules, kernel: str, block: type, key: PRNGKeyArray, split):
         cfg = config.model
         kinds = layer_kinds(cfg)
         self.config, self.kinds, self.parts = cfg, kinds, parts_of(kinds, cfg.first_dense_layers)
@@ -56,7 +57,7 @@ class Blocks(nnx.Module):
             return nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0), kind)))
 
         self.graphdefs = tuple((kind, graph(kind)) for kind in dict.fromkeys(kinds))
-        keys = jax.random.split(key, len(kinds))
+        keys = jax.sharding.reshard(jax.random.split(key, len(kinds)), split)
         for name, part in nnx.from_flat_state(_stacked(make, kinds, keys)).items():
             setattr(self, name, _Tree(part))
 

@@ -1,0 +1,1 @@
+"""Layers in stages over the mesh axis `pipeline`."""
