@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.parallel.collectives import all_gather, columns_to_rows, reduce_scatter
 from jaxgpt.parallel.replicas import sum_devices
-from jaxgpt.parallel.rules import AxisRules, sharded_axis, sharding_axes, unsharded
+from jaxgpt.parallel.rules import AxisRules, names, sharded_axis, sharding_axes, unsharded
 
 GATHERED = "gathered_weights"  # what no remat policy keeps: as large as the model
 
@@ -150,4 +150,7 @@ def embed_columns_to_rows(x: jax.Array, rules: AxisRules) -> jax.Array:
         return columns_to_rows(x, rules.torus)
 
     given = rules("lookup_batch", "lookup_seq", "embed")
-    return jax.shard_map(local, in_specs=given, out_specs=out)(jax.sharding.reshard(x, given))
+    # Positions that are split already are split further
+    traded = P(out[0], (*names(given[1]), *names(rules("seq")[0])) or None, None)
+    run = jax.shard_map(local, in_specs=given, out_specs=traded)
+    return jax.sharding.reshard(run(jax.sharding.reshard(x, given)), out)
