@@ -80,3 +80,38 @@ def check_expert_axis(config: Config, mesh: dict[str, int]) -> None:
             raise BadInput(
                 f"{name} = {size} cannot be divided over mesh.{axis}={mesh[axis]} devices"
             )
+
+
+def check_matmul(config: Config) -> None:
+    """Raises `BadInput` where `compute.matmul` does not fit the rest of the run."""
+    compute, experts = config.compute, config.model.num_experts
+    if compute.matmul == "plain":
+        return
+    for field, value, is_wrong, why in (
+        (
+            "compute.dtype",
+            compute.dtype,
+            compute.dtype == "float16",
+            "its loss scale and the scales of 8 bits would work against each other; set bfloat16",
+        ),
+        (
+            "compute.fake_quantise",
+            compute.fake_quantise,
+            compute.fake_quantise != "none",
+            "weights would be rounded twice; leave one of them out",
+        ),
+        (
+            "shrink.weights",
+            config.shrink.weights,
+            config.shrink.weights != "float",
+            "weights in few bits are multiplied as floats; set compute.matmul=plain",
+        ),
+        (
+            "model.num_experts",
+            experts,
+            experts,
+            "experts' grouped products have no 8 bits; set compute.matmul=plain",
+        ),
+    ):
+        if is_wrong:
+            raise BadInput(f"compute.matmul={compute.matmul!r} with {field}={value!r}: {why}")

@@ -158,12 +158,12 @@ class ComputeConfig:
     remat: str = may_change(choice("none", "dots", "full", "offload"))
     # One compiled layer in a loop, or each its own; auto: by platform and depth
     scan_layers: str = may_change(choice("auto", "true", "false"))
-    # Train weights that are read rounded to few bits, as `shrink` will store them (`shrink.keep`
-    # stays float; int4 in groups of `shrink.group`, 0: of 32)
+    # Weights are read as `shrink` will store them (int4 in groups of `shrink.group`, 0: of 32)
     fake_quantise: str = choice("none", "int8", "int4")
     # Of mesh.pipeline: parts of a batch, and how often they pass all stages: `config.pipeline`
     pipeline_microbatches: int = may_change(number(0, 0, 2**16))
     pipeline_rounds: int = may_change(number(0, 0, 2**16))
+    matmul: str = choice("plain", "int8", "fp8")  # of projections: `parameters.low_precision`
     # Rows that a device of mesh.expert sends to each other at once, over their mean
     expert_buffer: float = may_change(number(1.25, 0, 2**16, "("))
     # In which gradients are summed over mesh.data, which goes over slices of TPUs: bfloat16 sends

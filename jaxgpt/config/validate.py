@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from jaxgpt.config.context import check_context
-from jaxgpt.config.experts import check_expert_axis, check_experts
+from jaxgpt.config.experts import check_expert_axis, check_experts, check_matmul
 from jaxgpt.config.fields import ANY_FLOAT, ANY_INT
 from jaxgpt.config.migrate import RENAMED
 from jaxgpt.config.objectives import check_kind, with_special_tokens
@@ -57,6 +57,7 @@ def validate(config: Config) -> Config:
     _check_warmup(config.optim)
     _check_objective(config)
     _check_shrink(config)
+    check_matmul(config)
     _check_start(config)
     _check_distillation(config)
     _check_pruning(config)

@@ -1,7 +1,7 @@
 """How a projection multiplies: the product and the two products of its gradient.
 
 Gathering the weight and scattering its gradient is `parallel.fsdp`'s business. A kind that
-multiplies in fewer bits replaces these three functions and nothing else.
+multiplies in fewer bits replaces these functions and nothing else.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,19 @@ from jaxgpt.parallel.rules import rowwise
 
 
 class Matmul(NamedTuple):
-    """x w and its gradients, for x [B, T, I], w [I, O] and y [B, T, O] of sharding `out`.
+    """x k and its gradients, for x [B, T, I], a kernel k [I, O] and y [B, T, O] of sharding `out`.
 
+    `weight(k, dtype) -> w`: what is gathered and multiplied, an array or several
     `forward(x, w, out) -> y`
     `grad_x(x, w, grad_y, out) -> [B, T, I]`
-    `grad_w(x, w, grad_y, out) -> [I, O]`, summed over all devices by XLA
-    `grad_w_by_device(x [S, M, I], grad_y [S, M, O], out) -> [S, I, O]`: of each device's own rows,
-    for FSDP to reduce-scatter
+    `grad_w(x, w, grad_y, out) -> [I, O]`, summed over all devices by XLA; None: by device as well
+    `grad_w_by_device(x [S, M, I], grad_y [S, M, O], out) -> [S, I, O]`: of each device's own rows
     """
 
+    weight: Callable
     forward: Callable[..., jax.Array]
     grad_x: Callable[..., jax.Array]
-    grad_w: Callable[..., jax.Array]
+    grad_w: Callable[..., jax.Array] | None
     grad_w_by_device: Callable[..., jax.Array]
 
 
@@ -49,4 +50,8 @@ def _grad_w_by_device(
     return jnp.einsum("SMI,SMO->SIO", x, grad_y, out_sharding=out)
 
 
-PLAIN = Matmul(_forward, _grad_x, _grad_w, _grad_w_by_device)
+def _weight(kernel: jax.Array, dtype) -> jax.Array:
+    return kernel.astype(dtype)
+
+
+PLAIN = Matmul(_weight, _forward, _grad_x, _grad_w, _grad_w_by_device)

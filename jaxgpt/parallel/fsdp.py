@@ -60,7 +60,8 @@ def _product(x: jax.Array, kernel: jax.Array, out: P, rules: AxisRules, matmul) 
 
 
 def _forward(x, kernel, out, rules, matmul):
-    whole = checkpoint_name(gather_weight(kernel.astype(x.dtype), rules), GATHERED)
+    w = matmul.weight(kernel, x.dtype)
+    whole = jax.tree.map(lambda a: checkpoint_name(gather_weight(a, rules), GATHERED), w)
     return matmul.forward(x, whole, out), (x, whole, kernel)
 
 
@@ -68,7 +69,7 @@ def _backward(out, rules, matmul, saved, grad_y):
     x, whole, kernel = saved
     grad_x = matmul.grad_x(x, whole, grad_y, out)
     spec = jax.typeof(kernel).sharding.spec
-    if not (_is_split(spec) or spec.reduced or rules.gathered):
+    if matmul.grad_w and not (_is_split(spec) or spec.reduced or rules.gathered):
         grad_whole = matmul.grad_w(x, whole, grad_y, out)
         return grad_x, jax.sharding.reshard(grad_whole, spec).astype(kernel.dtype)
     own = spec if rules.gathered else P(rules.rows, *unsharded(spec))

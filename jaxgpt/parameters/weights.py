@@ -20,16 +20,18 @@ from jaxtyping import Array, Float, Int
 from jaxgpt.config import Config, ShrinkConfig
 from jaxgpt.config.validate import LORA_TARGETS, parse_ranks
 from jaxgpt.ops.cross_entropy import FLOATS, Reader
-from jaxgpt.ops.matmul import PLAIN
+from jaxgpt.ops.matmul import PLAIN, Matmul
 from jaxgpt.parallel.fsdp import flat, product
 from jaxgpt.parallel.rules import AxisRules, names, rowwise, unsharded, weight, whole
 from jaxgpt.parameters import few_rows
 from jaxgpt.parameters.fake import FakeKernel, FakeTable, read, read_kernel
+from jaxgpt.parameters.low_precision import FP8, INT8
 from jaxgpt.parameters.quantised import Format
 from jaxgpt.parameters.tensor_train import NAMES, TensorTrainTable, rows_of
 
 POSITIONS_FORMAT = Format("int8")  # a small table; in four bits it would cost more than it saves
 DEFAULT_GROUP = {"int8": 0, "int4": 32, "nf4": 32}  # inputs that share a scale
+MATMULS = {"plain": PLAIN, "int8": INT8, "fp8": FP8}  # of `compute.matmul`
 STORED = (*LORA_TARGETS, "head", "positions")  # the matrices that may be in few bits
 
 
@@ -92,6 +94,7 @@ class FloatKernel:
 
     shape: Shape
     dtype: str
+    matmul: Matmul = PLAIN
 
     def make(self, rngs: nnx.Rngs, std: float) -> nnx.Param:
         """Returns the kernel, drawn from N(0, std^2)."""
@@ -99,7 +102,7 @@ class FloatKernel:
 
     def product(self, equation: str, x, kernel: nnx.Param, out: P, rules: AxisRules):
         """Returns einsum(equation, x, kernel), see `parallel.fsdp.product`."""
-        return product(equation, x, kernel[...], out, rules, PLAIN)
+        return product(equation, x, kernel[...], out, rules, self.matmul)
 
     def dense(self, kernel: nnx.Param, dtype) -> jax.Array:
         """Returns the kernel in its own shape, as floats, unsharded."""
@@ -219,7 +222,7 @@ def kernel_storage(config: Config, name: str, shape: Shape):
 def _of_one(config: Config, name: str, shape: Shape) -> FloatKernel | FakeKernel | QuantisedKernel:
     if fmt := format_of(config.shrink, name):
         return QuantisedKernel(shape, fmt)
-    floats = FloatKernel(shape, config.compute.param_dtype)
+    floats = FloatKernel(shape, config.compute.param_dtype, MATMULS[config.compute.matmul])
     fmt = fake_format_of(config, name)
     return FakeKernel(floats, fmt, config.compute.dtype) if fmt else floats
 

@@ -23,7 +23,7 @@ def quantise(kind: str, source: Source, argument: None, options: Options) -> tup
     on windows of training text (see `gptq`), or, for none, to the nearest."""
     fields = dict(weights=kind, group=options.group, keep=options.keep)
     config = with_shrink(source.config, kind, **fields)
-    compute = dataclasses.replace(config.compute, fake_quantise="none")
+    compute = dataclasses.replace(config.compute, fake_quantise="none", matmul="plain")
     config = dataclasses.replace(config, compute=compute)
     if not options.calibration:
         return config, nearest(source.params, config.shrink, "head")

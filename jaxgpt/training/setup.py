@@ -17,6 +17,7 @@ from jaxgpt.objectives.companions import Companions
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.parallel.mesh import rules_of
 from jaxgpt.parameters.flops import flops_per_token
+from jaxgpt.parameters.low_precision import check_device
 from jaxgpt.system.errors import BadInput
 from jaxgpt.training.objectives import companions_of
 from jaxgpt.training.state import TrainState, init_state
@@ -38,7 +39,7 @@ def resolve_vocab(config: Config, tokenizer_vocab_size: int) -> Config:
 
 def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
     """Returns the model of a config (its vocabulary resolved) for the devices of `mesh`. Raises
-    `BadInput` if `compute.attention` names a kernel that cannot run there."""
+    `BadInput` if `compute.attention` or `compute.matmul` names what cannot run there."""
     model, compute = config.model, config.compute
     platform = mesh.devices.flat[0].platform
     kernel = choose_kernel(
@@ -48,6 +49,7 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
         raise BadInput(
             "compute.remat=offload: on a CPU there is no other memory to move to; set none"
         )
+    check_device(compute.matmul, mesh.devices.flat[0])
     split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
     return ModelSpec(resolve_scan(config, platform), kernel, rules_of(mesh, split))
 

@@ -304,6 +304,7 @@ COMPUTE_CHANGES = {
     "remat": "full",
     "scan_layers": "false",
     "fake_quantise": "int8",
+    "matmul": "int8",
 }
 MODERN_CHANGES = {
     "qkv_bias": True,
