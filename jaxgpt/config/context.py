@@ -34,11 +34,6 @@ def check_context(config: Config, mesh: dict[str, int]) -> None:
             f"{here} with model.attention_pattern=lsh, which sorts whole sequences; set"
             " mesh.context=1"
         )
-    if model.num_experts and model.expert_capacity:
-        raise BadInput(
-            f"{here} with model.expert_capacity={model.expert_capacity}, which counts the tokens of"
-            " whole sequences; set model.expert_capacity=0"
-        )
     if config.compute.context_attention == "ring" and (why := needing_all_keys(config)):
         raise BadInput(
             f"compute.context_attention=ring with {why}, which needs all keys at once; set"

@@ -153,8 +153,6 @@ class ComputeConfig:
     dtype: str = choice("float32", "bfloat16", "float16")  # of activations and matrix products
     param_dtype: str = choice("float32", "bfloat16")  # of parameters and optimizer state
     attention: str = may_change(choice("auto", "xla", "cudnn", "splash"))
-    # Over mesh.context: keys and values go around, or are gathered; auto: by their size
-    context_attention: str = may_change(choice("auto", "ring", "all_gather"))
     remat: str = may_change(choice("none", "dots", "full", "offload"))
     # One compiled layer in a loop, or each its own; auto: by platform and depth
     scan_layers: str = may_change(choice("auto", "true", "false"))
@@ -169,6 +167,8 @@ class ComputeConfig:
     # In which gradients are summed over mesh.data, which goes over slices of TPUs: bfloat16 sends
     # half as much; "" = their own
     slice_gradient_dtype: str = choice("", "bfloat16")
+    # Over mesh.context: keys and values go around, or are gathered; auto: by their size
+    context_attention: str = may_change(choice("auto", "ring", "all_gather"))
 
 
 @dataclasses.dataclass

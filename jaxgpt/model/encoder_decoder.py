@@ -136,7 +136,9 @@ class EncoderDecoder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], dict[str, Float[Array, ""]]]:
         """Returns the encoder's normalised output, the memory, and its auxiliary losses. Positions
         count from the start of each segment."""
-        positions = None if segments is None else positions_in(segments)
+        positions = None
+        if segments is not None:
+            positions = positions_in(jax.sharding.reshard(segments, self.rules("batch", None)))
         shape, reach = sources.shape, self.encoder.reach
         mask = make_mask(shape, positions, segments, None, reach, self.rules)
         bias = bias_of(self.encoder.relative, mask, positions is None)
@@ -157,8 +159,6 @@ def encoder_config(config: Config) -> Config:
 
 def positions_in(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """Returns each token's place within its segment: of [1 1 2 2 2 0] it is [0 1 0 1 2 0]."""
-    spec = jax.typeof(segments).sharding.spec
-    segments = jax.sharding.reshard(segments, jax.P(*spec[:1], None))  # whole sequences
     index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     return index - jax.lax.cummax(jnp.where(segments != before, index, 0), axis=1)

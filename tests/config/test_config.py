@@ -231,7 +231,7 @@ def test_what_does_not_go_with_experts(fields, message):
         ({"model.kind": "encoder", "objective": "masked_lm"}, "masked_lm, which picks positions"),
         ({"mesh.context": 3}, "mesh.context=3 must divide 64"),
         ({"model.attention_pattern": "lsh"}, "lsh, which sorts whole sequences"),
-        ({"model.num_experts": 4, "model.expert_capacity": 1.0}, "whole sequences; set model.exp"),
+        ({"model.num_experts": 4, "model.expert_capacity": 1.0}, "counted along whole sequences"),
         ({"model.dropout": 0.1}, "context_attention=ring with model.dropout=0.1, which needs all"),
         ({"model.window": 9}, "context_attention=ring with model.window=9, which needs all keys"),
         ({"model.window": 9, "model.full_attention_every": 2}, ""),

@@ -292,7 +292,7 @@ def test_splash_skips_the_blocks_that_nobody_sees(causal):
     """Of 32 x 32 blocks those run that hold a pair which is seen: 2 (3) a row, and a column (and a
     row) of global tokens."""
     chosen = Pattern((Window(257), First(1)), 0 if causal else 1)
-    info = kernels._kernel((8192, 8192), 1, Reach(causal, pattern=chosen), False).fwd_mask_info
+    info = kernels.splash_kernel((8192, 8192), 1, Reach(causal, pattern=chosen)).fwd_mask_info
     run = int((np.asarray(info.block_mask) > 0).sum())
     assert run == (32 + 31 + 30 if causal else 32 + 31 * 2 + 30 * 2)
     assert info.block_mask.shape[-1] == (3 if causal else 32), "of a row; the grid shrinks to it"
