@@ -6,10 +6,10 @@ adds up its own gradients, and the sum over devices comes last.
 
 JAX's types say so: a parameter that is `reduced` over an axis has a gradient that is `unreduced`,
 one that still has to be summed over it. Large matrices are read in ways that leave their gradients
-so (`sum_devices`); all other parameters are small, and summed as the microbatch ends. Experts'
-matrices are summed then too.
+so (`sum_devices`); all other parameters are small, and summed as the microbatch ends.
 """
 
+import math
 import re
 
 import jax
@@ -22,7 +22,7 @@ from jaxgpt.config.schema import REPLICAS
 from jaxgpt.system.trees import leaf_path
 
 LARGE = re.compile(
-    r"tokens|head|(\w+/)?blocks/(?!.*experts/).*(query|key|value|out|gate|up|down)/kernel"
+    r"tokens|head|(\w+/)?blocks/.*(query|key|value|out|gate|up|down)/kernel"
 )
 
 
@@ -55,6 +55,19 @@ def sum_devices(own: jax.Array, spec: P) -> jax.Array:
     if not spec.reduced:
         return jnp.sum(own, axis=0)
     return jax.lax.reduce_sum(own, (0,), out_sharding=P(*spec.partitions, unreduced=spec.reduced))
+
+
+def apart(param: jax.Array) -> jax.Array:
+    """Returns a parameter that is `reduced` as [S, ...], one for each device that it is reduced
+    over, which moves nothing; other parameters as they are. For a `shard_map` whose gradients are
+    then not summed over these devices."""
+    spec = jax.typeof(param).sharding.spec
+    if not spec.reduced:
+        return param
+    mesh = jax.sharding.get_abstract_mesh().shape
+    shape = math.prod(mesh[axis] for axis in spec.reduced), *param.shape
+    split = P(tuple(spec.reduced), *spec.partitions)
+    return jax.lax.broadcast_in_dim(param, shape, range(1, len(shape)), out_sharding=split)
 
 
 def zeros_like_gradient(param: jax.Array, dtype) -> jax.Array:

@@ -18,6 +18,7 @@ from jaxgpt.model.layers import GatedMlp, Mlp, hidden_std, residual_std
 from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
 from jaxgpt.parallel.collectives import gather
 from jaxgpt.parallel.fsdp import GATHERED
+from jaxgpt.parallel.replicas import apart
 from jaxgpt.parallel.rules import AxisRules, names
 from jaxgpt.parameters.weights import constant, normal
 
@@ -82,7 +83,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], dict]:
         rows, sums = self.rules("batch", "seq", None), P(self.rules.rows)
-        router, weights = self.router.kernel[...], self.experts.arrays()
+        router, weights = self.router.kernel[...], jax.tree.map(apart, self.experts.arrays())
         bias = None if self.router.bias is None else self.router.bias[...]
         specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (router, bias, weights))
         run = jax.shard_map(
@@ -98,6 +99,7 @@ class Experts(nnx.Module):
     def _local(self, x, router, bias, weights):
         """The same of one device's rows [B, T, D], and its sums with an axis in front."""
         over = names(self.rules("embed")[0])
+        weights = jax.tree.map(lambda a: a.reshape(a.shape[-3:]), weights)  # see `apart`
         whole = gather(router.astype(jnp.float32), 0, self.rules.torus, over)
         logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), checkpoint_name(whole, GATHERED))
         (ids, gates), sums = self.choose(logits, bias)
