@@ -21,9 +21,7 @@ from jaxgpt.config import Config
 from jaxgpt.config.schema import REPLICAS
 from jaxgpt.system.trees import leaf_path
 
-LARGE = re.compile(
-    r"tokens|head|(\w+/)?blocks/.*(query|key|value|out|gate|up|down)/kernel"
-)
+LARGE = re.compile(r"tokens|head|(\w+/)?blocks/.*(query|key|value|out|gate|up|down)/kernel")
 
 
 def sum_later(params: dict, config: Config) -> dict:
