@@ -37,10 +37,12 @@ def sum_later(params: dict, config: Config) -> dict:
     def one(path, a):
         name = leaf_path(path)
         inside = shape["pipeline"] > 1 and "blocks/" in name
+        # JAX would leave out the sum over `tensor` of what is looked up at split positions
+        looked_up = name == "tokens" and config.mesh.sequence_activations and shape["tensor"] > 1
         spec = jax.typeof(a).sharding.spec
         return (
             a
-            if inside or not LARGE.fullmatch(name)
+            if inside or looked_up or not LARGE.fullmatch(name)
             else reshard(a, P(*spec.partitions, reduced=axes))
         )
 
