@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.parallel.collectives import all_gather, columns_to_rows, reduce_scatter
-from jaxgpt.parallel.replicas import sum_devices
+from jaxgpt.parallel.replicas import plain, sum_devices
 from jaxgpt.parallel.rules import AxisRules, names, sharded_axis, sharding_axes, unsharded
 
 GATHERED = "gathered_weights"  # what no remat policy keeps: as large as the model
@@ -60,7 +60,7 @@ def _product(x: jax.Array, kernel: jax.Array, out: P, rules: AxisRules, matmul) 
 
 
 def _forward(x, kernel, out, rules, matmul):
-    w = matmul.weight(kernel, x.dtype)
+    w = matmul.weight(plain(kernel), x.dtype)
     whole = jax.tree.map(lambda a: checkpoint_name(gather_weight(a, rules), GATHERED), w)
     return matmul.forward(x, whole, out), (x, whole, kernel)
 
@@ -96,15 +96,14 @@ def gather_weight(a: jax.Array, rules: AxisRules) -> jax.Array:
         spec = jax.typeof(a).sharding.spec
         out = P(*spec[1:])
         return jax.shard_map(lambda a: a[0], in_specs=spec, out_specs=out, check_vma=False)(a)
-    spec = P(*jax.typeof(a).sharding.spec.partitions)
+    spec = jax.typeof(a).sharding.spec
     if not _is_split(spec):
         return jax.sharding.reshard(a, unsharded(spec))
 
     def local(a):
         return all_gather(a, sharded_axis(spec), rules.torus, sharding_axes(spec))
 
-    run = jax.shard_map(local, in_specs=spec, out_specs=unsharded(spec), check_vma=False)
-    return run(jax.sharding.reshard(a, spec))
+    return jax.shard_map(local, in_specs=spec, out_specs=unsharded(spec), check_vma=False)(a)
 
 
 def _rows_by_device(a: jax.Array, rules: AxisRules) -> jax.Array:

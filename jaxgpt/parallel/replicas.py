@@ -49,6 +49,11 @@ def sum_later(params: dict, config: Config) -> dict:
     return jax.tree.map_with_path(one, params)
 
 
+def plain(param: jax.Array) -> jax.Array:
+    """Returns a parameter that is no longer `reduced`, for the forward pass."""
+    return reshard(param, P(*jax.typeof(param).sharding.spec.partitions))
+
+
 def sum_devices(own: jax.Array, spec: P) -> jax.Array:
     """Returns the sum over the first axis of [S, ...], one array of each device, split as the
     parameter of sharding `spec` is; where that is `reduced`, the sum is left for later."""

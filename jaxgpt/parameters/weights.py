@@ -22,6 +22,7 @@ from jaxgpt.config.validate import LORA_TARGETS, parse_ranks
 from jaxgpt.ops.cross_entropy import FLOATS, Reader
 from jaxgpt.ops.matmul import PLAIN, Matmul
 from jaxgpt.parallel.fsdp import flat, product
+from jaxgpt.parallel.replicas import plain
 from jaxgpt.parallel.rules import AxisRules, names, rowwise, unsharded, weight, whole
 from jaxgpt.parameters import few_rows
 from jaxgpt.parameters.fake import FakeKernel, FakeTable, read, read_kernel
@@ -284,7 +285,7 @@ class FloatTable:
 
     def mean_row(self, table: nnx.Param, count: int) -> Float[Array, "D"]:
         """Returns the mean of the first `count` rows in float32, unsharded."""
-        return _mean_row(table[...], count)
+        return _mean_row(plain(table[...]), count)
 
     def parts(self, table: nnx.Param) -> tuple[jax.Array, Reader]:
         """Returns what `ops.cross_entropy` reads part by part, and how."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import Config, MeshConfig, presets
+from jaxgpt.config.validate import changed
 from jaxgpt.data.chunks import ContiguousChunks
 from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream, device_batches
@@ -24,6 +25,7 @@ from jaxgpt.system.accelerators import allow_libtpu
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 from jaxgpt.training.setup import make_training
+from jaxgpt.training.step import make_train_step
 from tests.conftest import CORPUS, mesh_of, random_batch, tiny_config
 from tests.training.test_meshes import assert_same, ten_steps
 
@@ -103,6 +105,28 @@ def test_gradients_cross_data_once_a_step():
     found = [c for c in program.collectives(AXES, mesh.devices.shape) if "data" in c.axis]
     assert sum(c.bytes for c in found if c.count == 1) == large
     assert 0 < sum(c.bytes * c.count for c in found if c.count > 1) < 0.2 * large
+
+
+READINGS = {
+    "int8": {"compute.matmul": "int8"},
+    "lora": {"lora.rank": 2},
+    "smoothing": {"optim.label_smoothing": 0.1},
+    "rounded": {"compute.fake_quantise": "int8"},
+    "encoder": {"model.kind": "encoder", "objective": "masked_lm", "model.head_bias": True},
+    "two stacks": {"model.kind": "encoder_decoder", "model.encoder_layers": 1}
+    | {"model.max_source_len": 16, "objective": "seq2seq"},
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_however_parameters_are_read_their_gradients_may_be_summed_later(reading):
+    config = changed(tiny_config((2, 2), num_layers=1), READINGS[reading] | {"grad_accum": 2})
+    with jax.set_mesh(mesh := mesh_of(config)):
+        training = make_training(config, mesh)
+        step = make_train_step(training.spec, config, training.companions.specs)
+        state = training.abstract_state()
+        new, _ = jax.eval_shape(step, state, training.abstract_batch())
+    assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
 def test_gradients_are_summed_over_data_in_the_dtype_that_is_asked_for():
