@@ -277,7 +277,7 @@ MESH_AXES: dict[str, Axis] = {
 # The axes that split every large parameter, and those whose devices hold equal ones
 SHARDING = tuple(name for name, axis in MESH_AXES.items() if "embed" in axis.logical)
 REPLICAS = tuple(name for name, axis in MESH_AXES.items() if not axis.logical)
-# Replicas first, and the others the other way round: see `parallel.fsdp.embed_columns_to_rows`
+# Replicas first, and the others the other way round: see `parallel.lookup`
 BATCH_AXES = REPLICAS + tuple(name for name in reversed(SHARDING) if MESH_AXES[name].batch)
 
 

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, Int
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.model.layers import NORMS, Linear, hidden_std, residual_std
 from jaxgpt.ops.attention import default_scale
+from jaxgpt.ops.context.frequencies import attention_factor, rope_frequencies
 from jaxgpt.ops.context.order import exchanged
 from jaxgpt.ops.context.sharded import sharded
-from jaxgpt.ops.context.yarn import attention_factor
 from jaxgpt.ops.kernels import KERNELS
 from jaxgpt.ops.mask import AttentionMask
-from jaxgpt.ops.rope import rope_frequencies, rotate
+from jaxgpt.ops.rope import rotate
 from jaxgpt.ops.sparse.kernels import SPARSE_KERNELS, sparse_kernel
 from jaxgpt.ops.sparse.lsh import unit_length
 from jaxgpt.ops.sparse.patterns import Lsh, patterns_of

@@ -11,7 +11,7 @@ from jaxgpt.config import Config
 from jaxgpt.model.layers import INIT_STD, NORMS, Linear
 from jaxgpt.ops.activations import ACTIVATIONS
 from jaxgpt.ops.cross_entropy import cross_entropy
-from jaxgpt.parallel.fsdp import embed_columns_to_rows
+from jaxgpt.parallel.lookup import embed_columns_to_rows
 from jaxgpt.parallel.rules import AxisRules, rowwise
 from jaxgpt.parameters.weights import constant, table_storage
 

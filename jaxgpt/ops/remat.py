@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxgpt.ops.kernels import SAVED
 from jaxgpt.parallel.fsdp import GATHERED
-from jaxgpt.parallel.rules import num_shards
+from jaxgpt.parallel.specs import num_shards
 
 RESIDUAL_STREAM = "residual_stream"  # what each layer is given
 _policies = jax.checkpoint_policies

@@ -1,42 +1,10 @@
 """Positions: rotary embeddings and the original sinusoids."""
 
-import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-
-from jaxgpt.ops.context.yarn import yarn_frequencies
-
-LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0  # Llama 3.1's low_freq_factor and high_freq_factor
-
-
-def rope_frequencies(
-    head_dim: int,
-    theta: float,
-    scaling: str,
-    factor: float,
-    original_len: int,
-    betas: tuple[float, float] = (32.0, 1.0),
-) -> np.ndarray:
-    """Returns the rotation of each of head_dim/2 pairs in radians per position, float64.
-
-    theta**(-2i/head_dim) (arXiv:2104.09864, eq. 15); `linear` divides all by `factor` (position
-    interpolation, arXiv:2306.15595); `llama3` divides those whose wavelength exceeds
-    `original_len`, keeps those that turn at least four times within it, and blends between
-    (Llama 3.1's release); `yarn` does so by `betas`, see `context.yarn`.
-    """
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling == "linear":
-        return frequencies / factor
-    if scaling == "llama3":
-        turns = original_len * frequencies / (2 * math.pi)
-        kept = np.clip((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0, 1)
-        return kept * frequencies + (1 - kept) * frequencies / factor
-    if scaling == "yarn":
-        return yarn_frequencies(frequencies, theta, factor, original_len, betas)
-    return frequencies
 
 
 def rotate(

@@ -17,7 +17,7 @@ from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
 from jaxgpt.config import ModelConfig, OptimConfig
 from jaxgpt.optim.groups import by_path, inputs_outputs, is_hidden_matrix
-from jaxgpt.parallel.rules import names
+from jaxgpt.parallel.specs import names
 from jaxgpt.parallel.torus import Torus
 from jaxgpt.parallel.whole import Split, on_whole
 

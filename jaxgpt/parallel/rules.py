@@ -1,7 +1,6 @@
 """The table from logical array axes to mesh axes, and the two reshardings the model needs."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
 from jaxgpt.config.schema import BATCH_AXES, MESH_AXES, REPLICAS, SHARDING
+from jaxgpt.parallel.specs import names, unsharded
 from jaxgpt.parallel.torus import Torus
 
 TABLE = {
@@ -75,32 +75,6 @@ def weight(param: nnx.Param, dtype) -> jax.Array:
 def whole(array: jax.Array) -> jax.Array:
     """Returns a parameter whole over the axes that split every parameter."""
     return reshard(array, unsharded(jax.typeof(array).sharding.spec))
-
-
-def unsharded(spec: P) -> P:
-    """Returns a parameter's sharding, but whole over the axes that split every parameter."""
-    return P(*(None if sharding_axes(P(entry)) else entry for entry in spec.partitions))
-
-
-def sharding_axes(spec: P) -> tuple[str, ...]:
-    """Returns those of the axes that split every parameter that split this one, in order."""
-    return tuple(axis for entry in spec.partitions for axis in names(entry) if axis in SHARDING)
-
-
-def sharded_axis(spec: P) -> int:
-    """Returns which of a parameter's own axes they split."""
-    return next(i for i, entry in enumerate(spec.partitions) if sharding_axes(P(entry)))
-
-
-def names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Returns the mesh axes of one entry of a `PartitionSpec`."""
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
-
-
-def num_shards() -> int:
-    """Returns over how many devices of the mesh in use a parameter is split."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in SHARDING)
 
 
 def rowwise(equation: str, x: jax.Array, kernel: jax.Array, out: P, dtype=None) -> jax.Array:

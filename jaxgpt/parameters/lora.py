@@ -11,7 +11,8 @@ from jax.sharding import reshard
 from jaxtyping import Array, Float
 
 from jaxgpt.config import LoraConfig
-from jaxgpt.parallel.rules import rowwise, unsharded, weight
+from jaxgpt.parallel.rules import rowwise, weight
+from jaxgpt.parallel.specs import unsharded
 
 NAMES = ("lora_in", "lora_out", "magnitude")  # the last word of an addition's path
 

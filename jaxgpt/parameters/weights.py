@@ -23,7 +23,8 @@ from jaxgpt.ops.cross_entropy import FLOATS, Reader
 from jaxgpt.ops.matmul import PLAIN, Matmul
 from jaxgpt.parallel.fsdp import flat, product
 from jaxgpt.parallel.replicas import plain
-from jaxgpt.parallel.rules import AxisRules, names, rowwise, unsharded, weight, whole
+from jaxgpt.parallel.rules import AxisRules, rowwise, weight, whole
+from jaxgpt.parallel.specs import names, unsharded
 from jaxgpt.parameters import few_rows
 from jaxgpt.parameters.fake import FakeKernel, FakeTable, read, read_kernel
 from jaxgpt.parameters.low_precision import FP8, INT8

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.ops.context.yarn import attention_factor
+from jaxgpt.ops.context.frequencies import attention_factor, rope_frequencies
 from jaxgpt.ops.norm import layer_norm, rms_norm
 from jaxgpt.ops.remat import scan_layers
-from jaxgpt.ops.rope import rope_frequencies, rotate, sinusoids
+from jaxgpt.ops.rope import rotate, sinusoids
 from tests.conftest import mesh_of, tiny_config
 
 

@@ -14,7 +14,8 @@ from jaxgpt.config.validate import changed
 from jaxgpt.data.chunks import ContiguousChunks
 from jaxgpt.data.mixture import MixtureSchedule
 from jaxgpt.data.pipeline import Stream, device_batches
-from jaxgpt.parallel.fsdp import embed_columns_to_rows, gather_weight, sum_gradient
+from jaxgpt.parallel.fsdp import gather_weight, sum_gradient
+from jaxgpt.parallel.lookup import embed_columns_to_rows
 from jaxgpt.parallel.mesh import AXES, devices_along, make_mesh
 from jaxgpt.parallel.replicas import sum_devices, sum_gradients
 from jaxgpt.parallel.rules import AxisRules

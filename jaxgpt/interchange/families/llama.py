@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.interchange.families.family import COMMON, Family, require, rules_from, schema_of
-from jaxgpt.ops.context.yarn import attention_factor
+from jaxgpt.ops.context.frequencies import attention_factor
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import check_json
 

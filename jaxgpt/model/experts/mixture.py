@@ -19,7 +19,8 @@ from jaxgpt.ops.activations import ACTIVATIONS, GATED, keep_inputs_only
 from jaxgpt.parallel.collectives import gather
 from jaxgpt.parallel.fsdp import GATHERED
 from jaxgpt.parallel.replicas import apart
-from jaxgpt.parallel.rules import AxisRules, names
+from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parallel.specs import names
 from jaxgpt.parameters.weights import constant, normal
 
 IN, OUT = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config.pipeline import Schedule
 from jaxgpt.config.schema import MESH_AXES
-from jaxgpt.parallel.rules import names
+from jaxgpt.parallel.specs import names
 
 COPIED = ("kernel", "factor_in", "factor_out")  # parameters that a layer is given whole
 AXIS = "pipeline"

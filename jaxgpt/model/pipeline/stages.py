@@ -44,7 +44,8 @@ from jaxgpt.model.pipeline.kept import (
 from jaxgpt.parallel.collectives import all_gather, reduce_scatter
 from jaxgpt.parallel.dropout import MicrobatchKey
 from jaxgpt.parallel.microbatches import by_microbatch, by_stage, from_microbatches, from_stages
-from jaxgpt.parallel.rules import AxisRules, sharded_axis, sharding_axes, unsharded
+from jaxgpt.parallel.rules import AxisRules
+from jaxgpt.parallel.specs import sharded_axis, sharding_axes, unsharded
 
 
 class Stages(NamedTuple):
