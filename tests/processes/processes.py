@@ -25,9 +25,6 @@ def get_config():
     )
 """
 
-# Mesh axes that are tried across the boundary of two processes, and what else each needs
-ACROSS = {"expert": ("--config.model.num_experts=4", "--config.model.expert_dim=16")}
-
 
 def free_port() -> int:
     with socket.socket() as probe:
