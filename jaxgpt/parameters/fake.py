@@ -6,6 +6,7 @@ no weight is clipped, and the scales follow the weights. `shrink` then stores ex
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxgpt.parallel.fsdp import flat
+from jaxgpt.parallel.rules import names
 from jaxgpt.parameters.quantised import LARGEST, Format
 
 
@@ -33,7 +35,8 @@ def read(fmt: Format, w: Float[Array, "..."], axis: int, dtype) -> Float[Array, 
     `fmt.quantise`; of int8 and int4."""
     at, shape, spec = w.ndim + axis, w.shape, jax.typeof(w).sharding.spec
     mesh = jax.sharding.get_abstract_mesh().shape
-    within = spec if fmt.is_divisible(shape[at], mesh.get(spec[at], 1)) else _whole(spec, at)
+    devices = math.prod(mesh[name] for name in names(spec[at]))
+    within = spec if fmt.is_divisible(shape[at], devices) else _whole(spec, at)
     floats = jax.sharding.reshard(jax.lax.stop_gradient(w).astype(jnp.float32), within)
     group = fmt.group or shape[at]
     floats = jnp.pad(floats, [(0, -n % group if i == at else 0) for i, n in enumerate(shape)])

@@ -39,6 +39,7 @@ def test_what_is_read_is_what_numpy_stores(kind, group, shape):
     with jax.set_mesh(mesh_of(tiny_config(shape))):
         for axis, (sizes, spec) in (
             (-2, ((32, 6), jax.P("fsdp", "tensor"))),
+            (-2, ((16, 6), jax.P(("data", "fsdp"), "tensor"))),  # a group of 8 on two devices
             (-1, ((5, 21), None)),
         ):
             w = rng.standard_t(2, sizes).astype(np.float32)
