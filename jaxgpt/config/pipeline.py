@@ -77,13 +77,17 @@ def check_pipeline_axis(config: Config, mesh: dict[str, int]) -> None:
     )
     for what, is_set in unsupported:
         if is_set:
-            raise BadInput(f"{name} with {what}: it is not pipelined; use mesh.fsdp instead")
+            raise BadInput(
+                f"{name} with {what}, which cannot run in stages; set mesh.pipeline=1 and use"
+                " mesh.fsdp instead"
+            )
     schedule, period = schedule_of(config, stages), pattern_length(model)
     if model.num_layers % (parts := stages * schedule.rounds * period):
         pattern = f" x model.full_attention_every={period}" if period > 1 else ""
         raise BadInput(
             f"model.num_layers={model.num_layers} cannot be divided by {name} x"
-            f" compute.pipeline_rounds={schedule.rounds}{pattern} = {parts}"
+            f" compute.pipeline_rounds={schedule.rounds}{pattern} = {parts}; make it a multiple of"
+            f" {parts}, or choose fewer stages or rounds"
         )
     if schedule.microbatches < stages:
         raise BadInput(
@@ -96,5 +100,6 @@ def check_pipeline_axis(config: Config, mesh: dict[str, int]) -> None:
         raise BadInput(
             f"batch_size={config.batch_size} / grad_accum={config.grad_accum} = {rows} sequences"
             f" cannot be divided into compute.pipeline_microbatches={schedule.microbatches} over"
-            f" {others} devices"
+            f" {others} devices; make batch_size a multiple of"
+            f" {config.grad_accum * math.lcm(schedule.microbatches, stages) * others}"
         )

@@ -115,12 +115,15 @@ def test_the_schedule_and_its_bubble():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(num_layers=6), "model.num_layers=6 cannot be divided by mesh.pipeline=4"),
+        (
+            dict(num_layers=6),
+            "num_layers=6 cannot be .* mesh.pipeline=4 .* make it a multiple of 4,",
+        ),
         (dict(compute=dict(pipeline_rounds=3)), "compute.pipeline_rounds=3 = 12"),
         (dict(compute=dict(pipeline_microbatches=2)), "is less than mesh.pipeline=4"),
-        (dict(compute=dict(pipeline_microbatches=5)), "compute.pipeline_microbatches=5"),
+        (dict(compute=dict(pipeline_microbatches=5)), "microbatches=5 .* a multiple of 20$"),
         (dict(position="relative"), "model.position=relative"),
-        (dict(lora=dict(rank=4)), "lora.rank=4"),
+        (dict(lora=dict(rank=4)), "lora.rank=4, .* set mesh.pipeline=1"),
     ],
 )
 def test_what_cannot_be_dealt_to_stages_is_refused(fields, message):
