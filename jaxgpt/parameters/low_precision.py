@@ -25,7 +25,7 @@ from jax.sharding import reshard
 from jaxtyping import Array, Float
 
 from jaxgpt.ops.matmul import Matmul
-from jaxgpt.parallel.rules import rowwise
+from jaxgpt.parallel.rules import names, rowwise
 from jaxgpt.system.errors import BadInput
 
 NO_FP8 = "TPU v2", "TPU v3", "TPU v4", "TPU v5", "TPU v6"  # starts of their `device_kind`
@@ -106,10 +106,13 @@ def _grad_w(
 
 
 def _positions_as(spec: P, a: Codes) -> Codes:
-    """Returns codes [B, T, I] and scales with positions split as those of an array of `spec`."""
+    """Returns codes [B, T, I] and scales with positions split as those of an array of `spec`, but
+    for axes that split the codes' inputs: the product scatters its sum over those."""
 
     def one(a):
-        return reshard(a, P(*spec[:2], jax.typeof(a).sharding.spec[2]))
+        inputs = jax.typeof(a).sharding.spec[2]
+        positions = tuple(axis for axis in names(spec[1]) if axis not in names(inputs))
+        return reshard(a, P(spec[0], positions or None, inputs))
 
     return Codes(*map(one, a))
 

@@ -118,9 +118,10 @@ def test_sharded_equals_one_device(kind):
         P("tensor", "fsdp"),
         P(("data", "fsdp"), None, None),
     )
+    scattered = (*across[:2], P(("data", "fsdp"), "tensor", None))  # mesh.sequence_activations
     with jax.set_mesh(mesh_of(tiny_config())):
         want = run(kind, x, w, g)
-    for splits in (specs, across):
+    for splits in (specs, across, scattered):
         with jax.set_mesh(mesh_of(tiny_config((2, 2, 2)))):
             got = run(kind, x, w, g, splits)
         for a, b in zip(got, want, strict=True):
