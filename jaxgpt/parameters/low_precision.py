@@ -76,8 +76,8 @@ def _largest(dtype) -> int:
     return 127 if dtype == jnp.int8 else int(jnp.finfo(dtype).max)
 
 
-def _weight(kind: Kind, kernel: Float[Array, "I O"], dtype) -> Codes:
-    return quantise(kernel, 0, kind.codes)
+def _weight(kind: Kind, kernel: Float[Array, "*devices I O"], dtype) -> Codes:
+    return quantise(kernel, -2, kind.codes)  # stages give a copy a device, [devices, I, O]
 
 
 def _forward(kind: Kind, x: Float[Array, "B T I"], w: Codes, out: P) -> Float[Array, "B T O"]:

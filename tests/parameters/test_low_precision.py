@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -152,3 +153,13 @@ def test_what_it_cannot_go_with_is_said():
         check_device("int8", SimpleNamespace(**old))
         with pytest.raises(BadInput, match="compute.matmul=fp8: a .* does not multiply float8"):
             check_device("fp8", SimpleNamespace(**old))
+
+
+@pytest.mark.parametrize("matmul", [INT8, FP8])
+def test_copies_of_a_weight_have_the_codes_of_one(matmul):
+    """Stages multiply by [devices, I, O]: a scale for each column of a copy, not one for each
+    number of equal copies."""
+    kernel = jax.random.normal(jax.random.key(0), (8, 6))
+    one, two = (matmul.weight(a, kernel.dtype) for a in (kernel, jnp.stack([kernel, kernel])))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(jnp.stack([a, a]), b)
