@@ -296,9 +296,12 @@ def check_divisible(config: Config, mesh: dict[str, int]) -> None:
         (("tensor",), "model.max_seq_len, as mesh.sequence_activations splits it,", split[0]),
         (("tensor",), "model.max_source_len, as mesh.sequence_activations splits it,", split[1]),
     ):
-        if size % math.prod(mesh[axis] for axis in axes):
+        if size % (devices := math.prod(mesh[axis] for axis in axes)):
             product = " x ".join(f"mesh.{axis}={mesh[axis]}" for axis in axes if mesh[axis] > 1)
-            raise BadInput(f"{name} = {size} cannot be divided over {product} devices")
+            raise BadInput(
+                f"{name} = {size} cannot be divided over {product} devices;"
+                f" over {math.gcd(size, devices)} it can"
+            )
     check_expert_axis(config, mesh)
     check_context(config, mesh)
     check_pipeline_axis(config, mesh)

@@ -26,7 +26,10 @@ def check_upcycling(path: str, theirs: ModelConfig, mine: ModelConfig) -> None:
     """Raises `BadInput` if the mixture would not start as the dense model at `path`."""
     start = f"init_from={path} is dense and cannot start this mixture: "
     if theirs.bias:
-        raise BadInput(f"{start}its feed-forward has biases (model.bias=true), experts have none")
+        raise BadInput(
+            f"{start}its feed-forward has biases (model.bias=true), experts have none;"
+            " train the dense model with --config.model.bias=false"
+        )
     needed = dict(expert_dim=theirs.mlp_dim, shared_experts=0, normalize_gates=True)
     needed |= dict(gate_scale=1.0, expert_capacity=0.0)
     for name, value in needed.items():

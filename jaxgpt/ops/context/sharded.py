@@ -94,7 +94,7 @@ def said(config: Config, mesh: Mapping[str, int], kernel: str) -> str:
         return ""
     length = config.model.max_seq_len // mesh[AXIS]
     if kernel == "splash" and length % (2 * CHUNK):
-        kernel = f"xla: {length} tokens a device are no multiple of {2 * CHUNK}"
+        kernel = f"xla, as {length} tokens a device are no multiple of {2 * CHUNK}"
     elif kernel == "cudnn" and method == "ring":
         kernel = "xla: cuDNN's gradients need all keys"
     else:
