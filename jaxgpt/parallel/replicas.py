@@ -78,8 +78,10 @@ def apart(param: jax.Array) -> jax.Array:
 def zeros_like_gradient(param: jax.Array, dtype) -> jax.Array:
     """Returns zeros of the type of a parameter's gradient."""
     spec = jax.typeof(param).sharding.spec
+    if not spec.reduced:
+        return jnp.zeros_like(param, dtype)
     zeros = jnp.zeros(param.shape, dtype, out_sharding=P(*spec.partitions))
-    return reshard(zeros, P(*spec.partitions, unreduced=spec.reduced)) if spec.reduced else zeros
+    return reshard(zeros, P(*spec.partitions, unreduced=spec.reduced))
 
 
 def scale(gradient: jax.Array, factor: jax.Array) -> jax.Array:

@@ -313,6 +313,7 @@ def test_a_second_trainer_is_refused(command, config_file, tmp_path):
     process.wait()
 
 
+@pytest.mark.slow
 def test_verify_resume(command, config_file, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", xla_flags(1))
     monkeypatch.chdir(ROOT)

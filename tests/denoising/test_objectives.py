@@ -312,6 +312,7 @@ def rows_of(folder) -> list[dict]:
     return [{name: v for name, v in row.items() if name not in timed} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_masked_run_resumes_exactly_and_is_evaluated(run, command, tmp_path):
     """The special tokens are added by themselves; rows, accuracy and evaluation are those of a run
     that was not interrupted, bit for bit."""

@@ -91,6 +91,7 @@ def fine_tune(command, *flags):
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_the_same_files(hub, command, tmp_path, monkeypatch):
     """Whatever the hub has meanwhile, and without it."""
     model = commit_model(hub, tmp_path, **LLAMA)

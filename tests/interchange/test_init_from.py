@@ -59,7 +59,7 @@ def losses(workdir) -> list[float]:
     return [row["loss"] for row in rows if row["split"] == "train"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "workdir"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), "workdir"])
 def test_one_command_without_a_flag_of_the_architecture(command, tmp_path, kind):
     cfg = fresh_folder(tmp_path / "hf", **(GPT2 if kind == "gpt2" else UNTIED))
     source = tmp_path / "hf"

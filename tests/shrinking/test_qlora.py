@@ -109,6 +109,7 @@ def test_only_the_additions_move(tuned, command):
     assert all(np.any(after[path]) for path in after.keys() - before.keys())
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_commands_take_it(tuned, command):
     _, workdir, _ = tuned(command)
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())

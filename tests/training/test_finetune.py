@@ -309,6 +309,7 @@ def test_patience():
     assert history.is_out_of_patience(2), "as good is not better"
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_and_stays_stopped(command, tmp_path, corpus, monkeypatch):
     """A learning rate that ruins the model: the first validation is the best."""
     args = (

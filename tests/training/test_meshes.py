@@ -104,7 +104,7 @@ def one_device(model: str):
 
 SLOW = pytest.mark.slow
 MESHES = [
-    ("dense", dict(fsdp=8)),
+    pytest.param("dense", dict(fsdp=8), marks=SLOW),
     ("dense", dict(tensor=4, sequence_activations=True)),
     ("dense", dict(context=2, fsdp=2, tensor=2)),
     pytest.param("ring", dict(context=4), marks=SLOW),

@@ -62,6 +62,9 @@ def _llama_model_config(hf: dict) -> ModelConfig:
         raise BadInput(f"config.json: rope_type={kind!r} is not supported")
     if kind == "llama3":
         require(rope, LLAMA3_FACTORS)
+    if kind == "yarn" and "factor" not in rope:
+        raise BadInput("config.json: rope_type='yarn' needs a factor")
+    original_len = hf["max_position_embeddings"] if kind == "yarn" else 8192
     heads = hf["num_attention_heads"]
     hf = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | hf
     hf["num_key_value_heads"] = hf.get("num_key_value_heads") or heads
@@ -73,7 +76,7 @@ def _llama_model_config(hf: dict) -> ModelConfig:
         rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 1e4))),
         rope_scaling=ROPE_SCALING[kind],
         rope_factor=float(rope.get("factor", 1.0)),
-        rope_original_len=rope.get("original_max_position_embeddings", 8192),
+        rope_original_len=rope.get("original_max_position_embeddings", original_len),
         **(_yarn_fields(rope) if kind == "yarn" else {}),
         activation="swiglu",
         bias=False,
