@@ -111,18 +111,14 @@ MESHES = [
     pytest.param("dense", dict(context=4), marks=SLOW),
     pytest.param("dense", dict(context=2, tensor=2, sequence_activations=True), marks=SLOW),
     pytest.param("dense", dict(data=2, fsdp=2, tensor=2), marks=SLOW),
-    pytest.param("dense", dict(data=8), marks=SLOW),
-    pytest.param("dense", dict(tensor=4), marks=SLOW),
     pytest.param("dense", dict(data=2, fsdp=2, tensor=2, sequence_activations=True), marks=SLOW),
     pytest.param("deep", dict(pipeline=4), marks=SLOW),
     pytest.param("dense", dict(pipeline=2, data=2, tensor=2), marks=SLOW),
     pytest.param("dense", dict(pipeline=2, context=2, fsdp=2), marks=SLOW),
     pytest.param("mixture", dict(expert=4), marks=SLOW),
     pytest.param("mixture", dict(expert=2, fsdp=4), marks=SLOW),
-    pytest.param("mixture", dict(expert=2, fsdp=2, tensor=2), marks=SLOW),
     pytest.param("mixture", dict(data=2, expert=2, fsdp=2), marks=SLOW),
     pytest.param("mixture", dict(expert=2, context=2, fsdp=2), marks=SLOW),
-    pytest.param("mixture", dict(data=2, expert=2, context=2), marks=SLOW),
     pytest.param("mixture", dict(expert=2, context=2, tensor=2), marks=SLOW),
 ]
 
