@@ -32,6 +32,11 @@ NO_FP8 = "TPU v2", "TPU v3", "TPU v4", "TPU v5", "TPU v6"  # starts of their `de
 FIRST_FP8_GPU = 8.9  # compute capability: Ada; Hopper is 9.0
 
 
+# The largest codes. e4m3 has 448, but `jax.checkpoint` rounds what it keeps by
+# `lax.reduce_precision`, which makes infinities of numbers of the highest exponent
+LARGEST = {"int8": 127, "float8_e4m3fn": 240, "float8_e5m2": 57344}
+
+
 class Kind(NamedTuple):
     """The dtypes of codes of x and w, and of gradients, and that of sums of their products."""
 
@@ -64,16 +69,12 @@ def quantise(a: Float[Array, "..."], axis: int, dtype, summed: int = 0) -> Codes
     A sum of `summed` products of int8 fits int32: beyond 133,144 of them codes are smaller.
     """
     a = a.astype(jnp.float32)
-    largest = _largest(dtype)
+    largest = LARGEST[jnp.dtype(dtype).name]
     if dtype == jnp.int8:
         largest = min(largest, (2**31 - 1) // (largest * max(summed, 1)))
     scales = jnp.max(jnp.abs(a), axis, keepdims=True) * (1 / largest)
     a = a / jnp.where(scales == 0, 1, scales)
     return Codes((jnp.rint(a) if dtype == jnp.int8 else a).astype(dtype), scales)
-
-
-def _largest(dtype) -> int:
-    return 127 if dtype == jnp.int8 else int(jnp.finfo(dtype).max)
 
 
 def _weight(kind: Kind, kernel: Float[Array, "*devices I O"], dtype) -> Codes:
