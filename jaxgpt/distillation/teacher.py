@@ -99,8 +99,10 @@ def teacher_config(config: Config) -> Config:
     return dataclasses.replace(
         theirs,
         model=dataclasses.replace(theirs.model, dropout=0.0),
-        compute=dataclasses.replace(theirs.compute, attention="auto", remat="none"),
-        lora=LoraConfig(),  # both are part of the weights that `load_weights` gives
+        compute=dataclasses.replace(
+            theirs.compute, attention="auto", remat="none", fake_quantise="none"
+        ),
+        lora=LoraConfig(),  # these three are part of the weights that `load_weights` gives
         shrink=ShrinkConfig(),
         mesh=config.mesh,
         batch_size=config.batch_size,
@@ -155,7 +157,7 @@ class Teacher(Companions):
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by path, on the host."""
-        return load_weights(self.path)[0]
+        return load_weights(self.path, rounded=True)[0]
 
     @cached_property
     def reference(self) -> dict[str, str]:

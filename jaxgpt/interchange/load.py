@@ -18,18 +18,19 @@ from jaxgpt.interchange.weights import read_params
 from jaxgpt.model import ModelSpec
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.parameters.lora import merge as merge_lora
-from jaxgpt.parameters.weights import dense
+from jaxgpt.parameters.weights import as_read, dense
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.trees import leaves_by_path
 
 
 def load_weights(
-    path: str, stored: ShrinkConfig | None = None
+    path: str, stored: ShrinkConfig | None = None, rounded: bool = False
 ) -> tuple[dict[str, np.ndarray], ModelConfig]:
     """Returns the parameters of a workdir or a model folder by path, on the host, and its model
     config. LoRA's additions are merged and every matrix is made floats, unless it is `stored` like
-    that there; what is two factors there stays so if `stored.ranks` are the same. Raises `BadInput`
-    if additions would have to be merged into few bits."""
+    that there; what is two factors there stays so if `stored.ranks` are the same. What was trained to
+    be rounded (`compute.fake_quantise`) is, where `rounded`, what that run read of it. Raises
+    `BadInput` if additions would have to be merged into few bits."""
     path = located(path)
     if is_workdir(path):
         config = read_config(epath.Path(path))
@@ -40,6 +41,9 @@ def load_weights(
             abstract = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
             average = config.optim.ema_decay > 0
             params = checkpoints.restore_params(checkpoints.pick(None), abstract, average)
+            if rounded:
+                dtype = config.compute.dtype
+                params = jax.jit(lambda params: as_read(config, params, dtype)[1])(params)
             form = operator.attrgetter("weights", "group", "keep", "ranks", "tensor_train")
             if not stored or stored.weights == "float" or form(stored) != form(config.shrink):
                 _, params = as_floats(config, params, stored)

@@ -5,12 +5,13 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt import convert, evaluate, train
 from jaxgpt.checkpointing.checkpoints import save_weights
-from jaxgpt.config import DistillConfig, ObjectivesConfig
+from jaxgpt.config import DistillConfig, ObjectivesConfig, ShrinkConfig
 from jaxgpt.config.stored import to_json
 from jaxgpt.model import ModelSpec
 from jaxgpt.optim.groups import trainable
@@ -126,15 +127,38 @@ def at(command, corpus, folders, monkeypatch):
     return run
 
 
-def write_teacher(folder) -> None:
-    """A workdir of a model that nobody trained."""
-    config = tiny_config(vocab_size=257, num_layers=3, num_heads=2, embed_dim=16)
+def test_a_teacher_trained_to_be_rounded_is_read_as_it_was_trained(tmp_path):
+    """By its own groups, what it keeps and its factors: not the product of the factors rounded."""
+    rounding = ShrinkConfig(group=8, keep="down", ranks="up=4")
+    model = dict(vocab_size=257, num_layers=1, num_heads=2, embed_dim=16)
+    theirs = dataclasses.replace(tiny_config(**model), shrink=rounding)
+    theirs.compute.fake_quantise = "int4"
+    params = write_teacher(tmp_path / "teacher", theirs)
+    config = student(model=dict(vocab_size=257))
+    config.objectives.distill.teacher = str(tmp_path / "teacher")
+    with jax.set_mesh(mesh := mesh_of(config)):
+        teacher = make_training(config, mesh).companions
+        tokens = jnp.arange(24)[None] % 17
+        got, want = (
+            np.asarray(jax.jit(lambda params, spec=spec: spec.bind(params)(tokens))(params))
+            for spec, params in (
+                (teacher.spec, teacher.params()),
+                (ModelSpec(theirs, "xla"), params),
+            )
+        )
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want[..., :257]).max())
+
+
+def write_teacher(folder, config=None) -> dict:
+    """Writes a workdir of a model that nobody trained; returns its parameters."""
+    config = config or tiny_config(vocab_size=257, num_layers=3, num_heads=2, embed_dim=16)
     with jax.set_mesh(mesh_of(config)):
         params = jax.jit(ModelSpec(config, "xla").init)(jax.random.key(5))
         params = jax.tree.map(lambda a: np.asarray(4 * a), params)
     save_weights(folder, params, {"tokens": 0, "seconds": 0.0, "data_fingerprint": ""})
     save_tokenizer(ByteTokenizer(), folder / "tokenizer")
     (folder / "config.json").write_text(to_json(config))
+    return params
 
 
 def taught(folders, *flags, teacher="teacher"):

@@ -155,7 +155,7 @@ def test_a_chunk_brings_its_own_in_any_batch(tmp_path, monkeypatch, capsys):
         run = make_training(config, mesh)
         params = jax.jit(run.companions.spec.init)(jax.random.key(3))
         weights = jax.device_get(leaves_by_path(jax.tree.map(lambda a: 4 * a, params)))
-        monkeypatch.setattr(teacher_module, "load_weights", lambda path: (weights, None))
+        monkeypatch.setattr(teacher_module, "load_weights", lambda path, rounded: (weights, None))
         taught = run.companions.taught(stream, data)
         assert "0 of" in capsys.readouterr().err
         batches = list(device_batches(taught, run.batch_sharding, 0, 3))
