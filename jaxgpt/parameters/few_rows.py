@@ -1,10 +1,16 @@
-"""Products of a few rows with matrices in few bits, on a CPU.
+"""Products with matrices in few bits, on a CPU.
 
-Decoding reads every weight for a row or two, so that the weights' bytes are the limit. Left to
-itself XLA's CPU backend writes the weights out as floats first. Here a block of inputs is summed in
-one elementwise expression over the outputs: LLVM loads the codes of 8 or 16 outputs, converts them
-in registers and multiplies them, all in float32.
+Left to itself XLA's CPU backend makes floats of all matrices of a program first, in new memory.
+
+Decoding one row reads every weight once, so that the weights' bytes are the limit. In `multiply` a
+block of inputs is summed in one elementwise expression over the outputs: LLVM loads the codes of 8
+or 16 outputs, converts them in registers and multiplies them, all in float32.
+
+For more rows `multiply_panels` makes floats of a panel of outputs right in front of its product:
+they stay in the processor's cache, and the next panel's take their place.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +21,7 @@ from jaxgpt.parameters.quantised import Format
 MOST_ROWS = 1  # each row is a program of its own, which takes its time to compile
 BLOCK = 32  # inputs summed in one expression: a register holds x for each
 SMALLEST_BLOCK = 8
+PANEL = 4096  # outputs whose weights are floats at a time: 12 MB at GPT-2's width
 ZERO = {
     "int8": 0,
     "int4": 8,
@@ -57,3 +64,25 @@ def _multiply_row(fmt: Format, x, values, scales) -> Float[Array, "O"]:
     sums = jax.lax.optimization_barrier(sums * scales if fmt.group else sums)
     y = jnp.ones(len(x)) @ sums
     return y if fmt.group else y * scales[0]
+
+
+def multiply_panels(
+    as_floats: Callable, x: Float[Array, "B T I"], whole: dict[str, jax.Array]
+) -> Float[Array, "B T O"]:
+    """Returns as_floats(x, **whole), the product of x and a matrix whose inputs come first, a panel
+    of outputs after the other."""
+    # Neither are floats made in front of a loop over tokens
+    x, whole = jax.lax.optimization_barrier((x, whole))
+    products, known = [], x
+    for start in range(0, whole["values"].shape[-1], PANEL):
+        part = {name: a[..., start : start + PANEL] for name, a in whole.items()}
+        part["scales"] *= _one_after(known).astype(part["scales"].dtype)
+        known = as_floats(x, **part)
+        products.append(known)
+    return products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
+
+
+def _one_after(x: Float[Array, "B T _"]) -> Float[Array, ""]:
+    """Returns 1, which XLA does not know before x is there (a NaN stays one)."""
+    one = jax.lax.stop_gradient(x)[0, 0, 0]
+    return jnp.where(jnp.isnan(one), 2.0, 1.0)

@@ -8,6 +8,7 @@ the parameters and computes with them; it holds none itself.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -152,28 +153,34 @@ class QuantisedKernel:
 def in_few_bits(
     fmt: Format, x: Float[Array, "B T I"], whole: dict[str, jax.Array], out: P, as_floats: Callable
 ) -> Float[Array, "B T O"]:
-    """Returns x w, of sharding `out`, of a matrix w whose inputs come first: by
-    `parameters.few_rows` for decoding one sequence on one CPU, else `as_floats(x, **whole)`."""
+    """Returns x w, of sharding `out`, of a matrix w whose inputs come first: as_floats(x, **whole),
+    on one CPU by `parameters.few_rows`."""
     whole = jax.lax.stop_gradient(whole)
     names, rows = list(whole), math.prod(x.shape[:-1])
-    alone = jax.sharding.get_abstract_mesh().size == 1
-    if not (alone and rows <= few_rows.MOST_ROWS and few_rows.block_size(fmt, x.shape[-1])):
+
+    def elsewhere(x, *arrays):
         # Made again in the backward pass: kept, the floats would be as large as the model
-        return jax.checkpoint(as_floats)(x, **whole)
-    # With x, or XLA would make floats of the weights once, in front of the loop over tokens
-    x, whole = jax.lax.optimization_barrier((x, whole))
+        return jax.checkpoint(as_floats)(x, **dict(zip(names, arrays, strict=True)))
+
+    def in_panels(x, *arrays):
+        multiply = jax.checkpoint(partial(few_rows.multiply_panels, as_floats))
+        return multiply(x, dict(zip(names, arrays, strict=True)))
 
     def multiply(x, *arrays):
         y = few_rows.multiply(fmt, x.reshape(rows, -1), **dict(zip(names, arrays, strict=True)))
         return y.reshape(*x.shape[:-1], -1)
 
-    def on_cpu(*arrays):
+    def in_codes(*arrays):
         run = jax.shard_map(multiply, in_specs=(P(),) * len(arrays), out_specs=P())
         return jax.sharding.reshard(run(*jax.sharding.reshard(arrays, P())), out)
 
-    def elsewhere(x, *arrays):
-        return as_floats(x, **dict(zip(names, arrays, strict=True)))
-
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return elsewhere(x, *whole.values())
+    on_cpu = in_panels
+    if rows <= few_rows.MOST_ROWS and few_rows.block_size(fmt, x.shape[-1]):
+        # With x, or XLA would make floats of the weights once, in front of the loop over tokens
+        x, whole = jax.lax.optimization_barrier((x, whole))
+        on_cpu = in_codes
     return jax.lax.platform_dependent(x, *whole.values(), cpu=on_cpu, default=elsewhere)
 
 
