@@ -128,11 +128,17 @@ class Format:
             scales = _joined(jnp.broadcast_to(apart, shape), axis, inputs)
         return weights * scales
 
-    def _levels_of(self, codes: jax.Array, dtype) -> jax.Array:
+    def _levels_of(self, codes: Integer[Array, "*S"], dtype) -> Float[Array, "*S"]:
+        """Returns what int4's or NF4's codes stand for, in scales."""
         if self.kind == "int4":
             return codes.astype(dtype) - 8
-        spec = jax.typeof(codes).sharding.spec
-        return jnp.asarray(LEVELS[self.kind], dtype).at[codes].get(out_sharding=spec)
+        levels = [jnp.asarray(level, dtype) for level in LEVELS[self.kind]]
+        for bit in range(4):  # selections stay in registers, where a look-up reads memory
+            is_one = (codes >> bit) & 1 == 1
+            levels = [
+                jnp.where(is_one, *pair) for pair in zip(levels[1::2], levels[::2], strict=True)
+            ]
+        return levels[0]
 
 
 def _last(w: np.ndarray, axis: int) -> np.ndarray:
