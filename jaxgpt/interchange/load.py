@@ -28,8 +28,8 @@ def load_weights(
 ) -> tuple[dict[str, np.ndarray], ModelConfig]:
     """Returns the parameters of a workdir or a model folder by path, on the host, and its model
     config. LoRA's additions are merged and every matrix is made floats, unless it is `stored` like
-    that there; what is two factors there stays so if `stored.ranks` are the same. What was trained to
-    be rounded (`compute.fake_quantise`) is, where `rounded`, what that run read of it. Raises
+    that there; what is two factors there stays so if `stored.ranks` are the same. Of what was
+    trained to be rounded (`compute.fake_quantise`), `rounded` gives what that run read. Raises
     `BadInput` if additions would have to be merged into few bits."""
     path = located(path)
     if is_workdir(path):

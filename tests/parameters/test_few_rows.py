@@ -48,8 +48,7 @@ def test_it_sums_whole_blocks_or_does_not_apply():
 
 @pytest.mark.parametrize("kind, rows", [("int8", 1), ("int8", 3), ("int4", 1), ("int4", 3)])
 def test_a_loop_over_tokens_keeps_no_floats_of_the_weights(kind, rows, monkeypatch):
-    """XLA would compute what no step changes once, in front of the loop; and in a step the floats
-    of all its matrices first."""
+    """XLA would compute what no step changes once, in front of the loop."""
     monkeypatch.setattr(few_rows, "PANEL", 128)
     fmt, width = Format(kind, 32), 1024
     x, stored, want = problem(fmt, width, width, rows)
@@ -71,6 +70,25 @@ def test_a_loop_over_tokens_keeps_no_floats_of_the_weights(kind, rows, monkeypat
         program = jax.jit(tokens).lower(x, [stored] * 3).compile()
     np.testing.assert_allclose(program(x, [stored] * 3), want, atol=2e-4)
     assert program.memory_analysis().temp_size_in_bytes < 1.5 * width * 128 * 4
+
+
+def test_the_floats_of_a_panel_wait_for_what_comes_before_it(monkeypatch):
+    """Or XLA makes those of all matrices first (with the flags of a run, not `conftest`'s). What
+    they wait for is seen where it is not a number: their scales are doubled."""
+    monkeypatch.setattr(few_rows, "PANEL", 8)
+    stored = {"values": jnp.ones((4, 24), jnp.int8), "scales": jnp.ones((1, 24))}
+    ones = jnp.ones((1, 3, 4))
+
+    def scales(x, values, scales):
+        return jnp.broadcast_to(jnp.where(jnp.arange(8) == 0, bad, scales), (1, 3, 8))
+
+    for x, bad, want in (
+        (ones, 1, [1, 1, 1]),
+        (ones * jnp.nan, 1, [2, 1, 1]),
+        (ones, jnp.nan, [1, 2, 2]),
+    ):
+        got = few_rows.multiply_panels(scales, x, stored)
+        np.testing.assert_array_equal(got[0, 0, 1::8], want)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
