@@ -4,6 +4,7 @@ import math
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,16 @@ LARGEST = 10
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any]:
+def make_plan(
+    config: Config,
+    devices: list,
+    chip: Chip | None,
+    also: Callable[[Program, Path | None], dict] = lambda program, dump: {},
+) -> dict[str, Any]:
     """Returns the values that `jaxgpt.plan` prints, except `topology` and suggestions.
 
     The config's vocabulary size must be known. `fits` is also false if the compiler runs out of
-    memory.
+    memory. `also` returns more, from the program and, for TPUs, the folder that XLA dumped into.
     """
     began = time.perf_counter()
     with jax.set_mesh(mesh := make_mesh(config, devices)):
@@ -52,19 +58,19 @@ def make_plan(config: Config, devices: list, chip: Chip | None) -> dict[str, Any
         }
         arguments = _arguments(training, state)
         try:
-            compiled, program = _compile(training)
+            compiled, program, more = _compile(training, also)
         except jax.errors.JaxRuntimeError as e:
             measured = _too_large(str(e), arguments, chip)
         else:
-            measured = _measure(compiled, program, arguments, training, chip)
+            measured = _measure(compiled, program, arguments, training, chip) | more
     tokens = config.batch_size * config.model.max_seq_len
     plan |= measured | {"flops_per_step": tokens * training.flops_per_token}
     return plan | {"tokens_per_step": tokens, "compile_seconds": time.perf_counter() - began}
 
 
-def _compile(training: Training) -> tuple[Any, Program]:
-    """Returns the compiled step and its program. A TPU's program is dumped by XLA during
-    compilation, as some cannot be read back from the executable."""
+def _compile(training: Training, also: Callable) -> tuple[Any, Program, dict]:
+    """Returns the compiled step, its program and what `also` says of it. A TPU's program is dumped
+    by XLA during compilation, as some cannot be read back from the executable."""
     if training.mesh.devices.flat[0].platform != "tpu":
         try:
             with quiet():
@@ -76,12 +82,14 @@ def _compile(training: Training) -> tuple[Any, Program]:
                 f"cuDNN's attention cannot be compiled ({e}): pip install -e '.[plan-gpu]', or plan"
                 " with --config.compute.attention=xla"
             ) from e
-        return compiled, Program(compiled.as_text())
+        program = Program(compiled.as_text())
+        return compiled, program, also(program, None)
     with tempfile.TemporaryDirectory() as folder, quiet():
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = training.compile_step(options)
         (file,) = Path(folder).glob("*jit_train_step*after_optimizations.txt")
-        return compiled, Program(file.read_text())
+        program = Program(file.read_text())
+        return compiled, program, also(program, Path(folder))
 
 
 def _measure(

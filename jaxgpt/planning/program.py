@@ -142,7 +142,7 @@ class Program:
 
         Of a sliced array only the slice counts, also in a fusion; of an update in place the update.
         """
-        return sum(times * self._moved(i, where) for i, where, times in self.unfused())
+        return sum(times * self.moved(i, where) for i, where, times in self.unfused())
 
     def unfused(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
         """Yields what iteration does, without the instructions inside fusions."""
@@ -150,7 +150,7 @@ class Program:
         inside = [id(self.computations[name]) for name in fused]
         return (row for row in self if id(row[1]) not in inside)
 
-    def _moved(self, i: Instruction, where: dict[str, Instruction]) -> int:
+    def moved(self, i: Instruction, where: dict[str, Instruction]) -> int:
         if i.opcode in NO_TRAFFIC or i.opcode.endswith("-done") or _is_collective(i.opcode):
             return 0
         operands = [where[name] for name in i.operands if name in where]

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -236,9 +237,9 @@ def test_the_search_tries_every_axis_that_the_model_admits():
     assert {mesh["mesh.data"] % 2 for mesh in meshes(dense, 64, slices=2)[1:]} == {0}
 
 
-def planned(args: str) -> tuple[dict, str]:
+def planned(args: str, xla_flags: str = "") -> tuple[dict, str]:
     """The command as a user runs it, in a process of its own."""
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"XLA_FLAGS": xla_flags}
     argv = [sys.executable, "-m", "jaxgpt.plan", *args.split()]
     found = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
@@ -382,10 +383,15 @@ def test_gpt2_on_described_gpus():
 
 @pytest.mark.gpu_compile
 def test_fsdp_on_described_gpus():
+    """With the flags of `launch/gpu_host.sh`, which an unknown one among them would end."""
+    script = (ROOT / "launch/gpu_host.sh").read_text()
+    flags = re.findall(r'^flags\+?="(.*)"$', script, re.M)
+    assert len(flags) == 3
     found, _ = planned(
         "--config=configs/modern_1b.py --topology=h100:8 --config.batch_size=8"
         " --config.grad_accum=1 --config.model.max_seq_len=1024 --config.model.num_layers=4"
-        " --config.mesh.data=1 --config.mesh.fsdp=8 --config.compute.remat=none"
+        " --config.mesh.data=1 --config.mesh.fsdp=8 --config.compute.remat=none",
+        "".join(flags),
     )
     rows, whole = rows_of(found), 2 * found["parameters"]
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
