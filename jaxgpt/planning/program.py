@@ -151,6 +151,7 @@ class Program:
         return (row for row in self if id(row[1]) not in inside)
 
     def moved(self, i: Instruction, where: dict[str, Instruction]) -> int:
+        """The bytes that an instruction of the computation `where` moves each time it runs."""
         if i.opcode in NO_TRAFFIC or i.opcode.endswith("-done") or _is_collective(i.opcode):
             return 0
         operands = [where[name] for name in i.operands if name in where]

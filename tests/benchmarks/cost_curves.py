@@ -1,9 +1,9 @@
 """What a step costs as it grows, on this machine's CPU: time over tokens, memory over the batch,
-compilation over depth.
+compilation over depth. Times are CPU seconds of the process: other work hardly changes them.
 
     python tests/benchmarks/cost_curves.py [--part=tokens,memory,depth]
 
-  tokens  seconds of a step of one sequence, T 128 to 4096, beside the FLOPs it takes
+  tokens  CPU seconds of a step of one sequence, T 128 to 4096, beside the FLOPs it takes
   memory  bytes of the compiled step's temporaries, batches of 1 to 32
   depth   CPU seconds to compile 4 to 24 layers and CPU seconds of a step, scanned and unrolled
 
@@ -62,29 +62,27 @@ class Program:
             for name in self.training.companions.batch_arrays()
         }
 
-    def turn(self, clock) -> float:
-        """Returns how long a step takes by `clock`."""
-        began = clock()
+    def turn(self) -> float:
+        """Returns the CPU seconds of a step."""
+        began = time.process_time()
         self.state, metrics = self.step(self.state, self.batch)
         jax.block_until_ready(metrics)
-        return clock() - began
+        return time.process_time() - began
 
 
-def least(programs: list[Program], clock) -> list[float]:
-    """Returns the least time of a step of each program; they take turns."""
+def least(programs: list[Program]) -> list[float]:
+    """Returns the least CPU seconds of a step of each program; they take turns."""
     for program in programs:
         program.start()
-        program.turn(clock)
-    return [min(times) for times in zip(*([p.turn(clock) for p in programs] for _ in range(TURNS)))]
+        program.turn()
+    return [min(times) for times in zip(*([p.turn() for p in programs] for _ in range(TURNS)))]
 
 
 def tokens() -> list[dict]:
     programs = [Program(WIDE | {"max_seq_len": length}, 1) for length in LENGTHS]
     return [
         dict(tokens=length, seconds=seconds, flops=program.flops)
-        for length, seconds, program in zip(
-            LENGTHS, least(programs, time.perf_counter), programs, strict=True
-        )
+        for length, seconds, program in zip(LENGTHS, least(programs), programs, strict=True)
     ]
 
 
@@ -99,7 +97,7 @@ def depth() -> list[dict]:
     for layers in DEPTHS:
         shape = NARROW | {"num_layers": layers}
         pair = [Program(shape, 4, scan) for scan in ("true", "false")]
-        steps = least(pair, time.process_time)
+        steps = least(pair)
         compiles = [program.compile_seconds for program in pair]
         rows.append(
             dict(layers=layers)
@@ -119,7 +117,7 @@ def plot(found: dict) -> str:
     if rows := found.get("tokens"):
         flops = [(r["tokens"], r["flops"] * rows[-1]["seconds"] / rows[-1]["flops"]) for r in rows]
         lines = {"measured": _points(rows, "tokens", "seconds"), "as the FLOPs": flops}
-        panels.append(("seconds a step, over tokens", lines))
+        panels.append(("CPU seconds a step, over tokens", lines))
     if rows := found.get("memory"):
         points = [(r["batch"], r["bytes"] / 2**20) for r in rows]
         panels.append(("MiB of temporaries, over batch", {"compiled": points}))
@@ -169,11 +167,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default=",".join(PARTS))
     file = Path(__file__).with_suffix(".json")
-    found = json.loads(file.read_text()) if file.exists() else {}
     for part in parser.parse_args().part.split(","):
-        found[part] = PARTS[part]()
-        for row in found[part]:
-            print(json.dumps(row))
-    found |= {"jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
-    file.write_text(json.dumps(found, indent=1) + "\n")
-    file.with_suffix(".svg").write_text(plot(found))
+        rows = PARTS[part]()
+        found = json.loads(file.read_text()) if file.exists() else {}
+        found |= {part: rows, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
+        print(json.dumps(rows))
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        file.with_suffix(".svg").write_text(plot(found))

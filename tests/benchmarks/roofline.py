@@ -10,12 +10,13 @@ table. Of one chip and step:
   executed  FLOPs in the program over those: recomputation, and what attention's blocks mask
   GB        bytes that instructions read from and write to HBM
   ms        the least time of the products, of HBM and of the network, each alone
-  MFU       the model's share of the peak if the longest of the three were all
+  MFU       the most that is left of the peak: the longest of the three, and after it what the
+            network takes while nothing else runs
   compiler  ms by the compiler's own estimate of each instruction, without kernels and collectives
   copies    ms of those in copies and transposes of a MiB and more, which only change a layout
   async     collectives that run while something else does, of all
   optimizer bytes that the optimizer's instructions move over 28 a parameter: parameter, two moments
-            and gradient read, three of them written, in float32
+            and gradient read, three of them written, in float32; 1 or less is one pass
 """
 
 import argparse
@@ -63,17 +64,17 @@ def row_of(config: str, chip: str) -> dict:
     if not plan["roofline_seconds"]:
         return row
     cycles = {name: plan[name] / HERTZ[chip] for name in ("compiler", "copies")}
+    products, memory, network = plan["roofline_seconds"].values()
+    hidden = network * plan["beside"][1] / max(plan["all"][1], 1)
+    least = max(products, memory, hidden) + network - hidden
     return row | {
         "flops": plan["flops_per_step"] / len(devices),
         "executed": plan["compiled_flops_per_step"] / plan["flops_per_step"],
         "bytes": plan["roofline_seconds"]["memory"] * hardware.hbm_bandwidth,
         "seconds": plan["roofline_seconds"],
-        "mfu": plan["flops_per_step"]
-        / len(devices)
-        / hardware.flops
-        / max(plan["roofline_seconds"].values()),
+        "mfu": plan["flops_per_step"] / len(devices) / hardware.flops / least,
         **{f"{name}_seconds": seconds for name, seconds in cycles.items()},
-        **plan["collectives_beside"],
+        **{name: plan[name] for name in ("beside", "all")},
         "optimizer": plan["optimizer"] / (28 * plan["parameters"] / plan["mesh"]["fsdp"]),
     }
 
@@ -93,7 +94,7 @@ def look(program: Program, dump: Path | None) -> dict:
             compiler += times * int(found[1])
             copies += times * int(found[1]) * changes_layout(i, generated)
     found = dict(compiler=compiler, copies=copies, optimizer=optimizer)
-    return found | {"collectives_beside": beside(program)}
+    return found | beside(program)
 
 
 def changes_layout(i: Instruction, program: Program) -> bool:
@@ -108,29 +109,36 @@ def beside(program: Program) -> dict[str, list[int]]:
     """Returns [count, bytes] of the collectives that run while something else does, and of all.
 
     A TPU's compiler starts and ends a collective in fusions called `async-collective-start` and
-    `-done`, or, as permutes, by `-start` and `-done`.
+    `-done`; on SparseCores by `async-start`, `-update` and `-done`; permutes by `-start` and
+    `-done`.
     """
     found = {"beside": [0, 0], "all": [0, 0]}
-    fused = {i.called("calls") for i, _, _ in program if i.opcode in FUSIONS}
+    within = {i.called("calls") for i, _, _ in program if i.opcode in (*FUSIONS, "async-start")}
     for name, computation in program.computations.items():
         times, schedule = program.runs[name], list(computation.values())
-        for at, i in enumerate(schedule if times and name not in fused else ()):
-            kind = i.opcode.removesuffix("-start")
-            body = program.computations.get(i.called("calls") or "", {})
-            inner = [
-                j for j in (i, *body.values()) if j.opcode.removesuffix("-start") in COLLECTIVES
-            ]
-            starts = i.name.startswith("async-collective-start") or i.opcode == f"{kind}-start"
-            continued = any(j.type.startswith("u32[]") for j in body.values()) and not starts
-            if not inner or continued or i.name.startswith("async-collective-done"):
+        places = {i.name: at for at, i in enumerate(schedule)}
+        for at, i in enumerate(schedule if times and name not in within else ()):
+            ways = collectives_in(i, program)
+            if not ways or i.name.startswith("async-collective-done"):
                 continue
-            size = times * max(largest(j) for j in inner)
-            done = i.name.replace("start", "done")
-            until = next((n for n, j in enumerate(schedule) if j.name == done), at)
-            works = starts and any(is_work(j) for j in schedule[at + 1 : until])
-            for row in ("all", *["beside"] * works):
+            begins = places.get(i.name.replace("start", "update"), at)
+            ends = places.get(i.name.replace("start", "done"), at)
+            size = times * max(largest(j) for j in (*ways, schedule[ends]))
+            hides = any(is_work(j) for j in schedule[begins + 1 : ends])
+            for row in ("all", *["beside"] * hides):
                 found[row] = [found[row][0] + times, found[row][1] + size]
     return found
+
+
+def collectives_in(i: Instruction, program: Program) -> list[Instruction]:
+    """Returns the collectives that an instruction is or starts, not those it only continues."""
+    if i.opcode == "async-start":
+        return [i] * i.name.startswith(COLLECTIVES)
+    body = program.computations.get(i.called("calls") or "", {}) if i.opcode in FUSIONS else {}
+    starts = i.name.startswith("async-collective-start")
+    if not starts and any(j.type.startswith("u32[]") for j in body.values()):
+        return []
+    return [j for j in (i, *body.values()) if j.opcode.removesuffix("-start") in COLLECTIVES]
 
 
 def largest(i: Instruction) -> int:
