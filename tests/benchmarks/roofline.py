@@ -7,7 +7,7 @@ of figures in roofline.json beside this file, in place of an older one, and prin
 table. Of one chip and step:
 
   TFLOP     FLOPs of the model (`parameters.flops`)
-  executed  FLOPs in the program over those: recomputation, and what attention's blocks mask
+  executed  FLOPs in the program over those: what is recomputed
   GB        bytes that instructions read from and write to HBM
   ms        the least time of the products, of HBM and of the network, each alone
   MFU       the most that is left of the peak: the longest of the three, and after it what the
