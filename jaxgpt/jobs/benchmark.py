@@ -4,6 +4,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,14 @@ def _take(step, state, batches, count: int):
     return state, {"all": whole / count, "input": waited / count, "python": python / count}
 
 
-def _shares(seconds: dict[str, float], parts: dict[str, float]) -> dict[str, float]:
+def _shares(seconds: dict[str, float], parts: Counter) -> dict[str, float]:
     """Returns the shares of a step's time, which add up to 1: what is neither "input" nor "python"
-    is the program's, divided as the profile's `parts` are."""
+    is the program's, divided as the profile's `parts` are. Where the profile names none of the
+    program's instructions (kernels that a GPU launches as one graph), all of it is "other"."""
     shares = {name: seconds[name] / seconds["all"] for name in ("input", "python")}
+    parts = parts if any(parts.values()) else Counter(other=1.0)
     program, total = 1 - sum(shares.values()), sum(parts.values())
-    names = ("matmul", *PARTS, "other")
-    return {name: program * parts[name] / total if total else 0.0 for name in names} | shares
+    return {name: program * parts[name] / total for name in ("matmul", *PARTS, "other")} | shares
 
 
 def _matmul_rate(dtype: str, device) -> float:

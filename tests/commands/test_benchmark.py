@@ -4,10 +4,12 @@ import gzip
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from jaxgpt.jobs.benchmark import _shares
 from jaxgpt.planning.profile import _own_durations, part_of
 from jaxgpt.planning.program import Program
 
@@ -72,6 +74,15 @@ def test_an_instruction_belongs_to_the_scope_it_was_traced_in():
     parts = {i.name: part_of(i, program) for i in program.computations[program.entry].values()}
     parts.pop("x")
     assert parts == {"f": "matmul", "g": "attention", "h": "optimizer", "l": "loss", "a": "other"}
+
+
+def test_the_shares_add_up_to_one_even_where_the_profile_names_nothing():
+    seconds = {"all": 2.0, "input": 0.2, "python": 0.4}
+    found = _shares(seconds, Counter(matmul=3.0, loss=1.0))
+    assert found["matmul"] == pytest.approx(0.525) and found["loss"] == pytest.approx(0.175)
+    assert sum(found.values()) == pytest.approx(1) and found["other"] == 0
+    found = _shares(seconds, Counter())
+    assert found["other"] == pytest.approx(0.7) and sum(found.values()) == pytest.approx(1)
 
 
 def test_time_inside_another_event_counts_once():
