@@ -294,7 +294,8 @@ def _finalization(workdir) -> type:
     """Returns how a save becomes final: on a file system the folder is renamed, which is atomic; on
     an object store, where renaming copies file by file, a commit file is written last."""
     if is_object_store(workdir):
-        use_s3()
+        if str(workdir).startswith("s3:"):
+            use_s3()
         return atomicity.CommitFileTemporaryPath
     return atomicity.AtomicRenameTemporaryPath
 

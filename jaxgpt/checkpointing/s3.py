@@ -8,7 +8,10 @@ import os
 
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-_orbax_store = tensorstore_utils._build_non_ocdbt_kvstore_tspec
+from jaxgpt.system.errors import BadInput
+
+CHOOSER = "_build_non_ocdbt_kvstore_tspec"
+_orbax_store = getattr(tensorstore_utils, CHOOSER, None)
 
 
 def store(directory: str, name: str | None = None) -> dict:
@@ -30,5 +33,8 @@ def store(directory: str, name: str | None = None) -> dict:
 
 
 def use_s3() -> None:
-    """Makes Orbax read and write the arrays of `s3://` checkpoints on S3."""
-    tensorstore_utils._build_non_ocdbt_kvstore_tspec = store
+    """Makes Orbax read and write the arrays of `s3://` checkpoints on S3. Raises `BadInput` where
+    Orbax has no such function."""
+    if _orbax_store is None:
+        raise BadInput("s3:// needs another version of Orbax: pip install orbax-checkpoint==0.12.8")
+    setattr(tensorstore_utils, CHOOSER, store)
