@@ -22,7 +22,8 @@ was trained with compute.fake_quantise is by default rounded as it was trained: 
 
 Methods compose in this order: layers and heads, prune, svd, tt, then one of int8, int4, nf4;
 between them the model may be trained. B/shrink.html shows size, bits per byte and speed (unless
---nospeed) beside A, and beside what the tables of A and of --beside=DIR,DIR show.
+--nospeed) beside A, what the table of A shows, and the workdirs --beside=DIR,DIR, what their
+tables show or, of such as were trained, for example with objective=distill, what is measured now.
 """
 
 import json
@@ -34,7 +35,7 @@ from etils import epath
 from jaxgpt.checkpointing.choice import define_step
 from jaxgpt.cli.flags import parse
 from jaxgpt.cli.run import run
-from jaxgpt.config.stored import read_config
+from jaxgpt.config.stored import methods_done, read_config
 from jaxgpt.shrinking.spec import check_order, parse_method, parse_options
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import path_of
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("targets", "", "what svd factorises; default: all", flag_values=values)
     flags.DEFINE_integer("calibration", None, "windows: 32; 0 = none", flag_values=values)
     flags.DEFINE_string("data", "", "text for a run without its own", flag_values=values)
-    flags.DEFINE_list("beside", [], "workdirs whose rows the table shows", flag_values=values)
+    flags.DEFINE_list("beside", [], "workdirs that the table shows too", flag_values=values)
     flags.DEFINE_bool("speed", True, "measure tokens per second", flag_values=values)
     define_step(values)
     parse(values, argv, __doc__)
@@ -61,13 +62,12 @@ def main(argv: list[str]) -> None:
     if is_object_store(values.out):
         raise BadInput(f"--out={values.out}: shrink writes a local folder; copy it from there")
     for folder in values.beside:
-        if not (epath.Path(folder) / "shrink.json").exists():
-            raise BadInput(f"--beside={folder} holds no shrink.json: it is not what shrink wrote")
+        read_config(epath.Path(folder))
     method = parse_method(values.method)
     config = read_config(epath.Path(values.workdir))
     given = values.group, values.keep, values.calibration, values.data, values.targets
     options = parse_options(config, method[0], *given)
-    check_order(config.shrink.done, method[0], values.workdir)
+    check_order(methods_done(config), method[0], values.workdir)
     # JAX is imported only now, so that wrong flags are reported at once
     from jaxgpt.jobs.shrink import Table, shrink
 

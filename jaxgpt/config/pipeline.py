@@ -69,6 +69,7 @@ def check_pipeline_axis(config: Config, mesh: dict[str, int]) -> None:
         ("model.position=relative", model.position == "relative"),
         (f"model.num_experts={model.num_experts}", model.num_experts),
         (f"lora.rank={config.lora.rank}", config.lora.rank),
+        ("objectives.distill.hidden_layers", config.objectives.distill.hidden_layers),
         (f"shrink.weights={config.shrink.weights}", config.shrink.weights != "float"),
         (
             f"compute.fake_quantise={config.compute.fake_quantise}",

@@ -302,8 +302,8 @@ class DistillConfig:
     # forward: KL(teacher || student), reverse: KL(student || teacher)
     divergence: str = choice("forward", "reverse")
     hidden_weight: float = number(0.0, 0)  # of the distance between hidden states; 0 = off
-    # So many of the teacher's likeliest tokens are computed once, onto the disk, instead of running
-    # it beside the student; 0 = off
+    hidden_layers: str = ""  # of which: "" the last, "uniform" or pairs: see `distillation.layers`
+    # So many of the teacher's likeliest tokens are computed once, onto the disk; 0 = off
     top_k: int = number(0, 0, 2**16)
 
 

@@ -25,6 +25,14 @@ def as_stored(config: Config) -> dict:
     return {"format": FORMAT} | dataclasses.asdict(config)
 
 
+def methods_done(config: Config) -> str:
+    """Returns what made a run's model smaller, in order: what did so to the model that it started
+    from (`shrink.done`), then `distill`, or `prune:S`, where its own training did."""
+    own = ["distill"] if config.objective == "distill" else []
+    own += [f"prune:{config.shrink.sparsity:g}"] if config.shrink.sparsity else []
+    return " ".join(filter(None, [config.shrink.done, *own]))
+
+
 def read_config(workdir: epath.Path) -> Config:
     """Returns the config a workdir was trained with, its derived sizes filled in. Raises `BadInput`
     if `workdir` holds no run, or a config.json that is damaged, describes none, or is of a newer

@@ -20,6 +20,7 @@ from jaxgpt.config.schema import (
     SHARDING,
     VOCAB_MULTIPLE,
     Config,
+    DistillConfig,
     ModelConfig,
     OptimConfig,
     fields_of,
@@ -36,6 +37,8 @@ LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 UNSMOOTHED = ("distill", "classification", "token_classification", "span_qa")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 EVERY_SECOND = "every_second"
+PRUNED_AT = 0.8  # share of the steps after which `shrink.sparsity` is reached without a `prune_to`
+UNIFORM = "uniform"  # of objectives.distill.hidden_layers
 TRACKERS = ("wandb", "mlflow")
 MOST_PARAMETERS = 10**14  # no machine holds them: a slip of the pen
 
@@ -376,6 +379,23 @@ def _check_distillation(config: Config) -> None:
             f"{field}.hidden_weight={cfg.hidden_weight} with {field}.top_k={cfg.top_k}: the"
             " teacher's hidden states are not kept on disk; set one of them to 0"
         )
+    _check_hidden_layers(cfg)
+
+
+def _check_hidden_layers(cfg: DistillConfig) -> None:
+    text, field = cfg.hidden_layers, "objectives.distill.hidden_layers"
+    if text and not cfg.hidden_weight:
+        raise BadInput(f"{field}={text} needs objectives.distill.hidden_weight above 0")
+    if text in ("", UNIFORM):
+        return
+    pairs = [pair.split(":") for pair in text.split(",")]
+    numbers = [[int(n) for n in pair if n.isdecimal() and len(n) < 6] for pair in pairs]
+    ours = [pair[0] for pair in numbers if len(pair) == 2]
+    if len(ours) < len(pairs) or ours != sorted(set(ours)):
+        raise BadInput(
+            f"{field}={text!r} must be {UNIFORM}, or pairs of the student's and the teacher's"
+            " layers from 0, like 0:1,1:3, the student's ascending"
+        )
 
 
 def parse_layers(text: str) -> list[int]:
@@ -432,7 +452,7 @@ def parse_ranks(text: str) -> dict[str, int]:
 
 
 def _check_pruning(config: Config) -> None:
-    shrink, last = config.shrink, config.shrink.prune_to
+    shrink = config.shrink
     if config.lora.rank and (shrink.zeros == "keep" or shrink.sparsity):
         name = "sparsity" if shrink.sparsity else "zeros='keep'"
         raise BadInput(
@@ -446,7 +466,8 @@ def _check_pruning(config: Config) -> None:
         )
     if not shrink.sparsity:
         return
-    if last and not shrink.prune_from < last <= config.num_steps:
+    last = shrink.prune_to or round(PRUNED_AT * config.num_steps)
+    if not shrink.prune_from < last <= config.num_steps:
         raise BadInput(
             f"shrink.prune_to={last} must lie after shrink.prune_from={shrink.prune_from} and not"
             f" after num_steps={config.num_steps}"

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxgpt.config import Config
 from jaxgpt.config.schema import IGNORE, DistillConfig
 from jaxgpt.distillation.divergence import Losses, Output, distillation_losses
+from jaxgpt.distillation.layers import comparison
 from jaxgpt.distillation.top_k import top_k_losses
 from jaxgpt.model import GPT
 from jaxgpt.objectives.auxiliary import with_auxiliary
 from jaxgpt.objectives.language import hidden, hidden_and_figures
-from jaxgpt.parallel.rules import AxisRules, rowwise, whole
 
 
 def distill(config: Config) -> Callable:
@@ -29,8 +29,9 @@ def distill(config: Config) -> Callable:
     learn = _from_disk if cfg.top_k else _from_teacher
 
     def objective(model: GPT, micro: dict, key: PRNGKeyArray, **companions):
+        compare = comparison(cfg.hidden_layers, model, companions.get("teacher"))
         x, figures = hidden_and_figures(model, micro, key)
-        losses, distance = learn(cfg, model, x, micro, **companions)
+        losses, distance = learn(cfg, model, x, micro, compare, **companions)
         nats, soft = jnp.sum(losses.nats), jnp.sum(losses.soft)
         total = cfg.alpha * soft + (1 - cfg.alpha) * nats
         total = total + z_loss * jnp.sum(jnp.square(losses.lse))
@@ -54,6 +55,7 @@ def _from_teacher(
     model: GPT,
     x: Float[Array, "B T D"],
     micro: dict,
+    compare: Callable,
     teacher: GPT,
     projection: dict | None = None,
 ) -> tuple[Losses, dict]:
@@ -66,33 +68,12 @@ def _from_teacher(
         )
     if projection is None:
         return losses, {}
-    distance = hidden_distance(x, theirs, projection["kernel"], model.rules)
+    distance = compare(x, theirs, projection["kernel"])
     return losses, {"hidden_loss": jnp.sum(jnp.where(targets != IGNORE, distance, 0))}
 
 
 def _from_disk(
-    cfg: DistillConfig, model: GPT, x: Float[Array, "B T D"], micro: dict
+    cfg: DistillConfig, model: GPT, x: Float[Array, "B T D"], micro: dict, compare: Callable
 ) -> tuple[Losses, dict]:
     with jax.named_scope("loss"):
         return top_k_losses(output(model, x), micro, cfg, model.rules), {}
-
-
-def hidden_distance(
-    x: Float[Array, "B T D"],
-    theirs: Float[Array, "B T E"],
-    kernel: Float[Array, "D E"],
-    rules: AxisRules,
-) -> Float[Array, "B T"]:
-    """Returns the mean over E of (x kernel - theirs)**2 (arXiv:1909.10351, eq. 8)."""
-    kernel = whole(kernel.astype(x.dtype))
-    projected = rowwise("MD,DE->ME", x, kernel, rules("batch", "seq", None), jnp.float32)
-    return jnp.mean(jnp.square(projected - theirs.astype(jnp.float32)), axis=-1)
-
-
-def make_projection(
-    key: PRNGKeyArray, width: int, their_width: int, dtype, rules: AxisRules
-) -> dict[str, Float[Array, "D E"]]:
-    """Returns the parameters of `hidden_distance`, drawn from N(0, 1/D)."""
-    init = jax.nn.initializers.normal(width**-0.5)
-    spec = rules("embed", None)
-    return {"kernel": init(key, (width, their_width), jnp.dtype(dtype), out_sharding=spec)}

@@ -19,7 +19,8 @@ from jaxgpt.config.validate import check_divisible
 from jaxgpt.data.chunks import Chunks
 from jaxgpt.data.pipeline import Stream
 from jaxgpt.data.prepare import Prepared, cache_folder
-from jaxgpt.distillation.objective import make_projection, output
+from jaxgpt.distillation.layers import layer_pairs, make_projection
+from jaxgpt.distillation.objective import output
 from jaxgpt.distillation.records import Records, TaughtChunks, records_folder
 from jaxgpt.distillation.top_k import most_likely
 from jaxgpt.hub.models import located
@@ -62,6 +63,8 @@ def check_teacher(config: Config) -> None:
             f"{FIELD}={path} takes {model.max_seq_len:,} tokens at once, fewer than"
             f" model.max_seq_len={mine.max_seq_len:,}"
         )
+    layers = config.objectives.distill.hidden_layers
+    layer_pairs(layers, mine.num_layers, model.num_layers)
     if not is_trained(kind) and not source.startswith("shards:"):
         check_tokenizer(config, make_tokenizer(kind, (), config.data.special_tokens))
 
@@ -150,9 +153,12 @@ class Teacher(Companions):
         if not self.config.objectives.distill.hidden_weight:
             return {}
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)  # not the model's
-        widths = spec.model.embed_dim, self.spec.model.embed_dim
+        ours, theirs = spec.model, self.spec.model
+        layers = self.config.objectives.distill.hidden_layers
+        pairs = layer_pairs(layers, ours.num_layers, theirs.num_layers)
+        shape = (*[len(pairs)] * bool(pairs), ours.embed_dim, theirs.embed_dim)
         dtype = self.config.compute.param_dtype
-        return {"projection": make_projection(key, *widths, dtype, spec.rules)}
+        return {"projection": make_projection(key, shape, dtype, spec.rules)}
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from etils import epath
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.config.schema import get_field, left_open, model_differences, set_field
-from jaxgpt.config.stored import read_config
+from jaxgpt.config.stored import methods_done, read_config
 from jaxgpt.config.validate import (
     EVERY_SECOND,
     changed,
@@ -149,10 +149,11 @@ def _inheriting(config: Config) -> Config:
     the zeros."""
     if not config.init_from or not is_workdir(config.init_from):
         return config
-    mine, theirs = config.shrink, read_config(epath.Path(config.init_from)).shrink
+    source = read_config(epath.Path(config.init_from))
+    mine, theirs = config.shrink, source.shrink
     is_pruned = theirs.zeros == "keep" or theirs.sparsity > 0
     values = {
-        "shrink.done": mine.done or theirs.done,
+        "shrink.done": mine.done or methods_done(source),
         "shrink.ranks": mine.ranks or theirs.ranks,
         "shrink.tensor_train": mine.tensor_train or theirs.tensor_train,
         "shrink.zeros": "keep" if mine.zeros == "auto" and is_pruned else mine.zeros,

@@ -10,13 +10,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxgpt.checkpointing.checkpoints import save_weights
-from jaxgpt.config import ComputeConfig, Config, DataConfig
+from jaxgpt.config import ComputeConfig, Config, DataConfig, ModelConfig
 from jaxgpt.config.schema import model_differences
 from jaxgpt.config.stored import to_json
 from jaxgpt.hub.models import located, pinned_model
 from jaxgpt.hub.names import map_names
 from jaxgpt.inference.trained import open_trained
-from jaxgpt.interchange.families import GPT2, Family, family_of
+from jaxgpt.interchange.families import FAMILIES, GPT2, Family, family_of
 from jaxgpt.interchange.folder import OBJECTIVES, open_folder, say_skipped
 from jaxgpt.interchange.gguf import check_gguf, metadata, packed_tensors, vocabulary_of, write_gguf
 from jaxgpt.interchange.load import as_floats
@@ -26,6 +26,7 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.parameters.flops import count_parameters
 from jaxgpt.parameters.weights import as_read, scales_in
+from jaxgpt.shrinking.structure import all_heads, with_silent_heads
 from jaxgpt.system.console import say
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.files import read_json, whole_folder
@@ -84,13 +85,14 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
     theirs matches the model, if `target` is not empty, or if the folder as written gives other
     logits."""
     trained = open_trained(workdir, step)
-    cfg = trained.config.model
-    family = family_of(cfg)
+    cfg = _exported(trained.config.model)
+    family, added = family_of(cfg), cfg.num_heads - trained.config.model.num_heads
     with whole_folder(target, "--to") as scratch:
         with jax.set_mesh(trained.mesh):
             config, params = as_read(trained.config, trained.params(), "float32")
             bare, params = as_floats(config, params)
-            write_params(scratch / "model.safetensors", family, params, cfg, dtype)
+            written = with_silent_heads(params, cfg.num_heads) if added else params
+            write_params(scratch / "model.safetensors", family, written, cfg, dtype)
         ids = token_ids(trained.tokenizer, family)
         hf = {"architectures": [family.architecture]} | family.hf_config(cfg) | ids
         (scratch / "config.json").write_text(json.dumps(hf | {"dtype": dtype}, indent=2))
@@ -98,10 +100,20 @@ def export_folder(workdir: str, step: int | str | None, target: Path, dtype: str
         template = saved_template(epath.Path(workdir) / "tokenizer")
         model = "" if cfg.kind == "decoder" else family.name
         note = write_tokenizer(trained.tokenizer, scratch, cfg.max_seq_len, template, model)
-        check_export(scratch, trained.mesh, bare, params, dtype)
+        check_export(scratch, trained.mesh, bare, params, dtype, cfg)
+    if added:
+        say(f"heads     {added} of zeros in each layer: {family.architecture} has {cfg.num_heads}")
     say(f"exported  step {trained.step} of {workdir} as {family.architecture} into {target}")
     if note:
         say(note)
+
+
+def _exported(cfg: ModelConfig) -> ModelConfig:
+    """Returns the model that is written of this one: itself or, where only that is of a family, the
+    same with the heads that it lost."""
+    fits = any(not family.differences(all_heads(cfg)) for family in FAMILIES.values())
+    itself = any(not family.differences(cfg) for family in FAMILIES.values())
+    return all_heads(cfg) if fits and not itself else cfg
 
 
 def export_gguf(workdir: str, step: int | str | None, target: Path) -> None:
@@ -153,16 +165,18 @@ def token_ids(tokenizer: Tokenizer, family: Family) -> dict[str, int]:
     return {f"{role}_token_id": i for role, i in ids.items() if i is not None}
 
 
-def check_export(folder: Path, mesh: Mesh, config: Config, params: dict, dtype: str) -> None:
-    """Reads an exported folder and compares its logits with those of `params`, the parameters of
-    `config`. Raises `BadInput` if
-    they differ by more than rounding to `dtype` explains."""
+def check_export(
+    folder: Path, mesh: Mesh, config: Config, params: dict, dtype: str, cfg: ModelConfig
+) -> None:
+    """Reads an exported folder, which holds the model `cfg`, and compares its logits with those of
+    `params`, the parameters of `config`. Raises `BadInput` if they differ by more than rounding to
+    `dtype` explains."""
     written = open_folder(folder)
     with jax.set_mesh(mesh):
         compute = dataclasses.replace(config.compute, dtype="float32")
         plain = dataclasses.replace(config, compute=compute)
         expected = _probe(ModelSpec(plain, "xla").for_decoding(), params)
-        if differing := model_differences(written.model, plain.model, "domain", "parameters"):
+        if differing := model_differences(written.model, cfg, "domain", "parameters"):
             raise BadInput(f"the export does not read back: {', '.join(differing)} differ; refused")
         spec = ModelSpec(Config(model=written.model), "xla").for_decoding()
         abstract = jax.eval_shape(spec.init, jax.random.key(0))

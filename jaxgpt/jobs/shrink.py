@@ -1,5 +1,7 @@
 """Shrinking a workdir: the method, the new workdir, and both measured."""
 
+import itertools
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,9 +9,11 @@ import jax
 from etils import epath
 
 from jaxgpt.checkpointing.checkpoints import save_weights
-from jaxgpt.config.stored import to_json
+from jaxgpt.config import Config
+from jaxgpt.config.schema import get_field
+from jaxgpt.config.stored import methods_done, to_json
 from jaxgpt.inference.trained import Trained, open_trained
-from jaxgpt.objectives.text import loss_measure
+from jaxgpt.objectives.text import Measure, loss_measure
 from jaxgpt.reports.shrinking import read_rows, write_rows
 from jaxgpt.shrinking.measure import BATCHES, bytes_in, decode_speeds, share_of_zeros
 from jaxgpt.shrinking.methods import METHODS
@@ -22,7 +26,7 @@ from jaxgpt.system.files import whole_folder
 
 class Table(NamedTuple):
     """What `shrink.html` shows besides: the `command` that made the row, the workdirs `beside`
-    whose rows are taken over, and whether to measure the `speed` of decoding."""
+    that it shows too, and whether to measure the `speed` of decoding."""
 
     command: str = ""
     beside: tuple[str, ...] = ()
@@ -51,7 +55,7 @@ def shrink(
                 f"{workdir} holds a mixture (model.num_experts={experts}): shrink knows dense"
                 " models only"
             )
-        before = figures_of(trained, options.data)
+        measure = loss_measure(trained, options.data, "validation")  # refuses before the method
         with jax.set_mesh(trained.mesh):
             source = Source(trained, options.data)
             config, params = METHODS[name](source, argument, options)
@@ -60,9 +64,8 @@ def shrink(
         meta = trained.checkpoints.meta(trained.step)
         kept = {key: meta[key] for key in KEPT_META if key in meta}
         save_weights(scratch, params, kept | {"shrunk": f"{workdir} at {trained.step}"})
-        smaller = open_trained(str(scratch), None)
-        after = figures_of(smaller, options.data)
-        write_table(scratch, out, (trained, smaller), (before, after), table)
+        before = figures_of(trained, measure)
+        after = write_table(scratch, out, trained, before, (table, options.data))
     row = {"method": written}
     for figure in ("bytes", "bits_per_byte"):
         row |= {f"{figure}_before": before[figure], f"{figure}_after": after[figure]}
@@ -75,36 +78,56 @@ def shrink(
     return row
 
 
-def write_table(folder: Path, out: Path, models: tuple, figures: tuple, table: Table) -> None:
-    """Writes the rows of the original, of what `table.beside` names and of the new workdir into
-    `folder`, which will be `out`."""
-    original = models[0].checkpoints.folder.parent
-    known, speeds = read_rows(original), ({}, {})
-    if table.speed:
-        speeds = decode_speeds(models)
-    names = (original, ""), (out, table.command)
-    rows = [
-        {
-            **{"workdir": str(workdir), "method": model.config.shrink.done or "original"},
-            **{"command": command, "bytes_on_disk": figure["bytes"]},
-            **{"resident_bytes": speed.get("resident_bytes", figure["bytes"])},
-            **{"zeros": figure["zeros"]},
-            **{"bits_per_byte": figure["bits_per_byte"]},
-            **{f"tokens_per_second_{n}": speed.get(f"tokens_per_second_{n}") for n in BATCHES},
-        }
-        for (workdir, command), model, figure, speed in zip(
-            names, models, figures, speeds, strict=True
-        )
-    ]
-    rows[1]["bytes_on_disk"] = bytes_in(folder / "checkpoints")
-    others = [row for path in table.beside for row in read_rows(epath.Path(path))]
-    write_rows(folder, [*(known or rows[:1]), *others, rows[1]])
+def write_table(folder: Path, out: Path, source: Trained, figures: dict, asked: tuple) -> dict:
+    """Writes the rows of the original, of what `beside` names and of the new workdir into `folder`,
+    which will be `out`; returns the figures of the new one. `figures` are those of the original,
+    `source`, and `asked` is (table, data)."""
+    table, data = asked
+    known = [read_rows(path) for path in (workdir_of(source), *map(epath.Path, table.beside))]
+    unknown = [path for path, rows in zip(table.beside, known[1:], strict=True) if not rows]
+    models = [source, *(open_trained(path, None) for path in (*unknown, str(folder)))]
+    measures = [loss_measure(model, data, "validation") for model in models[1:]]
+    measured = [figures, *map(figures_of, models[1:], measures)]
+    speeds = decode_speeds(models) if table.speed else [{} for _ in models]
+    rows = [_row(*each) for each in zip(models, measured, speeds, strict=True)]
+    rows[-1] |= {"workdir": str(out), "method": models[-1].config.shrink.done}
+    rows[-1] |= {"command": table.command, "bytes_on_disk": bytes_in(folder / "checkpoints")}
+    write_rows(folder, [*(known[0] or rows[:1]), *itertools.chain(*known[1:]), *rows[1:]])
+    return measured[-1]
 
 
-def figures_of(trained: Trained, data: str) -> dict:
+def workdir_of(model: Trained) -> epath.Path:
+    """Returns where a model was opened."""
+    return model.checkpoints.folder.parent
+
+
+def _row(model: Trained, figures: dict, speeds: dict) -> dict:
+    """Returns the table's row of a workdir that was trained; on disk its weights alone count."""
+    method, start = methods_done(model.config) or "original", model.config.init_from
+    return {
+        **{"workdir": str(workdir_of(model)), "command": trained_by(model.config)},
+        **{"method": f"{method}, trained on" if start and method != "original" else method},
+        **{"bytes_on_disk": figures["bytes"]},
+        **{"resident_bytes": speeds.get("resident_bytes", figures["bytes"])},
+        **{"zeros": figures["zeros"], "bits_per_byte": figures["bits_per_byte"]},
+        **{f"tokens_per_second_{n}": speeds.get(f"tokens_per_second_{n}") for n in BATCHES},
+    }
+
+
+def trained_by(config: Config) -> str:
+    """Returns the flags that made a run's training smaller or shorter than one from nothing, ""
+    where there are none."""
+    fields = ("init_from", "init_layers", "objective", "objectives.distill.teacher")
+    fields += ("shrink.sparsity", "num_steps")
+    values = {name: get_field(config, name) for name in fields}
+    flags = [f"--config.{n}={v}" for n, v in values.items() if v != get_field(Config(), n)]
+    is_plain = not methods_done(config)
+    return "" if is_plain else shlex.join(["python", "-m", "jaxgpt.train", "--config=FILE", *flags])
+
+
+def figures_of(trained: Trained, measure: Measure) -> dict:
     """Returns the `bytes` of a workdir's weights, the share of `zeros` in them, and its
     `bits_per_byte` as `jaxgpt.evaluate` measures it."""
-    measure = loss_measure(trained, data, "validation")
     with jax.set_mesh(trained.mesh):
         params = trained.params()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -100,14 +100,14 @@ class Stack(nnx.Module):
         params, losses = nnx.state(self.blocks), []
         if self.stages:
             part = Part(0, self.stages.layers, self.blocks.parts[0].period)
-            layers = functools.partial(self._run_part, part, rest)
+            layers = functools.partial(self.run_part, part, rest)
             return pipelined(layers, self.stages, params, x, mask, keys)
         for part in self.blocks.parts:
-            x, of_part = self._run_part(part, rest, params, x, mask, keys)
+            x, of_part = self.run_part(part, rest, params, x, mask, keys)
             losses.append(of_part)
         return x, added(losses)
 
-    def _run_part(
+    def run_part(
         self, part: Part, rest, params, x, mask: AttentionMask, keys, key_of: Callable = lambda k: k
     ) -> tuple:
         """Returns the same of one part, in a scan; its layers are given `key_of(key)`."""

@@ -7,9 +7,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxgpt.config import ShrinkConfig
+from jaxgpt.config.validate import PRUNED_AT
 from jaxgpt.optim.groups import by_path, is_hidden_matrix
-
-LAST = 0.8  # share of the steps after which `sparsity` is reached, if `prune_to` says nothing
 
 
 def sparsity(cfg: ShrinkConfig, num_steps: int) -> tuple[optax.GradientTransformation, ...]:
@@ -49,7 +48,7 @@ def prune_gradually(cfg: ShrinkConfig, num_steps: int) -> optax.GradientTransfor
     Its state has the type of a schedule's, whose count follows the run's steps (see
     `optimizers.at_step`).
     """
-    last = cfg.prune_to or round(LAST * num_steps)
+    last = cfg.prune_to or round(PRUNED_AT * num_steps)
 
     def init(params):
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))

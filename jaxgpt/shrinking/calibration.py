@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxgpt.metrics.progress import Bar
 from jaxgpt.model import ModelSpec
 from jaxgpt.model.layers import Linear
+from jaxgpt.model.relative import bias_of
 from jaxgpt.model.stacked.blocks import layer_windows
 from jaxgpt.ops.mask import AttentionMask
 from jaxgpt.parallel.fsdp import flat
@@ -85,7 +86,9 @@ def _through_layer(spec: ModelSpec, kind: int, rest: dict, layer: dict, x, windo
             part.storage = _Recording(part.storage, path[-1], sums)
     positions, segments = _positions(window), window.get("segments")
     mask = AttentionMask(positions, positions, segments, segments)
-    x, _ = block(x, jax.sharding.reshard(mask, spec.rules("batch", "seq")))
+    mask = jax.sharding.reshard(mask, spec.rules("batch", "seq"))
+    bias = bias_of(model.stack.relative, mask, "positions" not in window)
+    x, _ = block(x, mask, bias=bias)
     return jax.sharding.reshard(x, spec.rules("batch", "residual", None)), sums
 
 

@@ -53,10 +53,24 @@ def decompose(
     matrix = np.asarray(matrix, np.float64)
     if moments is None:
         return Svd(*np.linalg.svd(matrix, full_matrices=False))
-    ridge = RIDGE * max(np.trace(moments) / len(moments), 1e-30)
-    root = np.linalg.cholesky(moments + ridge * np.eye(len(moments)))
+    root = root_of(moments)
     u, s, v = np.linalg.svd(root.T @ matrix, full_matrices=False)
     return Svd(solve_triangular(root, u, lower=True, trans="T"), s, v)
+
+
+def root_of(moments: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
+    """Returns the lower triangular S with S S^T = moments and, on the diagonal, the least ridge
+    with which there is one: sums in float32 of inputs a few of which are far larger than the
+    others may have eigenvalues a little below 0."""
+    mean = max(np.trace(moments) / len(moments), 1e-30)
+    if not np.isfinite(mean):
+        raise BadInput("the model's hidden states on the calibration text are not finite numbers")
+    ridge = RIDGE
+    while True:  # with a ridge of all eigenvalues' size there is one
+        try:
+            return np.linalg.cholesky(moments + ridge * mean * np.eye(len(moments)))
+        except np.linalg.LinAlgError:
+            ridge *= 10
 
 
 def largest_rank(inputs: int, outputs: int) -> int:

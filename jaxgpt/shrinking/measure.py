@@ -56,7 +56,7 @@ def _generate(model: Trained, decoder, batch: int) -> int:
 def share_of_zeros(params: dict) -> float:
     """Returns the share of the projections' weights that are 0; of those in few bits none count."""
     arrays = jax.tree.leaves([kernel for _, kernel in projections(params["blocks"])])
-    arrays = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.float32)]
+    arrays = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
     zeros = sum(int(np.count_nonzero(np.asarray(a) == 0)) for a in arrays)
     return zeros / max(sum(a.size for a in arrays), 1)
 

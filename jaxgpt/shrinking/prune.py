@@ -57,6 +57,7 @@ def heads(source: Source, share: float, options: Options) -> tuple[Config, dict]
             if cfg.num_kv_heads > 1
             else f"--method={name}: the model has one head, which has to stay"
         )
+    structure.check_heads_alone(cfg)
     windows = source.windows(_needed(source, options, name), 1)
     groups, columns = structure.gate_importance(source.spec, source.params, list(windows))
     groups, columns = (structure.most_important(a, share) for a in (groups, columns))

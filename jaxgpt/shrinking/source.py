@@ -7,7 +7,8 @@ from functools import cached_property
 import jax
 import numpy as np
 
-from jaxgpt.config import Config, LoraConfig
+from jaxgpt.config import Config, DistillConfig, LoraConfig
+from jaxgpt.config.stored import methods_done
 from jaxgpt.data.pipeline import training_stream
 from jaxgpt.data.prepare import cache_folder, prepare, prepare_whole
 from jaxgpt.inference.trained import Trained
@@ -62,8 +63,13 @@ class Source:
 
 
 def with_shrink(config: Config, method: str, **fields) -> Config:
-    """Returns `config` with these fields of `shrink`, and `method` as the last in `shrink.done`."""
-    done = " ".join(filter(None, [config.shrink.done, method]))
-    return dataclasses.replace(
-        config, shrink=dataclasses.replace(config.shrink, done=done, **fields)
-    )
+    """Returns `config` with these fields of `shrink`, and `method` as the last in `shrink.done`.
+    What its training did stands there too, and no longer in the fields of that."""
+    mine, done = config.shrink, " ".join(filter(None, [methods_done(config), method]))
+    zeros = "keep" if mine.sparsity else mine.zeros
+    made = {"done": done, "sparsity": 0.0, "zeros": zeros} | fields
+    config = dataclasses.replace(config, shrink=dataclasses.replace(mine, **made))
+    if config.objective != "distill":
+        return config
+    objectives = dataclasses.replace(config.objectives, distill=DistillConfig())
+    return dataclasses.replace(config, objective="causal_lm", objectives=objectives)

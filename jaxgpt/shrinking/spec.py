@@ -1,8 +1,8 @@
 """`--method` and its flags, checked before JAX is imported.
 
 Methods compose in the order of their stages, whatever trains in between: distil (an objective of
-`train`), heads, prune, svd, tt, then int8, int4 or nf4. `shrink.done` in config.json says what was
-done.
+`train`), heads, prune, svd, tt, then int8, int4 or nf4. What was done is `methods_done` of
+config.json.
 """
 
 import dataclasses

@@ -99,6 +99,30 @@ def without_heads_and_columns(
     return params | {"blocks": _by_path(take, params["blocks"])}, dataclasses.replace(cfg, **sizes)
 
 
+def all_heads(cfg: ModelConfig) -> ModelConfig:
+    """Returns the model with so many heads that they are together as wide as the embedding, where
+    some were removed."""
+    count, rest = divmod(cfg.embed_dim, cfg.head_dim)
+    if rest or count < cfg.num_heads or cfg.num_heads != cfg.num_kv_heads:
+        return cfg
+    return dataclasses.replace(cfg, num_heads=count, num_kv_heads=count)
+
+
+def with_silent_heads(params: dict, count: int) -> dict:
+    """Returns the parameters with heads of zeros, which add nothing, behind each layer's own: as
+    many that there are `count`."""
+    axes = HEADS | KV_HEADS
+
+    def filled(path: str, array: np.ndarray) -> np.ndarray:
+        if path not in axes:
+            return array
+        wider = [(0, 0)] * array.ndim
+        wider[axes[path]] = 0, count - array.shape[axes[path]]
+        return np.pad(array, wider)
+
+    return params | {"blocks": _by_path(filled, params["blocks"])}
+
+
 def block_influence(source: Source, count: int) -> Float[np.ndarray, "L"]:
     """Returns how much each layer turns its input: 1 - the mean over the positions of `count`
     windows of the cosine between its input and its output (arXiv:2403.03853, eq. 1). Call under
@@ -116,6 +140,15 @@ def _cosine(x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, 
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return jnp.mean(jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-30))
+
+
+def check_heads_alone(cfg: ModelConfig) -> None:
+    """Raises `BadInput` where layers share what each of their heads is given."""
+    if cfg.position == "relative":
+        raise BadInput(
+            "heads cannot be removed with model.position=relative: all layers have one table with"
+            " a column for each head, and each layer loses others"
+        )
 
 
 def check_layers_alike(cfg: ModelConfig) -> None:

@@ -57,18 +57,22 @@ def four_steps(monkeypatch, config, teacher_model):
         return found, jax.device_get(state.params)
 
 
-TEACHER = dict(embed_dim=48, num_layers=1, norm="rmsnorm", position="rope", max_seq_len=40)
+LAYERS, WEIGHT = "objectives.distill.hidden_layers", "objectives.distill.hidden_weight"
+TEACHER = dict(embed_dim=48, num_layers=2, norm="rmsnorm", position="rope", max_seq_len=40)
 
 
 @pytest.fixture(scope="module")
 def on_one_device():
     with pytest.MonkeyPatch.context() as patch:
-        return four_steps(patch, student(hidden_weight=0.3, alpha=0.9), TEACHER)
+        return four_steps(
+            patch, student(hidden_weight=0.3, hidden_layers="0:0", alpha=0.9), TEACHER
+        )
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 1, 4), marks=pytest.mark.slow)])
 def test_a_mesh_equals_one_device(monkeypatch, on_one_device, shape):
-    found, params = four_steps(monkeypatch, student(shape, hidden_weight=0.3, alpha=0.9), TEACHER)
+    config = student(shape, hidden_weight=0.3, hidden_layers="0:0", alpha=0.9)
+    found, params = four_steps(monkeypatch, config, TEACHER)
     for one, two in zip(found, on_one_device[0], strict=True):
         for name, value in one.items():
             assert value == pytest.approx(two[name], rel=2e-4), name
@@ -83,7 +87,7 @@ def test_every_part_of_the_loss_falls(on_one_device):
     assert rows[-1]["soft_loss"] < rows[0]["soft_loss"]
     assert rows[-1]["hidden_loss"] < 0.85 * rows[0]["hidden_loss"], "0.74; without weight 0.98"
     assert all(row["hard_loss"] == row["loss"] for row in rows)
-    assert params["objective"]["projection"]["kernel"].shape == (32, 48)
+    assert params["objective"]["projection"]["kernel"].shape == (1, 32, 48)
 
 
 def test_the_projection_is_trained_beside_loras_additions():
@@ -206,6 +210,12 @@ def test_a_resumed_student_equals_one_that_was_not_killed(at, command, folders, 
             "another tokenizer than data.tokenizer=char: its end-of-text is",
         ),
         (("model.vocab_size=300",), "has a vocabulary of 257 tokens, the student of 300"),
+        (
+            (f"{LAYERS}=0:3", f"{WEIGHT}=1"),
+            "0:3 names a layer that is not there: the student's are",
+        ),
+        ((f"{LAYERS}=uniform",), "hidden_layers=uniform needs objectives.distill.hidden_weight"),
+        ((f"{LAYERS}=1:0,0:1", f"{WEIGHT}=1"), "must be uniform, or pairs of the student's and"),
         (("objectives.distill.teacher=nowhere",), "distill.teacher=nowhere is neither a workdir"),
         (("objectives.distill.teacher={}/empty",), "checkpoints holds no checkpoint; train first"),
         (("objectives.distill.teacher={}/encoder",), "is an encoder: the teacher of a decoder is"),

@@ -99,6 +99,7 @@ def test_gradual_pruning_is_the_same_on_a_mesh():
         ({"shrink.zeros": "keep", "lora.rank": 2}, "LoRA's additions would fill the zeros"),
         ({"shrink.sparsity": 0.5, "lora.rank": 2}, "LoRA's additions would fill the zeros"),
         ({"shrink.sparsity": 0.5, "shrink.prune_to": 11}, "not after num_steps=10"),
+        ({"shrink.sparsity": 0.5, "shrink.prune_from": 8}, "prune_to=8 must lie after"),
         ({"shrink.sparsity": 0.5, "shrink.prune_to": 1}, "must lie after shrink.prune_from=1"),
         ({"shrink.sparsity": 0.5, "optim.ema_decay": 0.9}, "set optim.ema_decay=0"),
         ({"shrink.ranks": "up=8", "lora.rank": 2}, "the factors are small and trained themselves"),

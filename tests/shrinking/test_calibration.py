@@ -1,9 +1,13 @@
 """The moments that calibration measures, against the model's own forward pass and NumPy."""
 
+import dataclasses
+
 import jax
 import numpy as np
+import pytest
 
 from jaxgpt.inference.trained import open_trained
+from jaxgpt.model import ModelSpec
 from jaxgpt.shrinking.calibration import input_moments
 from jaxgpt.shrinking.source import Source
 
@@ -43,13 +47,19 @@ class Packed(Source):
             yield window | {"segments": np.int32(at >= half), "positions": np.int32(at % half)}
 
 
-def test_documents_packed_into_a_window_do_not_see_each_other(trained_run):
+@pytest.mark.parametrize("position", ["learned", "relative"])
+def test_documents_packed_into_a_window_do_not_see_each_other(trained_run, position):
     trained = open_trained(str(trained_run), None)
+    model = dataclasses.replace(trained.config.model, position=position)
+    config = dataclasses.replace(trained.config, model=model)
     with jax.set_mesh(trained.mesh):
-        source = Packed(trained)
+        spec = ModelSpec(config, "xla")
+        source = Packed(dataclasses.replace(trained, config=config, spec=spec))
+        params = jax.device_get(jax.jit(spec.init)(jax.random.key(0)))
+        vars(source)["params"] = params = jax.tree.map(lambda a: 4 * a, params)
         *_, last = input_moments(source, 8)
         (window,) = source.windows(8, 8)
         places = {name: window[name] for name in ("positions", "segments")}
         forward = jax.jit(lambda p, ids, where: source.spec.bind(p).hidden(ids, **where)[0])
-        hidden = forward(trained.params(), window["inputs"], places)
+        hidden = forward(params, window["inputs"], places)
     np.testing.assert_allclose(last["head"], mean_outer(hidden), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from jaxgpt.config import ShrinkConfig
 from jaxgpt.config.validate import parse_ranks
 from jaxgpt.model import ModelSpec
 from jaxgpt.optim.groups import as_matrices, decay_mask, inputs_outputs
-from jaxgpt.shrinking.low_rank import decompose, factorised, largest_rank
+from jaxgpt.shrinking.low_rank import decompose, factorised, largest_rank, root_of
 from jaxgpt.shrinking.quantise import as_matrix, projections, with_kernels
 from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, random_batch, tiny_config
@@ -38,6 +38,14 @@ def test_the_error_is_what_was_cut_off():
         assert errors[-1] == pytest.approx(tail, rel=1e-3, abs=1e-6)
         assert errors[-1] <= np.linalg.norm(x @ (w - a @ b)) + 1e-6
     assert errors == sorted(errors, reverse=True)
+
+
+def test_moments_without_a_root_get_a_larger_ridge():
+    moments = np.diag([3e6, 1.0, -10.0])  # a sum in float32: off by 1e-7 of the largest
+    root = root_of(moments)
+    np.testing.assert_allclose(root @ root.T - moments, 100 * np.eye(3), rtol=1e-3, atol=1e-6)
+    with pytest.raises(BadInput, match="are not finite numbers"):
+        root_of(moments * np.nan)
 
 
 def test_ranks():

@@ -3,18 +3,24 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
 from jaxgpt import convert, evaluate, sample, shrink, train
-from jaxgpt.config.stored import read_config
+from jaxgpt.config import ShrinkConfig
+from jaxgpt.config.stored import methods_done, read_config
+from jaxgpt.config.validate import validate
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.shrinking.calibration import input_moments
 from jaxgpt.shrinking.masks import keep_two_of_four
+from jaxgpt.shrinking.measure import share_of_zeros
 from jaxgpt.shrinking.quantise import as_matrix, projections
-from jaxgpt.shrinking.source import Source
-from tests.conftest import CORPUS, config_flag
+from jaxgpt.shrinking.source import Source, with_shrink
+from jaxgpt.shrinking.spec import check_order
+from jaxgpt.system.errors import BadInput
+from tests.conftest import CORPUS, config_flag, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,33 @@ def test_zeros_outlive_fine_tuning_kill_and_resume(shrunk, command, tmp_path):
     assert (stored.zeros, stored.done) == ("keep", "prune24")
     code, _, err = tune(command, tmp_path, pruned, "--config.num_steps=4", "--config.lora.rank=2")
     assert code == 2 and "LoRA's additions would fill the zeros" in err
+    out, _ = shrunk(command, "int8", f"--beside={tmp_path}/w", "--calibration=0", of=pruned)
+    rows = json.loads((out / "shrink.json").read_text())
+    methods = ["original", "prune24", "prune24, trained on", "prune24 int8"]
+    assert [row["method"] for row in rows] == methods
+    assert f"--config.init_from={pruned}" in rows[2]["command"] and rows[2]["zeros"] == 0.5
+    assert rows[2]["bits_per_byte"] != rows[1]["bits_per_byte"]
+
+
+def test_what_training_did_is_done_too():
+    config = tiny_config()
+    config.objective, config.objectives.distill.teacher = "distill", "a"
+    config.shrink = ShrinkConfig(done="layers:0.5", sparsity=0.5)
+    assert methods_done(config) == "layers:0.5 distill prune:0.5"
+    made = validate(with_shrink(config, "svd:8", ranks="up=8"))
+    assert methods_done(made) == made.shrink.done == "layers:0.5 distill prune:0.5 svd:8"
+    assert (made.objective, made.shrink.sparsity, made.shrink.zeros) == ("causal_lm", 0, "keep")
+    assert methods_done(tiny_config()) == ""
+    check_order("distill prune:0.5", "prune", "w")
+    with pytest.raises(BadInput, match="heads cannot follow prune"):
+        check_order("distill prune:0.5", "heads", "w")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zeros_are_counted_in_every_float(dtype):
+    kernel = jnp.asarray([[[0, 1.0, 0, 2], [0, 3, 4, 5]]], dtype)
+    params = {"blocks": {"attention": {}, "mlp": {"up": {"kernel": kernel}}}}
+    assert share_of_zeros(params) == 3 / 8
 
 
 def test_pruning_by_magnitude_and_by_inputs_differ(shrunk, command, trained_run):
@@ -129,9 +162,11 @@ def test_heads_layers_and_ranks_go_through_every_command(shrunk, command, tmp_pa
     bits = json.loads(out)["bits_per_byte"]  # a few steps of warm-up move it little
     assert code == 0 and bits == pytest.approx(row["bits_per_byte_before"], rel=0.05), err
     code, _, err = command(convert.main, "export", f"--workdir={small}", f"--to={tmp_path}/hf")
-    assert code == 2 and "gpt2, does not support model.num_heads=3" in err, err
+    assert code == 0 and "heads     1 of zeros" in err and "checked" in err, err
+    exported = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (exported["n_head"], exported["n_inner"]) == (4, 96)
     plain, _ = shrunk(command, "svd:8", "--calibration=0")
-    code, _, err = command(convert.main, "export", f"--workdir={plain}", f"--to={tmp_path}/hf")
+    code, _, err = command(convert.main, "export", f"--workdir={plain}", f"--to={tmp_path}/hf2")
     assert code == 0 and "checked" in err, err  # dense, and reads back to the same logits
 
 
@@ -143,7 +178,7 @@ def test_heads_layers_and_ranks_go_through_every_command(shrunk, command, tmp_pa
         (["--method=heads:0.5", "--calibration=0"], "set --calibration above 0"),
         (["--method=svd:64", "--calibration=0"], "makes no projection smaller"),
         (["--method=svd:8", "--targets=wte"], "--targets=wte: 'wte' is none of query"),
-        (["--method=int8", "--beside=/nowhere"], "--beside=/nowhere holds no shrink.json"),
+        (["--method=int8", "--beside=/nowhere"], "/nowhere holds no run: config.json is missing"),
         (["--method=svd:1.5"], "a rank is a whole number"),
     ],
 )

@@ -11,11 +11,15 @@ from jaxgpt.model import ModelSpec
 from jaxgpt.objectives.language import make_eval_step
 from jaxgpt.shrinking.quantise import projections, with_kernels
 from jaxgpt.shrinking.structure import (
+    all_heads,
+    check_heads_alone,
     gate_importance,
     most_important,
+    with_silent_heads,
     without_heads_and_columns,
     without_layers,
 )
+from jaxgpt.system.errors import BadInput
 from tests.conftest import mesh_of, random_batch, tiny_config
 
 GROUPED = dict(num_kv_heads=2, position="rope", activation="swiglu", qk_norm=True)
@@ -88,7 +92,12 @@ def test_a_model_without_heads_and_columns_is_one_whose_heads_and_columns_add_no
         found = logits(dataclasses.replace(config, model=model), smaller, tokens)
         np.testing.assert_allclose(found, logits(config, silenced, tokens), rtol=1e-4, atol=1e-4)
         assert not np.allclose(found, logits(config, params, tokens), atol=0.1)
+        full = all_heads(model)  # as some architectures want it; grouped heads stay as they are
+        filled = with_silent_heads(smaller, full.num_heads) if full != model else smaller
+        again = logits(dataclasses.replace(config, model=full), filled, tokens)
+        np.testing.assert_allclose(again, found, rtol=1e-4, atol=1e-4)
     assert (model.num_heads, model.num_kv_heads) == (2, cfg.num_kv_heads // 2)
+    assert full.num_heads == (2 if fields else 4)
     assert (model.mlp_dim, model.head_dim, model.embed_dim) == (96, 8, 32)
     assert smaller["blocks"]["mlp"]["up"]["kernel"].shape == (2, 32, 96)
 
@@ -97,6 +106,11 @@ def test_the_least_important_go_and_the_others_keep_their_order():
     importance = np.array([[5.0, 1, 4, 2], [1, 2, 3, 4]])
     np.testing.assert_array_equal(most_important(importance, 0.25), [[0, 2, 3], [1, 2, 3]])
     np.testing.assert_array_equal(most_important(importance, 0.5), [[0, 2], [2, 3]])
+
+
+def test_heads_that_share_a_table_over_the_layers_stay():
+    with pytest.raises(BadInput, match="heads cannot be removed with model.position=relative"):
+        check_heads_alone(tiny_config(position="relative").model)
 
 
 def test_a_model_without_layers_is_one_whose_layers_add_nothing():

@@ -14,13 +14,15 @@ from jaxgpt.checkpointing.checkpoints import concrete
 from jaxgpt.config import ShrinkConfig
 from jaxgpt.config.stored import read_config
 from jaxgpt.config.validate import changed
+from jaxgpt.distillation.divergence import distillation_losses
+from jaxgpt.distillation.objective import output
 from jaxgpt.inference.decode import Decoder, generate
 from jaxgpt.inference.requests import Sampling
 from jaxgpt.inference.trained import open_trained
 from jaxgpt.interchange.init_from import completed
 from jaxgpt.jobs.train import train
 from jaxgpt.model import ModelSpec
-from jaxgpt.objectives.language import causal_lm
+from jaxgpt.objectives.language import causal_lm, hidden
 from jaxgpt.parameters.tensor_train import NAMES, Modes, decompose, digits
 from jaxgpt.shrinking.low_rank import whole
 from jaxgpt.system.trees import leaves_by_path
@@ -72,7 +74,11 @@ def test_full_rank_gives_the_same_logits_losses_and_gradients(shape, tied):
             def loss(p, cfg=cfg, spec=spec):
                 model = spec.bind(p)
                 logits = jax.sharding.reshard(model(micro["inputs"]), jax.P(None, None, None))
-                return causal_lm(cfg)(model, micro, jax.random.key(1))[0], logits[..., :203]
+                x = hidden(model, micro, None)  # the teacher has the same table, and other states
+                both = output(model, x), output(model, jax.lax.stop_gradient(-x))
+                given = micro["targets"], 2.0, "forward", spec.rules
+                soft = jnp.sum(distillation_losses(*both, *given).soft)
+                return causal_lm(cfg)(model, micro, jax.random.key(1))[0] + soft, logits[..., :203]
 
             like = concrete(jax.eval_shape(spec.init, jax.random.key(0)))
             values = jax.tree.map(
