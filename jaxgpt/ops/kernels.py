@@ -100,7 +100,8 @@ def splash_attention(
         )
         arrays.append(kernels.SegmentIds(*padded))
     shape = arrays[0].shape[2], arrays[1].shape[2]
-    kernel = splash_kernel(shape, q.shape[2], mask.reach, interpret=interpret, name=SAVED)
+    heads, width = q.shape[2:]
+    kernel = splash_kernel(shape, heads, mask.reach, width=width, interpret=interpret, name=SAVED)
     out = jax.vmap(kernel)(*arrays)
     return out.transpose(0, 2, 1, 3)[:, :length]
 
@@ -110,6 +111,7 @@ def splash_kernel(
     heads: int,
     reach: Reach,
     *,
+    width: int = LANES,
     interpret: bool = False,
     devices: int = 1,
     name: str | None = None,
@@ -119,13 +121,17 @@ def splash_kernel(
 
     Of more than one of `devices` the queries are those of all, for each to take its part: under a
     causal mask in zig-zag order (see `context.order`). `name` is what remat policies call the
-    result.
+    result. Heads of a `width` that does not fill the lanes are read with positions last, so that
+    neither memory nor copies are spent on padding.
     """
     most = min(BLOCK, max(reach.pattern.grain, LEAST)) if reach.pattern else BLOCK
     block_q, block_kv = (
         next(b for b in range(min(most, length), 0, -LANES) if length % b == 0)
         for length in (shape[0] // devices, shape[1])
     )
+    layouts = kernels.QKVLayout
+    narrow = width < LANES and width % 16 == 0  # two rows of bfloat16 to each of 8 sublanes
+    layout = layouts.SEQ_MINOR if narrow else layouts.HEAD_DIM_MINOR
     sizes = kernels.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -135,6 +141,9 @@ def splash_kernel(
         block_kv_dkv_compute=block_kv,
         block_q_dq=block_q,
         block_kv_dq=block_kv,
+        q_layout=layout,
+        k_layout=layout,
+        v_layout=layout,
     )
     return kernels.make_splash_mha(
         _mask(shape, heads, reach, devices),
