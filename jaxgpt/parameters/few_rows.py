@@ -22,7 +22,7 @@ MOST_ROWS = 1  # each row is a program of its own, which takes its time to compi
 BLOCK = 32  # inputs summed in one expression: a register holds x for each
 SMALLEST_BLOCK = 8
 PANEL = 4096  # outputs whose weights are floats at a time: 12 MB at GPT-2's width
-ZERO = {"int8": 0, "int4": 8}  # the code that stands for 0; selecting NF4's levels compiles slowly
+ZERO = {"int8": 0, "int4": 8}  # the code that stands for 0; NF4's levels have none
 
 
 def block_size(fmt: Format, inputs: int) -> int:
