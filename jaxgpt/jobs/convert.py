@@ -181,8 +181,10 @@ def check_export(
         spec = ModelSpec(Config(model=written.model), "xla").for_decoding()
         abstract = jax.eval_shape(spec.init, jax.random.key(0))
         logits = _probe(spec, read_params(written, abstract))
-    difference = float(np.max(np.abs(expected - logits)))
-    if not difference <= LARGEST_DIFFERENCE[dtype]:
+    difference, allowed = float(np.max(np.abs(expected - logits))), LARGEST_DIFFERENCE[dtype]
+    if cfg.num_heads != config.model.num_heads:  # sums over more heads round in another order
+        allowed += 1e-5 * float(np.max(np.abs(expected)))
+    if not difference <= allowed:
         raise BadInput(
             f"the export does not read back: logits differ by up to {difference:.3g}; refused"
         )
