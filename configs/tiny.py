@@ -5,14 +5,32 @@ from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig, SampleCo
 
 def get_config() -> Config:
     return Config(
-        num_steps=900,
+        num_steps=1600,
         batch_size=8,
         log_every=50,
-        eval_every=225,
-        sample_every=225,
-        checkpoint_every=225,
-        model=ModelConfig(max_seq_len=256, num_layers=4, num_heads=4, embed_dim=128),
+        eval_every=400,
+        sample_every=400,
+        checkpoint_every=400,
+        model=ModelConfig(
+            max_seq_len=256,
+            num_layers=4,
+            num_heads=4,
+            embed_dim=128,
+            mlp_dim=352,
+            norm="rmsnorm",
+            position="rope",
+            qk_norm=True,
+            activation="swiglu",
+            bias=False,
+        ),
         data=DataConfig(tokenizer="sentencepiece:4096", validation_fraction=0.02),
-        optim=OptimConfig(name="muon", learning_rate=1e-2, b1=0.95, warmup_steps=50),
+        optim=OptimConfig(
+            name="muon",
+            learning_rate=1e-2,
+            b1=0.95,
+            schedule="linear",
+            warmup_steps=50,
+            final_lr_ratio=0.0,
+        ),
         sample=SampleConfig(prompt="class ", max_new_tokens=150),
     )
