@@ -5,18 +5,18 @@ from jaxgpt.config import Config, DataConfig, ModelConfig, OptimConfig, SampleCo
 
 def get_config() -> Config:
     return Config(
-        num_steps=1600,
+        num_steps=1800,
         batch_size=8,
         log_every=50,
-        eval_every=400,
-        sample_every=400,
-        checkpoint_every=400,
+        eval_every=450,
+        sample_every=450,
+        checkpoint_every=450,
         model=ModelConfig(
             max_seq_len=256,
-            num_layers=4,
+            num_layers=2,
             num_heads=4,
-            embed_dim=128,
-            mlp_dim=352,
+            embed_dim=160,
+            mlp_dim=448,
             norm="rmsnorm",
             position="rope",
             qk_norm=True,
