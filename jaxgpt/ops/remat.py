@@ -45,9 +45,57 @@ def scan_layers(
     """
     if remat == "full":
         return _scan_full(apply, x, turns, rest, unroll)
-    if remat != "none" or num_shards() > 1:
+    if remat in ("none", "dots") and unroll > 1 and _on_one_cpu():
+        apply = _layer_by_layer(apply, len(x) * x.shape[1])
+    elif remat != "none" or num_shards() > 1:
         apply = jax.checkpoint(apply, policy=REMAT[remat], prevent_cse=unroll > 1)
     return jax.lax.scan(lambda x, turn: apply(x, turn, rest), x, turns, unroll=unroll)
+
+
+def _on_one_cpu() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size == 1 and mesh.abstract_device.platform == "cpu"
+
+
+def _layer_by_layer(apply: Callable, num_tokens: int) -> Callable:
+    """Returns `apply` for layers that follow one another in one program, not in a loop.
+
+    Kept are the results of matrix products and of attention; norms and activations, whose reading
+    back would take as long, are computed again. `jax.checkpoint` alone would not save memory: XLA
+    is free to compute all of it at the start of the backward pass, and to leave the gradients of
+    all parameters for its end. So what is computed again gets the incoming gradient as an input,
+    and the outgoing one those of the layer's parameters: zeros made of them are added.
+    """
+    kept = jax.checkpoint(apply, policy=REMAT["dots"], prevent_cse=False)
+
+    @jax.custom_vjp
+    def run(x, turn, rest):
+        return apply(x, turn, rest)
+
+    def forward(x, turn, rest):
+        return jax.vjp(kept, x, turn, rest)
+
+    def backward(pullback, grads):
+        start = _zero_of(grads[0])
+
+        def is_of_tokens(a) -> bool:  # a parameter that looks so costs a copy of it, no more
+            return jnp.issubdtype(a.dtype, jnp.floating) and a.size % num_tokens == 0
+
+        pullback = jax.tree.map(
+            lambda a: a + start.astype(a.dtype) if is_of_tokens(a) else a, pullback
+        )
+        grad_x, grad_turn, grad_rest = pullback(grads)
+        end = sum(_zero_of(g) for g in jax.tree.leaves(grad_turn) if g.dtype != jax.dtypes.float0)
+        return grad_x + end.astype(grad_x.dtype), grad_turn, grad_rest
+
+    run.defvjp(forward, backward)
+    return run
+
+
+def _zero_of(a: jax.Array) -> Float[Array, ""]:
+    """Returns 0 in a way that no compiler can see; NaN of NaN."""
+    first = jax.lax.slice(a, [0] * a.ndim, [1] * a.ndim).reshape(())
+    return jnp.minimum(jnp.abs(first.astype(jnp.float32)), 0)
 
 
 def _scan_full(apply: Callable, x: Float[Array, "B T D"], turns, rest, unroll: int) -> tuple:

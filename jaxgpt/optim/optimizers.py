@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxgpt.config import ModelConfig, OptimConfig, ShrinkConfig
@@ -103,7 +104,7 @@ def make_optimizer(
     `torus` is the mesh's (see `parallel.torus`). Raises `BadInput` on the first use, if a
     pattern of `optim.lr_multipliers` matches nothing."""
     parts = [
-        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+        clip_by_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         DIRECTIONS[cfg.name](cfg, model, torus),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
     ]
@@ -114,6 +115,17 @@ def make_optimizer(
     if model.num_experts and model.router == "sigmoid_topk":
         return with_router_biases(update, model.router_bias_rate)
     return update
+
+
+def clip_by_norm(most: float) -> optax.GradientTransformation:
+    """Returns gradients times min(1, most / their norm over all of them) (arXiv:1211.5063, section
+    3.2): one factor, where `optax.clip_by_global_norm` divides them into arrays of their own."""
+
+    def clip(grads, params):
+        factor = most / jnp.maximum(optax.global_norm(grads), most)
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+
+    return optax.stateless(clip)
 
 
 def at_step(opt_state: optax.OptState, step) -> optax.OptState:

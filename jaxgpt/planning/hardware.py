@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jaxgpt.parameters.flops import PEAK_FLOPS
 from jaxgpt.planning.gpus import GIB, GPUS, describe_gpus
 from jaxgpt.planning.topology import check_topology
-from jaxgpt.system.accelerators import allow_libtpu
+from jaxgpt.system.accelerators import allow_absent
 from jaxgpt.system.errors import BadInput
 from jaxgpt.system.extras import require
 
@@ -93,11 +93,11 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list, Chip | None]:
         limit = (device.memory_stats() or {}).get("bytes_limit")
         return jax.devices(), local_chip(device.device_kind, limit)
     check_topology(topology)
+    allow_absent()
     name, _, shape = topology.partition(":")
     if name in GPUS and (sizes := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", shape or "1")):
         with quiet():
             return describe_gpus(name, int(sizes[1] or 1), int(sizes[2])), gpu_chip(name)
-    allow_libtpu()
     require("libtpu", "plan", "jaxgpt.plan")
     try:
         with quiet():

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import importlib.util
 import os
 import sys
 from logging import LogRecord, getLogger
@@ -23,21 +24,33 @@ def leave_out_absent() -> None:
     """Keeps libraries for accelerators that are not here from writing to stderr; call it before JAX
     is imported.
 
-    JAX then finds no libtpu, which would write five lines, and does not report with a traceback
-    that its CUDA plugin cannot start. What is here, or asked for by JAX_PLATFORMS, stays as it is,
-    with its errors.
+    JAX then finds no libtpu, which would write five lines, and no CUDA plugin, which would load
+    300 MB of libraries and report with a traceback that it cannot start. What is here, or asked for
+    by JAX_PLATFORMS, stays as it is, with its errors.
     """
     asked_for = os.environ.get("JAX_PLATFORMS", "")
     if not (has_tpu_files() or _has_tpu_on_bus() or "tpu" in asked_for):
         sys.modules.setdefault("libtpu", None)  # as if it were not installed
     if not any(map(glob.glob, NVIDIA_FILES)) and "cuda" not in asked_for:
+        for name in _cuda_plugins():
+            sys.modules.setdefault(name, None)
         getLogger("jax._src.xla_bridge").addFilter(_without_cuda_plugin)
 
 
-def allow_libtpu() -> None:
-    """Undoes `leave_out_absent`, to compile for a TPU that is not here."""
-    if sys.modules.get("libtpu", ...) is None:
-        del sys.modules["libtpu"]
+def allow_absent() -> None:
+    """Undoes `leave_out_absent`, to compile for accelerators that are not here; call it before JAX
+    looks for devices."""
+    for name in ("libtpu", *_cuda_plugins()):
+        if sys.modules.get(name, ...) is None:
+            del sys.modules[name]
+
+
+def _cuda_plugins() -> list[str]:
+    """Returns the modules of JAX's plugins for CUDA that are installed; imports nothing."""
+    spec = importlib.util.find_spec("jax_plugins")
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = (file for folder in folders for file in Path(folder).glob("xla_cuda*"))
+    return [f"jax_plugins.{file.stem}" for file in files]
 
 
 def _has_tpu_on_bus() -> bool:

@@ -6,8 +6,12 @@ batches out; after `max_rollbacks` of that it ends with exit code 3.
 """
 
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+
+from jaxgpt.training import loss_scale
 
 SPIKE_DEVIATIONS = 6.0
 SPIKE_MARGIN = 0.3  # nats above the usual
@@ -34,6 +38,28 @@ def count_bad(bad: dict, good) -> dict:
         "in_a_row": jnp.where(good, 0, bad["in_a_row"] + 1),
         "skipped": bad["skipped"] + jnp.where(good, 0, 1),
     }
+
+
+def judge(scale: dict, bad: dict, good) -> tuple[dict, dict]:
+    """Returns the loss scale and the counters one step on.
+
+    With loss scaling an overflow is no fault of the step's while the scale can still fall.
+    """
+    if not scale:
+        return scale, count_bad(bad, good)
+    bad = count_bad(bad, good | (scale["scale"] > 1))
+    return loss_scale.adjust(scale, good), bad
+
+
+def update_if(good, update: Callable[..., tuple], old: tuple) -> tuple:
+    """Returns `update(*old)` where the step is good, else `old`.
+
+    On a CPU a branch: XLA would otherwise copy the optimizer's moments, as what it writes in their
+    place is computed from both. Elsewhere both are computed, so that collectives can overlap.
+    """
+    if jax.sharding.get_abstract_mesh().abstract_device.platform == "cpu":
+        return jax.lax.cond(good, update, lambda *old: old, *old)
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), update(*old), old)
 
 
 def batch_of(step: int, skips: list[tuple[int, int]]) -> int:

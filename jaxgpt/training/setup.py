@@ -19,10 +19,15 @@ from jaxgpt.parallel.mesh import rules_of
 from jaxgpt.parameters.flops import flops_per_token
 from jaxgpt.parameters.low_precision import check_device
 from jaxgpt.system.errors import BadInput
+from jaxgpt.system.pages import return_free_memory
 from jaxgpt.training.objectives import companions_of
 from jaxgpt.training.state import TrainState, init_state
 from jaxgpt.training.step import make_train_step
 from jaxgpt.training.warm_start import warm_params
+
+# Of the order of computation: XLA's default for a CPU starts all it can as early as it can, so that
+# what the backward pass computes again would be there from the start, for every layer
+XLA_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 
 
 def resolve_vocab(config: Config, tokenizer_vocab_size: int) -> Config:
@@ -116,8 +121,11 @@ class Training:
         step = make_train_step(self.spec, self.config, self.companions.specs)
         beside = filter(None, [self.abstract_companions()])
         lowered = step.lower(self.abstract_state(), self.abstract_batch(), *beside)
+        options = XLA_OPTIONS.get(self.mesh.devices.flat[0].platform, {}) | (options or {})
         with elapsed("compile   the train step:"):
-            return lowered.compile(compiler_options=options)
+            compiled = lowered.compile(compiler_options=options)
+        return_free_memory()
+        return compiled
 
     def beside_companions(self, step: Callable) -> Callable:
         """Returns the compiled `step` as `(state, batch) -> (state, metrics)`, the companions'

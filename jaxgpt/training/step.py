@@ -14,7 +14,7 @@ from jaxgpt.optim.optimizers import at_step, make_optimizer
 from jaxgpt.optim.schedules import make_schedule
 from jaxgpt.parallel import replicas
 from jaxgpt.training import loss_scale
-from jaxgpt.training.divergence import count_bad
+from jaxgpt.training.divergence import judge, update_if
 from jaxgpt.training.objectives import OBJECTIVES
 from jaxgpt.training.state import TrainState, to_float32
 
@@ -69,14 +69,21 @@ def make_train_step(
         share = positions / jnp.maximum(count, 1).astype(jnp.float32)
         grads = jax.tree.map(lambda g, p: (g * (share / scale)).astype(p.dtype), grads, trained)
         metrics = jax.tree.map(lambda mean: mean * share, metrics)
-        opt_state = at_step(state.opt_state, state.step)
-        with jax.named_scope("optimizer"):
+
+        @jax.named_scope("optimizer")
+        def updated(trained, opt_state, ema):
+            opt_state = at_step(opt_state, state.step)
             updates, opt_state = optimizer.update(grads, opt_state, trained)
-            params = join(optax.apply_updates(trained, updates), frozen)
-        ema = _average(state.ema, params, mask, config.optim.ema_decay)
-        new = TrainState(params, opt_state, state.step + 1, ema, state.loss_scale, state.bad)
+            trained = optax.apply_updates(trained, updates)
+            ema = _average(ema, join(trained, frozen), mask, config.optim.ema_decay)
+            return trained, opt_state, ema
+
         norm = optax.global_norm(grads)
-        new = _guarded(state, new, jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm))
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        old = trained, state.opt_state, state.ema
+        trained, opt_state, ema = update_if(good, updated, old)
+        judged = judge(state.loss_scale, state.bad, good)
+        new = TrainState(join(trained, frozen), opt_state, state.step + 1, ema, *judged)
         metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step)}
         return new, metrics | new.bad
 
@@ -113,17 +120,3 @@ def _average(ema: dict, params: dict, mask: dict, decay: float) -> dict:
         return decay * a + (1 - decay) * to_float32(p) if trained else a
 
     return ema and jax.tree.map(one, ema, params, mask)
-
-
-def _guarded(old: TrainState, new: TrainState, good) -> TrainState:
-    """Returns `new` where the step was good, else `old` a step on and a bad step more.
-
-    With loss scaling an overflow is no fault of the step's while the scale can still fall.
-    """
-    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-    scale, blame = old.loss_scale, good
-    if scale:
-        blame = good | (scale["scale"] > 1)
-        scale = loss_scale.adjust(scale, good)
-    bad = count_bad(old.bad, blame)
-    return TrainState(kept.params, kept.opt_state, new.step, kept.ema, scale, bad)

@@ -1,6 +1,7 @@
 """What must hold of the model itself."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,24 @@ def test_scan_and_remat_change_neither_checkpoint_nor_numbers(variant):
     other_params, got = loss_and_grads(**variant)
     jax.tree.map(np.testing.assert_array_equal, params, other_params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), want, got)
+
+
+@pytest.mark.slow
+def test_a_step_of_layers_one_by_one_keeps_what_is_costly_to_compute():
+    """A layer keeps 10 widths a token: its input, the stream after attention, queries, keys,
+    values, attention's result, the hidden layer's 4. 14 with parameters and gradients; 42 if it
+    kept attention's weights, norms and activations too."""
+
+    def compiled(layers):
+        config = tiny_config(num_layers=layers, max_seq_len=128, compute={"scan_layers": "false"})
+        with jax.set_mesh(mesh_of(config)):
+            return make_training(config, mesh_of(config)).compile_step()
+
+    steps = [compiled(layers) for layers in (1, 3)]
+    small, large = (step.memory_analysis().temp_size_in_bytes for step in steps)
+    assert large - small < 2 * 17 * (8 * 128 * 32 * 4)
+    copies = re.findall(r"= f32\[3,32,128\]\S* copy\(", steps[1].as_text())
+    assert not copies, "the optimizer's moments are written in their place"
 
 
 VARIANTS = {

@@ -152,14 +152,15 @@ def test_blocks_with_dropout_are_the_reference(window):
     q, k, v, target = (jnp.asarray(a, jnp.float32) for a in (q, k, v, normal(*q.shape, seed=9)))
     mask = jax.tree.map(jnp.asarray, long(150, 3)).within(window)
     kept = jax.random.bernoulli(jax.random.key(0), 0.5, (2, 4, 150, 150))
-    bias = jnp.asarray(normal(1, 4, 150, 150), jnp.float32)  # of all rows
+    rows = 2 if window else 1  # a bias of each row, or of all
+    bias = jnp.asarray(normal(rows, 4, 150, 150), jnp.float32)
 
     def outcome(attend):
-        given = dict(mask=mask, kept=kept, bias=bias)
-        attend = functools.partial(attend, **given, scale=0.3, dropout=0.5)
-        return attend(q, k, v), jax.grad(
-            lambda *a: jnp.sum(attend(*a) * target), argnums=(0, 1, 2)
-        )(q, k, v)
+        def run(q, k, v, bias):
+            return attend(q, k, v, mask, kept, bias, scale=0.3, dropout=0.5)
+
+        gradient = jax.grad(lambda *a: jnp.sum(run(*a) * target), argnums=(0, 1, 2, 3))
+        return run(q, k, v, bias), gradient(q, k, v, bias)
 
     found, expected = outcome(blocked_attention), outcome(xla_attention)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)

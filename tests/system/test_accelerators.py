@@ -50,7 +50,7 @@ def test_what_is_left_out(files, bus, asked_for, left_out, tmp_path, monkeypatch
         patch.delitem(sys.modules, "libtpu", raising=False)
         accelerators.leave_out_absent()
         found = {"libtpu"} if sys.modules.get("libtpu", ...) is None else set()
-        accelerators.allow_libtpu()
+        accelerators.allow_absent()
         assert sys.modules.get("libtpu", ...) is not None
         sys.modules.pop("libtpu", None)
     assert found | ({"cuda"} if filtered else set()) == left_out
@@ -82,5 +82,5 @@ def test_a_run_without_accelerators_says_nothing_of_them(tmp_path):
 
 
 def has_libtpu() -> bool:
-    accelerators.allow_libtpu()
+    accelerators.allow_absent()
     return importlib.util.find_spec("libtpu") is not None
