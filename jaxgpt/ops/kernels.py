@@ -73,11 +73,9 @@ def _blocked_backward(scale, dropout, saved, grad_out):
     grad_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
     for part, (high, total) in zip(_blocks(q, k, mask), sums, strict=True):
         rows, columns = part
-        # softmax = weights / total; the division is the few columns' of the gradient
-        weights = jnp.exp(_scores(q, keys, bias, mask, part, scale) - high)
-        grad = _heads_first(grad_out[:, rows], heads) / total
-        delta = jnp.sum(grad * _heads_first(out[:, rows], heads), axis=-1, keepdims=True)
-        grad = grad.astype(v.dtype)
+        weights = jnp.exp(_scores(q, keys, bias, mask, part, scale) - high) * (1 / total)
+        grad, of_out = (_heads_first(a[:, rows], heads) for a in (grad_out, out))
+        delta = jnp.sum(grad.astype(jnp.float32) * of_out, axis=-1, keepdims=True)
         grad_weights = _product("BKMH,BKSH->BKMS", grad, values[:, :, columns])
         grad_scores = weights * (_dropped(grad_weights, kept, part, dropout) - delta)
         if bias is not None:
