@@ -28,6 +28,7 @@ from jaxgpt.tokenizer import Tokenizer
 
 PROMPT_BLOCK = 16  # padded prompts are a multiple of this
 CHUNK = 20  # tokens generated between two returns to the host
+SMALL_SHARE = 1 / 16  # of the weights' bytes; a step that reads so much more is as fast
 NUM_TOP = 5  # alternatives that are reported for each token
 # Weights in few bits are read a third faster in whole AVX-512 registers than in XLA's usual halves
 CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
@@ -121,8 +122,17 @@ class Decoder:
         same either way.
         """
         slots = state.cache.positions.shape[1]
-        span = slots if reach <= 0 else min(slots, bucket_size(reach, CACHE_BLOCK))
+        smallest = smallest_span(self.params, state.cache)
+        span = slots if reach <= 0 else min(slots, bucket_size(reach, smallest))
         return _decode(self.spec, count, span, self.vocab_limit, self.params, state, with_top)
+
+
+def smallest_span(params: dict, cache: Cache) -> int:
+    """Returns how many slots of a cache are read at least: each span is a program to compile, and
+    reading fewer slots than `SMALL_SHARE` of the weights' bytes would hardly save time."""
+    weights, slots = (sum(a.nbytes for a in jax.tree.leaves(tree)) for tree in (params, cache))
+    affordable = SMALL_SHARE * weights * cache.positions.shape[1] / slots / CACHE_BLOCK
+    return CACHE_BLOCK * 2 ** max(1, math.floor(math.log2(max(affordable, 1))))
 
 
 def pad_rows(rows: Sequence[np.ndarray]) -> Int[np.ndarray, "B T"]:

@@ -13,6 +13,7 @@ from jaxgpt.inference.decode import (
     check_length,
     generate,
     sample_keys,
+    smallest_span,
     stream,
     tokens_before,
 )
@@ -238,3 +239,12 @@ def test_a_key_makes_no_program_of_its_own(monkeypatch):
     monkeypatch.setattr(jax, "jit", None)
     first, second = sample_keys([(3, 4)]), sample_keys([(3, 5)])
     assert (jax.random.key_data(first) != jax.random.key_data(second)).any()
+
+
+@pytest.mark.parametrize(("rows", "span"), [(1, 256), (8, 128)])
+def test_spans_are_no_shorter_than_the_weights_bytes_make_worth_a_program(rows, span):
+    """GPT-2 124M: a slot takes 2 * 12 * 768 floats, a sixteenth of the weights is 420 slots."""
+    keys = np.broadcast_to(np.float32(0), (rows, 12, 1024, 64))
+    cache = Cache(((keys, keys),) * 12, np.broadcast_to(np.int32(0), (rows, 1024)))
+    weights = {"all": np.broadcast_to(np.float32(0), 124_000_000)}
+    assert smallest_span(weights, cache) == span
