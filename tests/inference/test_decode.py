@@ -248,3 +248,14 @@ def test_spans_are_no_shorter_than_the_weights_bytes_make_worth_a_program(rows, 
     cache = Cache(((keys, keys),) * 12, np.broadcast_to(np.int32(0), (rows, 1024)))
     weights = {"all": np.broadcast_to(np.float32(0), 124_000_000)}
     assert smallest_span(weights, cache) == span
+
+
+def test_reading_less_of_the_cache_changes_nothing():
+    config, prompt = tiny_config(max_seq_len=256), np.arange(15, dtype=np.int32)
+    with jax.set_mesh(mesh_of(config)):
+        decoder, _ = model_of(config)
+        states = [decoder.prefill([prompt], [GREEDY], sample_keys([(0, 0)]), 200) for _ in range(2)]
+        assert smallest_span(decoder.params, states[0].cache) < states[0].cache.positions.shape[1]
+        few, all_ = (decoder.decode(s, 5, reach) for s, reach in zip(states, (20, 0), strict=True))
+    np.testing.assert_array_equal(few[1], all_[1])
+    np.testing.assert_allclose(few[2].chosen, all_[2].chosen, atol=1e-5)
