@@ -5,6 +5,7 @@ import dataclasses
 from functools import cached_property
 
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from jaxgpt.config import Config, ModelConfig
@@ -91,6 +92,21 @@ def resolve_scan(config: Config, platform: str) -> Config:
         return config
     scan = "false" if platform == "cpu" and layers <= UNROLLED_LAYERS else "true"
     return dataclasses.replace(config, compute=dataclasses.replace(compute, scan_layers=scan))
+
+
+def resolved(config: Config, mesh: Mesh) -> Config:
+    """Returns `config` with what depends on the devices decided.
+
+    In bfloat16 one CPU only multiplies projections and head: see `parameters.bfloat16`. Several
+    stand in for accelerators, whose programs they run.
+    """
+    platform = mesh.devices.flat[0].platform
+    config, compute = resolve_scan(config, platform), config.compute
+    wanted = compute.dtype, compute.matmul, compute.fake_quantise
+    if platform == "cpu" and mesh.size == 1 and wanted == ("bfloat16", "plain", "none"):
+        mixed = dataclasses.replace(config.compute, dtype="float32", matmul="bfloat16")
+        return dataclasses.replace(config, compute=mixed)
+    return config
 
 
 def choose_kernel(

@@ -22,6 +22,8 @@ class Vocabulary(nnx.Module):
     def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
         cfg = config.model
         self.rules, self.dtype, self.size = rules, jnp.dtype(config.compute.dtype), cfg.vocab_size
+        low = config.compute.matmul == "bfloat16"
+        self.head_dtype = jnp.dtype(jnp.bfloat16) if low else self.dtype
         self.embed_scale = math.sqrt(cfg.embed_dim) if cfg.scale_embeddings else 1.0
         self.scale = (cfg.embed_dim**-0.5 if cfg.scale_logits else 1.0) / cfg.width_ratio
         self.softcap = cfg.logit_softcap
@@ -61,7 +63,9 @@ class Vocabulary(nnx.Module):
 
     def transformed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns what is multiplied with the table: hidden states, or BERT's transform of them."""
-        return x if self.act is None else self.transform_norm(self.act(self.transform(x)))
+        if self.act is not None:
+            x = self.transform_norm(self.act(self.transform(x)))
+        return x.astype(self.head_dtype)
 
     def finished(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
         """Returns the logits of the products of hidden states and all rows."""

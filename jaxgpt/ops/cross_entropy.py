@@ -25,7 +25,8 @@ class Reader(NamedTuple):
     """How a table is read: its logical axes; `rows(part, dtype, torus)` -> a part's rows, whole
     over `fsdp`; `scatter(their gradient, part, torus)` -> this device's share, None if not trained.
     `size(table)` -> how many rows this device has, `cut(table, count)` -> their parts, `join(parts'
-    gradients)` -> the table's, with an axis for the devices in front."""
+    gradients)` -> the table's, with an axis for the devices in front; `grad(grad_logits, x)` -> a
+    part's gradient."""
 
     axes: tuple
     rows: Callable
@@ -33,6 +34,7 @@ class Reader(NamedTuple):
     size: Callable = lambda table: jax.tree.leaves(table)[0].shape[0]
     cut: Callable = by_rows
     join: Callable = lambda g: jax.tree.map(lambda g: g.reshape(1, -1, g.shape[-1]), g)
+    grad: Callable = functools.partial(jnp.einsum, "MV,MD->VD")
 
 
 FLOATS = Reader(
@@ -122,7 +124,7 @@ def _backward(finish, rules, reader, kept, cotangents):
             (grad_raw,) = pullback(grad_logits)
             grad_bias = None if bias is None else jnp.sum(grad_raw, axis=0)
             grad_raw = grad_raw.astype(flat.dtype)
-            grad_kernel = jnp.einsum("MV,MD->VD", grad_raw, flat)
+            grad_kernel = reader.grad(grad_raw, flat)
             grad_kernel = reader.scatter(grad_kernel, numbered[0], rules.torus)
             added = jnp.einsum("MV,VD->MD", grad_raw, kernel, preferred_element_type=jnp.float32)
             return grad_x + added, (grad_kernel, grad_bias)

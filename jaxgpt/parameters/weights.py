@@ -27,6 +27,7 @@ from jaxgpt.parallel.replicas import plain
 from jaxgpt.parallel.rules import AxisRules, rowwise, weight, whole
 from jaxgpt.parallel.specs import names, unsharded
 from jaxgpt.parameters import few_rows
+from jaxgpt.parameters.bfloat16 import BFLOAT16, BFLOAT16_ROWS
 from jaxgpt.parameters.fake import FakeKernel, FakeTable, read, read_kernel
 from jaxgpt.parameters.low_precision import FP8, INT8
 from jaxgpt.parameters.quantised import Format
@@ -34,7 +35,8 @@ from jaxgpt.parameters.tensor_train import NAMES, TensorTrainTable, rows_of
 
 POSITIONS_FORMAT = Format("int8")  # a small table; in four bits it would cost more than it saves
 DEFAULT_GROUP = {"int8": 0, "int4": 32, "nf4": 32}  # inputs that share a scale
-MATMULS = {"plain": PLAIN, "int8": INT8, "fp8": FP8}  # of `compute.matmul`
+# Of `compute.matmul`; bfloat16: see `model.spec.resolved`
+MATMULS = {"plain": PLAIN, "int8": INT8, "fp8": FP8, "bfloat16": BFLOAT16}
 STORED = (*LORA_TARGETS, "head", "positions")  # the matrices that may be in few bits
 
 
@@ -260,6 +262,7 @@ class FloatTable:
 
     shape: tuple[int, int]
     dtype: str
+    reader: Reader = FLOATS
 
     def make(self, rngs: nnx.Rngs, spec: P, std: float) -> nnx.Param:
         """Returns the table, drawn from N(0, std^2)."""
@@ -297,7 +300,7 @@ class FloatTable:
 
     def parts(self, table: nnx.Param) -> tuple[jax.Array, Reader]:
         """Returns what `ops.cross_entropy` reads part by part, and how."""
-        return table[...], FLOATS
+        return table[...], self.reader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,7 +393,9 @@ def table_storage(
         return TensorTrainTable(shape, config.shrink.tensor_train, config.compute.param_dtype)
     if fmt := format_of(config.shrink, name):
         return QuantisedTable(shape, fmt, axis)
-    floats, fmt = FloatTable(shape, config.compute.param_dtype), fake_format_of(config, name)
+    reader = BFLOAT16_ROWS if config.compute.matmul == "bfloat16" else FLOATS
+    floats = FloatTable(shape, config.compute.param_dtype, reader)
+    fmt = fake_format_of(config, name)
     return FakeTable(floats, fmt, config.compute.dtype) if fmt else floats
 
 

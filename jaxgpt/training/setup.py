@@ -12,7 +12,7 @@ from jaxgpt.config.validate import only_in_xla
 from jaxgpt.data.pipeline import of_array
 from jaxgpt.metrics.progress import elapsed
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.spec import choose_kernel, resolve_scan
+from jaxgpt.model.spec import choose_kernel, resolved
 from jaxgpt.objectives.companions import Companions
 from jaxgpt.optim.optimizers import make_optimizer
 from jaxgpt.parallel.mesh import rules_of
@@ -56,7 +56,7 @@ def model_spec(config: Config, mesh: Mesh) -> ModelSpec:
         )
     check_device(compute.matmul, mesh.devices.flat[0])
     split = config.mesh.sequence_activations and mesh.shape["tensor"] > 1
-    return ModelSpec(resolve_scan(config, platform), kernel, rules_of(mesh, split))
+    return ModelSpec(resolved(config, mesh), kernel, rules_of(mesh, split))
 
 
 @dataclasses.dataclass(frozen=True)
