@@ -211,7 +211,7 @@ def pulled_back(grad_x, grad_logits, flat, part, kernel, pullback, reader: Reade
     of the part's rows of the table, None where it is not trained."""
     (grad_raw,) = pullback(grad_logits)
     grad_raw = grad_raw.astype(flat.dtype)
-    grad_kernel = jnp.einsum("MV,MD->VD", grad_raw, flat)
+    grad_kernel = reader.grad(grad_raw, flat)
     grad_kernel = reader.scatter(grad_kernel, part, rules.torus)
     added = jnp.einsum("MV,VD->MD", grad_raw, kernel, preferred_element_type=jnp.float32)
     return grad_x + added, grad_kernel

@@ -47,7 +47,7 @@ def distill(config: Config) -> Callable:
 def output(model: GPT, x: Float[Array, "B T D"]) -> Output:
     """Returns what the logits of hidden states come from."""
     table, reader = model.vocabulary.parts()
-    return Output(x, table, model.vocabulary.finish, reader)
+    return Output(model.vocabulary.transformed(x), table, model.vocabulary.finish, reader)
 
 
 def _from_teacher(

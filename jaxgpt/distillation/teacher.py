@@ -218,7 +218,7 @@ class Teacher(Companions):
             "data": data.fingerprint,
             "seq_len": stream.sources[0].seq_len,
             "pack": self.config.data.pack,
-            "dtype": self.spec.config.compute.dtype,
+            "dtype": teacher_config(self.config).compute.dtype,
             "temperature": cfg.temperature,
             "top_k": cfg.top_k,
         }

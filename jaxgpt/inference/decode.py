@@ -235,8 +235,9 @@ def decode_chunks(
 def _decoding_params(spec: ModelSpec, params: dict) -> dict:
     """Returns the parameters with the layers unstacked and the kernels in the compute dtype, and
     rounded where they were trained so."""
-    dtype = jnp.dtype(spec.config.compute.dtype)
-    _, params = as_read(spec.config, params, spec.config.compute.dtype)
+    compute = spec.config.compute
+    dtype = jnp.dtype("bfloat16" if compute.matmul == "bfloat16" else compute.dtype)
+    _, params = as_read(spec.config, params, compute.dtype)
 
     def cast(path, p):  # routers choose in float32
         names = [entry.key for entry in path[-2:]]

@@ -15,7 +15,7 @@ from jaxgpt.config.validate import only_in_xla
 from jaxgpt.inference.decode import Decoder
 from jaxgpt.inference.sliding import announce
 from jaxgpt.model import ModelSpec
-from jaxgpt.model.spec import choose_kernel, resolve_scan
+from jaxgpt.model.spec import choose_kernel, resolved
 from jaxgpt.optim.groups import OWN
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.system.errors import BadInput
@@ -88,5 +88,7 @@ def open_trained(workdir: str, step: int | str | None) -> Trained:
     kernel = choose_kernel(
         "auto", devices[0].platform, config.compute.dtype, model.head_dim, only_in_xla(config)
     )
-    spec = ModelSpec(resolve_scan(config, devices[0].platform), kernel)
-    return Trained(config, tokenizer, spec, make_mesh(config, devices), checkpoints, step)
+    mesh = make_mesh(config, devices)
+    return Trained(
+        config, tokenizer, ModelSpec(resolved(config, mesh), kernel), mesh, checkpoints, step
+    )
