@@ -1,9 +1,10 @@
 """Steady-state training step against torch and transformers, taking turns in one run.
 
-    python tests/benchmarks/train_step.py [tiny|small] [batch]      (extra [parity])
+    python tests/benchmarks/train_step.py [tiny|small|w1] [batch] [bfloat16]      (extra [parity])
 
-Prints tokens/s of both and their ratio, medians over the turns. Same shape, float32, AdamW,
-clipping; torch runs as nanoGPT does on a CPU: sdpa attention, no torch.compile.
+Prints tokens/s of both and their ratio, medians over the turns. Same shape, float32 or bfloat16
+(torch under autocast, our `compute.dtype`), AdamW, clipping; torch runs as nanoGPT does on a CPU:
+sdpa attention, no torch.compile.
 """
 
 import statistics
@@ -22,13 +23,15 @@ from jaxgpt.training.setup import make_training
 SHAPES = {
     "tiny": dict(vocab_size=4096, max_seq_len=256, num_layers=4, num_heads=4, embed_dim=128),
     "small": dict(vocab_size=50257, max_seq_len=1024, num_layers=12, num_heads=12, embed_dim=768),
+    "w1": dict(vocab_size=65, max_seq_len=256, num_layers=6, num_heads=6, embed_dim=384),
 }
 TURNS, STEPS = 5, 4
 
 
-def jax_turn(shape: dict, batch: int):
+def jax_turn(shape: dict, batch: int, dtype: str):
     """Returns a function that takes STEPS steps and waits for them."""
-    model, compute = ModelConfig(**shape).with_sizes(), ComputeConfig(scan_layers="false")
+    model = ModelConfig(**shape).with_sizes()
+    compute = ComputeConfig(dtype=dtype, scan_layers="false")
     config = Config(batch_size=batch, model=model, compute=compute, mesh=MeshConfig(1, 1, 1))
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -47,7 +50,7 @@ def jax_turn(shape: dict, batch: int):
     return turn
 
 
-def torch_turn(shape: dict, batch: int):
+def torch_turn(shape: dict, batch: int, dtype: str):
     """Returns a function that takes STEPS steps."""
     config = GPT2Config(
         vocab_size=shape["vocab_size"],
@@ -67,8 +70,9 @@ def torch_turn(shape: dict, batch: int):
     def turn():
         for _ in range(STEPS):
             optimizer.zero_grad(set_to_none=True)
-            logits = model(ids[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = model(ids[:, :-1]).logits.flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -77,10 +81,9 @@ def torch_turn(shape: dict, batch: int):
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "tiny"
-    batch = int(sys.argv[2]) if len(sys.argv) > 2 else 8
-    shape = SHAPES[name]
-    turns = {"jaxgpt": jax_turn(shape, batch), "torch": torch_turn(shape, batch)}
+    name, batch, dtype = (*sys.argv[1:], *("tiny", "8", "float32")[len(sys.argv) - 1 :])
+    batch, shape = int(batch), SHAPES[name]
+    turns = {"jaxgpt": jax_turn(shape, batch, dtype), "torch": torch_turn(shape, batch, dtype)}
     for turn in turns.values():
         turn()  # warm-up
     seconds = {who: [] for who in turns}
@@ -92,8 +95,9 @@ def main() -> None:
     tokens = STEPS * batch * shape["max_seq_len"]
     speed = {who: tokens / statistics.median(found) for who, found in seconds.items()}
     print(
-        f"{name}, batch {batch}: jaxgpt {speed['jaxgpt']:,.0f} tok/s, torch {torch.__version__}"
-        f" {speed['torch']:,.0f} tok/s, ratio {speed['jaxgpt'] / speed['torch']:.2f}"
+        f"{name}, batch {batch}, {dtype}: jaxgpt {speed['jaxgpt']:,.0f} tok/s,"
+        f" torch {torch.__version__} {speed['torch']:,.0f} tok/s,"
+        f" ratio {speed['jaxgpt'] / speed['torch']:.2f}"
     )
 
 
