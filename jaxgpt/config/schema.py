@@ -150,7 +150,7 @@ class ModelConfig:
 class ComputeConfig:
     """How the model is computed; none of it changes what the parameters mean."""
 
-    dtype: str = choice("float32", "bfloat16", "float16")  # of activations and matrix products
+    dtype: str = choice("float32", "bfloat16", "float16")  # on one CPU bfloat16 is for products
     param_dtype: str = choice("float32", "bfloat16")  # of parameters and optimizer state
     attention: str = may_change(choice("auto", "xla", "cudnn", "splash"))
     remat: str = may_change(choice("none", "dots", "full", "offload"))
