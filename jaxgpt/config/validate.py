@@ -390,7 +390,7 @@ def _check_hidden_layers(cfg: DistillConfig) -> None:
         return
     pairs = [pair.split(":") for pair in text.split(",")]
     numbers = [[int(n) for n in pair if n.isdecimal() and len(n) < 6] for pair in pairs]
-    ours = [pair[0] for pair in numbers if len(pair) == 2]
+    ours = [ns[0] for pair, ns in zip(pairs, numbers, strict=True) if len(pair) == len(ns) == 2]
     if len(ours) < len(pairs) or ours != sorted(set(ours)):
         raise BadInput(
             f"{field}={text!r} must be {UNIFORM}, or pairs of the student's and the teacher's"
@@ -467,7 +467,7 @@ def _check_pruning(config: Config) -> None:
     if not shrink.sparsity:
         return
     last = shrink.prune_to or round(PRUNED_AT * config.num_steps)
-    if not shrink.prune_from < last <= config.num_steps:
+    if not config.num_epochs and not shrink.prune_from < last <= config.num_steps:
         raise BadInput(
             f"shrink.prune_to={last} must lie after shrink.prune_from={shrink.prune_from} and not"
             f" after num_steps={config.num_steps}"

@@ -169,16 +169,23 @@ class Teacher(Companions):
     def reference(self) -> dict[str, str]:
         """What a checkpoint says about the teacher: where it was, and a hash of its model and
         weights."""
+        return {"teacher": self.path, "fingerprint": self._fingerprint(self.weights)}
+
+    def _fingerprint(self, weights: dict[str, np.ndarray]) -> str:
         model = dataclasses.asdict(self.spec.model)
         digest = hashlib.blake2b(json.dumps(model, sort_keys=True).encode(), digest_size=16)
-        for path, array in sorted(self.weights.items()):
+        for path, array in sorted(weights.items()):
             digest.update(f"{path} {array.shape} {array.dtype}\n".encode())
             digest.update(np.ascontiguousarray(array).view(np.uint8))
-        return {"teacher": self.path, "fingerprint": digest.hexdigest()}
+        return digest.hexdigest()
 
     def check_reference(self, saved: dict, step: int) -> None:
         """Raises `BadInput` if checkpoint `step` was trained with another teacher."""
-        if saved.get("fingerprint") != self.reference["fingerprint"]:
+        known = saved.get("fingerprint")
+        # Earlier versions hashed the weights before `compute.fake_quantise` rounds them
+        if known != self.reference["fingerprint"] and known != self._fingerprint(
+            load_weights(self.path)[0]
+        ):
             raise BadInput(
                 f"{FIELD}={self.path} is not the teacher of checkpoint {step}, which was"
                 f" {saved.get('teacher')} (fingerprint {saved.get('fingerprint')}, here"

@@ -56,6 +56,8 @@ def shrink(
                 " models only"
             )
         measure = loss_measure(trained, options.data, "validation")  # refuses before the method
+        for path in (path for path in table.beside if not read_rows(epath.Path(path))):
+            check_beside(path, options.data)
         with jax.set_mesh(trained.mesh):
             source = Source(trained, options.data)
             config, params = METHODS[name](source, argument, options)
@@ -96,6 +98,17 @@ def write_table(folder: Path, out: Path, source: Trained, figures: dict, asked: 
     return measured[-1]
 
 
+def check_beside(path: str, data: str) -> None:
+    """Raises `BadInput` if a workdir without a table cannot be measured."""
+    beside = open_trained(path, None)
+    if (kind := beside.config.model.kind) != "decoder":
+        raise BadInput(f"--beside={path} holds an {kind}: shrink knows decoders only")
+    try:
+        loss_measure(beside, data, "validation")
+    except BadInput as e:
+        raise BadInput(f"--beside={path}: {e}") from e
+
+
 def workdir_of(model: Trained) -> epath.Path:
     """Returns where a model was opened."""
     return model.checkpoints.folder.parent
@@ -103,10 +116,11 @@ def workdir_of(model: Trained) -> epath.Path:
 
 def _row(model: Trained, figures: dict, speeds: dict) -> dict:
     """Returns the table's row of a workdir that was trained; on disk its weights alone count."""
-    method, start = methods_done(model.config) or "original", model.config.init_from
+    method = methods_done(model.config) or "original"
+    tuned = model.config.init_from and method == model.config.shrink.done
     return {
         **{"workdir": str(workdir_of(model)), "command": trained_by(model.config)},
-        **{"method": f"{method}, trained on" if start and method != "original" else method},
+        **{"method": f"{method}, trained on" if tuned else method},
         **{"bytes_on_disk": figures["bytes"]},
         **{"resident_bytes": speeds.get("resident_bytes", figures["bytes"])},
         **{"zeros": figures["zeros"], "bits_per_byte": figures["bits_per_byte"]},

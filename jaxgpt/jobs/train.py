@@ -250,6 +250,7 @@ def adopt(workdir: epath.Path, config: Config) -> tuple[Config, list[str]]:
         )
     old = read_config(workdir)
     config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
+    config.shrink.done = old.shrink.done  # a record, which versions kept differently
     config = companions_of(config.objective).adopted(config, old)
     return config, check_resume(old, config, workdir)
 

@@ -21,6 +21,7 @@ LANES = 128  # blocks are multiples of this; shorter sequences are padded to it
 BLOCK = 512  # positions of a block, at most
 LEAST = 256  # of a pattern of smaller blocks: more of them would be skipped, each run less well
 PADDING = -1  # the segment of what pads a sequence
+HIDDEN = np.finfo(np.float32).min  # the score of a key that a query does not see
 SAVED = "splash_saved"  # what remat saves so that the forward kernel runs once
 
 
@@ -78,6 +79,7 @@ def _blocked_backward(scale, dropout, saved, grad_out):
         delta = jnp.sum(grad.astype(jnp.float32) * of_out, axis=-1, keepdims=True)
         grad_weights = _product("BKMH,BKSH->BKMS", grad, values[:, :, columns])
         grad_scores = weights * (_dropped(grad_weights, kept, part, dropout) - delta)
+        grad_scores = jnp.where(high > HIDDEN, grad_scores, 0)  # not of queries that see no key
         if bias is not None:
             by_head = grad_scores.reshape(-1, *bias[:, :, rows, columns].shape[1:])
             summed = jnp.sum(by_head.reshape(-1, bias.shape[0], *by_head.shape[1:]), axis=0)
@@ -123,7 +125,7 @@ def _scores(q, keys, bias, mask: AttentionMask, part, scale: float) -> Float[Arr
         scores += own.reshape(own.shape[0], scores.shape[1], -1, scores.shape[-1])
     visible = mask.part(rows, columns).visible()[:, None]
     visible = jnp.tile(visible, (1, 1, scores.shape[2] // visible.shape[2], 1))
-    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(visible, scores, HIDDEN)
 
 
 def _dropped(weights, kept, part, dropout: float) -> Float[Array, "B K M S"]:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from jaxgpt.ops.kernels import SAVED
@@ -72,10 +74,13 @@ def _layer_by_layer(apply: Callable, num_tokens: int) -> Callable:
     def run(x, turn, rest):
         return apply(x, turn, rest)
 
-    def forward(x, turn, rest):
-        return jax.vjp(kept, x, turn, rest)
+    def forward(*given):
+        trained = jax.tree.map(lambda a: a.value if a.perturbed else None, given)
+        others = jax.tree.map(lambda a: None if a.perturbed else a.value, given)
+        return jax.vjp(lambda trained: kept(*_joined(trained, others)), trained)
 
     def backward(pullback, grads):
+        grads = jax.tree.map(_as_array, grads)
         start = _zero_of(grads[0])
 
         def is_of_tokens(a) -> bool:  # a parameter that looks so costs a copy of it, no more
@@ -84,12 +89,18 @@ def _layer_by_layer(apply: Callable, num_tokens: int) -> Callable:
         pullback = jax.tree.map(
             lambda a: a + start.astype(a.dtype) if is_of_tokens(a) else a, pullback
         )
-        grad_x, grad_turn, grad_rest = pullback(grads)
-        end = sum(_zero_of(g) for g in jax.tree.leaves(grad_turn) if g.dtype != jax.dtypes.float0)
-        return grad_x + end.astype(grad_x.dtype), grad_turn, grad_rest
+        ((grad_x, grad_turn, grad_rest),) = pullback(grads)
+        if grad_x is not None:  # of the first layer, whose embeddings may be frozen
+            end = sum(map(_zero_of, jax.tree.leaves(grad_turn)), jnp.float32(0))
+            grad_x += end.astype(grad_x.dtype)
+        return grad_x, grad_turn, grad_rest
 
-    run.defvjp(forward, backward)
+    run.defvjp(forward, backward, symbolic_zeros=True)  # frozen parameters have no gradient
     return run
+
+
+def _as_array(grad):
+    return np.zeros(grad.shape, grad.dtype) if isinstance(grad, SymbolicZero) else grad
 
 
 def _zero_of(a: jax.Array) -> Float[Array, ""]:

@@ -143,6 +143,7 @@ def finished_outcome(workdir: Path, config: Config) -> Outcome | None:
         return None
     old = read_config(epath.Path(workdir))
     config.model.vocab_size = config.model.vocab_size or old.model.vocab_size
+    config.shrink.done = old.shrink.done
     if config.num_epochs:  # the number of steps follows from it and the data
         config.num_steps = old.num_steps
     if check_resume(old, config, workdir) or read_end(epath.Path(workdir)) not in COMPLETE:

@@ -31,7 +31,8 @@ def leave_out_absent() -> None:
     asked_for = os.environ.get("JAX_PLATFORMS", "")
     if not (has_tpu_files() or _has_tpu_on_bus() or "tpu" in asked_for):
         sys.modules.setdefault("libtpu", None)  # as if it were not installed
-    if not any(map(glob.glob, NVIDIA_FILES)) and "cuda" not in asked_for:
+    asks_for_cuda = "cuda" in asked_for or "gpu" in asked_for
+    if not any(map(glob.glob, NVIDIA_FILES)) and not asks_for_cuda:
         for name in _cuda_plugins():
             sys.modules.setdefault(name, None)
         getLogger("jax._src.xla_bridge").addFilter(_without_cuda_plugin)

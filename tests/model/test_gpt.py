@@ -132,6 +132,19 @@ def test_scan_and_remat_change_neither_checkpoint_nor_numbers(variant):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), want, got)
 
 
+def test_no_product_is_made_for_the_gradient_of_a_frozen_kernel():
+    def products(freeze: str) -> int:
+        config = tiny_config(compute={"scan_layers": "false"})
+        config.optim.freeze = freeze
+        with jax.set_mesh(mesh_of(config)):
+            training = make_training(config, mesh_of(config))
+            step = make_train_step(training.spec, config)
+            lowered = step.lower(training.abstract_state(), training.abstract_batch())
+        return lowered.as_text().count("stablehlo.dot_general")
+
+    assert products("") - products("blocks/.*kernel") == 2 * 6
+
+
 @pytest.mark.slow
 def test_a_step_of_layers_one_by_one_keeps_what_is_costly_to_compute():
     """A layer keeps 10 widths a token: its input, the stream after attention, queries, keys,

@@ -203,3 +203,21 @@ def test_kernel_choice():
     ):
         with pytest.raises(BadInput, match=message):
             choose_kernel(name, *args)
+
+
+def test_a_query_that_sees_no_key_has_no_gradient():
+    """Of padding, for example, beside a source without tokens."""
+    q, k, v = (jnp.float32(normal(2, n, 2, 8, seed=i)) for i, n in enumerate((5, 9, 9)))
+    bias = jnp.float32(normal(1, 2, 5, 9, seed=3))
+    positions = [np.tile(np.arange(length), (2, 1)) for length in (5, 9)]
+    parts = *positions, np.full((2, 5), 7), np.ones((2, 9), int)
+    mask = AttentionMask(*map(jnp.asarray, parts), reach=Reach(False))
+
+    def gradients(attend):
+        def loss(q, k, v, bias):
+            return jnp.sum(attend(q, k, v, mask, bias=bias, scale=0.3) ** 2)
+
+        return jax.grad(loss, (0, 1, 2, 3))(q, k, v, bias)
+
+    for got, want in zip(gradients(blocked_attention), gradients(xla_attention), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)

@@ -111,3 +111,5 @@ def test_what_is_refused(fields, message):
     with pytest.raises(BadInput, match=message):
         changed(tiny_config(), fields)
     assert validate(tiny_config()).shrink == ShrinkConfig()
+    # how many steps there are is not known yet
+    changed(tiny_config(), {"shrink.sparsity": 0.5, "shrink.prune_from": 8, "num_epochs": 9.0})

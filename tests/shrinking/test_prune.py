@@ -10,9 +10,10 @@ from etils import epath
 
 from jaxgpt import convert, evaluate, sample, shrink, train
 from jaxgpt.config import ShrinkConfig
-from jaxgpt.config.stored import methods_done, read_config
+from jaxgpt.config.stored import methods_done, read_config, to_json
 from jaxgpt.config.validate import validate
 from jaxgpt.inference.trained import open_trained
+from jaxgpt.jobs.train import adopt
 from jaxgpt.shrinking.calibration import input_moments
 from jaxgpt.shrinking.masks import keep_two_of_four
 from jaxgpt.shrinking.measure import share_of_zeros
@@ -83,6 +84,15 @@ def test_zeros_outlive_fine_tuning_kill_and_resume(shrunk, command, tmp_path):
     assert [row["method"] for row in rows] == methods
     assert f"--config.init_from={pruned}" in rows[2]["command"] and rows[2]["zeros"] == 0.5
     assert rows[2]["bits_per_byte"] != rows[1]["bits_per_byte"]
+
+
+def test_a_run_goes_on_whose_record_an_older_version_kept(tmp_path):
+    """It did not count what training itself had done."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(to_json(tiny_config()))
+    config = tiny_config()
+    config.shrink = ShrinkConfig(done="distill")
+    assert adopt(epath.Path(tmp_path), config) == (tiny_config(), [])
 
 
 def test_what_training_did_is_done_too():
