@@ -50,6 +50,15 @@ class Instruction:
         match = re.search(rf"\b{attribute}={{?%?([\w.\-]+)", self.rest)
         return match and match[1]
 
+    @property
+    def branches(self) -> list[str]:
+        """The computations of a conditional, of which one runs; of another instruction none."""
+        if self.opcode != "conditional":
+            return []
+        listed = re.search(r"\bbranch_computations={([^}]*)}", self.rest)
+        pair = (self.called("true_computation"), self.called("false_computation"))
+        return re.findall(r"[\w.\-]+", listed[1]) if listed else list(pair)
+
     @functools.cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of its results."""
@@ -100,9 +109,10 @@ class Program:
                 trips = self.trips(instruction)
                 self._count(instruction.called("body"), times * trips)
             else:
-                # Of the branches of a conditional one runs; ours are equal work
-                for attribute in ("calls", "to_apply", "true_computation", "branch_computations"):
-                    called = instruction.called(attribute)
+                # Of the branches the longest: another does equal work, or leaves all as it was
+                branches = sorted(instruction.branches, key=lambda b: len(self.computations[b]))
+                calls = (instruction.called(name) for name in ("calls", "to_apply"))
+                for called in (*calls, *branches[-1:]):
                     if called in self.computations and not _is_reduction(instruction.opcode):
                         self._count(called, times)
 
