@@ -131,6 +131,7 @@ def test_it_resumes_bit_for_bit(tuned, command, tmp_path):
         np.testing.assert_array_equal(stored_in(tmp_path / "w")[path], leaf, err_msg=path)
 
 
+@pytest.mark.slow
 def test_what_is_not_possible_is_said(tuned, command, tmp_path):
     _, workdir, flags = tuned(command)
     for flag, message in (
