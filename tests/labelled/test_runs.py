@@ -28,7 +28,7 @@ FIELDS = """
     data=DataConfig(
         source="jsonl:{folder}/rows.jsonl", tokenizer="char", cache_dir="{folder}/cache"
     ),
-    optim=OptimConfig(learning_rate=1e-2, warmup_steps=5, schedule="constant"),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=5, schedule="constant"),
     objectives=ObjectivesConfig(
         classification=ClassificationConfig(class_weights="balanced", pooling="mean")
     ),
