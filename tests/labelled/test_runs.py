@@ -155,7 +155,7 @@ def test_a_text_is_given_its_classes_and_one_too_long_is_refused(trained, comman
     lines = [line.split("\t") for line in out.splitlines()]
     assert code == 0 and [label for label, _ in lines] == ["animal", "none"]
     shares = [float(share) for _, share in lines]
-    assert shares[0] > 0.8 and sum(shares) == pytest.approx(1, abs=1e-3)
+    assert shares[0] > 0.7 and sum(shares) == pytest.approx(1, abs=1e-3)
     code, _, err = command(sample.main, f"--workdir={trained}", f"--prompt={'sun ' * 9}")
     assert code == 2 and "the prompt is longer than the model takes (model.max_seq_len=24)" in err
     code, _, err = command(sample.main, f"--workdir={trained}", "--prompt=sun", "--stream")
