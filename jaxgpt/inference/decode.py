@@ -22,6 +22,7 @@ from jaxgpt.inference.samplers import BatchSampling, next_token
 from jaxgpt.model import ModelSpec, decoding
 from jaxgpt.model.stacked.blocks import layer_windows
 from jaxgpt.ops.cache import UNWRITTEN, Cache, empty_cache, first_slots, write_recent
+from jaxgpt.parameters.bfloat16 import product_dtype
 from jaxgpt.parameters.weights import as_read
 from jaxgpt.system.errors import BadInput
 from jaxgpt.tokenizer import Tokenizer
@@ -236,7 +237,7 @@ def _decoding_params(spec: ModelSpec, params: dict) -> dict:
     """Returns the parameters with the layers unstacked and the kernels in the compute dtype, and
     rounded where they were trained so."""
     compute = spec.config.compute
-    dtype = jnp.dtype("bfloat16" if compute.matmul == "bfloat16" else compute.dtype)
+    dtype = product_dtype(compute)
     _, params = as_read(spec.config, params, compute.dtype)
 
     def cast(path, p):  # routers choose in float32

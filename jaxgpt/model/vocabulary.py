@@ -13,6 +13,7 @@ from jaxgpt.ops.activations import ACTIVATIONS
 from jaxgpt.ops.cross_entropy import cross_entropy
 from jaxgpt.parallel.lookup import embed_columns_to_rows
 from jaxgpt.parallel.rules import AxisRules, rowwise
+from jaxgpt.parameters.bfloat16 import product_dtype
 from jaxgpt.parameters.weights import constant, table_storage
 
 
@@ -22,8 +23,7 @@ class Vocabulary(nnx.Module):
     def __init__(self, config: Config, rules: AxisRules, *, rngs: nnx.Rngs):
         cfg = config.model
         self.rules, self.dtype, self.size = rules, jnp.dtype(config.compute.dtype), cfg.vocab_size
-        low = config.compute.matmul == "bfloat16"
-        self.head_dtype = jnp.dtype(jnp.bfloat16) if low else self.dtype
+        self.head_dtype = product_dtype(config.compute)
         self.embed_scale = math.sqrt(cfg.embed_dim) if cfg.scale_embeddings else 1.0
         self.scale = (cfg.embed_dim**-0.5 if cfg.scale_logits else 1.0) / cfg.width_ratio
         self.softcap = cfg.logit_softcap

@@ -13,11 +13,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from jaxgpt.config import ComputeConfig
 from jaxgpt.ops.cross_entropy import FLOATS
 from jaxgpt.ops.matmul import Matmul
 from jaxgpt.parallel.rules import rowwise
 
 _low = jnp.bfloat16
+
+
+def product_dtype(compute: ComputeConfig) -> jnp.dtype:
+    """Returns the dtype of the factors of large products."""
+    return jnp.dtype(_low if compute.matmul == "bfloat16" else compute.dtype)
 
 
 def _weight(kernel: jax.Array, dtype) -> jax.Array:
