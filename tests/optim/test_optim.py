@@ -394,3 +394,14 @@ def test_first_moments_in_half_the_bytes(name):
     for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(whole), strict=True):
         close = np.abs(np.asarray(a) - np.asarray(b)) < 2e-2
         assert close.mean() > 0.95 and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("most", [0.5, 100.0])
+def test_clipping_is_optax_own(most):
+    """The norm is 13: one bound is below it, the other above."""
+    from jaxgpt.optim.optimizers import clip_by_norm
+
+    grads = {"a": jnp.float32([3, 4]), "b": jnp.float32([[12]])}
+    ours, theirs = (f(most) for f in (clip_by_norm, optax.clip_by_global_norm))
+    got, want = (f.update(grads, f.init(grads), grads)[0] for f in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
